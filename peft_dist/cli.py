@@ -1,0 +1,254 @@
+"""The `peft-dist` command: read arguments, call one function, map faults to exit codes.
+
+Imports are inside the commands, so that `--help` starts at once. Trains nothing itself: torch is
+only ever imported by the processes it starts.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from peft_dist.errors import EXIT_DONE, LaunchError, PeftDistError
+
+EXIT_FAILED = 1
+"""A worker ended in a way that nobody foresaw; its log says how."""
+LOG_TAIL_LINES = 15
+"""Lines of the launcher's log shown after such an end."""
+TRAIN_PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+        run: Callable[[argparse.Namespace], int] = arguments.run
+        code = run(arguments)
+        sys.stdout.flush()
+        return code
+    except PeftDistError as error:
+        return _complain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `peft-dist schema | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise PeftDistError(message, remedy=f"see {self.prog} --help")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "quantize":
+        arguments.passed_on = argv[argv.index("quantize") + 1 :]
+        return arguments
+    # argparse stops collecting key=value at the first option; those after it end up here.
+    stray = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
+    if stray:
+        parser.error(f"unrecognized argument {stray[0]!r}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
+def _build_parser() -> _Parser:
+    from peft_dist import __version__
+
+    parser = _Parser(
+        prog="peft-dist",
+        description="Fine-tune adapters on a frozen, 4-bit, sharded base model.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"peft-dist {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, *, own_help: bool = True
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, allow_abbrev=False, add_help=own_help
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    train = command("train", _train, "train on this machine, in as many processes as asked")
+    _add_recipe(train)
+    train.add_argument("--run-dir", metavar="DIR", help="folder to make (default: runs/RECIPE)")
+    train.add_argument(
+        "--nproc", type=_count, metavar="N", help="processes; overrides parallel.processes"
+    )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe and the command; make and start nothing",
+    )
+    _add_recipe(command("validate", _validate, "check a recipe; needs no torch"))
+    command("schema", _schema, "print the JSON Schema of a recipe, for editors")
+    evaluate = command("evaluate", _evaluate, "score the adapter of a finished run")
+    evaluate.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
+    quantize = command(
+        "quantize", _quantize, "fill the cache of packed bases ahead of a run", own_help=False
+    )
+    quantize.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub id")
+    init = command("init", _init, "copy recipes and strategies into a folder of your own")
+    init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="recipe file (YAML)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings that replace the recipe's, such as train.learning_rate=5e-4",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text[:9]) < 10**6:
+        raise argparse.ArgumentTypeError(f"got {text!r}; must be a whole number above 0")
+    return int(text)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from peft_dist.config import load_recipe, render_recipe
+    from peft_dist.launch.command import launch_environment, shell_line, train_command
+    from peft_dist.launch.local import run_launcher
+    from peft_dist.launch.placement import place, this_machine
+    from peft_dist.run_dir import RunDir
+
+    processes = [] if arguments.nproc is None else [f"parallel.processes={arguments.nproc}"]
+    recipe = load_recipe(arguments.recipe, [*arguments.overrides, *processes])
+    placement = place(recipe, this_machine())
+    environment = launch_environment(placement, os.environ)
+    folder = Path(arguments.run_dir or Path("runs") / Path(arguments.recipe).stem).absolute()
+    command = train_command(placement, RunDir(folder).recipe)
+    if arguments.dry_run:
+        print(render_recipe(recipe))
+        print(shell_line(command, environment))
+        return EXIT_DONE
+    _require_training_packages()
+    os.umask(0o077)
+    run = RunDir.create(folder, recipe, command=command)
+    ended = run_launcher(command, environment=environment, error_log=run.launcher_log)
+    if ended.code == EXIT_DONE:
+        return EXIT_DONE
+    if ended.signal_name is not None:
+        return _complain(f"{run.path}: stopped by {ended.signal_name}", ended.code)
+    failure = run.read_failure()
+    if failure is not None:
+        return _complain(failure[1], failure[0])
+    _print_log_tail(run.launcher_log)
+    return _complain(f"{run.path}: training failed; see {run.launcher_log}", EXIT_FAILED)
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from peft_dist.config import load_recipe
+    from peft_dist.config.derived import batch_shape
+    from peft_dist.launch.placement import this_machine
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    processes = recipe.parallel.processes or max(1, this_machine().gpus)
+    print(f"{arguments.recipe}: valid")
+    print(f"  processes: {processes} ({recipe.parallel.strategy})")
+    shape = batch_shape(recipe, processes)
+    if shape is None:
+        print(f"  a step: rows of up to {recipe.train.global_batch_tokens} tokens together")
+        return EXIT_DONE
+    passes = "1 pass" if shape.accumulation == 1 else f"{shape.accumulation} passes"
+    print(
+        f"  a step: {shape.rows_per_step} rows, {shape.rows_per_process} per process "
+        f"in {passes} of up to {recipe.train.micro_batch_size}"
+    )
+    if recipe.train.steps is not None:
+        rows = recipe.train.steps * shape.rows_per_step
+        print(f"  the run: {recipe.train.steps} steps, {rows} rows")
+    return EXIT_DONE
+
+
+def _schema(_arguments: argparse.Namespace) -> int:
+    from peft_dist.config.load import recipe_schema
+
+    print(recipe_schema())
+    return EXIT_DONE
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from peft_dist.launch.command import evaluate_command, worker_environment
+    from peft_dist.launch.local import run_tool
+    from peft_dist.run_dir import RunDir
+
+    run = RunDir.open(arguments.run_dir)
+    _require_training_packages()
+    return run_tool(evaluate_command(run.path), environment=worker_environment())
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    from peft_dist.launch.command import quantize_command, worker_environment
+    from peft_dist.launch.local import run_tool
+
+    _require_training_packages()
+    return run_tool(quantize_command(arguments.passed_on), environment=worker_environment())
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from peft_dist.resources import SHARED_FOLDERS, root
+
+    target = Path(arguments.folder)
+    sources = [root() / name for name in SHARED_FOLDERS if (root() / name).is_dir()]
+    files = [
+        file
+        for source in sources
+        for file in sorted(source.rglob("*"))
+        if file.is_file() and "__pycache__" not in file.parts
+    ]
+    copies = {file: target / file.relative_to(root()) for file in files}
+    try:
+        taken = [copy for copy in copies.values() if copy.exists() or copy.is_symlink()]
+        if taken:
+            raise PeftDistError("already there", where=str(taken[0]), remedy="choose a new folder")
+        for file, copy in copies.items():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+    except (OSError, ValueError) as error:
+        raise PeftDistError(
+            f"cannot be written: {error}", where=str(target), remedy="choose another folder"
+        ) from error
+    print(f"{len(copies)} files in {', '.join(str(target / source.name) for source in sources)}")
+    return EXIT_DONE
+
+
+def _require_training_packages() -> None:
+    missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise LaunchError(
+            f"{' and '.join(missing)} not installed", remedy="pip install 'peft-dist[train]'"
+        )
+
+
+def _print_log_tail(log: Path) -> None:
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # the log is a convenience here; its path is printed anyway
+        return
+    print("\n".join(lines[-LOG_TAIL_LINES:]), file=sys.stderr)
+
+
+def _complain(line: str, code: int) -> int:
+    print(f"peft-dist: error: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

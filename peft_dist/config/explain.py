@@ -1,0 +1,231 @@
+"""Say in one line what is wrong with a recipe: field, value, what it may be, nearest valid name.
+
+Reads the models of `recipe.py`, so a new field or method needs no word here. Loads no file.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from peft_dist.config.recipe import Recipe
+from peft_dist.errors import RecipeError, nearest
+
+SectionType: TypeAlias = type[BaseModel]
+
+
+def describe_failure(failure: ValidationError, raw: Mapping[str, Any], where: str) -> RecipeError:
+    """Turn pydantic's list of errors into one line about the first field, and a count.
+
+    Args:
+        failure: What pydantic said.
+        raw: The values it was given.
+        where: The recipe's path.
+    """
+    lines: dict[str, tuple[str, str]] = {}
+    for error in failure.errors(include_url=False):
+        path, field, section = _locate(error["loc"], raw)
+        dotted = ".".join(path) or "recipe"
+        if dotted not in lines:
+            lines[dotted] = _sentence(dict(error), path, field, section)
+    (dotted, (problem, remedy)), *rest = lines.items()
+    if rest:
+        remedy = f"{remedy} (and {len(rest)} more)".strip()
+    return RecipeError(problem, where=f"{where}: {dotted}", remedy=remedy)
+
+
+def refuse_booleans_as_numbers(raw: Mapping[str, Any], where: str) -> None:
+    """Refuse `rank: true`, which pydantic would read as 1."""
+    for path, field, value in _leaves(raw, Recipe, ()):
+        if isinstance(value, bool) and not _accepts(field.annotation, bool):
+            raise RecipeError(
+                f"got {value!r}", where=f"{where}: {'.'.join(path)}", remedy=_must(field)
+            )
+
+
+def section_fields(path: Sequence[str], raw: Mapping[str, Any]) -> dict[str, FieldInfo] | None:
+    """Return the fields of the section at a dotted path, or None where there is no section."""
+    section: SectionType | None = Recipe
+    value: Any = raw
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+        field = section.model_fields.get(name) if section is not None else None
+        section = None if field is None else _section_of(field.annotation, value)
+    return None if section is None else dict(section.model_fields)
+
+
+def quote(value: Any) -> str:
+    """Show a value on one line, cut where it is long."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _sentence(
+    error: Mapping[str, Any],
+    path: Sequence[str],
+    field: FieldInfo | None,
+    section: SectionType,
+) -> tuple[str, str]:
+    kind, value = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return "no such key", nearest(path[-1], section.model_fields)
+    if kind == "missing":
+        return "is missing", f"add it to the recipe or give {'.'.join(path)}=VALUE"
+    if kind == "value_error":  # our own validators say both the fault and the remedy
+        return str(error["ctx"]["error"]), ""
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tag = value.get("kind") if isinstance(value, Mapping) else None
+        kinds = _kinds(field)
+        return f"kind {quote(tag)} is not known", nearest(str(tag), kinds)
+    if field is None:
+        return f"got {quote(value)}", "must be a mapping of sections"
+    remedy = _must(field)
+    if isinstance(value, int | float) and _accepts(field.annotation, str):
+        remedy += "; put it in quotes"
+    choices = _texts(field.annotation)
+    if isinstance(value, str) and choices and "did you mean" in (near := nearest(value, choices)):
+        remedy = f"{remedy}; {near}"
+    return f"got {quote(value)}", remedy
+
+
+def _locate(
+    loc: Sequence[int | str], raw: Mapping[str, Any]
+) -> tuple[list[str], FieldInfo | None, SectionType]:
+    """Follow pydantic's location down to the field it means.
+
+    Pydantic adds the tags of unions to a location, and positions in lists; both would only puzzle
+    the reader, so the path stops at the field.
+    """
+    section: SectionType = Recipe
+    value: Any = raw
+    path: list[str] = []
+    field: FieldInfo | None = None
+    for part in loc:
+        name = str(part)
+        if name in section.model_fields:
+            field = section.model_fields[name]
+            path.append(name)
+            value = value.get(name) if isinstance(value, Mapping) else None
+            inner = _section_of(field.annotation, value)
+            if inner is None:
+                break
+            section = inner
+        elif not (field is not None and name in _kinds(field)):
+            path.append(name if name.isidentifier() else quote(name))
+            break
+    return path, field, section
+
+
+def _leaves(
+    raw: Mapping[str, Any], section: SectionType, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], FieldInfo, Any]]:
+    for name, value in raw.items():
+        field = section.model_fields.get(name)
+        if field is None:
+            continue
+        inner = _section_of(field.annotation, value)
+        if inner is not None and isinstance(value, Mapping):
+            yield from _leaves(value, inner, (*path, name))
+        elif isinstance(value, list):
+            yield from (((*path, name), field, item) for item in value)
+        else:
+            yield (*path, name), field, value
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """Yield the alternatives of a type, each with `Annotated` taken off."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _members(get_args(annotation)[0])
+    elif origin in (Union, UnionType):
+        for member in get_args(annotation):
+            yield from _members(member)
+    else:
+        yield annotation
+
+
+def _sections(annotation: Any) -> list[SectionType]:
+    return [m for m in _members(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
+
+
+def _section_of(annotation: Any, value: Any) -> SectionType | None:
+    """Return the section a field holds; of several, the one whose `kind` the value names."""
+    sections = _sections(annotation)
+    kind = value.get("kind") if isinstance(value, Mapping) else None
+    for section in sections:
+        field = section.model_fields.get("kind")
+        if field is not None and kind in _texts(field.annotation):
+            return section
+    return sections[0] if sections else None
+
+
+def _kinds(field: FieldInfo | None) -> list[str]:
+    sections = _sections(field.annotation) if field is not None else []
+    fields = [section.model_fields.get("kind") for section in sections]
+    return [text for kind in fields if kind is not None for text in _texts(kind.annotation)]
+
+
+def _texts(annotation: Any) -> list[str]:
+    members = [m for m in _members(annotation) if get_origin(m) is Literal]
+    return [str(text) for member in members for text in get_args(member)]
+
+
+def _accepts(annotation: Any, kind: type) -> bool:
+    return any(
+        member is kind or any(_accepts(item, kind) for item in get_args(member) if item is not ...)
+        for member in _members(annotation)
+    )
+
+
+def _must(field: FieldInfo) -> str:
+    return f"must be {_describe(field.annotation, field.metadata)}"
+
+
+def _describe(annotation: Any, limits: Sequence[Any] = ()) -> str:
+    """Say in words what a type takes, with its limits: `a number above 0`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = [item for extra in arguments[1:] for item in _limits(extra)]
+        return _describe(arguments[0], [*limits, *inner])
+    if origin in (Union, UnionType):
+        named = [_describe(member, limits) for member in arguments if member is not NoneType]
+        if NoneType in arguments:
+            named.append("null")
+        return " or ".join(named)
+    if origin is Literal:
+        words = [quote(value) for value in arguments]
+        return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
+    if origin is tuple:
+        size = "" if arguments[-1] is ... else f" of {len(arguments)}"
+        return f"a list{size}{_bounds(limits)}, each item {_describe(arguments[0])}"
+    if annotation is str:
+        return "text that is not empty" if limits else "text"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"a section with any of {', '.join(sorted(annotation.model_fields))}"
+    words_of = {bool: "true or false", int: "a whole number", float: "a number"}
+    return f"{words_of.get(annotation, str(annotation))}{_bounds(limits)}"
+
+
+def _limits(extra: Any) -> list[Any]:
+    return list(extra.metadata) if isinstance(extra, FieldInfo) else [extra]
+
+
+def _bounds(limits: Sequence[Any]) -> str:
+    words = []
+    for limit in limits:
+        if isinstance(limit, Gt):
+            words.append(f"above {limit.gt}")
+        elif isinstance(limit, Ge):
+            words.append(f"of at least {limit.ge}")
+        elif isinstance(limit, Lt):
+            words.append(f"below {limit.lt}")
+        elif isinstance(limit, Le):
+            words.append(f"of at most {limit.le}")
+        elif isinstance(limit, MinLen):
+            words.append(f"of {limit.min_length} or more")
+        elif isinstance(limit, MaxLen):
+            words.append(f"of at most {limit.max_length}")
+    return " " + " and ".join(words) if words else ""

@@ -1,0 +1,189 @@
+"""Read a recipe file and its `key=value` overrides into a `Recipe`, and write one back as YAML.
+
+Looks whether the files a recipe names exist, but opens none of them. Which key names exist is
+`recipe.py`'s business, how a fault is put in words `explain.py`'s.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from peft_dist.config.explain import (
+    describe_failure,
+    quote,
+    refuse_booleans_as_numbers,
+    section_fields,
+)
+from peft_dist.config.recipe import Recipe
+from peft_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml
+from peft_dist.errors import RecipeError, nearest
+
+PATH_FIELDS = (("model", "name"), ("data", "train"), ("data", "eval"))
+"""Fields that hold a local path or, where no such path exists, a hub name."""
+
+_FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, check_paths: bool = True
+) -> Recipe:
+    """Read, override, check and resolve a recipe.
+
+    Relative paths are looked for beside the recipe; one that an override gave also in the current
+    folder, where it was typed. With `check_paths=False` a missing file is no error.
+
+    Raises:
+        RecipeError: For anything that cannot be used as written, in one line.
+    """
+    where = str(path)
+    raw = parse_yaml(_read_text(Path(path)), where=where)
+    if not isinstance(raw, dict):
+        problem = "is empty" if raw is None else f"is not a mapping but {quote(raw)}"
+        raise RecipeError(problem, where=where, remedy="start with model: {name: ...}")
+    typed = [_apply_override(raw, override, where) for override in overrides]
+    refuse_booleans_as_numbers(raw, where)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as failure:
+        raise describe_failure(failure, raw, where) from failure
+    return _resolve_paths(recipe, Path(path), typed, check_paths=check_paths)
+
+
+def render_recipe(recipe: Recipe) -> str:
+    """Return a recipe as YAML with every default written out; loading it gives the same recipe."""
+    stream = io.StringIO()
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    writer.width = 100
+    writer.allow_unicode = True
+    writer.dump(_plain(recipe.model_dump(mode="python")), stream)
+    return stream.getvalue()
+
+
+def recipe_schema() -> str:
+    """Return the JSON Schema of a recipe, for editors."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return json.dumps(schema | Recipe.model_json_schema(), indent=2)
+
+
+def _read_text(path: Path) -> str:
+    where = str(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(4 * MAX_CHARACTERS + 1)
+        return data.decode("utf-8")
+    except FileNotFoundError as error:
+        raise RecipeError("no such file", where=where, remedy="name a recipe file") from error
+    except IsADirectoryError as error:
+        raise RecipeError(
+            "is a folder", where=where, remedy="name the recipe.yaml inside it"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"is not UTF-8 (byte {error.start})", where=where, remedy="save it as UTF-8 text"
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError(f"cannot be read: {reason}", where=where) from error
+
+
+def _apply_override(raw: dict[str, Any], override: str, where: str) -> tuple[str, ...]:
+    """Set `a.b=value` in `raw`, and return its path."""
+    key, equals, text = override.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise RecipeError(
+            f"{quote(override)} is not key=value", remedy="write it like train.learning_rate=5e-4"
+        )
+    value = parse_yaml(text, where=key.strip())
+    section = raw
+    for depth, name in enumerate(path):
+        fields = section_fields(path[:depth], raw)
+        if fields is None:
+            parent = ".".join(path[:depth])
+            raise RecipeError(
+                "no such key", where=key.strip(), remedy=f"{parent} has no parts; set it as a whole"
+            )
+        if name not in fields:
+            raise RecipeError("no such key", where=key.strip(), remedy=nearest(name, fields))
+        if depth == len(path) - 1:
+            section[name] = value
+            break
+        if section.get(name) is None:
+            section[name] = {}
+        section = section[name]
+        if not isinstance(section, dict):
+            raise RecipeError(
+                f"got {quote(section)}",
+                where=f"{where}: {'.'.join(path[: depth + 1])}",
+                remedy=f"must be a section before {key.strip()} can be set",
+            )
+    return path
+
+
+def _resolve_paths(
+    recipe: Recipe, recipe_path: Path, typed: Sequence[tuple[str, ...]], *, check_paths: bool
+) -> Recipe:
+    """Return the recipe with local paths made absolute."""
+    folder = Path(recipe_path).absolute().parent
+    changed: dict[str, dict[str, str]] = {}
+    for path in PATH_FIELDS:
+        section, field = path
+        name = getattr(getattr(recipe, section), field)
+        if name is None:
+            continue
+        from_override = path in typed or (section,) in typed
+        bases = [folder, Path.cwd()] if from_override else [folder]
+        found = _find(name, bases)
+        if found is not None and section == "model" and found.is_file():
+            raise RecipeError(
+                f"{quote(name)} is a file",
+                where=f"{recipe_path}: {section}.{field}",
+                remedy="name the folder with config.json and the safetensors files",
+            )
+        if found is not None:
+            changed.setdefault(section, {})[field] = str(found)
+        elif _looks_local(name) and check_paths:
+            raise RecipeError(
+                f"{quote(name)} does not exist",
+                where=f"{recipe_path}: {section}.{field}",
+                remedy=f"relative paths start at {folder}",
+            )
+    parts = {name: getattr(recipe, name).model_copy(update=new) for name, new in changed.items()}
+    return recipe.model_copy(update=parts)
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.lower().endswith(_FILE_ENDINGS)
+
+
+def _find(name: str, bases: Sequence[Path]) -> Path | None:
+    """Return the absolute path of an existing file or folder, or None.
+
+    The last part keeps its own name: hub caches hold `train.jsonl` as a link to a file without an
+    ending, and the ending says how to read it.
+    """
+    for base in bases:
+        try:
+            candidate = base / Path(name).expanduser()
+            candidate.stat()
+            if candidate.name in ("", ".."):
+                return candidate.resolve()
+            return candidate.parent.resolve() / candidate.name
+        except (OSError, ValueError, RuntimeError):  # absent, NUL bytes, too long, ~nobody
+            continue
+    return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,124 @@
+"""One micro-batch as tensors: rows end to end without padding, or side by side with it.
+
+Both say the same about every row: the same targets, the same positions. Rows are not chosen here
+(see `order.py`), and no loss is computed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from peft_dist.data.tokenize import TokenizedRows
+
+DUMMY_TOKENS = 8
+"""Length of the stand-in for an empty micro-batch: short, since its result is thrown away."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of B sequences of T tokens with N trained predictions."""
+
+    input_ids: Tensor
+    """int64 [B, T]; B is 1 when packed."""
+    position_ids: Tensor
+    """int64 [B, T]; restarts at 0 with every row."""
+    attention_mask: Tensor | None
+    """bool [B, T], true for real tokens. None when packed: transformers finds the rows by their
+    positions then, and any mask would let them attend to each other."""
+    label_positions: Tensor
+    """int64 [N] flat index into [B * T] of the position that predicts `targets[i]`; empty for
+    classification."""
+    targets: Tensor
+    """int64 [N] token ids; or class ids, one per row."""
+    target_rows: Tensor
+    """int64 [N] which row of the micro-batch `targets[i]` belongs to."""
+    n_rows: int
+    """Real rows; 0 for the stand-in of an empty micro-batch."""
+    n_tokens: int
+    """Real tokens, padding excluded."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
+        """Return the batch on a device; from pinned memory the copy runs beside the host."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory, without which CUDA copies wait."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        mask = self.attention_mask
+        return Batch(
+            input_ids=change(self.input_ids),
+            position_ids=change(self.position_ids),
+            attention_mask=None if mask is None else change(mask),
+            label_positions=change(self.label_positions),
+            targets=change(self.targets),
+            target_rows=change(self.target_rows),
+            n_rows=self.n_rows,
+            n_tokens=self.n_tokens,
+        )
+
+
+def pack(
+    rows: TokenizedRows, ids: NDArray[np.int64], *, packing: bool, pad_id: int | None = None
+) -> Batch:
+    """Return the rows `ids` as one micro-batch.
+
+    An empty `ids` gives some tokens with nothing to predict, so that a rank without rows still
+    runs the collectives that the others wait for.
+
+    Args:
+        rows: All rows.
+        ids: [n] row ids of the micro-batch.
+        packing: Lay rows end to end instead of padding them to the longest.
+        pad_id: What to pad with. Default: as the tokenizer says.
+    """
+    n_rows = len(ids)
+    at = ids if n_rows else np.zeros(1, dtype=np.int64)
+    begins = rows.offsets[at]
+    lengths = rows.offsets[at + 1] - begins
+    if not n_rows:
+        lengths = np.minimum(lengths, DUMMY_TOKENS)
+
+    # one entry per token: its row in the micro-batch, place in the row, and place in the data
+    row = np.repeat(np.arange(len(at)), lengths)
+    place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    source = begins[row] + place
+    tokens = rows.tokens[source].astype(np.int64)
+
+    shape = (1, len(tokens)) if packing else (len(at), int(lengths.max()))
+    flat = np.arange(len(tokens)) if packing else row * shape[1] + place
+    if packing:
+        input_ids, positions, mask = tokens, place, None
+    else:
+        padding = rows.pad_id if pad_id is None else pad_id
+        input_ids = np.full(shape[0] * shape[1], padding, dtype=np.int64)
+        input_ids[flat] = tokens
+        positions = np.tile(np.arange(shape[1]), shape[0])
+        mask = np.zeros(shape[0] * shape[1], dtype=np.bool_)
+        mask[flat] = True
+
+    if not n_rows:
+        label_positions = targets = target_rows = np.empty(0, dtype=np.int64)
+    elif rows.class_ids is not None:
+        label_positions = np.empty(0, dtype=np.int64)
+        targets, target_rows = rows.class_ids[at].astype(np.int64), np.arange(n_rows)
+    else:
+        # the first token of a row has no token before it that could predict it
+        predicted = np.flatnonzero(rows.trained[source] & (place > 0))
+        label_positions = flat[predicted] - 1
+        targets, target_rows = tokens[predicted], row[predicted]
+    return Batch(
+        input_ids=torch.from_numpy(input_ids.reshape(shape)),
+        position_ids=torch.from_numpy(positions.reshape(shape)),
+        attention_mask=None if mask is None else torch.from_numpy(mask.reshape(shape)),
+        label_positions=torch.from_numpy(label_positions),
+        targets=torch.from_numpy(targets),
+        target_rows=torch.from_numpy(target_rows),
+        n_rows=n_rows,
+        n_tokens=len(tokens) if n_rows else 0,
+    )

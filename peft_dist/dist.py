@@ -1,0 +1,168 @@
+"""Rank and world facts, and the few collectives that move bytes of the base.
+
+Reads the environment that torchrun, Accelerate and SLURM launchers export. Knows no model and no
+sharding engine.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+
+from peft_dist.errors import LaunchError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""A collective that waits longer than this ends the run; setup work runs before the group does."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among all of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Say whether this is the one process that writes files and talks."""
+        return self.rank == 0
+
+
+def _env_int(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise LaunchError(
+            f"{text!r} is not a number", where=f"environment {name}", remedy="start with a launcher"
+        ) from None
+
+
+def read_world() -> World:
+    """Read this process's place from the environment; one process without a launcher is a world.
+
+    Raises:
+        LaunchError: For numbers that contradict each other, or more processes than GPUs.
+    """
+    rank, size = _env_int("RANK", 0), _env_int("WORLD_SIZE", 1)
+    local_rank = _env_int("LOCAL_RANK", 0)
+    local_size = _env_int("LOCAL_WORLD_SIZE", size)
+    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+        raise LaunchError(
+            f"RANK={rank} WORLD_SIZE={size} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={local_size} "
+            "contradict each other",
+            where="environment",
+            remedy="start with accelerate launch, torchrun or peft-dist train",
+        )
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if wants_cpu or not torch.cuda.is_available():
+        return World(rank, size, local_rank, local_size, torch.device("cpu"))
+    if local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"LOCAL_RANK {local_rank} has no GPU of its own ({torch.cuda.device_count()} here)",
+            where="environment",
+            remedy="start one process per GPU",
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return World(rank, size, local_rank, local_size, device)
+
+
+def start(world: World) -> None:
+    """Start the process group, of one process too, so that every engine has its collectives."""
+    if torch_dist.is_initialized():
+        return
+    if world.size == 1:
+        # No launcher exported a rendezvous: a group of one needs neither a host nor a port.
+        store: torch_dist.Store | None = torch_dist.HashStore()
+    else:
+        store = None
+    on_gpu = world.device.type == "cuda"
+    torch_dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=world.device if on_gpu else None,
+    )
+
+
+def stop() -> None:
+    """End the process group."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def row_share(rows: int, *, index: int, count: int) -> tuple[int, int]:
+    """Return the rows [start, stop) that shard `index` of `count` holds of a tensor.
+
+    The same rule as `torch.chunk`, which FSDP2 shards by: equal chunks of ceil(rows / count),
+    the last ones shorter or empty.
+    """
+    chunk = -(-rows // count)
+    start = min(index * chunk, rows)
+    return start, min(start + chunk, rows)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of every base tensor that one process reads: rows `index` of `count`."""
+
+    index: int
+    count: int
+    group: torch_dist.ProcessGroup | None = None
+
+    def rows(self, rows: int) -> tuple[int, int]:
+        """Return this shard's [start, stop) of a tensor with so many rows."""
+        return row_share(rows, index=self.index, count=self.count)
+
+    def gather(self, local: torch.Tensor, rows: int) -> torch.Tensor:
+        """Return all rows of a tensor of which each shard holds its share. Collective."""
+        if self.count == 1:
+            return local
+        chunk = -(-rows // self.count)
+        padded = local.new_zeros(chunk, *local.shape[1:])
+        padded[: local.shape[0]] = local
+        out = local.new_empty(chunk * self.count, *local.shape[1:])
+        torch_dist.all_gather_into_tensor(out, padded, group=self.group)
+        return out[:rows]
+
+
+def sum_over(value: torch.Tensor, group: torch_dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Sum a tensor over the processes, in place. Collective."""
+    if torch_dist.get_world_size(group) > 1:
+        torch_dist.all_reduce(value, group=group)
+    return value
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every process's value, in rank order. Collective; JSON-like values only."""
+    values: list[Any] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Return rank 0's value on every process. Collective; JSON-like values only."""
+    values: list[Any] = [value]
+    torch_dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if torch_dist.get_world_size() > 1:
+        torch_dist.barrier()
+
+
+def group_of(ranks: Sequence[int]) -> torch_dist.ProcessGroup:
+    """Make a process group of these ranks; every process must call it. Collective."""
+    return torch_dist.new_group(list(ranks))

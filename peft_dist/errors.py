@@ -1,0 +1,63 @@
+"""The faults that belong to the user, and the exit codes the program promises.
+
+A `PeftDistError` is one line a person can act on. Our own broken invariants are `assert`s and
+keep their traceback, because those are bugs to report.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+"""The run finished."""
+EXIT_USER_ERROR = 2
+"""The recipe, the data or the machine must change first; starting again cannot help."""
+
+
+class PeftDistError(Exception):
+    """A fault the user can mend: what is wrong, where, the value, and the remedy, in one line.
+
+    Args:
+        problem: What is wrong, with the offending value in it.
+        where: Dotted field path, file, or file:line the problem belongs to.
+        remedy: What to do about it.
+    """
+
+    exit_code = EXIT_USER_ERROR
+
+    def __init__(self, problem: str, *, where: str = "", remedy: str = "") -> None:
+        """Join the parts into one line; embedded newlines are folded."""
+        parts = [f"{where}: {problem}" if where else problem]
+        if remedy:
+            parts.append(remedy)
+        super().__init__(" ".join("; ".join(parts).split()))
+
+
+class RecipeError(PeftDistError):
+    """A recipe, or an override of it, that cannot be used as written."""
+
+
+class DataError(PeftDistError):
+    """Rows that cannot be read or used."""
+
+
+class ModelError(PeftDistError):
+    """A model folder that is missing, broken or of an architecture that is not supported."""
+
+
+class RunDirError(PeftDistError):
+    """A run directory that is taken, incomplete or cannot be written."""
+
+
+class LaunchError(PeftDistError):
+    """A launcher whose settings contradict the recipe or the machine."""
+
+
+class TrainingError(PeftDistError):
+    """Training that cannot go on: a non-finite loss, a broken shard, a full disk."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return `did you mean 'x'?`, or the list of valid names where none is near."""
+    choices = sorted(valid)
+    close = difflib.get_close_matches(name, choices, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(choices)}"

@@ -1,0 +1,57 @@
+"""Score the adapter of a finished run on its held-out rows, as one process of a world.
+
+Uses the run's own recipe, on any number of processes; changes nothing in the run but adding
+`evaluation.json`.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from peft_dist import checkpoint, dist, resources
+from peft_dist.config import load_recipe
+from peft_dist.config.recipe import Parallel
+from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.errors import RecipeError, RunDirError
+from peft_dist.run_dir import RunDir, write_text_atomic
+from peft_dist.scoring import held_out, score
+from peft_dist.session import open_session
+from peft_dist.worker import Place, run_worker
+
+
+def main(argv: list[str]) -> int:
+    """Score one run as one process of a world; return the exit code."""
+    parser = argparse.ArgumentParser(prog="launch/evaluate.py", description=main.__doc__)
+    parser.add_argument("run_dir", type=Path, help="folder of a finished run")
+    parser.add_argument("overrides", nargs="*", help="key=value, such as data.eval=other.jsonl")
+    options = parser.parse_args(argv)
+    return run_worker(lambda world, place: _evaluate(options, world))
+
+
+def _evaluate(options: argparse.Namespace, world: dist.World) -> None:
+    run = RunDir.open(options.run_dir)
+    recipe = load_recipe(run.recipe, options.overrides)
+    # Scoring may use other processes than training did: what the launcher says is what counts.
+    recipe = recipe.model_copy(update={"parallel": Parallel()})
+    if not (run.adapter / checkpoint.ADAPTER_FILE).is_file():
+        raise RunDirError(
+            "holds no adapter", where=str(run.path), remedy="wait until training has finished"
+        )
+    if recipe.data.eval is None:
+        raise RecipeError(
+            "there are no held-out rows", where="data.eval", remedy="add data.eval=FILE"
+        )
+    cache = resources.cache_dir()
+    rows = tokenize_rows(recipe, "eval", cache / "rows")
+    held = held_out(recipe, rows)
+    dist.start(world)
+    session = open_session(recipe, world, cache_dir=cache, label_names=rows.label_names)
+    state = checkpoint.load_adapter(run.adapter, session.peft, session.adapter)
+    session.engine.load_adapter_state(session.adapter, state)
+    result = score(session, held)
+    if world.is_main:
+        text = json.dumps(asdict(result), indent=2)
+        write_text_atomic(run.path / "evaluation.json", text + "\n")
+        accuracy = "" if result.accuracy is None else f"accuracy {result.accuracy:.3f}  "
+        print(f"{accuracy}held-out loss {result.loss:.4f}  ({result.rows} rows)")

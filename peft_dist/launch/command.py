@@ -1,0 +1,80 @@
+"""Build the one command line, and the environment, that start the worker processes.
+
+Pure: runs nothing. Everything that starts training, here or in a job script, uses this.
+"""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from peft_dist import resources
+from peft_dist.launch.placement import Placement
+
+
+def train_command(
+    placement: Placement, recipe: Path, *, python: str = sys.executable, root: Path | None = None
+) -> list[str]:
+    """Return the argv that starts `placement.processes` workers on a run's own recipe.
+
+    Args:
+        placement: What `place` decided.
+        recipe: The recipe in the run directory.
+        python: The interpreter whose packages the workers use.
+        root: Folder that holds `launch/`. Default: this installation's.
+    """
+    launch = (root or resources.root()) / "launch"
+    command = [
+        python,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(launch / "strategies" / f"{placement.strategy}.yaml"),
+        "--num_processes",
+        str(placement.processes),
+    ]
+    if placement.strategy == "hsdp":
+        command += [
+            "--parallelism_config_dp_replicate_size",
+            str(placement.replicas),
+            "--parallelism_config_dp_shard_size",
+            str(placement.shard_size),
+        ]
+    return [*command, str(launch / "train.py"), str(recipe)]
+
+
+def evaluate_command(
+    run_dir: Path, *, python: str = sys.executable, root: Path | None = None
+) -> list[str]:
+    """Return the argv that scores a run's adapter in one process."""
+    return [python, str((root or resources.root()) / "launch" / "evaluate.py"), str(run_dir)]
+
+
+def quantize_command(arguments: Sequence[str], *, python: str = sys.executable) -> list[str]:
+    """Return the argv that fills the packed-base cache; the arguments are the module's own."""
+    return [python, "-m", "peft_dist.quantize", *arguments]
+
+
+def launch_environment(placement: Placement, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables to add to `environ` for the launcher."""
+    extra = worker_environment()
+    if not placement.on_gpu:
+        # Without it Accelerate's own state believes, on a CPU, that each process is alone.
+        extra["ACCELERATE_USE_CPU"] = "true"
+    if "OMP_NUM_THREADS" not in environ:
+        # Else every process takes every core (torchrun) or just one of them (Accelerate).
+        extra["OMP_NUM_THREADS"] = str(placement.threads_per_process)
+    return extra
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the variables that every data-plane process gets."""
+    # The script's folder and the current one stay off sys.path: `launch/evaluate.py` or a folder
+    # `wandb/` that a run left behind would otherwise be imported instead of the library.
+    return {"PYTHONSAFEPATH": "1"}
+
+
+def shell_line(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Return a command as one line that a shell would run the same way."""
+    settings = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+    return " ".join([*settings, shlex.join(command)])

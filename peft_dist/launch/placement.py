@@ -1,0 +1,103 @@
+"""Decide how many processes run on this machine, under which strategy and with which threads.
+
+Counts devices without torch: a launcher must not wake the GPU driver in its own process. Starts
+nothing.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from peft_dist.config import Recipe
+from peft_dist.errors import LaunchError
+
+Strategy: TypeAlias = Literal["ddp", "fsdp", "hsdp"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one node has to offer to this user."""
+
+    gpus: int
+    cores: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Processes on one node."""
+
+    strategy: Strategy
+    processes: int
+    shard_size: int
+    """Processes that hold one copy of the base together; 1 under ddp."""
+    machine: Machine
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the base over all processes."""
+        return self.processes // self.shard_size
+
+    @property
+    def on_gpu(self) -> bool:
+        """Say whether every process has a GPU of its own."""
+        return self.machine.gpus > 0
+
+    @property
+    def threads_per_process(self) -> int:
+        """CPU threads that one process may use without taking another's core."""
+        return max(1, self.machine.cores // self.processes)
+
+
+def this_machine(
+    environ: Mapping[str, str] = os.environ, device_folder: Path = Path("/dev")
+) -> Machine:
+    """Count the NVIDIA GPUs that CUDA would show, and the cores this process may use."""
+    return Machine(gpus=_visible_gpus(environ, device_folder), cores=_cores())
+
+
+def place(recipe: Recipe, machine: Machine) -> Placement:
+    """Place a recipe's processes on one machine.
+
+    Raises:
+        LaunchError: For more processes than GPUs, or processes that shards do not divide.
+    """
+    parallel = recipe.parallel
+    processes = parallel.processes or max(machine.gpus, 1)
+    strategy: Strategy = "fsdp" if parallel.strategy == "auto" else parallel.strategy
+    if 0 < machine.gpus < processes:
+        raise LaunchError(
+            f"{processes} processes on {machine.gpus} visible GPUs",
+            where="parallel.processes",
+            remedy=f"set --nproc {machine.gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU",
+        )
+    shard_size = {"ddp": 1, "fsdp": processes}.get(strategy, parallel.shard_size or processes)
+    if processes % shard_size:
+        raise LaunchError(
+            f"{shard_size} does not divide {processes} processes",
+            where="parallel.shard_size",
+            remedy=f"set it to a divisor of {processes}",
+        )
+    return Placement(strategy, processes, shard_size, machine)
+
+
+def _visible_gpus(environ: Mapping[str, str], device_folder: Path) -> int:
+    present = sum(1 for path in device_folder.glob("nvidia[0-9]*") if path.name[6:].isdigit())
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or present == 0:
+        return present
+    count = 0
+    for device in chosen.split(","):  # CUDA stops at the first entry it cannot use
+        name = device.strip()
+        number = int(name) if name.lstrip("-").isdigit() else None
+        if not name or (number is not None and not 0 <= number < present):
+            break
+        count += 1
+    return count
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # inside a SLURM job or a container: its share only
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

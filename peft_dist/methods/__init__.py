@@ -1,0 +1,8 @@
+"""Adapter families by the name a recipe gives them."""
+
+from types import ModuleType
+
+from peft_dist.methods import lora
+
+METHODS: dict[str, ModuleType] = {"lora": lora}
+"""Each module has `attach(model, settings, task)` and `initialise(model, settings, seed)`."""

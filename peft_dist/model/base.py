@@ -1,0 +1,281 @@
+"""The frozen base: which file tensor feeds which parameter, and filling them row by row.
+
+A rank reads only its own rows and quantizes only those, so no process ever holds the model. Does
+not know adapters: a parameter that no plan entry names is somebody else's to fill.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from peft_dist.dist import Shard, sum_over
+from peft_dist.errors import ModelError
+from peft_dist.model.architectures import block_linears
+from peft_dist.model.fingerprint import fingerprint_rows, wrap_int64
+from peft_dist.model.nf4 import FrozenLinear4bit, block_size_for, quantize_rows
+from peft_dist.model.weights import Packing, WeightFiles
+
+FRESH_HEADS = ("classifier", "score")
+"""Task heads that a pre-trained checkpoint may lack; they are initialised and trained."""
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """One tensor of the base: its name in the model, its source, and its storage.
+
+    `name` ends in `.weight` for a quantized linear too; its parameters are then `.packed` and
+    `.absmax`.
+    """
+
+    name: str
+    key: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+    block_size: int | None = None
+    packing: Packing | None = None
+
+    def parameters(self) -> tuple[str, ...]:
+        """Return the names of the parameters this tensor fills, in the order rows are read."""
+        if self.block_size is None:
+            return (self.name,)
+        module = self.name.removesuffix(".weight")
+        return (f"{module}.packed", f"{module}.absmax")
+
+
+@dataclass(frozen=True)
+class BasePlan:
+    """Everything the base is made of, and what was noticed while planning."""
+
+    tensors: tuple[BaseTensor, ...]
+    fresh: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def plan_base(model: PreTrainedModel, files: WeightFiles, *, quantization: str) -> BasePlan:
+    """Swap the linears inside the blocks for 4-bit ones and match every parameter to a file.
+
+    Reads no weight. The model is changed in place.
+
+    Raises:
+        ModelError: For a parameter that no file holds, or whose stored shape or type is wrong.
+    """
+    linears = block_linears(model) if quantization == "nf4" else {}
+    tensors: list[BaseTensor] = []
+    warnings: list[str] = []
+    fresh: list[str] = []
+    for names in _tied_names(model):
+        key = next((k for name in names for k in _candidates(model, name, files)), None)
+        name = names[0]
+        if key is None:
+            if name.split(".")[0] in FRESH_HEADS:
+                fresh.append(name)
+                continue
+            raise ModelError(
+                f"no tensor for {name} in {files.folder}",
+                where="model.name",
+                remedy="the files and config.json do not belong together",
+            )
+        linear = linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        packing = files.packing(key)
+        if packing is not None and linear is None:
+            raise ModelError(
+                f"{key} is stored in 4 bits, but quantization {quantization} needs it in full",
+                where="quantization",
+                remedy="set quantization: nf4, or use the full-precision model",
+            )
+        shape = tuple(model.get_parameter(name).shape)
+        if linear is None:
+            _check_stored(files, key, name, shape)
+            tensors.append(BaseTensor(name, key, shape))
+            continue
+        transposed = isinstance(linear, Conv1D) and packing is None
+        out_features, in_features = shape[::-1] if isinstance(linear, Conv1D) else shape
+        block_size = packing.block_size if packing else block_size_for(in_features)
+        if packing is None:
+            _check_stored(files, key, name, shape)
+        elif packing.shape != (out_features, in_features):
+            raise _wrong_shape(name, (out_features, in_features), packing.shape)
+        if block_size is None:
+            warnings.append(
+                f"{name} stays unquantized: its {in_features} columns are not a multiple of 32"
+            )
+            tensors.append(BaseTensor(name, key, shape))
+            continue
+        _swap(model, name.removesuffix(".weight"), linear, in_features, out_features, block_size)
+        tensors.append(
+            BaseTensor(name, key, (out_features, in_features), transposed, block_size, packing)
+        )
+    return BasePlan(tuple(tensors), tuple(fresh), tuple(warnings))
+
+
+def _tied_names(model: PreTrainedModel) -> list[list[str]]:
+    """Group parameter names that share one tensor, in model order."""
+    groups: dict[int, list[str]] = {}
+    model.tie_weights()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return list(groups.values())
+
+
+def _candidates(model: PreTrainedModel, name: str, files: WeightFiles) -> Iterator[str]:
+    """Yield the file keys a parameter may be stored under: with or without the trunk's prefix."""
+    prefix = f"{model.base_model_prefix}."
+    bare = name.removeprefix(prefix)
+    aliases = [name, bare]
+    # Released before transformers renamed them.
+    aliases += [a.replace("lm_head.", "embed_out.") for a in (name,) if a.startswith("lm_head.")]
+    for alias in tuple(aliases):
+        if "LayerNorm." in alias:
+            aliases.append(alias.replace(".weight", ".gamma").replace(".bias", ".beta"))
+    yield from (alias for alias in aliases if alias in files.tensors)
+
+
+def _wrong_shape(name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> ModelError:
+    return ModelError(
+        f"{name} has shape {list(found)} in the file, but config.json says {list(expected)}",
+        where="model.name",
+        remedy="the files and config.json do not belong together",
+    )
+
+
+def _check_stored(files: WeightFiles, key: str, name: str, shape: tuple[int, ...]) -> None:
+    stored = files.tensors[key]
+    if stored.shape != shape:
+        raise _wrong_shape(name, shape, stored.shape)
+    if not files.is_float(key):
+        raise ModelError(
+            f"{key} is stored as {stored.dtype}",
+            where="model.name",
+            remedy="supported: float weights, or bitsandbytes nf4",
+        )
+
+
+def _swap(
+    model: PreTrainedModel,
+    name: str,
+    linear: nn.Module,
+    in_features: int,
+    out_features: int,
+    block_size: int,
+) -> None:
+    parent, _, child = name.rpartition(".")
+    replacement = FrozenLinear4bit(
+        in_features,
+        out_features,
+        block_size=block_size,
+        bias=linear.bias is not None,
+        dtype=linear.weight.dtype,
+    )
+    setattr(model.get_submodule(parent), child, replacement)
+
+
+def read_rows(
+    tensor: BaseTensor, files: WeightFiles, shard: Shard, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """Read (and quantize) this shard's rows of one tensor, one result per parameter it fills.
+
+    Unquantized rows keep the dtype of the file.
+    """
+    start, stop = shard.rows(tensor.shape[0])
+    if tensor.block_size is None:
+        return (files.rows(tensor.key, start, stop).to(device),)
+    if tensor.packing is not None:
+        packed, absmax = files.packed_rows(tensor.key, tensor.packing, start, stop)
+        return packed.to(device), absmax.to(device)
+    rows = files.rows(tensor.key, start, stop, transposed=tensor.transposed).to(device)
+    if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        rows = rows.float()
+    return quantize_rows(rows, tensor.block_size)
+
+
+class RowSink(Protocol):
+    """Somebody who wants every tensor of the base, whole, one after the other."""
+
+    def add(self, tensor: BaseTensor, parts: tuple[torch.Tensor, ...]) -> None:
+        """Take the whole tensor."""
+
+
+def fill_base(
+    parameters: dict[str, nn.Parameter],
+    plan: BasePlan,
+    files: WeightFiles,
+    shard: Shard,
+    *,
+    device: torch.device,
+    sink: RowSink | None = None,
+) -> dict[str, int]:
+    """Read this shard's rows of every tensor into the parameters of that name. Collective.
+
+    A sharded parameter takes the rows as they are; a replicated one takes all rows, of which each
+    process has read and quantized its share. With `parameters` empty, rows go to the sink alone.
+
+    Returns:
+        The fingerprint of every tensor part as read, over all shards.
+    """
+    sums: list[int] = []
+    names = [name for tensor in plan.tensors for name in tensor.parameters()]
+    for tensor in plan.tensors:
+        start, _ = shard.rows(tensor.shape[0])
+        parts = read_rows(tensor, files, shard, device)
+        wholes: list[torch.Tensor] = []
+        for name, rows in zip(tensor.parameters(), parts, strict=True):
+            sums.append(fingerprint_rows(rows, start))
+            target = parameters.get(name)
+            sharded = target is None or isinstance(target, DTensor)
+            if sink is not None or not sharded:
+                wholes.append(shard.gather(rows, tensor.shape[0]))
+            if target is not None:
+                copy_rows(target, rows if sharded else wholes[-1])
+        if sink is not None:
+            sink.add(tensor, tuple(wholes))
+    total = sum_over(torch.tensor(sums, dtype=torch.int64, device=device), shard.group)
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+def copy_rows(parameter: nn.Parameter, rows: torch.Tensor) -> None:
+    """Write rows into a parameter's own storage, casting to its dtype."""
+    with torch.no_grad():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local.copy_(rows)
+
+
+def materialize(module: nn.Module, device: torch.device) -> None:
+    """Give every `meta` parameter memory on the device, keeping ties, and move the buffers."""
+    made: dict[int, nn.Parameter] = {}
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in made:
+                    empty = torch.empty_like(parameter, device=device)
+                    made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                child._parameters[name] = made[id(parameter)]
+        for name, buffer in child._buffers.items():
+            if buffer is not None:
+                child._buffers[name] = buffer.to(device)
+
+
+def live_fingerprint(parameters: dict[str, nn.Parameter], shard: Shard) -> dict[str, int]:
+    """Fingerprint the base as it stands in memory, over all shards. Collective.
+
+    A replicated parameter is hashed whole by every process: a replica that drifted differs.
+    """
+    sums: list[int] = []
+    sharded = False
+    for parameter in parameters.values():
+        if isinstance(parameter, DTensor):
+            sharded = True
+            start, _ = shard.rows(parameter.shape[0])
+            sums.append(fingerprint_rows(parameter.to_local(), start))
+        else:
+            sums.append(fingerprint_rows(parameter, 0))
+    total = torch.tensor([wrap_int64(s) for s in sums], dtype=torch.int64)
+    if sharded and sums:
+        device = next(iter(parameters.values())).device
+        total = sum_over(total.to(device), shard.group).cpu()
+    return dict(zip(parameters, total.tolist(), strict=True))

@@ -1,0 +1,274 @@
+"""The packed base on disk, so that the next start reads 4-bit rows instead of quantizing.
+
+A cache entry is a model folder in bitsandbytes' own safetensors naming, which transformers loads
+too. Its name is a hash of the source's content; a manifest, written last, holds the fingerprint
+of every tensor, which each load checks against the rows it really read.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import bitsandbytes.functional as bnb
+import torch
+from bitsandbytes.utils import pack_dict_to_tensor
+from torch import nn
+
+from peft_dist.dist import Shard, World, broadcast_object
+from peft_dist.model.base import BasePlan, BaseTensor, fill_base
+from peft_dist.model.weights import QUANT_STATE, WeightFiles
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "peft_dist_manifest.json"
+_FORMAT = 1
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def file_sha256(path: Path, memo_folder: Path) -> str:
+    """Return the sha256 of a file's content, remembered by path, size and modification time.
+
+    Hashing 140 GB takes minutes; doing it once per file is what a restart can afford.
+    """
+    facts = path.resolve().stat()
+    identity = f"{path.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}\0{facts.st_ino}"
+    memo = memo_folder / hashlib.sha256(identity.encode()).hexdigest()
+    try:
+        return memo.read_text()
+    except OSError:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        memo_folder.mkdir(parents=True, exist_ok=True)
+        partial = memo.with_suffix(f".{os.getpid()}")
+        partial.write_text(digest)
+        partial.replace(memo)
+    except OSError:
+        return digest  # A read-only cache costs another hash next time and nothing else.
+    return digest
+
+
+def entry_folder(cache: Path, files: WeightFiles) -> Path:
+    """Return where the packed form of these files belongs, whether or not it is there."""
+    digest = hashlib.sha256(f"peft-dist packed base {_FORMAT}\n".encode())
+    for file in (files.folder / "config.json", *files.files):
+        digest.update(f"{file.name} {file_sha256(file, cache / 'sha256')}\n".encode())
+    return cache / "packed" / digest.hexdigest()[:32]
+
+
+def read_manifest(entry: Path) -> dict[str, int] | None:
+    """Return the fingerprints of a complete entry; None where there is none to use."""
+    try:
+        manifest = json.loads((entry / MANIFEST).read_text())
+        if manifest["format"] != _FORMAT:
+            return None
+        if any((entry / n).stat().st_size != size for n, size in manifest["bytes"].items()):
+            return None
+        return {name: int(value) for name, value in manifest["fingerprints"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def discard(entry: Path) -> None:
+    """Remove an entry that failed its check."""
+    shutil.rmtree(entry, ignore_errors=True)
+
+
+def fill_through_cache(
+    parameters: dict[str, nn.Parameter],
+    plan: BasePlan,
+    files: WeightFiles,
+    shard: Shard,
+    *,
+    world: World,
+    cache_dir: Path,
+) -> Path | None:
+    """Fill the base from its packed form where that is whole, else from the files. Collective.
+
+    Reading from the files writes the packed form for the next start, by rank 0.
+
+    Returns:
+        The cache entry that now holds the base; None where it could not be written.
+    """
+    entry = Path(broadcast_object(str(entry_folder(cache_dir, files)) if world.is_main else ""))
+    expected = broadcast_object(read_manifest(entry) if world.is_main else None)
+    if expected is not None:
+        packed_files = WeightFiles(entry)
+        packed_plan = packed_form(plan, packed_files)
+        found = fill_base(parameters, packed_plan, packed_files, shard, device=world.device)
+        damaged = [name for name, value in expected.items() if found.get(name) != value]
+        if not damaged:
+            return entry
+        if world.is_main:
+            log.warning("packed base %s is damaged at %s; made anew", entry, damaged[0])
+    sink = PackedWriter(entry, plan, files) if world.is_main else DiscardRows()
+    found = fill_base(parameters, plan, files, shard, device=world.device, sink=sink)
+    sink.publish(found)
+    failure = broadcast_object(sink.failure)
+    if failure and world.is_main:
+        log.warning(failure)
+    return None if failure else entry
+
+
+def packed_form(plan: BasePlan, files: WeightFiles) -> BasePlan:
+    """Return the plan that reads the same tensors from a cache entry."""
+    tensors = tuple(
+        replace(t, key=t.name, transposed=False, packing=files.packing(t.name))
+        for t in plan.tensors
+    )
+    return replace(plan, tensors=tensors)
+
+
+class DiscardRows:
+    """The part of the other processes in writing a cache entry: take part in the exchange."""
+
+    failure = ""
+
+    def add(self, tensor: BaseTensor, parts: tuple[torch.Tensor, ...]) -> None:
+        """Drop the tensor."""
+
+    def publish(self, fingerprints: dict[str, int]) -> None:
+        """Leave publishing to rank 0."""
+
+
+class PackedWriter:
+    """Streams the packed base to disk, one tensor at a time, and publishes it when complete.
+
+    A cache is a convenience: when the disk is full or read-only, `failure` says so and every
+    later call does nothing.
+    """
+
+    def __init__(self, entry: Path, plan: BasePlan, files: WeightFiles) -> None:
+        """Open a temporary folder beside the entry and write the header."""
+        self.entry, self.failure = entry, ""
+        self._sizes: dict[str, int] = {}
+        self._stream: BinaryIO | None = None
+        self._temporary = entry
+        layout = [spec for tensor in plan.tensors for spec in _layout(tensor, files)]
+        try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
+            self._stream = (self._temporary / "model.safetensors").open("wb")
+            self._stream.write(_header(layout))
+            self._write_config(files, plan)
+        except OSError as error:
+            self._give_up(error)
+
+    def _write_config(self, files: WeightFiles, plan: BasePlan) -> None:
+        config = json.loads((files.folder / "config.json").read_text())
+        skipped = [
+            t.name.removesuffix(".weight")
+            for t in plan.tensors
+            if t.block_size is None and len(t.shape) == 2
+        ]
+        config["quantization_config"] = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": False,
+            "bnb_4bit_compute_dtype": "float32",
+            "llm_int8_skip_modules": ["lm_head", *skipped],
+        }
+        (self._temporary / "config.json").write_text(json.dumps(config, indent=2))
+
+    def add(self, tensor: BaseTensor, parts: tuple[torch.Tensor, ...]) -> None:
+        """Append one whole tensor, in the order of the plan."""
+        if self._stream is None:
+            return
+        pieces = [*parts]
+        if tensor.block_size is not None:
+            pieces += [_code_map(), _quant_state(tensor)]
+        try:
+            for piece in pieces:
+                self._stream.write(_raw(piece))
+        except OSError as error:
+            self._give_up(error)
+
+    def publish(self, fingerprints: dict[str, int]) -> None:
+        """Write the manifest and rename the folder into place, as one step for readers."""
+        if self._stream is None:
+            return
+        try:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            manifest = {
+                "format": _FORMAT,
+                "bytes": {p.name: p.stat().st_size for p in self._temporary.iterdir()},
+                "fingerprints": {name: str(value) for name, value in fingerprints.items()},
+            }
+            (self._temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            discard(self.entry)
+            self._temporary.rename(self.entry)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self.failure = f"the packed base is not cached: {error}"
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _layout(
+    tensor: BaseTensor, files: WeightFiles
+) -> list[tuple[str, str, tuple[int, ...], int]]:
+    """Return (key, safetensors dtype, shape, bytes) of each piece `add` writes for a tensor."""
+    if tensor.block_size is None:
+        dtype = files.tensors[tensor.key].dtype
+        elements = 1
+        for size in tensor.shape:
+            elements *= size
+        return [(tensor.name, dtype, tensor.shape, elements * _DTYPES[dtype].itemsize)]
+    values = tensor.shape[0] * tensor.shape[1]
+    blocks = values // tensor.block_size
+    state_bytes = _quant_state(tensor).numel()
+    return [
+        (tensor.name, "U8", (values // 2, 1), values // 2),
+        (f"{tensor.name}.absmax", "F32", (blocks,), blocks * 4),
+        (f"{tensor.name}.quant_map", "F32", (16,), 64),
+        (f"{tensor.name}{QUANT_STATE}nf4", "U8", (state_bytes,), state_bytes),
+    ]
+
+
+def _header(layout: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """Return the head of a safetensors file: its length, then JSON padded to 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for key, dtype, shape, size in layout:
+        entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _code_map() -> torch.Tensor:
+    return bnb.get_4bit_type("nf4", device="cpu")
+
+
+def _quant_state(tensor: BaseTensor) -> torch.Tensor:
+    facts = {
+        "quant_type": "nf4",
+        "blocksize": tensor.block_size,
+        "dtype": "float32",
+        "shape": list(tensor.shape),
+    }
+    return pack_dict_to_tensor(facts)
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy())

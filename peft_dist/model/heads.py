@@ -1,0 +1,128 @@
+"""From hidden states to losses: what a wrapped model computes for one micro-batch.
+
+The vocabulary is only scored at positions that have a target, in chunks, so that the logits of a
+long batch never stand in memory at once. No optimisation and no reduction over processes here.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional
+
+LOGIT_BYTES_PER_CHUNK = 256 << 20
+"""Float32 logits that stand in memory at once."""
+
+
+class Losses(NamedTuple):
+    """What one pass gives.
+
+    Attributes:
+        nll: float32 [N], negative log-likelihood of each target.
+        choice_logits: float32 [n_rows, n_choices], scores at each row's first target; or None.
+    """
+
+    nll: torch.Tensor
+    choice_logits: torch.Tensor | None
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of hidden [N, H] against a frozen head [V, H] without [N, V] logits.
+
+    The gradient for `hidden` is made chunk by chunk during forward, while the logits of that
+    chunk stand; backward only scales it. The head is frozen and gets none.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        rows = max(1, LOGIT_BYTES_PER_CHUNK // (4 * weight.shape[0]))
+        wants_grad = ctx.needs_input_grad[0]
+        nll = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        grad = torch.empty_like(hidden) if wants_grad else None
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            logits = functional.linear(hidden[part], weight, bias).float()
+            capped = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+            log_norm = torch.logsumexp(capped, dim=-1)
+            picked = capped.gather(1, targets[part, None]).squeeze(1)
+            nll[part] = log_norm - picked
+            if grad is not None:
+                step = torch.exp(capped - log_norm[:, None])
+                step[torch.arange(step.shape[0], device=step.device), targets[part]] -= 1.0
+                if softcap is not None:
+                    step *= 1.0 - (capped / softcap) ** 2
+                grad[part] = step.to(weight.dtype) @ weight
+        ctx.save_for_backward(grad)
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (grad,) = ctx.saved_tensors
+        return grad * grad_nll[:, None].to(grad.dtype), None, None, None, None
+
+
+class CausalLM(nn.Module):
+    """A causal language model with its adapters, as a function from a batch to its losses.
+
+    The one module an engine wraps: the output head is used inside its forward, where a sharding
+    engine has gathered it.
+    """
+
+    def __init__(self, peft_model: PeftModel) -> None:
+        """Take a model that has its adapters already."""
+        super().__init__()
+        self.peft = peft_model
+        self.softcap = getattr(peft_model.get_base_model().config, "final_logit_softcapping", None)
+
+    def forward(self, batch: Any, choice_ids: torch.Tensor | None = None) -> Losses:
+        """Score a `Batch`, and its rows' first targets against single-token choices [C]."""
+        model = self.peft.get_base_model()
+        hidden = model.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+        ).last_hidden_state
+        head = model.get_output_embeddings()
+        picked = hidden.flatten(0, 1)[batch.label_positions]
+        if batch.label_positions.numel() == 0:
+            # Every process must take part in the same collectives, with work or without.
+            return Losses(hidden.float().sum()[None] * 0.0, None)
+        if torch.is_autocast_enabled(picked.device.type):
+            picked = picked.to(torch.get_autocast_dtype(picked.device.type))
+        weight = head.weight.to(picked.dtype)
+        bias = None if head.bias is None else head.bias.to(picked.dtype)
+        nll = _ChunkedCrossEntropy.apply(picked, weight, bias, batch.targets, self.softcap)
+        choice_logits = None
+        if choice_ids is not None:
+            rows = torch.arange(batch.n_rows, device=picked.device)
+            first = picked[torch.searchsorted(batch.target_rows, rows)]
+            choice_bias = None if bias is None else bias[choice_ids]
+            choice_logits = functional.linear(first, weight[choice_ids], choice_bias).float()
+        return Losses(nll, choice_logits)
+
+
+class SequenceClassifier(nn.Module):
+    """An encoder with a classification head, as a function from a batch to its losses."""
+
+    def __init__(self, peft_model: PeftModel) -> None:
+        """Take a model that has its adapters already."""
+        super().__init__()
+        self.peft = peft_model
+
+    def forward(self, batch: Any, choice_ids: torch.Tensor | None = None) -> Losses:
+        """Score a `Batch`; the choices are always all classes."""
+        logits = self.peft(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask
+        ).logits.float()
+        if batch.targets.numel() == 0:
+            return Losses(logits.sum()[None] * 0.0, None)
+        return Losses(functional.cross_entropy(logits, batch.targets, reduction="none"), logits)

@@ -1,0 +1,137 @@
+"""A frozen linear layer stored in 4 bits whose bytes shard like any other parameter.
+
+The bytes are exactly bitsandbytes' NF4 codes and scales; its kernels do the arithmetic. This
+layer is never trained, merged or repacked.
+"""
+
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import nn
+
+BLOCK_SIZES = (64, 32)
+"""Values per scale, in order of preference. A block must not cross a row, or rows cannot shard."""
+
+
+def block_size_for(in_features: int) -> int | None:
+    """Return the block size that tiles one row exactly, or None where NF4 is impossible."""
+    return next((size for size in BLOCK_SIZES if in_features % size == 0), None)
+
+
+def quantize_rows(rows: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize float rows [n, in] to NF4 (QLoRA, arXiv 2305.14314).
+
+    Because no block crosses a row, the result for rows [a, b) is rows [a, b) of the result for
+    the whole tensor.
+
+    Returns:
+        packed: uint8 [n, in / 2], two codes per byte.
+        absmax: uint8 [n, in / block_size * 4], the float32 scales as bytes.
+    """
+    n, in_features = rows.shape
+    if n == 0:
+        return (
+            torch.empty(0, in_features // 2, dtype=torch.uint8, device=rows.device),
+            torch.empty(0, in_features // block_size * 4, dtype=torch.uint8, device=rows.device),
+        )
+    packed, state = bnb.quantize_4bit(rows.contiguous(), blocksize=block_size, quant_type="nf4")
+    scales = state.absmax.reshape(n, in_features // block_size)
+    return packed.reshape(n, in_features // 2), scales.view(torch.uint8)
+
+
+def dequantize(
+    packed: torch.Tensor, absmax: torch.Tensor, *, block_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the float weight [out, in] of `packed` and `absmax` as `quantize_rows` made them."""
+    shape = torch.Size((packed.shape[0], packed.shape[1] * 2))
+    if packed.is_meta:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    state = bnb.QuantState(
+        absmax=absmax.view(torch.float32).reshape(-1),
+        shape=shape,
+        blocksize=block_size,
+        quant_type="nf4",
+        dtype=dtype,
+    )
+    return bnb.dequantize_4bit(packed.reshape(-1, 1), state)
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """x @ dequantize(packed).T, with a gradient for x alone.
+
+    The parameters themselves are saved, not the float weight: an engine that frees them after
+    forward gathers them again before backward.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(packed, absmax)
+        ctx.block_size = block_size
+        return x @ dequantize(packed, absmax, block_size=block_size, dtype=x.dtype).t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        packed, absmax = ctx.saved_tensors
+        weight = dequantize(packed, absmax, block_size=ctx.block_size, dtype=grad.dtype)
+        return grad @ weight, None, None, None
+
+
+class FrozenLinear4bit(nn.Module):
+    """A linear layer y = x W^T + b whose W is frozen in NF4.
+
+    Attributes:
+        packed: uint8 [out, in / 2], frozen.
+        absmax: uint8 [out, in / block_size * 4], frozen; float32 scales kept as bytes because a
+            mixed precision policy would cast a float parameter.
+        bias: float [out] or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        block_size: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "meta",
+    ) -> None:
+        """Make an empty layer; `dtype` is that of bias and of `weight`."""
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.block_size, self.dtype = block_size, dtype
+        scales = in_features // block_size * 4
+        self.packed = nn.Parameter(
+            torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device),
+            requires_grad=False,
+        )
+        self.absmax = nn.Parameter(
+            torch.empty(out_features, scales, dtype=torch.uint8, device=device),
+            requires_grad=False,
+        )
+        self.bias: nn.Parameter | None = None
+        if bias:
+            empty = torch.empty(out_features, dtype=dtype, device=device)
+            self.bias = nn.Parameter(empty, requires_grad=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantized weight [out, in]; made anew at each access (DoRA needs its norm)."""
+        return dequantize(self.packed, self.absmax, block_size=self.block_size, dtype=self.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [..., in] to [..., out] in x's dtype, or autocast's where that is on."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = _FrozenMatmul.apply(x, self.packed, self.absmax, self.block_size)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Show the shape and block size in the model's printout."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, block_size={self.block_size}"
+        )

@@ -1,0 +1,192 @@
+"""Read rows of tensors from the safetensors files of a model folder.
+
+Knows files, shapes and bitsandbytes' naming of packed tensors. Knows no model and no sharding.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from peft_dist.errors import ModelError
+
+QUANT_STATE = ".quant_state.bitsandbytes__"
+"""Behind a weight's name: JSON about its packing, stored as bytes."""
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def model_folder(name: str, revision: str | None) -> Path:
+    """Return the folder of a model: a local one as it is, a hub id after download.
+
+    Raises:
+        ModelError: Where there is neither.
+    """
+    local = Path(name).expanduser()
+    if local.is_dir():
+        return local
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{name!r} is neither a folder nor a hub model that can be reached "
+            f"({type(error).__name__})",
+            where="model.name",
+            remedy="check the path, or download the model where there is a network",
+        ) from None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How bitsandbytes packed one weight."""
+
+    shape: tuple[int, int]
+    block_size: int
+    nested: dict[str, Any] | None
+
+
+class WeightFiles:
+    """The tensors of one model folder, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers of every safetensors file in the folder.
+
+        Raises:
+            ModelError: For no files, a broken one, or one the index names that is not there.
+        """
+        self.folder = folder
+        self.files = _safetensors_files(folder)
+        self._open: dict[Path, Any] = {}
+        self.tensors: dict[str, Stored] = {}
+        for file in self.files:
+            handle = self._handle(file)
+            for key in handle.keys():  # noqa: SIM118 - not a mapping
+                piece = handle.get_slice(key)
+                self.tensors[key] = Stored(file, tuple(piece.get_shape()), piece.get_dtype())
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ModelError(
+                    f"{file} is not a readable safetensors file ({error})",
+                    where="model.name",
+                    remedy="download or copy the model again",
+                ) from None
+        return self._open[file]
+
+    def rows(self, key: str, start: int, stop: int, *, transposed: bool = False) -> torch.Tensor:
+        """Read rows [start, stop) of a tensor, or of its transpose, in the stored dtype."""
+        piece = self._handle(self.tensors[key].file).get_slice(key)
+        if transposed:
+            return piece[:, start:stop].t().contiguous()
+        return piece[start:stop]
+
+    def whole(self, key: str) -> torch.Tensor:
+        """Read a whole tensor; for small ones."""
+        return self._handle(self.tensors[key].file).get_tensor(key)
+
+    def is_float(self, key: str) -> bool:
+        """Say whether a tensor holds floats that can be quantized or cast."""
+        return self.tensors[key].dtype in _FLOATS
+
+    def packing(self, key: str) -> Packing | None:
+        """Return how bitsandbytes packed this weight; None where it is not packed.
+
+        Raises:
+            ModelError: For a packing that rows cannot be cut from.
+        """
+        states = [name for name in self.tensors if name.startswith(key + QUANT_STATE)]
+        if not states:
+            return None
+        kind = states[0].removeprefix(key + QUANT_STATE)
+        if kind != "nf4":
+            raise ModelError(
+                f"{key} is stored as {kind}",
+                where="model.name",
+                remedy="only nf4 is supported; use the full-precision model",
+            )
+        facts = json.loads(bytes(self.whole(states[0]).tolist()))
+        out_features, in_features = facts["shape"]
+        block_size = facts["blocksize"]
+        if in_features % block_size:
+            raise ModelError(
+                f"{key} has {in_features} columns packed in blocks of {block_size}, which cross "
+                "rows, so its rows cannot be sharded",
+                where="model.name",
+                remedy="use the full-precision model",
+            )
+        nested = facts if f"{key}.nested_absmax" in self.tensors else None
+        return Packing((out_features, in_features), block_size, nested)
+
+    def packed_rows(
+        self, key: str, packing: Packing, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read rows of a packed weight as `nf4.quantize_rows` returns them."""
+        in_features = packing.shape[1]
+        row_bytes, row_blocks = in_features // 2, in_features // packing.block_size
+        codes = self.rows(key, start * row_bytes, stop * row_bytes)
+        if packing.nested is None:
+            scales = self.rows(f"{key}.absmax", start * row_blocks, stop * row_blocks)
+        else:
+            scales = self._nested_absmax(key, packing.nested)[start * row_blocks : stop * row_blocks]
+        scales = scales.reshape(stop - start, row_blocks).contiguous()
+        return codes.reshape(stop - start, row_bytes), scales.view(torch.uint8)
+
+    def _nested_absmax(self, key: str, facts: dict[str, Any]) -> torch.Tensor:
+        """Undo double quantization of the scales, as bitsandbytes does at compute time."""
+        import bitsandbytes.functional as bnb
+
+        state = bnb.QuantState(
+            absmax=self.whole(f"{key}.nested_absmax"),
+            blocksize=facts["nested_blocksize"],
+            code=self.whole(f"{key}.nested_quant_map"),
+            dtype=getattr(torch, facts["nested_dtype"]),
+        )
+        scales = bnb.dequantize_blockwise(self.whole(f"{key}.absmax"), state)
+        return (scales + facts["nested_offset"]).float()
+
+
+def _safetensors_files(folder: Path) -> tuple[Path, ...]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ModelError(
+                f"{index} is not a safetensors index",
+                where="model.name",
+                remedy="download or copy the model again",
+            ) from None
+        files = tuple(folder / name for name in names)
+    else:
+        files = (folder / "model.safetensors",)
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise ModelError(
+            f"{missing} does not exist",
+            where="model.name",
+            remedy="the model must be stored as safetensors; convert it with save_pretrained",
+        )
+    return files

@@ -1,0 +1,66 @@
+"""Fill the cache with a model's packed form ahead of training, or check the one that is there.
+
+One process, or several under torchrun that share the rows out; none holds the model.
+"""
+
+import argparse
+import time
+
+import torch
+
+from peft_dist import dist, resources
+from peft_dist.errors import ModelError
+from peft_dist.model import architectures, base, cache
+from peft_dist.model.weights import WeightFiles, model_folder
+from peft_dist.worker import run_worker
+
+
+def main(argv: list[str]) -> int:
+    """Quantize one model as one process of a world; return the exit code."""
+    parser = argparse.ArgumentParser(prog="peft-dist quantize", description=main.__doc__)
+    parser.add_argument("model", help="folder with safetensors files, or a hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub model")
+    parser.add_argument(
+        "--task",
+        choices=("causal-lm", "sequence-classification"),
+        default="causal-lm",
+        help="what the model will be trained to do (default: %(default)s)",
+    )
+    options = parser.parse_args(argv)
+    return run_worker(lambda world, place: _quantize(options, world))
+
+
+def _quantize(options: argparse.Namespace, world: dist.World) -> None:
+    started = time.monotonic()
+    folder = model_folder(options.model, options.revision)
+    config = architectures.read_config(folder, task=options.task)
+    files = WeightFiles(folder)
+    dtype = torch.float32  # of parameters that are never given memory here
+    skeleton = architectures.build_skeleton(
+        config, task=options.task, dtype=dtype, attention="auto"
+    )
+    plan = base.plan_base(skeleton, files, quantization="nf4")
+    if any(tensor.packing is not None for tensor in plan.tensors):
+        raise ModelError(
+            f"{folder} is quantized already", where="MODEL", remedy="train from it as it is"
+        )
+    dist.start(world)
+    shard = dist.Shard(world.rank, world.size)
+    entry = cache.fill_through_cache(
+        {}, plan, files, shard, world=world, cache_dir=resources.cache_dir()
+    )
+    if entry is None:
+        raise ModelError(
+            "the packed base could not be written",
+            where=str(resources.cache_dir()),
+            remedy="free space there, or set PEFT_DIST_CACHE",
+        )
+    if world.is_main:
+        size = sum(file.stat().st_size for file in entry.iterdir())
+        print(f"{entry}  {size / 1e6:,.1f} MB  {time.monotonic() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,161 @@
+"""Held-out loss and accuracy of a session's model, shared out over all processes.
+
+Changes no weight and no gradient; knows no schedule.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from peft_dist import dist
+from peft_dist.config import Recipe
+from peft_dist.data.order import assign
+from peft_dist.data.pack import pack
+from peft_dist.data.tokenize import TokenizedRows, encode_completions
+from peft_dist.errors import DataError
+from peft_dist.session import Session
+
+
+@dataclass(frozen=True)
+class Score:
+    """The result of one evaluation."""
+
+    loss: float
+    """Mean negative log-likelihood per trained token, in nats."""
+    accuracy: float | None
+    """Share of rows whose own choice or class is the most likely; None without choices."""
+    rows: int
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to score, and the choices to score them against."""
+
+    rows: TokenizedRows
+    choices: tuple[NDArray[np.int32], ...]
+    """Tokens of each choice, without the end token; empty: loss only."""
+    truth: NDArray[np.int64] | None
+    """[n_rows] index of each row's own choice or class."""
+
+    @property
+    def single_token(self) -> bool:
+        """Say whether one position tells all choices apart."""
+        return all(len(choice) == 1 for choice in self.choices)
+
+
+def held_out(recipe: Recipe, rows: TokenizedRows) -> HeldOut:
+    """Take the first `evaluate.max_rows` rows and find which choice each one is.
+
+    Raises:
+        DataError: For a row whose completion is none of the choices.
+    """
+    rows = _first(rows, recipe.evaluate.max_rows)
+    if rows.class_ids is not None:
+        return HeldOut(rows, (), rows.class_ids)
+    if not recipe.evaluate.choices:
+        return HeldOut(rows, (), None)
+    encoded = encode_completions(recipe, recipe.evaluate.choices)
+    by_tokens = {tokens.tobytes(): index for index, tokens in enumerate(encoded)}
+    truth = np.empty(rows.n_rows, dtype=np.int64)
+    for row in range(rows.n_rows):
+        part = slice(rows.offsets[row], rows.offsets[row + 1])
+        completion = np.asarray(rows.tokens[part][rows.trained[part]], dtype=np.int32)
+        index = by_tokens.get(completion.tobytes())
+        if index is None:
+            raise DataError(
+                f"row {row + 1} of the held-out rows completes with none of the choices",
+                where="evaluate.choices",
+                remedy="add its completion to the choices, or raise data.max_length",
+            )
+        truth[row] = index
+    return HeldOut(rows, tuple(tokens[:-1] for tokens in encoded), truth)
+
+
+def _first(rows: TokenizedRows, count: int | None) -> TokenizedRows:
+    if count is None or count >= rows.n_rows:
+        return rows
+    tokens = int(rows.offsets[count])
+    return replace(
+        rows,
+        tokens=rows.tokens[:tokens],
+        trained=rows.trained[:tokens],
+        offsets=rows.offsets[: count + 1],
+        class_ids=None if rows.class_ids is None else rows.class_ids[:count],
+    )
+
+
+def score(session: Session, held: HeldOut) -> Score:
+    """Score the rows. Collective."""
+    was_training = session.model.training
+    session.model.eval()
+    try:
+        with torch.no_grad(), session.autocast():
+            return _score(session, held)
+    finally:
+        session.model.train(was_training)
+
+
+def _score(session: Session, held: HeldOut) -> Score:
+    device = session.world.device
+    choices = held.choices if held.single_token else ()
+    choice_ids = torch.tensor(np.concatenate(choices), device=device) if choices else None
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # nll, correct rows
+    for ids, batch in _batches(session, held.rows):
+        losses = session.engine.run(batch, choice_ids)
+        if not len(ids):
+            continue
+        totals[0] += losses.nll.sum()
+        if losses.choice_logits is not None and held.truth is not None:
+            truth = torch.from_numpy(held.truth[ids]).to(device)
+            totals[1] += (losses.choice_logits.argmax(dim=1) == truth).sum()
+    nll, correct = dist.sum_over(totals).tolist()
+    if held.truth is not None and held.choices and not held.single_token:
+        correct = _correct_by_likelihood(session, held)
+    return Score(
+        loss=nll / int(held.rows.predicted_counts.sum()),
+        accuracy=None if held.truth is None else correct / held.rows.n_rows,
+        rows=held.rows.n_rows,
+    )
+
+
+def _batches(session: Session, rows: TokenizedRows):  # noqa: ANN202 - a private generator
+    groups = assign(
+        np.arange(rows.n_rows),
+        rows.lengths,
+        world_size=session.world.size,
+        micro_batch_size=session.recipe.evaluate.micro_batch_size,
+    )
+    for ids in groups[session.world.rank]:
+        yield ids, pack(rows, ids, packing=session.packing).to(session.world.device)
+
+
+def _correct_by_likelihood(session: Session, held: HeldOut) -> float:
+    """Count rows whose own choice has the highest likelihood, each choice scored as a row."""
+    crossed = _every_choice(held)
+    scores = torch.zeros(crossed.n_rows, dtype=torch.float64, device=session.world.device)
+    for ids, batch in _batches(session, crossed):
+        losses = session.engine.run(batch)
+        if len(ids):
+            rows = torch.from_numpy(ids).to(scores.device)[batch.target_rows]
+            scores.index_add_(0, rows, -losses.nll.double())
+    best = dist.sum_over(scores).reshape(held.rows.n_rows, len(held.choices)).argmax(dim=1)
+    return float((best.cpu().numpy() == held.truth).sum())
+
+
+def _every_choice(held: HeldOut) -> TokenizedRows:
+    """Return rows x choices rows: each prompt with each choice, the choice alone trained."""
+    rows = held.rows
+    tokens: list[NDArray[np.int32]] = []
+    trained: list[NDArray[np.bool_]] = []
+    for row in range(rows.n_rows):
+        part = slice(rows.offsets[row], rows.offsets[row + 1])
+        prompt = rows.tokens[part][: int(np.argmax(rows.trained[part]))]
+        for choice in held.choices:
+            tokens.append(np.concatenate([prompt, choice]))
+            trained.append(np.arange(len(tokens[-1])) >= len(prompt))
+    offsets = np.cumsum([0, *(len(t) for t in tokens)], dtype=np.int64)
+    return replace(
+        rows, tokens=np.concatenate(tokens), trained=np.concatenate(trained), offsets=offsets
+    )

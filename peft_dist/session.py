@@ -1,0 +1,249 @@
+"""Put a run's model together on one process: base, adapter and engine, proven to be sharded.
+
+The order is what makes it right: build on `meta`, swap linears, attach adapters, shard, and only
+then read the rows that belong here. Trains nothing.
+"""
+
+import logging
+import os
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from peft_dist import dist
+from peft_dist.config import Recipe
+from peft_dist.errors import ModelError, TrainingError
+from peft_dist.methods import METHODS
+from peft_dist.methods.init import assign, generator_for
+from peft_dist.model import architectures, base, cache
+from peft_dist.model.base import BasePlan
+from peft_dist.model.heads import CausalLM, SequenceClassifier
+from peft_dist.model.weights import WeightFiles, model_folder
+from peft_dist.shard import ENGINES, Engine
+from peft_dist.shard.launched import resolve
+
+log = logging.getLogger(__name__)
+
+_HEADS = {"causal-lm": CausalLM, "sequence-classification": SequenceClassifier}
+
+
+@dataclass
+class Session:
+    """A loaded, sharded model with its adapters."""
+
+    recipe: Recipe
+    world: dist.World
+    strategy: str
+    engine: Engine
+    model: nn.Module
+    peft: PeftModel
+    compute_dtype: torch.dtype
+    base: dict[str, nn.Parameter]
+    adapter: dict[str, nn.Parameter]
+    base_bytes_total: int
+    base_bytes_by_rank: list[int]
+    base_fingerprint: dict[str, int]
+    packed_base: Path | None
+    load_seconds: float
+
+    @property
+    def packing(self) -> bool:
+        """Say whether the rows of a micro-batch are laid end to end."""
+        packing = self.recipe.data.packing
+        return self.recipe.model.task == "causal-lm" if packing is None else packing
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context every pass runs in: adapters are float32, the base may be less."""
+        device = self.world.device.type
+        return torch.autocast(device, torch.bfloat16, self.compute_dtype == torch.bfloat16)
+
+    def check_base_unchanged(self) -> None:
+        """Hash the base again and compare. Collective.
+
+        Raises:
+            TrainingError: Naming the first tensor that changed.
+        """
+        now = base.live_fingerprint(self.base, self.engine.shard)
+        changed = [name for name, value in self.base_fingerprint.items() if now[name] != value]
+        if changed:
+            raise TrainingError(
+                f"{len(changed)} frozen tensors changed in training, {changed[0]} first",
+                remedy="the adapter is not to be trusted; please report this",
+            )
+
+
+def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Return the dtype a recipe computes in on this device."""
+    if recipe.model.dtype != "auto":
+        return getattr(torch, recipe.model.dtype)
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    # Without matrix units for it, bfloat16 is slower than float32 on a CPU.
+    return torch.bfloat16 if on_gpu else torch.float32
+
+
+def _attention(recipe: Recipe, device: torch.device) -> str:
+    if recipe.model.attention != "auto" or device.type != "cuda":
+        return recipe.model.attention
+    from transformers.utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if is_flash_attn_2_available() else "auto"
+
+
+def open_session(
+    recipe: Recipe, world: dist.World, *, cache_dir: Path, label_names: tuple[str, ...] = ()
+) -> Session:
+    """Build, shard and load the model. Collective.
+
+    Args:
+        recipe: The run's recipe.
+        world: This process's place.
+        cache_dir: Where packed bases are kept.
+        label_names: Class names, for sequence classification.
+
+    Raises:
+        PeftDistError: For a model, launcher or option that cannot work; before weights are read
+            wherever that can be known.
+    """
+    started = time.monotonic()
+    launched = resolve(recipe.parallel, world, os.environ)
+    dtype = compute_dtype(recipe, world.device)
+    folder = model_folder(recipe.model.name, recipe.model.revision)
+    config = architectures.read_config(folder, task=recipe.model.task)
+    files = WeightFiles(folder)
+    skeleton = architectures.build_skeleton(
+        config,
+        task=recipe.model.task,
+        dtype=dtype,
+        attention=_attention(recipe, world.device),
+        label_names=label_names,
+    )
+    has_conv1d = architectures.has_conv1d(skeleton)
+    plan = base.plan_base(skeleton, files, quantization=recipe.quantization)
+    if world.is_main:
+        for warning in plan.warnings:
+            log.warning(warning)
+    blocks = list(architectures.transformer_blocks(skeleton).values())
+    if recipe.train.activation_checkpointing:
+        skeleton.gradient_checkpointing_enable({"use_reentrant": False})
+    method = METHODS[recipe.method.kind]
+    peft = method.attach(
+        skeleton,
+        recipe.method,
+        task=recipe.model.task,
+        base_name=recipe.model.name,
+        has_conv1d=has_conv1d,
+    )
+    model = _HEADS[recipe.model.task](peft)
+    engine = ENGINES[launched.strategy](world, shard_size=launched.shard_size)
+    engine.wrap(model, blocks)
+    base.materialize(model, world.device)
+
+    frozen, trained = _split(peft)
+    by_name = {base_name(name): parameter for name, parameter in frozen.items()}
+    packed = _fill(by_name, plan, files, engine, recipe, world, cache_dir)
+    for name, parameter in {**frozen, **trained}.items():
+        if base_name(name) in plan.fresh:
+            _initialise_head(parameter, base_name(name), recipe, config, engine)
+    method.initialise(peft, recipe.method, seed=recipe.train.seed, shard=engine.shard)
+
+    total, by_rank = _prove_sharded(engine, frozen, trained, launched.strategy)
+    fingerprint = base.live_fingerprint(frozen, engine.shard)
+    engine.ready(model)
+    return Session(
+        recipe=recipe,
+        world=world,
+        strategy=launched.strategy,
+        engine=engine,
+        model=model,
+        peft=peft,
+        compute_dtype=dtype,
+        base=frozen,
+        adapter=trained,
+        base_bytes_total=total,
+        base_bytes_by_rank=by_rank,
+        base_fingerprint=fingerprint,
+        packed_base=packed,
+        load_seconds=time.monotonic() - started,
+    )
+
+
+def base_name(name: str) -> str:
+    """Return the name a parameter has in the bare model, given its name in the PEFT model."""
+    for inserted in ("base_layer.", "original_module.", "modules_to_save.default."):
+        name = name.replace(inserted, "")
+    return name.removeprefix("base_model.model.")
+
+
+def _split(peft: PeftModel) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    frozen: dict[str, nn.Parameter] = {}
+    trained: dict[str, nn.Parameter] = {}
+    for name, parameter in peft.named_parameters():
+        (trained if parameter.requires_grad else frozen)[name] = parameter
+    return frozen, trained
+
+
+def _fill(
+    parameters: dict[str, nn.Parameter],
+    plan: BasePlan,
+    files: WeightFiles,
+    engine: Engine,
+    recipe: Recipe,
+    world: dist.World,
+    cache_dir: Path,
+) -> Path | None:
+    """Fill the base from the packed cache, or from the model's files, which fills the cache."""
+    if recipe.quantization == "none" or any(t.packing is not None for t in plan.tensors):
+        base.fill_base(parameters, plan, files, engine.shard, device=world.device)
+        return None
+    return cache.fill_through_cache(
+        parameters, plan, files, engine.shard, world=world, cache_dir=cache_dir
+    )
+
+
+def _initialise_head(
+    parameter: nn.Parameter, name: str, recipe: Recipe, config: object, engine: Engine
+) -> None:
+    full = torch.zeros(parameter.shape)
+    if parameter.dim() > 1:
+        std = getattr(config, "initializer_range", 0.02)
+        full.normal_(std=std, generator=generator_for(recipe.train.seed, name))
+    assign(parameter, full, engine.shard)
+
+
+def _prove_sharded(
+    engine: Engine,
+    frozen: dict[str, nn.Parameter],
+    trained: dict[str, nn.Parameter],
+    strategy: str,
+) -> tuple[int, list[int]]:
+    """Count the bytes every rank holds and refuse to train where they are not what they must be.
+
+    Silent replication is how sharded fine-tuning usually fails: finite loss, no error, no memory
+    saved. Collective.
+    """
+    for name, parameter in {**frozen, **trained}.items():
+        if parameter.is_meta or isinstance(parameter, DTensor) != engine.sharded:
+            raise TrainingError(
+                f"{name} is not placed as strategy {strategy} says",
+                where="parallel.strategy",
+                remedy="please report this",
+            )
+    expected = dist.gather_objects(engine.expected_bytes(frozen))
+    held = engine.held_by_rank(frozen)
+    wrong = [rank for rank, (e, h) in enumerate(zip(expected, held, strict=True)) if e != h]
+    if wrong:
+        rank = wrong[0]
+        raise TrainingError(
+            f"rank {rank} holds {held[rank]} bytes of the base, {expected[rank]} expected",
+            where="parallel.strategy",
+            remedy="please report this",
+        )
+    if not trained:
+        raise ModelError("nothing to train", where="method", remedy="choose other targets")
+    return sum(p.numel() * p.element_size() for p in frozen.values()), held

@@ -1,0 +1,79 @@
+"""Weights & Biases as a view of the ledger: whatever happens to it, training goes on."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from peft_dist.config import Recipe
+from peft_dist.errors import LaunchError
+from peft_dist.tracking.base import Record
+
+log = logging.getLogger(__name__)
+
+FINISH_TIMEOUT_S = 10.0
+
+
+class WandbTracker:
+    """Logs every record under `train/step`; the first failure ends logging with one warning."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        """Start a run; files lie in `folder`.
+
+        Raises:
+            LaunchError: Where the recipe asks for W&B and the package is missing.
+        """
+        settings = recipe.tracking.wandb
+        try:
+            import wandb
+        except ImportError:
+            raise LaunchError(
+                "wandb is not installed",
+                where="tracking.wandb.mode",
+                remedy="pip install peft-dist[wandb], or mode: disabled",
+            ) from None
+        self._run: Any = None
+        try:
+            self._run = wandb.init(
+                project=settings.project,
+                entity=settings.entity,
+                mode=settings.mode,
+                dir=str(folder),
+                name=folder.name,
+                config=recipe.model_dump(mode="json"),
+                settings=wandb.Settings(
+                    x_disable_meta=True,
+                    x_disable_stats=True,
+                    console="off",
+                    disable_code=True,
+                    save_code=False,
+                    finish_timeout=FINISH_TIMEOUT_S,
+                ),
+            )
+            self._run.define_metric("train/step")
+            self._run.define_metric("*", step_metric="train/step")
+        except Exception as error:
+            self._give_up(error)
+
+    def write(self, record: Record) -> None:
+        """Log one record."""
+        if self._run is None:
+            return
+        prefix = "train" if record["event"] == "step" else "evaluation"
+        figures = {f"{prefix}/{k}": v for k, v in record.items() if k not in ("event", "step")}
+        try:
+            self._run.log({"train/step": record["step"], **figures})
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Finish the run, waiting at most `FINISH_TIMEOUT_S` seconds."""
+        if self._run is None:
+            return
+        try:
+            self._run.finish()
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        log.warning("W&B is off for the rest of the run: %s", str(error).split("\n")[0])

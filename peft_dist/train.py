@@ -1,0 +1,101 @@
+"""One training process, from its command line to its exit code.
+
+`accelerate launch`, `torchrun` or plain `python` start it through `launch/train.py`, as many times
+as there are processes; it never starts others.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from peft_dist import checkpoint, dist, resources
+from peft_dist.config import Recipe, load_recipe
+from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.memory import peak_rss_bytes
+from peft_dist.run_dir import RunDir, write_text_atomic
+from peft_dist.scoring import held_out
+from peft_dist.session import Session, open_session
+from peft_dist.summary import make_result, summary
+from peft_dist.tracking import Ledger, Terminal, Tracker
+from peft_dist.trainer import Trainer
+from peft_dist.worker import Place, run_worker
+
+
+def main(argv: list[str]) -> int:
+    """Train one recipe as one process of a world; return the exit code."""
+    parser = argparse.ArgumentParser(prog="launch/train.py", description=main.__doc__)
+    parser.add_argument("recipe", type=Path, help="recipe file, or that of a run directory")
+    parser.add_argument("overrides", nargs="*", help="key=value, such as train.steps=10")
+    parser.add_argument("--run-dir", type=Path, help="default: runs/NAME of the recipe file")
+    options = parser.parse_intermixed_args(argv)
+    return run_worker(lambda world, place: _train(options, world, place))
+
+
+def _train(options: argparse.Namespace, world: dist.World, place: Place) -> None:
+    started = time.monotonic()
+    recipe = load_recipe(options.recipe, options.overrides)
+    place.run_dir = RunDir.enclosing(options.recipe)
+    if world.is_main and place.run_dir is None:
+        chosen = options.run_dir or Path("runs") / options.recipe.stem
+        place.run_dir = RunDir.create(chosen, recipe, command=sys.argv)
+    # Tokenising can take an hour, which no collective would wait for: it comes first.
+    cache = resources.cache_dir()
+    rows = tokenize_rows(recipe, "train", cache / "rows")
+    held = None
+    if recipe.data.eval is not None:
+        held = held_out(recipe, tokenize_rows(recipe, "eval", cache / "rows"))
+
+    dist.start(world)
+    path = dist.broadcast_object("" if place.run_dir is None else str(place.run_dir.path))
+    place.run_dir = run = RunDir.open(path)
+    session = open_session(recipe, world, cache_dir=cache, label_names=rows.label_names)
+    load_seconds = time.monotonic() - started
+
+    def save_copy(step: int) -> None:
+        _save(session, run.checkpoint(step))
+        if world.is_main:
+            checkpoint.keep_newest(run.checkpoints, recipe.checkpoint.keep_last)
+
+    trainer = Trainer(session, rows, held, save=save_copy)
+    if world.is_main:
+        for report in rows.bad_rows:
+            print(f"left out {report}", file=sys.stderr)
+        trainer.trackers = _trackers(run, recipe, trainer.plan.total_steps)
+    outcome = trainer.run()
+    train_seconds = time.monotonic() - started - load_seconds
+    session.check_base_unchanged()
+    _save(session, run.adapter)
+    peaks = dist.gather_objects((peak_rss_bytes(), _peak_device_bytes(world)))
+    for tracker in trainer.trackers:
+        tracker.close()
+    if world.is_main:
+        result = make_result(
+            session, outcome, load_seconds=load_seconds, train_seconds=train_seconds, peaks=peaks
+        )
+        write_text_atomic(run.result, json.dumps(result, indent=2) + "\n")
+        print(summary(result, run, base=recipe.model.name), flush=True)
+
+
+def _save(session: Session, folder: Path) -> None:
+    state = session.engine.adapter_state(session.adapter)
+    if session.world.is_main:
+        checkpoint.save_adapter(folder, session.peft, state)
+    dist.barrier()
+
+
+def _trackers(run: RunDir, recipe: Recipe, total_steps: int) -> list[Tracker]:
+    trackers: list[Tracker] = [Ledger(run.ledger), Terminal(total_steps)]
+    if recipe.tracking.wandb.mode != "disabled":
+        from peft_dist.tracking.wandb import WandbTracker
+
+        trackers.append(WandbTracker(recipe, run.path))
+    return trackers
+
+
+def _peak_device_bytes(world: dist.World) -> int:
+    on_gpu = world.device.type == "cuda"
+    return torch.cuda.max_memory_allocated(world.device) if on_gpu else 0

@@ -1,0 +1,28 @@
+"""What the control-plane tests share: a small recipe that stands on its own."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+MINIMAL = "model: {name: ./model}\ndata: {train: train.jsonl}\n"
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path) -> Callable[[str], Path]:
+    """Return a function that writes a recipe beside a model folder and a row file."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+
+    def write(text: str = MINIMAL) -> Path:
+        path = tmp_path / "recipe-under-test.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def recipe_file(write_recipe: Callable[[str], Path]) -> Path:
+    """Return a minimal valid recipe."""
+    return write_recipe(MINIMAL)

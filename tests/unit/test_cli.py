@@ -1,0 +1,257 @@
+"""The command line as a user meets it: exit codes, one-line errors, and what it leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from peft_dist import cli, resources
+from peft_dist.cli import main
+from peft_dist.config import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+
+# Stands where launch/train.py does: the real launcher starts it, no model is needed.
+WORKER = """
+import json, os, sys, time
+from pathlib import Path
+recipe = Path(sys.argv[1])
+facts = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "ACCELERATE_USE_FSDP")}
+(recipe.parent / f"rank-{facts['RANK']}.json").write_text(json.dumps(facts))
+"""
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = main(argv)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: str) -> None:
+    """Make an installation whose worker is the given script."""
+    package = tmp_path / "installed" / "peft_dist"
+    package.mkdir(parents=True)
+    assert main(["init", str(package / "_share")]) == 0
+    (package / "_share" / "launch" / "train.py").write_text(worker, encoding="utf-8")
+    monkeypatch.setattr(resources, "__file__", str(package / "resources.py"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".cache/peft-dist/models/smollm2-135m-instruct").mkdir(parents=True)
+    code, out, err = outcome(capsys, "validate", str(recipe))
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{recipe}: valid\n")
+
+
+def test_the_shipped_recipes_are_the_three_uses() -> None:
+    assert [path.stem for path in RECIPES] == ["chat", "classify", "quickstart"]
+
+
+def test_validate_tells_how_a_step_is_made(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = outcome(
+        capsys, "validate", str(recipe_file), "parallel.processes=2", "train.steps=10"
+    )
+    assert code == 0
+    assert "processes: 2 (auto)" in out
+    assert "a step: 16 rows, 8 per process in 2 passes of up to 4" in out
+    assert "the run: 10 steps, 160 rows" in out
+
+
+def test_schema_is_json_and_carries_the_texts(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = outcome(capsys, "schema")
+    schema = json.loads(out)
+    assert code == 0
+    assert (
+        "Peak learning rate"
+        in schema["$defs"]["Train"]["properties"]["learning_rate"]["description"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "required: COMMAND; see peft-dist --help"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["validate"], "required: RECIPE"),
+        (["validate", "absent.yaml"], "absent.yaml: no such file"),
+        (["validate", "absent.yaml", "--quick"], "unrecognized argument '--quick'"),
+        (["schema", "now"], "unrecognized argument 'now'"),
+        (["train", "absent.yaml", "--nproc", "0"], "got '0'; must be a whole number above 0"),
+        (["train", "absent.yaml", "--nproc", "9" * 20], "must be a whole number above 0"),
+        (["evaluate", "absent"], "absent: is no folder"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], argv: list[str], expected: str
+) -> None:
+    code, _, err = outcome(capsys, *argv)
+    assert code == 2
+    assert err.startswith("peft-dist: error: ")
+    assert expected in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_dry_run_prints_recipe_and_command_and_makes_nothing(
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    before = sorted(tmp_path.rglob("*"))
+    code, out, _ = outcome(
+        capsys, "train", str(recipe_file), "--nproc", "2", "train.steps=3", "--dry-run",
+        "train.seed=4",
+    )  # fmt: skip
+    assert code == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    text, command = out.rstrip().rsplit("\n\n", 1)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(text, encoding="utf-8")
+    recipe = load_recipe(resolved)
+    assert (recipe.train.steps, recipe.train.seed, recipe.parallel.processes) == (3, 4, 2)
+    assert "-m accelerate.commands.launch --config_file" in command
+    assert command.endswith(f"launch/train.py {tmp_path}/runs/recipe-under-test/recipe.yaml")
+
+
+def test_missing_training_packages_are_named_with_the_extra(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "TRAIN_PACKAGES", ("torch_is_absent", "sys"))
+    for argv in (["train", str(recipe_file), "--run-dir", "never"], ["quantize", "model"]):
+        code, _, err = outcome(capsys, *argv)
+        assert code == 2
+        assert "torch_is_absent not installed; pip install 'peft-dist[train]'" in err
+    assert not Path("never").exists()
+
+
+def test_init_copies_what_a_user_needs_and_overwrites_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "mine"
+    assert main(["init", str(target)]) == 0
+    assert (target / "launch" / "train.py").is_file()
+    assert (target / "launch" / "strategies" / "fsdp.yaml").is_file()
+    assert (target / "configs" / "recipes" / "quickstart.yaml").is_file()
+    assert not list(target.rglob("__pycache__"))
+    assert main(["validate", str(target / "configs" / "recipes" / "chat.yaml")]) == 0
+    edited = target / "configs" / "recipes" / "chat.yaml"
+    edited.write_text("mine", encoding="utf-8")
+    (target / "launch" / "train.py").unlink()
+    code, _, err = outcome(capsys, "init", str(target))
+    assert code == 2
+    assert "already there" in err
+    assert edited.read_text(encoding="utf-8") == "mine"
+    assert not (target / "launch" / "train.py").exists()
+
+
+@pytest.mark.distributed
+def test_train_starts_the_processes_on_the_run_directory(
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    installation(tmp_path, monkeypatch, WORKER)
+    run = tmp_path / "run"
+    code, _, err = outcome(capsys, "train", str(recipe_file), "--nproc", "2", "--run-dir", str(run))
+    assert (code, err) == (0, "")
+    assert load_recipe(run / "recipe.yaml").parallel.processes == 2
+    facts = json.loads((run / "rank-1.json").read_text(encoding="utf-8"))
+    assert facts == {"RANK": "1", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}
+
+
+@pytest.mark.distributed
+def test_a_workers_own_error_is_the_only_line_and_its_code_is_kept(
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    worker = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from peft_dist.errors import DataError\n"
+        "from peft_dist.run_dir import RunDir\n"
+        "error = DataError('no rows', where='train.jsonl')\n"
+        "RunDir.open(Path(sys.argv[1]).parent).record_failure(error)\n"
+        "print('noise', file=sys.stderr)\n"
+        "sys.exit(error.exit_code)\n"
+    )
+    installation(tmp_path, monkeypatch, worker)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run = tmp_path / "run"
+    code, _, err = outcome(capsys, "train", str(recipe_file), "--run-dir", str(run))
+    assert (code, err) == (2, "peft-dist: error: train.jsonl: no rows\n")
+    assert "noise" in (run / "logs" / "launcher.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.distributed
+def test_a_crash_shows_the_end_of_the_log_and_where_it_is(
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    installation(tmp_path, monkeypatch, "raise ValueError('a bug of ours')\n")
+    run = tmp_path / "run"
+    code, _, err = outcome(capsys, "train", str(recipe_file), "--run-dir", str(run))
+    assert code == 1
+    assert err.splitlines()[-1].endswith(f"training failed; see {run}/logs/launcher.log")
+    assert "a bug of ours" in (run / "logs" / "launcher.log").read_text(encoding="utf-8")
+    assert len(err.splitlines()) <= cli.LOG_TAIL_LINES + 1
+
+
+@pytest.mark.distributed
+def test_ctrl_c_ends_every_worker(recipe_file: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from peft_dist import cli, resources\n"
+        "resources.__file__ = sys.argv[1]\n"
+        "sys.exit(cli.main(sys.argv[2:]))\n"
+    )
+    package = tmp_path / "installed" / "peft_dist"
+    assert main(["init", str(package / "_share")]) == 0
+    (package / "_share" / "launch" / "train.py").write_text(
+        WORKER + "time.sleep(120)\n", encoding="utf-8"
+    )
+    run = tmp_path / "run"
+    ours = subprocess.Popen(
+        [sys.executable, "-c", code, str(package / "resources.py"), "train", str(recipe_file),
+         "--nproc", "2", "--run-dir", str(run)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not all((run / f"rank-{rank}.json").exists() for rank in (0, 1)):
+        assert time.monotonic() < deadline
+        assert ours.poll() is None
+        time.sleep(0.1)
+    ours.send_signal(signal.SIGINT)
+    _, err = ours.communicate(timeout=60)
+    assert ours.returncode == 130
+    assert err == f"peft-dist: error: {run}: stopped by SIGINT\n"
+    held = [
+        folder
+        for folder in Path("/proc").glob("[0-9]*")
+        if str(run).encode() in ((folder / "cmdline").read_bytes() if folder.exists() else b"")
+    ]
+    assert not held

@@ -1,0 +1,125 @@
+"""Where processes go and the one command that starts them; no process is started here."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from peft_dist.config import Recipe, load_recipe
+from peft_dist.config.derived import batch_shape
+from peft_dist.errors import LaunchError
+from peft_dist.launch.command import launch_environment, shell_line, train_command
+from peft_dist.launch.placement import Machine, place, this_machine
+
+CPU = Machine(gpus=0, cores=8)
+
+
+def recipe(**parallel: object) -> Recipe:
+    return Recipe.model_validate(
+        {"model": {"name": "m"}, "data": {"train": "d"}, "parallel": parallel}
+    )
+
+
+def test_processes_default_to_one_per_gpu_and_one_without() -> None:
+    assert place(recipe(), Machine(gpus=4, cores=64)).processes == 4
+    assert place(recipe(), CPU).processes == 1
+
+
+def test_auto_is_fsdp_over_all_processes() -> None:
+    placement = place(recipe(processes=4), CPU)
+    assert (placement.strategy, placement.shard_size, placement.replicas) == ("fsdp", 4, 1)
+
+
+def test_ddp_holds_one_copy_per_process() -> None:
+    placement = place(recipe(strategy="ddp", processes=4), CPU)
+    assert (placement.shard_size, placement.replicas) == (1, 4)
+
+
+def test_hsdp_makes_replicas_of_shard_groups() -> None:
+    placement = place(recipe(strategy="hsdp", processes=4, shard_size=2), CPU)
+    assert (placement.shard_size, placement.replicas) == (2, 2)
+
+
+def test_more_processes_than_gpus_are_refused_with_both_ways_out() -> None:
+    with pytest.raises(LaunchError, match=r"--nproc 2, or CUDA_VISIBLE_DEVICES="):
+        place(recipe(processes=4), Machine(gpus=2, cores=8))
+
+
+def test_a_shard_size_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(LaunchError, match="3 does not divide 4 processes"):
+        place(recipe(strategy="hsdp", shard_size=3), Machine(gpus=4, cores=8))
+
+
+def test_threads_are_shared_and_never_none() -> None:
+    assert place(recipe(processes=2), CPU).threads_per_process == 4
+    assert place(recipe(processes=16), CPU).threads_per_process == 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [(None, 2), ("", 0), ("0", 1), ("1,0", 2), ("-1", 0), ("0,7,1", 1), ("GPU-8f2a,GPU-91cc", 2)],
+)
+def test_visible_gpus_are_counted_as_cuda_does(
+    tmp_path: Path, visible: str | None, gpus: int
+) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / name).touch()
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert this_machine(environ, tmp_path).gpus == gpus
+
+
+def test_a_setting_cannot_conjure_gpus_on_a_machine_without(tmp_path: Path) -> None:
+    assert this_machine({"CUDA_VISIBLE_DEVICES": "0,1"}, tmp_path) == this_machine({}, tmp_path)
+
+
+def test_the_command_is_accelerate_with_the_strategy_file() -> None:
+    command = train_command(
+        place(recipe(processes=2), CPU), Path("/runs/a/recipe.yaml"), python="py", root=Path("/r")
+    )
+    assert command == [
+        "py", "-m", "accelerate.commands.launch",
+        "--config_file", "/r/launch/strategies/fsdp.yaml", "--num_processes", "2",
+        "/r/launch/train.py", "/runs/a/recipe.yaml",
+    ]  # fmt: skip
+
+
+def test_hsdp_passes_its_mesh() -> None:
+    placement = place(recipe(strategy="hsdp", processes=4, shard_size=2), CPU)
+    line = " ".join(train_command(placement, Path("r.yaml")))
+    assert "--parallelism_config_dp_replicate_size 2" in line
+    assert "--parallelism_config_dp_shard_size 2" in line
+
+
+def test_the_environment_says_cpu_only_where_there_is_no_gpu() -> None:
+    on_cpu = launch_environment(place(recipe(processes=2), CPU), {})
+    on_gpu = launch_environment(place(recipe(), Machine(gpus=2, cores=8)), {})
+    assert on_cpu["ACCELERATE_USE_CPU"] == "true"
+    assert "ACCELERATE_USE_CPU" not in on_gpu
+    assert on_cpu["OMP_NUM_THREADS"] == "4"
+
+
+def test_threads_that_the_user_chose_are_left_alone() -> None:
+    extra = launch_environment(place(recipe(processes=2), CPU), {"OMP_NUM_THREADS": "3"})
+    assert "OMP_NUM_THREADS" not in extra
+
+
+def test_a_printed_command_survives_hostile_paths() -> None:
+    path = Path("/runs/a'; echo foo #/$(x) y/recipe.yaml")
+    command = train_command(place(recipe(processes=2), CPU), path)
+    line = shell_line(command, {"NAME": "a b"})
+    assert shlex.split(line) == ["NAME=a b", *command]
+
+
+@pytest.mark.parametrize(
+    ("rows", "micro", "processes", "per_process", "accumulation"),
+    [(16, 8, 2, 8, 1), (16, 4, 2, 8, 2), (16, 4, 3, 6, 2), (1, 4, 4, 1, 1)],
+)
+def test_the_batch_is_spread_over_processes_and_passes(
+    recipe_file: Path, rows: int, micro: int, processes: int, per_process: int, accumulation: int
+) -> None:
+    loaded = load_recipe(
+        recipe_file, [f"train.global_batch_size={rows}", f"train.micro_batch_size={micro}"]
+    )
+    shape = batch_shape(loaded, processes)
+    assert shape is not None
+    assert (shape.rows_per_process, shape.accumulation) == (per_process, accumulation)

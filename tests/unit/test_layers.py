@@ -1,0 +1,58 @@
+"""The layer rule, and the price of importing the control plane."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "wandb",
+         "datasets", "numpy")  # fmt: skip
+HELP_LIMIT_S = 0.4
+
+
+def test_every_import_goes_down_the_layers() -> None:
+    tool = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
+    assert tool is not None
+    done = subprocess.run(
+        [tool, "--no-cache"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_control_plane_imports_nothing_heavy(recipe_file: Path) -> None:
+    code = (
+        "import sys\n"
+        "from peft_dist import cli, resources, run_dir\n"
+        "from peft_dist.launch import command, local, placement\n"
+        "assert cli.main(['train', sys.argv[1], '--dry-run']) == 0\n"
+        "assert cli.main(['schema']) == 0\n"
+        f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(recipe_file)], capture_output=True, text=True, check=False
+    )
+    assert done.stderr.strip() == "[]"
+
+
+def test_help_starts_at_once() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "peft_dist.cli", "--help"], check=True, capture_output=True
+        )
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < HELP_LIMIT_S
+
+
+def test_nothing_in_launch_is_named_after_a_library() -> None:
+    names = {path.stem for path in (ROOT / "launch").glob("*.py")}
+    assert names == {"train", "evaluate"}  # `evaluate` is one: see launch/command.py

@@ -1,0 +1,213 @@
+"""Reading recipes: YAML's traps, overrides, paths, and errors that fit on one line."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from peft_dist.config import load_recipe, render_recipe
+from peft_dist.errors import RecipeError
+
+Write = Callable[[str], Path]
+
+MINIMAL = "model: {name: ./model}\ndata: {train: train.jsonl}\n"
+
+
+def error_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_rendered_recipe_loads_to_the_same_recipe(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(
+        recipe_file,
+        ["train.learning_rate=1e-7", "method.targets=[q_proj]", 'evaluate.choices=[" a", "no"]',
+         "data.eval=train.jsonl", "model.revision='1e3'"],
+    )  # fmt: skip
+    copy = tmp_path / "elsewhere" / "recipe.yaml"
+    copy.parent.mkdir()
+    copy.write_text(render_recipe(recipe), encoding="utf-8")
+    assert load_recipe(copy) == recipe
+    assert recipe.train.learning_rate == 1e-7
+    assert recipe.evaluate.choices == (" a", "no")
+    assert recipe.model.revision == "1e3"
+
+
+def test_a_number_with_an_exponent_and_no_dot_is_a_number(write_recipe: Write) -> None:
+    path = write_recipe(MINIMAL + "train: {learning_rate: 1e-4, epsilon: 1E-9}\n")
+    assert load_recipe(path).train.learning_rate == 1e-4
+
+
+def test_a_time_stays_text_and_is_refused_where_a_number_belongs(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ["model.revision=24:00:00"]).model.revision == "24:00:00"
+    assert "got '24:00:00'" in error_of(recipe_file, "train.steps=24:00:00")
+
+
+def test_no_and_off_and_dates_stay_text_where_text_belongs(recipe_file: Path) -> None:
+    for text in ("no", "off", "y", "2024-01-01", "0x"):
+        assert load_recipe(recipe_file, [f"model.revision={text}"]).model.revision == text
+
+
+def test_no_switches_a_switch_off(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ["data.packing=no"]).data.packing is False
+
+
+def test_a_leading_zero_does_not_make_a_number_octal(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ["train.steps=010"]).train.steps == 10
+
+
+def test_the_yaml_1_1_directive_is_refused(write_recipe: Write) -> None:
+    assert "directives" in error_of(write_recipe("%YAML 1.1\n---\n" + MINIMAL))
+
+
+def test_true_is_not_taken_for_the_number_one(recipe_file: Path) -> None:
+    line = error_of(recipe_file, "method.rank=true")
+    assert "method.rank: got True; must be a whole number above 0" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.learning_rat=1", "did you mean 'learning_rate'"),
+        ("method.rnk=3", "did you mean 'rank'"),
+        ("metod.rank=3", "did you mean 'method'"),
+        ("method={kind: lora, rnk: 3}", "method.rnk: no such key; did you mean 'rank'"),
+        ("method.kind=loar", "did you mean 'lora'"),
+        ("tracking.wandb.mod=x", "did you mean 'mode'"),
+        ("parallel.strategy=fdsp", "must be one of 'auto', 'ddp', 'fsdp', 'hsdp'; did you mean"),
+        ("method.targets=5", "must be 'all-linear' or a list"),
+        ("train.betas=[1, 2]", "a list of 2, each item a number of at least 0.0 and below 1.0"),
+        ("train.steps.x=1", "train.steps has no parts"),
+        ("train.learning_rate=.nan", "got nan; must be a number above 0"),
+        ("model.name=", "got null; must be text"),
+        ("model.revision=1234567", "must be text that is not empty or null; put it in quotes"),
+        ("nonsense", "is not key=value"),
+        ("train.steps=[", "is not YAML"),
+        ("train=5", "must be a section with any of"),
+    ],
+)
+def test_an_error_names_the_field_the_value_and_the_remedy(
+    recipe_file: Path, override: str, expected: str
+) -> None:
+    assert expected in error_of(recipe_file, override)
+
+
+def test_several_errors_are_the_first_and_a_count(recipe_file: Path) -> None:
+    line = error_of(recipe_file, "train.steps=0", "method.rank=0", "method.targets=5")
+    assert "method.rank: got 0" in line
+    assert line.endswith("(and 2 more)")
+
+
+def test_an_unknown_key_in_the_file_is_refused_with_the_nearest(write_recipe: Write) -> None:
+    line = error_of(write_recipe(MINIMAL + "quantisation: nf4\n"))
+    assert "quantisation: no such key; did you mean 'quantization'?" in line
+
+
+def test_a_missing_section_says_how_to_add_it(write_recipe: Write) -> None:
+    assert "data: is missing" in error_of(write_recipe("model: {name: org/name}\n"))
+
+
+def test_a_cross_field_fault_keeps_its_own_words(recipe_file: Path) -> None:
+    line = error_of(recipe_file, "train.steps=1", "train.epochs=1")
+    assert "train: steps and epochs are both given; keep one" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is empty"),
+        ("# only a comment\n", "is empty"),
+        ("- a\n", "is not a mapping"),
+        ("a:\n\tb: 1\n", "indent with spaces"),
+        ("a: \x01\n", "control character"),
+        ("a: &a [*a]\n", "an alias holds itself"),
+        ("a: *b\n", "undefined alias"),
+        ("a: 1\na: 2\n", "the key 'a' is there twice"),
+        ("a: {b: 1, b: 2}\n", "the key 'b' is there twice"),
+        ("a: &x {b: 1}\nc: {<<: *x}\n", "merge keys"),
+        ("a: !!python/object:os.system ls\n", "is not read"),
+        ("a: !!binary aGk=\n", "is not read"),
+        ("1: 2\n", "the key 1 is not text"),
+        ("? [a]\n: b\n", "is not text"),
+        ("a: 1\n---\nb: 2\n", "another document"),
+        ("[" * 5000, "nested too deeply"),
+        ("a: " + "9" * 5000 + "\n", "is not read as a number"),
+        ("x" * 1_000_001, "characters"),
+    ],
+)
+def test_text_that_is_no_recipe_is_one_line(write_recipe: Write, text: str, expected: str) -> None:
+    assert expected in error_of(write_recipe(text))
+
+
+def test_nested_aliases_are_stopped_before_they_fill_the_memory(write_recipe: Write) -> None:
+    lines = ["a0: &a0 [x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
+    assert "expand to more than" in error_of(write_recipe("\n".join(lines)))
+
+
+def test_a_plain_alias_is_read(write_recipe: Write) -> None:
+    path = write_recipe(MINIMAL + "train: {steps: &n 7}\ncheckpoint: {every_steps: *n}\n")
+    assert load_recipe(path).checkpoint.every_steps == 7
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xff\n")
+    assert "no such file" in error_of(tmp_path / "absent.yaml")
+    assert "is a folder" in error_of(tmp_path)
+    assert "is not UTF-8 (byte 3)" in error_of(tmp_path / "latin.yaml")
+    assert "cannot be read" in error_of(tmp_path / ("x" * 300))
+    assert "cannot be read" in error_of(Path("nul\0byte"))
+
+
+def test_local_paths_become_absolute_and_hub_names_stay(
+    write_recipe: Write, tmp_path: Path
+) -> None:
+    path = write_recipe("model: {name: org/model}\ndata: {train: ./train.jsonl, eval: rows}\n")
+    recipe = load_recipe(path)
+    assert recipe.model.name == "org/model"
+    assert recipe.data.train == str(tmp_path / "train.jsonl")
+    assert recipe.data.eval == "rows"
+
+
+def test_a_linked_row_file_keeps_its_ending(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "blob").write_text("{}\n", encoding="utf-8")
+    (tmp_path / "linked.jsonl").symlink_to("blob")
+    recipe = load_recipe(recipe_file, ["data.train=linked.jsonl"])
+    assert recipe.data.train == str(tmp_path / "linked.jsonl")
+
+
+def test_an_override_may_name_a_file_of_the_current_folder(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "mine.jsonl").write_text("{}\n", encoding="utf-8")
+    monkeypatch.chdir(here)
+    recipe = load_recipe(recipe_file, ["data.train=mine.jsonl"])
+    assert recipe.data.train == str(here / "mine.jsonl")
+
+
+def test_a_tilde_is_the_home_folder(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_recipe(recipe_file, ["model.name=~/model"]).model.name == str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "./absent", "/absent", "~/absent", "~nobody/x"])
+def test_a_path_that_does_not_exist_is_an_error_that_names_the_field(
+    recipe_file: Path, name: str
+) -> None:
+    assert "data.train" in error_of(recipe_file, f"data.train={name}")
+    assert load_recipe(recipe_file, [f"data.train={name}"], check_paths=False).data.train == name
+
+
+def test_a_model_that_is_a_file_is_refused(recipe_file: Path) -> None:
+    assert "is a file" in error_of(recipe_file, "model.name=train.jsonl")
+
+
+def test_a_kind_where_no_section_has_one_is_one_line(recipe_file: Path) -> None:
+    line = error_of(recipe_file, "checkpoint={kind: x}")
+    assert "checkpoint.kind: no such key; valid: every_steps, keep_last" in line
