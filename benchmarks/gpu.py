@@ -101,6 +101,7 @@ def make_batch(
         target_rows=(predicting // length).to(device),
         n_rows=rows,
         n_tokens=total,
+        row_lengths=(length,) * rows,
     )
 
 

@@ -238,7 +238,7 @@ def main() -> int:
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="peers-") as name:
         work = Path(name)
-        rows, cache = work / "rows.jsonl", work / "cache"
+        rows = work / "rows.jsonl"
         first_rows(args.rows, rows, args.steps * args.global_batch)
         job = Job(
             args.model,
@@ -253,6 +253,8 @@ def main() -> int:
             for side in args.sides:
                 folder = work / f"{side}-{round_number}"
                 folder.mkdir()
+                # One cache per side: no side may find what another has quantized or tokenised.
+                cache = work / f"{side}-cache"
                 run = (
                     run_trl(job, round_number, folder=folder, cache=cache)
                     if side == "trl"
@@ -274,7 +276,7 @@ def main() -> int:
     if len(set.union(*totals.values())) > 1:
         print(f"\nNot the same tokens on every side: {totals}")
     if load_before > 0.5:
-        print(f"\nThe machine was busy at the start (load {load_before:.1f}): trust only ratios")
+        print(f"\nThe machine was busy at the start (load {load_before:.1f}): repeat when idle")
     if args.json:
         report = {
             "machine": machine(),

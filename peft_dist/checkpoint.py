@@ -77,9 +77,10 @@ def save_adapter(folder: Path, peft: PeftModel, state: dict[str, torch.Tensor]) 
     """
     names = saved_names(peft, state)
     config = peft.peft_config[peft.active_adapter]
-    if isinstance(config.target_modules, set):
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, set):
         # A set is written in an order that changes from process to process.
-        config.target_modules = sorted(config.target_modules)
+        setattr(config, "target_modules", sorted(targets))  # noqa: B010 - not every method has it
     partial: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

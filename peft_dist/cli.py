@@ -9,11 +9,14 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from peft_dist.errors import EXIT_DONE, LaunchError, PeftDistError
+
+if TYPE_CHECKING:
+    from peft_dist.run_dir import RunDir
 
 EXIT_FAILED = 1
 """A worker ended in a way that nobody foresaw; its log says how."""
@@ -84,9 +87,7 @@ def _build_parser() -> _Parser:
     train = command("train", _train, "train on this machine, in as many processes as asked")
     _add_recipe(train)
     train.add_argument("--run-dir", metavar="DIR", help="folder to make (default: runs/RECIPE)")
-    train.add_argument(
-        "--nproc", type=_count, metavar="N", help="processes; overrides parallel.processes"
-    )
+    _add_nproc(train)
     train.add_argument(
         "--dry-run",
         action="store_true",
@@ -96,6 +97,8 @@ def _build_parser() -> _Parser:
     command("schema", _schema, "print the JSON Schema of a recipe, for editors")
     evaluate = command("evaluate", _evaluate, "score the adapter of a finished run")
     evaluate.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
+    _add_overrides(evaluate, "such as data.eval=other.jsonl")
+    _add_nproc(evaluate)
     quantize = command(
         "quantize", _quantize, "fill the cache of packed bases ahead of a run", own_help=False
     )
@@ -107,11 +110,21 @@ def _build_parser() -> _Parser:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="recipe file (YAML)")
+    _add_overrides(parser, "such as train.learning_rate=5e-4")
+
+
+def _add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="settings that replace the recipe's, such as train.learning_rate=5e-4",
+        help=f"settings that replace the recipe's, {example}",
+    )
+
+
+def _add_nproc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nproc", type=_count, metavar="N", help="processes; overrides parallel.processes"
     )
 
 
@@ -123,8 +136,7 @@ def _count(text: str) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from peft_dist.config import load_recipe, render_recipe
-    from peft_dist.launch.command import launch_environment, shell_line, train_command
-    from peft_dist.launch.local import run_launcher
+    from peft_dist.launch.command import launch_environment, shell_line, worker_command
     from peft_dist.launch.placement import place, this_machine
     from peft_dist.run_dir import RunDir
 
@@ -133,7 +145,7 @@ def _train(arguments: argparse.Namespace) -> int:
     placement = place(recipe, this_machine())
     environment = launch_environment(placement, os.environ)
     folder = Path(arguments.run_dir or Path("runs") / Path(arguments.recipe).stem).absolute()
-    command = train_command(placement, RunDir(folder).recipe)
+    command = worker_command(placement, "train.py", [str(RunDir(folder).recipe)])
     if arguments.dry_run:
         print(render_recipe(recipe))
         print(shell_line(command, environment))
@@ -141,6 +153,13 @@ def _train(arguments: argparse.Namespace) -> int:
     _require_training_packages()
     os.umask(0o077)
     run = RunDir.create(folder, recipe, command=command)
+    return _run_workers(run, command, environment)
+
+
+def _run_workers(run: "RunDir", command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run workers on a run directory to their end, and say in one line why if it was early."""
+    from peft_dist.launch.local import run_launcher
+
     ended = run_launcher(command, environment=environment, error_log=run.launcher_log)
     if ended.code == EXIT_DONE:
         return EXIT_DONE
@@ -150,7 +169,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if failure is not None:
         return _complain(failure[1], failure[0])
     _print_log_tail(run.launcher_log)
-    return _complain(f"{run.path}: training failed; see {run.launcher_log}", EXIT_FAILED)
+    return _complain(f"{run.path}: a worker failed; see {run.launcher_log}", EXIT_FAILED)
 
 
 def _validate(arguments: argparse.Namespace) -> int:
@@ -185,13 +204,20 @@ def _schema(_arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from peft_dist.launch.command import evaluate_command, worker_environment
-    from peft_dist.launch.local import run_tool
+    from peft_dist.config import load_recipe
+    from peft_dist.launch.command import launch_environment, worker_command
+    from peft_dist.launch.placement import place, this_machine
     from peft_dist.run_dir import RunDir
 
     run = RunDir.open(arguments.run_dir)
+    processes = [] if arguments.nproc is None else [f"parallel.processes={arguments.nproc}"]
+    recipe = load_recipe(run.recipe, [*arguments.overrides, *processes])
+    placement = place(recipe, this_machine())
     _require_training_packages()
-    return run_tool(evaluate_command(run.path), environment=worker_environment())
+    command = worker_command(placement, "evaluate.py", [str(run.path), *arguments.overrides])
+    code = _run_workers(run, command, launch_environment(placement, os.environ))
+    run.failure.unlink(missing_ok=True)  # it would say that the training failed
+    return code
 
 
 def _quantize(arguments: argparse.Namespace) -> int:

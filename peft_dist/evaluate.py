@@ -26,11 +26,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run_dir", type=Path, help="folder of a finished run")
     parser.add_argument("overrides", nargs="*", help="key=value, such as data.eval=other.jsonl")
     options = parser.parse_args(argv)
-    return run_worker(lambda world, place: _evaluate(options, world))
+    return run_worker(lambda world, place: _evaluate(options, world, place))
 
 
-def _evaluate(options: argparse.Namespace, world: dist.World) -> None:
-    run = RunDir.open(options.run_dir)
+def _evaluate(options: argparse.Namespace, world: dist.World, place: Place) -> None:
+    place.run_dir = run = RunDir.open(options.run_dir)
     recipe = load_recipe(run.recipe, options.overrides)
     # Scoring may use other processes than training did: what the launcher says is what counts.
     recipe = recipe.model_copy(update={"parallel": Parallel()})

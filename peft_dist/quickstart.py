@@ -13,10 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from peft_dist.errors import EXIT_DONE, ModelError, PeftDistError, RecipeError
+from peft_dist.config import load_recipe
+from peft_dist.errors import EXIT_DONE, ModelError, PeftDistError
 
 FOLDER_NAME = "smollm2-135m-instruct"
 """Last part of the path in `model.name`: any other folder is somebody's own model."""
@@ -38,23 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def model_folder(recipe: Path) -> Path:
-    """Return the folder that `model.name` of the recipe stands for.
-
-    The recipe is read as plain YAML here, because the recipe loader rightly refuses a model that
-    is not there yet.
-    """
-    try:
-        raw = YAML(typ="safe", pure=True).load(recipe.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise RecipeError(f"cannot be read: {error}", where=str(recipe)) from error
-    model = raw.get("model") if isinstance(raw, dict) else None
-    name = model.get("name") if isinstance(model, dict) else None
-    if not isinstance(name, str) or not name:
-        raise RecipeError(
-            "model.name is missing",
-            where=str(recipe),
-            remedy=f"set it to ~/.cache/peft-dist/models/{FOLDER_NAME}",
-        )
+    """Return the folder that `model.name` of the recipe stands for, whether or not it exists."""
+    name = load_recipe(recipe, check_paths=False).model.name
     return recipe.resolve().parent / Path(name).expanduser()
 
 

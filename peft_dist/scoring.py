@@ -3,6 +3,7 @@
 Changes no weight and no gradient; knows no schedule.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,8 +12,8 @@ from numpy.typing import NDArray
 
 from peft_dist import dist
 from peft_dist.config import Recipe
-from peft_dist.data.order import assign
-from peft_dist.data.pack import pack
+from peft_dist.data.order import RowIds, assign
+from peft_dist.data.pack import Batch, pack
 from peft_dist.data.tokenize import TokenizedRows, encode_completions
 from peft_dist.errors import DataError
 from peft_dist.session import Session
@@ -120,7 +121,7 @@ def _score(session: Session, held: HeldOut) -> Score:
     )
 
 
-def _batches(session: Session, rows: TokenizedRows):  # noqa: ANN202 - a private generator
+def _batches(session: Session, rows: TokenizedRows) -> Iterator[tuple[RowIds, Batch]]:
     groups = assign(
         np.arange(rows.n_rows),
         rows.lengths,

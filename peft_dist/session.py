@@ -21,7 +21,7 @@ from peft_dist.config import Recipe
 from peft_dist.errors import ModelError, TrainingError
 from peft_dist.methods import METHODS
 from peft_dist.methods.init import assign, generator_for
-from peft_dist.model import architectures, base, cache
+from peft_dist.model import architectures, attention, base, cache
 from peft_dist.model.base import BasePlan
 from peft_dist.model.heads import CausalLM, SequenceClassifier
 from peft_dist.model.weights import WeightFiles, model_folder
@@ -123,6 +123,9 @@ def open_session(
         attention=_attention(recipe, world.device),
         label_names=label_names,
     )
+    if recipe.model.task == "causal-lm" and skeleton.config._attn_implementation == "sdpa":
+        attention.register()
+        skeleton.set_attn_implementation(attention.ROW_ATTENTION)
     has_conv1d = architectures.has_conv1d(skeleton)
     plan = base.plan_base(skeleton, files, quantization=recipe.quantization)
     if world.is_main:

@@ -14,7 +14,7 @@ import torch
 
 from peft_dist import checkpoint, dist, resources
 from peft_dist.config import Recipe, load_recipe
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.memory import peak_rss_bytes
 from peft_dist.run_dir import RunDir, write_text_atomic
 from peft_dist.scoring import held_out
@@ -62,8 +62,7 @@ def _train(options: argparse.Namespace, world: dist.World, place: Place) -> None
 
     trainer = Trainer(session, rows, held, save=save_copy)
     if world.is_main:
-        for report in rows.bad_rows:
-            print(f"left out {report}", file=sys.stderr)
+        _report_rows(rows)
         trainer.trackers = _trackers(run, recipe, trainer.plan.total_steps)
     outcome = trainer.run()
     train_seconds = time.monotonic() - started - load_seconds
@@ -78,6 +77,18 @@ def _train(options: argparse.Namespace, world: dist.World, place: Place) -> None
         )
         write_text_atomic(run.result, json.dumps(result, indent=2) + "\n")
         print(summary(result, run, base=recipe.model.name), flush=True)
+
+
+def _report_rows(rows: TokenizedRows) -> None:
+    """Say what was left out of the training rows: a smaller data set is no secret."""
+    for report in rows.bad_rows:
+        print(f"left out {report}")
+    if rows.truncated_rows or rows.dropped_rows:
+        print(
+            f"rows: {rows.n_rows} kept, {rows.truncated_rows} of them cut to data.max_length, "
+            f"{rows.dropped_rows} left out with nothing to train",
+            flush=True,
+        )
 
 
 def _save(session: Session, folder: Path) -> None:

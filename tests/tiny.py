@@ -1,12 +1,20 @@
-"""Small real things to test with: tokenizers, row files and the recipes that name them."""
+"""Small real things to test with: models, tokenizers, row files and the recipes that name them."""
 
 import json
+import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
@@ -23,6 +31,118 @@ CORPUS = (
 )
 VOCABULARY = 320
 """Tokens of every tiny tokenizer: 256 bytes, the special tokens and a few merges."""
+
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+_GROUPED = {"num_key_value_heads": 2}
+# Windows and caps are small enough to matter within a row.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gemma2": _SIZES
+    | _GROUPED
+    | {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": _SIZES
+    | _GROUPED
+    | {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gpt2": {
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 256,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
+    "gpt_neox": _SIZES | {"attention_dropout": 0.0, "hidden_dropout": 0.0},
+    "llama": _SIZES | _GROUPED | {"tie_word_embeddings": False},
+    "mistral": _SIZES | _GROUPED | {"sliding_window": 8},
+    "opt": {
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
+    "phi3": _SIZES | _GROUPED | {"resid_pdrop": 0.0},
+    "qwen2": _SIZES | _GROUPED | {"tie_word_embeddings": True},
+    "qwen3": _SIZES | _GROUPED | {"head_dim": 16, "tie_word_embeddings": True},
+    "bert": _SIZES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+"""Every supported architecture, a few thousand parameters of it, without dropout."""
+
+
+def tiny_model(
+    folder: Path,
+    architecture: str,
+    *,
+    max_shard_size: str | None = None,
+    trunk_only: bool = False,
+    **changes: Any,
+) -> PreTrainedModel:
+    """Save a random model of an architecture with a tokenizer, and return it.
+
+    Args:
+        folder: Where to save it.
+        architecture: One of `ARCHITECTURES`.
+        max_shard_size: Most bytes of one safetensors file, such as "50KB". Off: one file.
+        trunk_only: Save it without its head, and so without the prefix of the trunk's names.
+        changes: Values of config.json.
+    """
+    classify = architecture == "bert"
+    facts = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "vocab_size": VOCABULARY}
+    config = AutoConfig.for_model(architecture, **facts | ARCHITECTURES[architecture] | changes)
+    auto_class = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
+    torch.manual_seed(0)
+    model: PreTrainedModel = auto_class.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Released models have no zero biases and no norms of exactly one; a mix-up must show.
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    limit = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    (model.base_model if trunk_only else model).save_pretrained(folder, **limit)
+    (tiny_encoder_tokenizer if classify else tiny_tokenizer)(folder)
+    return model.eval()
+
+
+def completion_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Return rows of different lengths, whose completion is the animal that the prompt names."""
+    source = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        animal = source.choice(("cat", "dog"))
+        words = " ".join(source.choices(("the", "mat", "log", "and", "on"), k=source.randint(1, 9)))
+        rows.append({"prompt": f"{words} {animal}:", "completion": f" {animal}"})
+    return rows
+
+
+def labelled_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Return rows of different lengths whose label is one of three, and clear from the text."""
+    labels = {"animal": "cat dog", "place": "log mat", "plant": "and the"}
+    source = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        label = source.choice(sorted(labels))
+        words = source.choices(labels[label].split(), k=source.randint(1, 9))
+        rows.append({"text": " ".join(words), "label": label})
+    return rows
 
 
 def tiny_tokenizer(

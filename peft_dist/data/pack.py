@@ -40,6 +40,8 @@ class Batch:
     """Real rows; 0 for the stand-in of an empty micro-batch."""
     n_tokens: int
     """Real tokens, padding excluded."""
+    row_lengths: tuple[int, ...] | None
+    """Tokens of each row where they lie end to end, on the host; None when padded."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
         """Return the batch on a device; from pinned memory the copy runs beside the host."""
@@ -60,6 +62,7 @@ class Batch:
             target_rows=change(self.target_rows),
             n_rows=self.n_rows,
             n_tokens=self.n_tokens,
+            row_lengths=self.row_lengths,
         )
 
 
@@ -121,4 +124,5 @@ def pack(
         target_rows=torch.from_numpy(target_rows),
         n_rows=n_rows,
         n_tokens=len(tokens) if n_rows else 0,
+        row_lengths=tuple(lengths.tolist()) if packing else None,
     )

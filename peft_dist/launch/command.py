@@ -12,14 +12,20 @@ from peft_dist import resources
 from peft_dist.launch.placement import Placement
 
 
-def train_command(
-    placement: Placement, recipe: Path, *, python: str = sys.executable, root: Path | None = None
+def worker_command(
+    placement: Placement,
+    script: str,
+    arguments: Sequence[str],
+    *,
+    python: str = sys.executable,
+    root: Path | None = None,
 ) -> list[str]:
-    """Return the argv that starts `placement.processes` workers on a run's own recipe.
+    """Return the argv that starts `placement.processes` workers.
 
     Args:
         placement: What `place` decided.
-        recipe: The recipe in the run directory.
+        script: `train.py` or `evaluate.py`.
+        arguments: What every worker gets: the run's own recipe, or the run directory.
         python: The interpreter whose packages the workers use.
         root: Folder that holds `launch/`. Default: this installation's.
     """
@@ -40,14 +46,7 @@ def train_command(
             "--parallelism_config_dp_shard_size",
             str(placement.shard_size),
         ]
-    return [*command, str(launch / "train.py"), str(recipe)]
-
-
-def evaluate_command(
-    run_dir: Path, *, python: str = sys.executable, root: Path | None = None
-) -> list[str]:
-    """Return the argv that scores a run's adapter in one process."""
-    return [python, str((root or resources.root()) / "launch" / "evaluate.py"), str(run_dir)]
+    return [*command, str(launch / script), *arguments]
 
 
 def quantize_command(arguments: Sequence[str], *, python: str = sys.executable) -> list[str]:

@@ -223,9 +223,7 @@ class PackedWriter:
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
-def _layout(
-    tensor: BaseTensor, files: WeightFiles
-) -> list[tuple[str, str, tuple[int, ...], int]]:
+def _layout(tensor: BaseTensor, files: WeightFiles) -> list[tuple[str, str, tuple[int, ...], int]]:
     """Return (key, safetensors dtype, shape, bytes) of each piece `add` writes for a tensor."""
     if tensor.block_size is None:
         dtype = files.tensors[tensor.key].dtype

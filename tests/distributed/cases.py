@@ -1,0 +1,252 @@
+"""The trainings that the distributed tests compare, and the worker that runs them.
+
+One process group runs them all, one after the other: starting Python and torch costs more than a
+training does. `python cases.py FOLDER`, alone or under torchrun; nothing is asserted here.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from peft_dist import checkpoint, dist
+from peft_dist.data.pack import pack
+from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.scoring import held_out, score
+from peft_dist.session import Session, open_session
+from peft_dist.tracking import Record
+from peft_dist.trainer import Trainer
+from tests.tiny import ARCHITECTURES, tiny_recipe
+
+SINGLE, FSDP, DDP, HSDP, FSDP4 = "1-fsdp", "2-fsdp", "2-ddp", "4-hsdp", "4-fsdp"
+PROBE_ROWS = 6
+"""Training rows whose losses stand for the logits of a trained model."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training, on one engine or on several that must agree."""
+
+    model: str
+    """Folder of the model in FOLDER/models."""
+    engines: tuple[str, ...] = (SINGLE, FSDP)
+    """Processes and strategy."""
+    sections: dict[str, Any] = field(default_factory=dict)
+    """What the recipe says besides."""
+    steps: int = 5
+
+
+def _cases() -> dict[str, Case]:
+    nf4, none = {"quantization": "nf4"}, {"quantization": "none"}
+    lora = {"rslora": {"rslora": True}, "dora": {"dora": True}, "all-biases": {"bias": "all"},
+            "lora-biases": {"bias": "lora_only"}, "rank-1": {"rank": 1},
+            "two-targets": {"targets": ["q_proj", "down_proj"]}}  # fmt: skip
+    cases = {
+        f"{architecture}-{name}": Case(architecture, sections=sections)
+        for architecture in ARCHITECTURES
+        for name, sections in (("nf4", nf4), ("none", none))
+    }
+    everywhere = (SINGLE, FSDP, DDP, HSDP)
+    cases["llama-nf4"] = Case("llama", everywhere, nf4, steps=20)
+    cases["llama-none"] = Case("llama", everywhere, none, steps=20)
+    cases["bert-nf4"] = Case("bert", (SINGLE, FSDP, DDP), nf4)
+    cases |= {
+        f"padded-{architecture}": Case(architecture, (SINGLE,), none | {"data": {"packing": False}})
+        for architecture in ARCHITECTURES
+        if architecture != "bert"
+    }
+    cases |= {
+        f"{option}-{name}": Case("qwen2", (SINGLE, FSDP, DDP), sections | {"method": changes})
+        for option, changes in lora.items()
+        for name, sections in (("nf4", nf4), ("none", none))
+    }
+    cases |= {
+        "odd-nf4": Case("odd", (*everywhere, FSDP4), nf4 | {"method": {"rank": 3}}),
+        "odd-none": Case("odd", (*everywhere, FSDP4), none | {"method": {"rank": 3}}),
+        "files": Case("files", sections=nf4),
+        "packed-before": Case("bnb", sections=nf4),
+        "packed-twice": Case("bnb-double", sections=nf4),
+        "gpt2-trunk": Case("gpt2-trunk", sections=nf4),
+        "bert-trunk": Case("bert-trunk", (SINGLE, FSDP, DDP), none),
+        "gpt2-dora": Case("gpt2", sections=nf4 | {"method": {"dora": True}}),
+        "gpt2-biases": Case("gpt2", sections=none | {"method": {"bias": "all"}}),
+        "bert-biases": Case("bert", sections=none | {"method": {"bias": "all"}}),
+        "accumulated": Case("llama", everywhere, nf4 | {"train": {"micro_batch_size": 2}}, 20),
+        "checkpointed": Case(
+            "llama", (SINGLE, FSDP), nf4 | {"train": {"activation_checkpointing": True}}, 20
+        ),
+        "bfloat16-nf4": Case("llama", (SINGLE, FSDP, DDP), nf4 | {"model": {"dtype": "bfloat16"}}),
+        "bfloat16-none": Case("llama", sections=none | {"model": {"dtype": "bfloat16"}}),
+        "three-rows": Case(
+            "llama", (*everywhere, FSDP4), nf4 | {"train": {"global_batch_size": 3}}
+        ),
+        "tokens": Case(
+            "llama",
+            (SINGLE, FSDP),
+            nf4 | {"train": {"global_batch_size": None, "global_batch_tokens": 90}},
+        ),
+        "own-dropout": Case("gpt2-dropout", (SINGLE,), none),
+        "own-dropout-again": Case("gpt2-dropout", (SINGLE,), none),
+    }
+    return cases
+
+
+CASES = _cases()
+
+
+class Recorder:
+    """A tracker that keeps the records."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self.records: list[Record] = []
+
+    def write(self, record: Record) -> None:
+        """Keep one record."""
+        self.records.append(dict(record))
+
+    def close(self) -> None:
+        """Nothing is held back."""
+
+
+def main(folder: Path) -> None:
+    """Run every case that belongs to this number of processes."""
+    world = dist.read_world()
+    dist.start(world)
+    for name, case in CASES.items():
+        for engine in case.engines:
+            processes, strategy = engine.split("-")
+            if int(processes) == world.size:
+                run_case(folder, name, case, strategy, world)
+    dist.stop()
+
+
+def run_case(folder: Path, name: str, case: Case, strategy: str, world: dist.World) -> None:
+    """Train one case and leave `outcome.json` and the adapter."""
+    started = time.monotonic()
+    out = folder / "outcomes" / name / f"{world.size}-{strategy}"
+    kind = "labelled" if case.model.startswith("bert") else "completion"
+    size = {"steps": case.steps, "global_batch_size": 8, "micro_batch_size": 8}
+    train = {**size, "learning_rate": 5e-3, **case.sections.get("train", {})}
+    data = {"eval": str(folder / f"{kind}-eval.jsonl"), **case.sections.get("data", {})}
+    task = "sequence-classification" if kind == "labelled" else "causal-lm"
+    sections = case.sections | {
+        "train": train,
+        "data": data,
+        "model": {"task": task, **case.sections.get("model", {})},
+        "parallel": {"strategy": strategy, **({"shard_size": 2} if strategy == "hsdp" else {})},
+    }
+    if kind == "completion":
+        sections["evaluate"] = {"choices": [" cat", " dog"]}
+    recipe = tiny_recipe(folder / "models" / case.model, folder / f"{kind}.jsonl", **sections)
+    # Caches are not shared between numbers of processes, so that what they hold can be compared.
+    cache = folder / f"cache-{world.size}"
+    rows = tokenize_rows(recipe, "train", cache / "rows")
+    held = held_out(recipe, tokenize_rows(recipe, "eval", cache / "rows"))
+    warnings = _Warnings()
+    logging.getLogger("peft_dist").addHandler(warnings)
+    session = open_session(recipe, world, cache_dir=cache, label_names=rows.label_names)
+    logging.getLogger("peft_dist").removeHandler(warnings)
+    before = full_state(session)
+    undisturbed = gradient(session, rows)
+    score(session, held)
+    disturbed = gradient(session, rows)
+    recorder = Recorder()
+    trainer = Trainer(session, rows, held, save=lambda step: None)
+    trainer.trackers = [recorder] if world.is_main else []
+    outcome = trainer.run()
+    session.check_base_unchanged()
+    after = full_state(session)
+    digests = dist.gather_objects({name: fingerprint(t) for name, t in after.items()})
+    nll, logits = probe(session, rows)
+    state = session.engine.adapter_state(session.adapter)
+    if not world.is_main:
+        return
+    checkpoint.save_adapter(out / "adapter", session.peft, state)
+    facts = {
+        "losses": [r["loss"] for r in recorder.records if r["event"] == "step"],
+        "first": [outcome.first.loss, outcome.first.accuracy] if outcome.first else None,
+        "last": [outcome.last.loss, outcome.last.accuracy] if outcome.last else None,
+        "base_bytes_total": session.base_bytes_total,
+        "base_bytes_by_rank": session.base_bytes_by_rank,
+        "base_fingerprint": session.base_fingerprint,
+        "packed_base": None if session.packed_base is None else str(session.packed_base),
+        "packed_layers": sum(name.endswith(".packed") for name in session.base),
+        "trained": sorted(session.adapter),
+        "sharded": all(isinstance(p, DTensor) for p in session.adapter.values()),
+        "still": [name for name in after if torch.equal(before[name], after[name])],
+        "adapters_agree": all(digest == digests[0] for digest in digests),
+        "gradient_change": max(
+            float((undisturbed[name] - disturbed[name]).abs().max()) for name in undisturbed
+        ),
+        "warnings": warnings.lines,
+        "probe_nll": nll,
+        "probe_logits": logits,
+        "seconds": time.monotonic() - started,
+    }
+    (out / "outcome.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+class _Warnings(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def full_state(session: Session) -> dict[str, torch.Tensor]:
+    """Return every trained tensor, whole, on every process."""
+    return {name: _full(parameter) for name, parameter in session.adapter.items()}
+
+
+def fingerprint(tensor: torch.Tensor) -> list[float]:
+    """Return sums that differ where tensors do."""
+    values = tensor.double().flatten()
+    return [float(values.sum()), float((values * torch.arange(1, len(values) + 1)).sum())]
+
+
+def gradient(session: Session, rows: TokenizedRows) -> dict[str, torch.Tensor]:
+    """Return the adapter's gradient on a few rows; leaves none behind."""
+    ids = torch.arange(4).numpy() + session.world.rank
+    batch = pack(rows, ids, packing=session.packing)
+    session.model.train()
+    with session.engine.reduces(True):
+        with session.autocast():
+            loss = session.engine.run(batch).nll.sum()
+        loss.backward()
+    found = {name: _full(p.grad) for name, p in session.adapter.items() if p.grad is not None}
+    for parameter in session.adapter.values():
+        parameter.grad = None
+    return found
+
+
+def probe(session: Session, rows: TokenizedRows) -> tuple[list[float], list[list[float]]]:
+    """Return each target's loss and each row's logits on a fixed micro-batch."""
+    batch = pack(rows, torch.arange(PROBE_ROWS).numpy(), packing=session.packing)
+    session.model.eval()
+    choices = torch.arange(session.peft.get_base_model().config.vocab_size)
+    with torch.no_grad(), session.autocast():
+        losses = session.engine.run(batch, choices)
+    assert losses.choice_logits is not None
+    return losses.nll.tolist(), losses.choice_logits.tolist()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # as a worker ends: gloo and FSDP2 can abort in the interpreter's teardown

@@ -1,0 +1,82 @@
+"""What the distributed tests share: small models, and the trainings that they compare."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from tests.distributed import cases
+from tests.processes import ROOT, environment, run, torchrun
+from tests.tiny import (
+    ARCHITECTURES,
+    completion_rows,
+    labelled_rows,
+    tiny_model,
+    tiny_tokenizer,
+    write_jsonl,
+)
+
+Outcome = dict[str, Any]
+Outcomes = Callable[[str, str], Outcome]
+
+
+def make_inputs(folder: Path) -> None:
+    """Make every model and row file that a case names."""
+    models = folder / "models"
+    for architecture in ARCHITECTURES:
+        labels = {"num_labels": 3} if architecture == "bert" else {}
+        tiny_model(models / architecture, architecture, **labels)
+    # 96 columns take blocks of 32 values, 71 take none; 2 processes divide neither 71 nor 321 rows
+    tiny_model(models / "odd", "llama", hidden_size=96, head_dim=32, num_attention_heads=3,
+               num_key_value_heads=3, intermediate_size=71, vocab_size=321)  # fmt: skip
+    tiny_model(models / "files", "llama", max_shard_size="60KB")
+    tiny_model(models / "gpt2-trunk", "gpt2", trunk_only=True)
+    tiny_model(models / "gpt2-dropout", "gpt2", resid_pdrop=0.2)
+    tiny_model(models / "bert-trunk", "bert", trunk_only=True)
+    for name, double in (("bnb", False), ("bnb-double", True)):
+        quantizer = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double
+        )
+        packed = AutoModelForCausalLM.from_pretrained(
+            models / "llama", quantization_config=quantizer, device_map="cpu"
+        )
+        packed.save_pretrained(models / name)
+        tiny_tokenizer(models / name)
+    write_jsonl(folder / "completion.jsonl", completion_rows(48))
+    write_jsonl(folder / "completion-eval.jsonl", completion_rows(13, seed=1))
+    write_jsonl(folder / "labelled.jsonl", labelled_rows(48))
+    write_jsonl(folder / "labelled-eval.jsonl", labelled_rows(13, seed=1))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder in which every case was trained, on one, two and four processes."""
+    folder = tmp_path_factory.mktemp("cases")
+    make_inputs(folder)
+    script = str(ROOT / "tests" / "distributed" / "cases.py")
+    for processes in (1, 2, 4):
+        start = [sys.executable] if processes == 1 else torchrun(processes)
+        done = run(
+            [*start, script, str(folder)],
+            environment=environment(folder / "cache"),
+            cwd=folder,
+            timeout_s=300,
+        )
+        assert done.returncode == 0, done.stderr[-5000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def outcome(trained: Path) -> Outcomes:
+    """Return a function from a case and an engine to what its training left."""
+
+    def read(case: str, engine: str) -> Outcome:
+        assert engine in cases.CASES[case].engines
+        text = (trained / "outcomes" / case / engine / "outcome.json").read_text(encoding="utf-8")
+        return cast(Outcome, json.loads(text))
+
+    return read

@@ -1,0 +1,68 @@
+"""Run commands that may start processes of their own, with an end to all of them."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def environment(cache: Path, **extra: str) -> dict[str, str]:
+    """Return our environment without what a launcher left in it, on the CPU, with its own cache."""
+    launchers = ("ACCELERATE_", "FSDP_", "PARALLELISM_", "OMP_", "RANK", "WORLD_SIZE", "LOCAL_")
+    kept = {name: text for name, text in os.environ.items() if not name.startswith(launchers)}
+    path = os.pathsep.join(filter(None, (str(ROOT), kept.get("PYTHONPATH"))))
+    return {
+        **kept,
+        "PYTHONPATH": path,
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PEFT_DIST_CACHE": str(cache),
+        **extra,
+    }
+
+
+def torchrun(processes: int) -> list[str]:
+    """Return the start of a command that runs a script in several processes."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", str(processes)]  # fmt: skip
+
+
+def run(
+    command: Sequence[str], *, environment: Mapping[str, str], cwd: Path, timeout_s: float = 180
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a session of its own; past its time, end everything it started.
+
+    Raises:
+        subprocess.TimeoutExpired: With what it had said until then.
+    """
+    process = subprocess.Popen(
+        list(command),
+        env=dict(environment),
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=timeout_s)
+    except BaseException:
+        # torchrun gives its workers sessions of their own and ends them when it is asked to stop.
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(list(command), process.returncode, output, errors)
+
+
+def error_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Return the lines in which the program names a user's fault."""
+    return [line for line in done.stderr.splitlines() if line.startswith("peft-dist: error:")]
