@@ -164,20 +164,21 @@ def build(args: argparse.Namespace, world: dist.World) -> tuple[Any, CausalLM, d
     }
     model = CausalLM(adapted)
     engine = ENGINES[args.strategy](world, shard_size=world.size)
-    engine.wrap(model, transformer_blocks(skeleton).values())
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    engine.wrap(model, transformer_blocks(skeleton).values(), trained)
     materialize(model, world.device)
     now = dict(adapted.named_parameters())
     base = {plain: now[name] for name, plain in wrapped_name.items()}
     fill_base(base, plan, files, engine.shard, device=world.device)
     lora.initialise(adapted, settings, seed=0, shard=engine.shard)
-    engine.ready(model)
+    engine.hold_adapter({n: p for n, p in adapted.named_parameters() if p.requires_grad})
     parameters = 0
     for tensor in plan.tensors:
         parameters += torch.Size(tensor.shape).numel()
     counted = {
         "base_parameters": parameters,
         "base_bytes_expected": engine.expected_bytes(base),
-        "base_bytes_per_rank": engine.held_by_rank(base),
+        "base_bytes_per_rank": dist.gather_objects(engine.held_bytes(base)),
     }
     return engine, model, counted
 
@@ -188,8 +189,8 @@ def train(
     """Take the steps; return the seconds of each and the losses."""
     cuda = world.device.type == "cuda"
     model.train()
-    adapters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(adapters, lr=1e-4, weight_decay=0.0, fused=cuda)
+    matrices, _ = engine.flat_parameters()
+    optimizer = torch.optim.AdamW([matrices], lr=1e-4, weight_decay=0.0, fused=True)
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
     vocabulary = SHAPES[args.shape]["vocab_size"]
     seconds, losses = [], []
@@ -204,13 +205,13 @@ def train(
         if cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
-        with engine.reduces(True):
-            with autocast:
-                loss = engine.run(batch).nll.mean()
-            loss.backward()
-        engine.clip(adapters, 1.0)
+        with autocast:
+            loss = model(batch).nll.mean() / world.size
+        loss.backward()
+        engine.reduce(loss.detach())
+        engine.clip(1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        engine.zero_gradients()
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)

@@ -48,7 +48,7 @@ def _evaluate(options: argparse.Namespace, world: dist.World, place: Place) -> N
     dist.start(world)
     session = open_session(recipe, world, cache_dir=cache, label_names=rows.label_names)
     state = checkpoint.load_adapter(run.adapter, session.peft, session.adapter)
-    session.engine.load_adapter_state(session.adapter, state)
+    session.engine.load_adapter_state(state)
     result = score(session, held)
     if world.is_main:
         text = json.dumps(asdict(result), indent=2)

@@ -104,7 +104,7 @@ def _score(session: Session, held: HeldOut) -> Score:
     choice_ids = torch.tensor(np.concatenate(choices), device=device) if choices else None
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # nll, correct rows
     for ids, batch in _batches(session, held.rows):
-        losses = session.engine.run(batch, choice_ids)
+        losses = session.model(batch, choice_ids)
         if not len(ids):
             continue
         totals[0] += losses.nll.sum()
@@ -137,7 +137,7 @@ def _correct_by_likelihood(session: Session, held: HeldOut) -> float:
     crossed = _every_choice(held)
     scores = torch.zeros(crossed.n_rows, dtype=torch.float64, device=session.world.device)
     for ids, batch in _batches(session, crossed):
-        losses = session.engine.run(batch)
+        losses = session.model(batch)
         if len(ids):
             rows = torch.from_numpy(ids).to(scores.device)[batch.target_rows]
             scores.index_add_(0, rows, -losses.nll.double())

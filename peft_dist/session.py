@@ -63,8 +63,8 @@ class Session:
         device = self.world.device.type
         return torch.autocast(device, torch.bfloat16, self.compute_dtype == torch.bfloat16)
 
-    def check_base_unchanged(self) -> None:
-        """Hash the base again and compare. Collective.
+    def check_integrity(self) -> None:
+        """Hash the base again and compare, and the adapter over processes. Collective.
 
         Raises:
             TrainingError: Naming the first tensor that changed.
@@ -74,6 +74,11 @@ class Session:
         if changed:
             raise TrainingError(
                 f"{len(changed)} frozen tensors changed in training, {changed[0]} first",
+                remedy="the adapter is not to be trusted; please report this",
+            )
+        if not self.engine.adapters_agree():
+            raise TrainingError(
+                "the processes ended with different adapters",
                 remedy="the adapter is not to be trusted; please report this",
             )
 
@@ -144,20 +149,26 @@ def open_session(
     )
     model = _HEADS[recipe.model.task](peft)
     engine = ENGINES[launched.strategy](world, shard_size=launched.shard_size)
-    engine.wrap(model, blocks)
+    engine.wrap(model, blocks, [p for p in model.parameters() if p.requires_grad])
     base.materialize(model, world.device)
 
     frozen, trained = _split(peft)
-    by_name = {base_name(name): parameter for name, parameter in frozen.items()}
+    # A trained bias stands in the files too; of a trained copy of a head, the frozen twin does.
+    by_name = {base_name(name): parameter for name, parameter in {**trained, **frozen}.items()}
     packed = _fill(by_name, plan, files, engine, recipe, world, cache_dir)
+    for name, parameter in trained.items():
+        twin = by_name[base_name(name)]
+        if twin is not parameter:
+            base.copy_rows(parameter, twin.full_tensor() if isinstance(twin, DTensor) else twin)
     for name, parameter in {**frozen, **trained}.items():
         if base_name(name) in plan.fresh:
             _initialise_head(parameter, base_name(name), recipe, config, engine)
     method.initialise(peft, recipe.method, seed=recipe.train.seed, shard=engine.shard)
 
+    engine.hold_adapter(trained)
+    assert engine.adapters_agree(), "adapters differ between processes after initialisation"
     total, by_rank = _prove_sharded(engine, frozen, trained, launched.strategy)
     fingerprint = base.live_fingerprint(frozen, engine.shard)
-    engine.ready(model)
     return Session(
         recipe=recipe,
         world=world,
@@ -231,14 +242,15 @@ def _prove_sharded(
     saved. Collective.
     """
     for name, parameter in {**frozen, **trained}.items():
-        if parameter.is_meta or isinstance(parameter, DTensor) != engine.sharded:
+        sharded = engine.sharded and name in frozen
+        if parameter.is_meta or isinstance(parameter, DTensor) != sharded:
             raise TrainingError(
                 f"{name} is not placed as strategy {strategy} says",
                 where="parallel.strategy",
                 remedy="please report this",
             )
     expected = dist.gather_objects(engine.expected_bytes(frozen))
-    held = engine.held_by_rank(frozen)
+    held = dist.gather_objects(engine.held_bytes(frozen))
     wrong = [rank for rank, (e, h) in enumerate(zip(expected, held, strict=True)) if e != h]
     if wrong:
         rank = wrong[0]

@@ -66,7 +66,7 @@ def _train(options: argparse.Namespace, world: dist.World, place: Place) -> None
         trainer.trackers = _trackers(run, recipe, trainer.plan.total_steps)
     outcome = trainer.run()
     train_seconds = time.monotonic() - started - load_seconds
-    session.check_base_unchanged()
+    session.check_integrity()
     _save(session, run.adapter)
     peaks = dist.gather_objects((peak_rss_bytes(), _peak_device_bytes(world)))
     for tracker in trainer.trackers:
@@ -92,9 +92,8 @@ def _report_rows(rows: TokenizedRows) -> None:
 
 
 def _save(session: Session, folder: Path) -> None:
-    state = session.engine.adapter_state(session.adapter)
     if session.world.is_main:
-        checkpoint.save_adapter(folder, session.peft, state)
+        checkpoint.save_adapter(folder, session.peft, session.engine.adapter_state())
     dist.barrier()
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from peft_dist import dist
 from peft_dist.config.recipe import Train
 from peft_dist.data.order import RowIds, StepPlan, assign
 from peft_dist.data.pack import pack
@@ -58,19 +57,14 @@ def make_optimizer(session: Session) -> torch.optim.AdamW:
     A group that would be empty is left out: DeepSpeed and torch's state loading trip over it.
     """
     train = session.recipe.train
-    matrices = [p for p in session.adapter.values() if p.dim() > 1]
-    vectors = [p for p in session.adapter.values() if p.dim() <= 1]
+    matrices, vectors = session.engine.flat_parameters()
     groups = [
-        {"params": parameters, "weight_decay": decay}
-        for parameters, decay in ((matrices, train.weight_decay), (vectors, 0.0))
-        if parameters
+        {"params": [parameter], "weight_decay": decay}
+        for parameter, decay in ((matrices, train.weight_decay), (vectors, 0.0))
+        if parameter.numel()
     ]
     return torch.optim.AdamW(
-        groups,
-        lr=train.learning_rate,
-        betas=train.betas,
-        eps=train.epsilon,
-        fused=session.world.device.type == "cuda",
+        groups, lr=train.learning_rate, betas=train.betas, eps=train.epsilon, fused=True
     )
 
 
@@ -100,7 +94,6 @@ class Trainer:
         """Views of the run; stays empty on every rank but 0."""
         self.plan = StepPlan.of(self.recipe.train, rows.lengths)
         self.optimizer = make_optimizer(session)
-        self._parameters = list(session.adapter.values())
         # A GPU's figures are read one step late, so that the host never waits for the device.
         self._read_late = self.world.device.type == "cuda"
         self._unread: deque[tuple[Record, torch.Tensor, torch.cuda.Event | None]] = deque()
@@ -138,10 +131,8 @@ class Trainer:
             world_size=self.world.size,
             micro_batch_size=self.recipe.train.micro_batch_size,
         )[self.world.rank]
-        # Every rank knows all rows, so the divisor of the whole global batch needs no exchange;
-        # engines average over processes, which the world size undoes.
+        # Every rank knows all rows, so the divisor of the whole global batch needs no exchange.
         predictions = int(self.rows.predicted_counts[ids].sum())
-        scale = self.world.size / predictions
         loss = torch.zeros((), dtype=torch.float32, device=device)
         for index, micro in enumerate(groups):
             batch = pack(self.rows, micro, packing=self.session.packing)
@@ -149,13 +140,12 @@ class Trainer:
                 batch = batch.pin_memory()
             batch = batch.to(device)
             self._seed_dropout(step, index)
-            with engine.reduces(index == len(groups) - 1):
-                with self.session.autocast():
-                    nll_sum = engine.run(batch).nll.sum()
-                (nll_sum * scale).backward()
+            with self.session.autocast():
+                nll_sum = self.session.model(batch).nll.sum()
+            (nll_sum / predictions).backward()
             loss += nll_sum.detach()
-        dist.sum_over(loss)
-        norm = engine.clip(self._parameters, self.recipe.train.max_grad_norm)
+        loss = engine.reduce(loss)
+        norm = engine.clip(self.recipe.train.max_grad_norm)
         rate = learning_rate(self.recipe.train, step, total)
         record: Record = {
             "event": "step",
@@ -168,14 +158,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        engine.zero_gradients()
         self._publish(keep=1 if self._read_late else 0)
 
     def _seed_dropout(self, step: int, index: int) -> None:
-        """Make dropout a function of (seed, step, micro-batch), so that any restart repeats it."""
-        if getattr(self.recipe.method, "dropout", 0.0) > 0.0:
-            place = index * self.world.size + self.world.rank
-            torch.manual_seed(hash((self.recipe.train.seed, step, place)) & (2**63 - 1))
+        """Make dropout a function of (seed, step, micro-batch), so that any restart repeats it.
+
+        Many bases have dropout of their own, some of it in no module that could be asked.
+        """
+        place = index * self.world.size + self.world.rank
+        torch.manual_seed(hash((self.recipe.train.seed, step, place)) & (2**63 - 1))
 
     def _read(self, record: Record, figures: torch.Tensor) -> None:
         """Take a step's [loss, gradient norm]; on a CPU look at them before the update."""

@@ -4,8 +4,10 @@ Adapters are injected on `meta`, before the model is sharded: adapters added lat
 reduced over processes.
 """
 
+import copy
 import math
 import warnings
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -25,6 +27,18 @@ from peft_dist.model.nf4 import FrozenLinear4bit, dequantize
 
 _TASKS = {"causal-lm": TaskType.CAUSAL_LM, "sequence-classification": TaskType.SEQ_CLS}
 _ADAPTABLE = (nn.Linear, Conv1D, FrozenLinear4bit)
+
+
+class _LoraOn4bit(LoraLinear):
+    """LoRA on our layer, which keeps [out, in] however the released base keeps its weight.
+
+    DoRA would transpose the weights of a base that was released with Conv1D.
+    """
+
+    def __init__(self, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
+        config = copy.copy(config)
+        config.fan_in_fan_out = False
+        super().__init__(*args, config=config, **kwargs)
 
 
 def attach(
@@ -60,7 +74,7 @@ def attach(
         task_type=_TASKS[task],
         fan_in_fan_out=has_conv1d,
     )
-    config._register_custom_module({FrozenLinear4bit: LoraLinear})
+    config._register_custom_module({FrozenLinear4bit: _LoraOn4bit})
     config.base_model_name_or_path = base_name
     with warnings.catch_warnings():
         # PEFT warns that fan_in_fan_out does not suit our swapped linears; it suits the saved
@@ -113,25 +127,26 @@ def initialise(model: PeftModel, settings: Lora, *, seed: int, shard: Shard) -> 
             assign(b, torch.zeros(b.shape), shard)
             if adapter in module.lora_magnitude_vector:
                 magnitude = module.lora_magnitude_vector[adapter].weight
-                _copy_local(magnitude, _row_norms(module.get_base_layer()))
+                assign(magnitude, _row_norms(module.get_base_layer(), shard), shard)
 
 
-def _row_norms(base: nn.Module) -> torch.Tensor:
-    """Return the norm of each weight row this process holds."""
-    if isinstance(base, FrozenLinear4bit):
+def _row_norms(layer: nn.Module, shard: Shard) -> torch.Tensor:
+    """Return the norm of every weight row. Collective where the layer is sharded."""
+    if isinstance(layer, FrozenLinear4bit):
+        stored: nn.Parameter = layer.packed
         # Dequantizing needs plain tensors; rows of the two parameters are sharded alike.
         weight = dequantize(
-            _local(base.packed), _local(base.absmax), block_size=base.block_size, dtype=base.dtype
+            _local(layer.packed),
+            _local(layer.absmax),
+            block_size=layer.block_size,
+            dtype=layer.dtype,
         )
     else:
-        weight = _local(base.weight)
-    return weight.float().norm(dim=1)
+        stored = layer.weight
+        weight = _local(stored)
+    norms = weight.float().norm(dim=1)
+    return shard.gather(norms, stored.shape[0]) if isinstance(stored, DTensor) else norms
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def _copy_local(parameter: nn.Parameter, rows: torch.Tensor) -> None:
-    with torch.no_grad():
-        _local(parameter).copy_(rows)

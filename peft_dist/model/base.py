@@ -66,6 +66,7 @@ def plan_base(model: PreTrainedModel, files: WeightFiles, *, quantization: str) 
         ModelError: For a parameter that no file holds, or whose stored shape or type is wrong.
     """
     linears = block_linears(model) if quantization == "nf4" else {}
+    vocabulary = _vocabulary_matrices(model)
     tensors: list[BaseTensor] = []
     warnings: list[str] = []
     fresh: list[str] = []
@@ -92,6 +93,8 @@ def plan_base(model: PreTrainedModel, files: WeightFiles, *, quantization: str) 
         shape = tuple(model.get_parameter(name).shape)
         if linear is None:
             _check_stored(files, key, name, shape)
+            if name in vocabulary:
+                _store_as_in_file(model, names, files.dtype(key))
             tensors.append(BaseTensor(name, key, shape))
             continue
         transposed = isinstance(linear, Conv1D) and packing is None
@@ -121,6 +124,41 @@ def _tied_names(model: PreTrainedModel) -> list[list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return list(groups.values())
+
+
+def _vocabulary_matrices(model: PreTrainedModel) -> set[str]:
+    """Return the names of the token embedding and output head, where their dtype is free.
+
+    They are the largest unquantized tensors. The head is only read by our loss, which casts it;
+    an embedding of torch's own class is only looked up, and its output can be cast.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(embedding) is not nn.Embedding or head is None:
+        return set()
+    weights = {id(embedding.weight), id(head.weight)}
+    return {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in weights
+    }
+
+
+def _store_as_in_file(model: PreTrainedModel, names: list[str], stored: torch.dtype) -> None:
+    """Keep a vocabulary matrix in the file's dtype where that is narrower than the compute dtype.
+
+    Values are the same: they are widened when they are used.
+    """
+    compute = model.get_parameter(names[0]).dtype
+    if stored.itemsize >= compute.itemsize:
+        return
+    empty = torch.empty(model.get_parameter(names[0]).shape, dtype=stored, device="meta")
+    narrow = nn.Parameter(empty, requires_grad=False)
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        module = model.get_submodule(parent)
+        setattr(module, attribute, narrow)
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(lambda _module, _args, output: output.to(compute))
 
 
 def _candidates(model: PreTrainedModel, name: str, files: WeightFiles) -> Iterator[str]:

@@ -23,18 +23,12 @@ from torch import nn
 
 from peft_dist.dist import Shard, World, broadcast_object
 from peft_dist.model.base import BasePlan, BaseTensor, fill_base
-from peft_dist.model.weights import QUANT_STATE, WeightFiles
+from peft_dist.model.weights import FLOATS, QUANT_STATE, WeightFiles
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "peft_dist_manifest.json"
 _FORMAT = 1
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 
 def file_sha256(path: Path, memo_folder: Path) -> str:
@@ -230,7 +224,7 @@ def _layout(tensor: BaseTensor, files: WeightFiles) -> list[tuple[str, str, tupl
         elements = 1
         for size in tensor.shape:
             elements *= size
-        return [(tensor.name, dtype, tensor.shape, elements * _DTYPES[dtype].itemsize)]
+        return [(tensor.name, dtype, tensor.shape, elements * FLOATS[dtype].itemsize)]
     values = tensor.shape[0] * tensor.shape[1]
     blocks = values // tensor.block_size
     state_bytes = _quant_state(tensor).numel()

@@ -15,7 +15,13 @@ from peft_dist.errors import ModelError
 
 QUANT_STATE = ".quant_state.bitsandbytes__"
 """Behind a weight's name: JSON about its packing, stored as bytes."""
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""What a weight may be stored as, by safetensors' names."""
 
 
 def model_folder(name: str, revision: str | None) -> Path:
@@ -109,7 +115,11 @@ class WeightFiles:
 
     def is_float(self, key: str) -> bool:
         """Say whether a tensor holds floats that can be quantized or cast."""
-        return self.tensors[key].dtype in _FLOATS
+        return self.tensors[key].dtype in FLOATS
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return the stored dtype of a float tensor."""
+        return FLOATS[self.tensors[key].dtype]
 
     def packing(self, key: str) -> Packing | None:
         """Return how bitsandbytes packed this weight; None where it is not packed.

@@ -3,13 +3,11 @@
 Accelerate's own FSDP2 wrapping leaves 4-bit weights out of sharding and is plain DDP on CPU.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from collections.abc import Iterable
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 from peft_dist.dist import Shard, World
 from peft_dist.errors import LaunchError
@@ -32,29 +30,17 @@ class FSDP2Engine(Engine):
         kind = self.world.device.type
         return init_device_mesh(kind, (self.world.size,), mesh_dim_names=("shard",))
 
-    def wrap(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """Shard each block as one unit, and the rest as another."""
+    def wrap(
+        self, model: nn.Module, blocks: Iterable[nn.Module], adapter: Iterable[nn.Parameter]
+    ) -> None:
+        """Shard each block as one unit and the rest as another, and leave the adapter whole."""
+        trained = set(adapter)
+        blocks = list(blocks)
         for block in blocks:
-            fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
-        fully_shard(model, mesh=self.mesh)
-
-    def ready(self, model: nn.Module) -> None:
-        """Keep the sharded model."""
-        assert isinstance(model, FSDPModule)
-        self._model = model
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the sharded model."""
-        return self._model(*args, **kwargs)
-
-    def reduces(self, now: bool) -> AbstractContextManager[None]:
-        """Reduce in this backward, or keep gradients local."""
-        return self._reduces(now)
-
-    @contextmanager
-    def _reduces(self, now: bool) -> Iterator[None]:
-        self._model.set_requires_gradient_sync(now)
-        yield
+            fully_shard(block, mesh=self.mesh, reshard_after_forward=True, ignored_params=trained)
+        fully_shard(model, mesh=self.mesh, ignored_params=trained)
+        for block, following in zip(blocks, blocks[1:], strict=False):
+            block.set_modules_to_forward_prefetch([following])
 
 
 class HSDPEngine(FSDP2Engine):

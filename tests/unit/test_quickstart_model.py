@@ -77,7 +77,10 @@ def test_a_missing_model_of_another_name_is_not_replaced_by_ours(
 def test_without_the_package_the_error_is_the_command_that_installs_it(tmp_path: Path) -> None:
     bare = tmp_path / "site-packages"
     bare.mkdir()
-    (bare / "ruamel").symlink_to(Path(ruamel.yaml.__file__).parents[1])
+    # What the control plane needs, and nothing of the data plane.
+    for name in ("ruamel", "pydantic", "pydantic_core", "typing_extensions.py",
+                 "typing_inspection", "annotated_types"):  # fmt: skip
+        (bare / name).symlink_to(Path(ruamel.yaml.__file__).parents[2] / name)
     done = subprocess.run(
         [sys.executable, "-S", "-m", "peft_dist.quickstart",
          str(recipe(tmp_path, f"model: {{name: ./{FOLDER_NAME}}}\ndata: {{train: rows}}"))],

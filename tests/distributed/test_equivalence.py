@@ -1,0 +1,144 @@
+"""One training, whatever shares it out: the same losses and adapters on every engine."""
+
+import pytest
+
+from tests.distributed.cases import CASES, DDP, FSDP, FSDP4, HSDP, SINGLE
+from tests.distributed.conftest import Outcome, Outcomes
+from tests.tiny import ARCHITECTURES
+
+pytestmark = pytest.mark.distributed
+
+SHARED = [name for name, case in CASES.items() if len(case.engines) > 1]
+CAUSAL = [name for name in ARCHITECTURES if name != "bert"]
+# bfloat16 has 8 bits of mantissa, and packed rows are summed in another order in another split.
+BFLOAT16_TOLERANCE = 5e-3
+
+
+def largest_difference(one: Outcome, other: Outcome, key: str = "losses") -> float:
+    """Return how far two lists of figures are apart at most."""
+    return max(abs(a - b) for a, b in zip(one[key], other[key], strict=True))
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_every_engine_has_the_losses_of_one_process(outcome: Outcomes, name: str) -> None:
+    alone = outcome(name, SINGLE)
+    assert len(alone["losses"]) == CASES[name].steps
+    tolerance = BFLOAT16_TOLERANCE if name.startswith("bfloat16") else 1e-5
+    for engine in CASES[name].engines[1:]:
+        shared = outcome(name, engine)
+        assert largest_difference(alone, shared) <= tolerance, engine
+        assert largest_difference(alone, shared, "probe_nll") <= 10 * tolerance, engine
+        assert shared["first"][0] == pytest.approx(alone["first"][0], abs=tolerance), engine
+        assert shared["last"][0] == pytest.approx(alone["last"][0], abs=tolerance), engine
+
+
+@pytest.mark.parametrize("engine", [FSDP, DDP, HSDP])
+@pytest.mark.parametrize("name", ["llama-nf4", "llama-none"])
+def test_twenty_steps_are_the_same_and_learn(outcome: Outcomes, name: str, engine: str) -> None:
+    shared = outcome(name, engine)
+    assert len(shared["losses"]) == 20
+    assert shared["losses"][-1] < shared["losses"][0] - 1
+    assert shared["last"][1] == outcome(name, SINGLE)["last"][1] == 1.0
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_learns(outcome: Outcomes, architecture: str, quantization: str) -> None:
+    found = outcome(f"{architecture}-{quantization}", SINGLE)
+    least = 0.02 if architecture == "bert" else 0.5
+    assert found["losses"][-1] < found["losses"][0] - least
+    assert (found["packed_layers"] > 0) == (quantization == "nf4")
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_the_base_is_shared_out_to_the_byte(outcome: Outcomes, name: str) -> None:
+    for engine in CASES[name].engines[1:]:
+        shared = outcome(name, engine)
+        total, held = shared["base_bytes_total"], shared["base_bytes_by_rank"]
+        groups = {DDP: [held[:1], held[1:]], HSDP: [held[:2], held[2:]]}.get(engine, [held])
+        assert [sum(group) for group in groups] == [total] * len(groups), engine
+        if engine != DDP:
+            assert max(held) <= 1.03 * total / len(groups[0]), engine  # tiny rows do not divide
+        assert shared["sharded"] == (engine != DDP)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_the_base_has_the_same_bytes_on_every_engine(outcome: Outcomes, name: str) -> None:
+    for engine in CASES[name].engines[1:]:
+        found, alone = outcome(name, engine), outcome(name, SINGLE)
+        assert found["base_fingerprint"] == alone["base_fingerprint"], engine
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapters_move_and_are_equal_on_every_process(outcome: Outcomes, name: str) -> None:
+    for engine in CASES[name].engines:
+        found = outcome(name, engine)
+        assert found["trained"]
+        assert found["still"] == [], engine
+        assert found["adapters_agree"], engine
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_adapters_biases_and_heads_train(outcome: Outcomes, name: str) -> None:
+    marks = ["lora_", "modules_to_save", *(["bias"] if "biases" in name else [])]
+    for engine in CASES[name].engines:
+        trained = outcome(name, engine)["trained"]
+        assert [n for n in trained if not any(mark in n for mark in marks)] == [], engine
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("own-dropout")])
+def test_an_evaluation_in_between_leaves_the_gradient(outcome: Outcomes, name: str) -> None:
+    for engine in CASES[name].engines:
+        assert outcome(name, engine)["gradient_change"] <= 1e-6, engine
+
+
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_packed_rows_have_the_loss_of_padded_ones(outcome: Outcomes, architecture: str) -> None:
+    padded = outcome(f"padded-{architecture}", SINGLE)
+    packed = outcome(f"{architecture}-none", SINGLE)
+    assert largest_difference(padded, packed) <= 1e-5
+
+
+@pytest.mark.parametrize("engine", [SINGLE, FSDP, DDP, HSDP])
+def test_four_passes_per_step_are_one(outcome: Outcomes, engine: str) -> None:
+    assert largest_difference(outcome("accumulated", engine), outcome("llama-nf4", SINGLE)) <= 1e-5
+
+
+@pytest.mark.parametrize("engine", [SINGLE, FSDP])
+def test_recomputed_activations_change_nothing(outcome: Outcomes, engine: str) -> None:
+    again, kept = outcome("checkpointed", engine), outcome("llama-nf4", engine)
+    assert largest_difference(again, kept) <= 1e-6
+
+
+@pytest.mark.parametrize("engine", [SINGLE, FSDP])
+def test_several_files_and_packed_files_are_the_same_base(outcome: Outcomes, engine: str) -> None:
+    plain = outcome("llama-nf4", engine)
+    for name in ("files", "packed-before"):
+        assert outcome(name, engine)["base_fingerprint"] == plain["base_fingerprint"]
+        assert largest_difference(outcome(name, engine), plain) <= 1e-6
+    twice = outcome("packed-twice", engine)
+    assert twice["base_fingerprint"] != plain["base_fingerprint"]  # its scales lost some bits
+    assert twice["losses"][0] == pytest.approx(plain["losses"][0], abs=0.01)
+
+
+def test_a_trunk_without_its_head_is_the_same_base(outcome: Outcomes) -> None:
+    trunk, whole = outcome("gpt2-trunk", SINGLE), outcome("gpt2-nf4", SINGLE)
+    assert trunk["base_fingerprint"] == whole["base_fingerprint"]
+    assert largest_difference(trunk, whole) <= 1e-6
+
+
+def test_layers_that_do_not_fit_blocks_stay_unquantized_and_are_named(outcome: Outcomes) -> None:
+    for engine in (SINGLE, FSDP, FSDP4):
+        found = outcome("odd-nf4", engine)
+        assert found["packed_layers"] == 12  # 6 of the 7 linears of both blocks
+        assert found["warnings"] == [
+            f"model.layers.{block}.mlp.down_proj.weight stays unquantized: "
+            "its 71 columns are not a multiple of 32"
+            for block in (0, 1)
+        ]
+
+
+def test_the_dropout_of_the_base_is_repeated_by_the_next_run(outcome: Outcomes) -> None:
+    one, other = outcome("own-dropout", SINGLE), outcome("own-dropout-again", SINGLE)
+    assert one["losses"] == other["losses"]
+    assert one["losses"] != outcome("gpt2-none", SINGLE)["losses"]

@@ -1,0 +1,115 @@
+"""What only a CUDA device can show; skips itself without one.
+
+World size 1, so that one card is enough: the wrapping, the kernels and the memory are the same.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from peft_dist import dist
+from peft_dist.data.pack import pack
+from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.model.nf4 import dequantize, quantize_rows
+from peft_dist.model.weights import WeightFiles
+from peft_dist.session import Session, open_session
+from peft_dist.trainer import Trainer
+from tests.tiny import tiny_model, tiny_recipe, write_jsonl
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+ROWS = [{"text": "the quick brown fox jumps over the lazy dog " * (1 + n % 3)} for n in range(32)]
+
+
+@pytest.fixture
+def world() -> Iterator[dist.World]:
+    place = dist.read_world()
+    assert place.device.type == "cuda"
+    dist.start(place)
+    yield place
+    dist.stop()
+
+
+def opened(
+    tmp_path: Path, world: dist.World, *, strategy: str, quantization: str
+) -> tuple[Session, TokenizedRows, Path]:
+    model = tmp_path / "model"
+    tiny_model(model, "llama")
+    recipe = tiny_recipe(
+        model,
+        write_jsonl(tmp_path / "rows.jsonl", ROWS),
+        model={"name": str(model), "dtype": "bfloat16"},
+        quantization=quantization,
+        parallel={"strategy": strategy},
+        train={"steps": 5, "global_batch_size": 4, "learning_rate": 1e-2},
+    )
+    rows = tokenize_rows(recipe, "train", tmp_path / "cache")
+    return open_session(recipe, world, cache_dir=tmp_path / "cache"), rows, model
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_nf4_agrees_with_a_bf16_model_of_the_same_weights(
+    tmp_path: Path, world: dist.World, strategy: str
+) -> None:
+    session, rows, model = opened(tmp_path, world, strategy=strategy, quantization="nf4")
+    batch = pack(rows, torch.arange(4).numpy(), packing=True).to(world.device)
+    with torch.no_grad(), session.autocast():
+        ours = session.model(batch).nll
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(world.device)
+    files = WeightFiles(model)
+    with torch.no_grad():
+        for name, parameter in session.base.items():
+            if not name.endswith(".packed"):
+                continue
+            plain = name.removeprefix("base_model.model.").replace(".base_layer.packed", ".weight")
+            packed, absmax = quantize_rows(files.whole(plain).to(world.device), 64)
+            assert torch.equal(packed, local(parameter)), plain
+            weight = dequantize(packed, absmax, block_size=64, dtype=torch.bfloat16)
+            reference.get_parameter(plain).copy_(weight)
+        logits = reference(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
+    picked = logits[0, batch.label_positions].float()
+    theirs = torch.nn.functional.cross_entropy(picked, batch.targets, reduction="none")
+    assert torch.allclose(ours, theirs, atol=0.05), (ours - theirs).abs().max()
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_the_packed_base_is_byte_exact_after_a_wrap_and_some_steps(
+    tmp_path: Path, world: dist.World, strategy: str
+) -> None:
+    session, rows, _ = opened(tmp_path, world, strategy=strategy, quantization="nf4")
+    before = {name: local(parameter).clone() for name, parameter in session.base.items()}
+    adapter = session.engine.adapter_state()
+    outcome = Trainer(session, rows, None, save=lambda step: None).run()
+    assert outcome.final_loss == outcome.final_loss
+    session.check_integrity()
+    for name, parameter in session.base.items():
+        assert torch.equal(before[name], local(parameter)), name
+    moved = session.engine.adapter_state()
+    assert any(not torch.equal(adapter[name], moved[name]) for name in adapter)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_memory_after_loading_is_the_bytes_that_were_counted(
+    tmp_path: Path, world: dist.World, quantization: str
+) -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    session, _, _ = opened(tmp_path, world, strategy="ddp", quantization=quantization)
+    held = torch.cuda.memory_allocated() - before
+    trained = sum(parameter.numel() for parameter in session.adapter.values())
+    counted = session.base_bytes_total + 2 * 4 * trained  # values and gradients, float32
+    # CUDA hands memory out in 512-byte pieces, so every small tensor may cost one more.
+    tensors = len(session.base) + len(list(session.model.buffers())) + 8
+    assert counted <= held <= counted + tensors * 1024 + (1 << 20)
