@@ -81,6 +81,11 @@ def attach(
         # adapter, which is loaded onto the released base.
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
         peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
+    for module in peft_model.modules():
+        if isinstance(module, LoraLayer):
+            # Autocast picks the dtype of each product; casting the input to the adapter's float32
+            # first would be a round trip through memory per layer.
+            module.cast_input_dtype_enabled = False
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad:
             # An adapter is small and precious: float32 whatever the base computes in.

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from peft_dist.errors import ModelError, nearest
+from peft_dist.errors import ModelError
 
 CAUSAL_LM = (
     "gemma2",
@@ -55,7 +55,7 @@ def read_config(folder: Path, *, task: str) -> PretrainedConfig:
         raise ModelError(
             f"architecture {config.model_type!r} is not supported for {task}",
             where="model.name",
-            remedy=nearest(config.model_type, supported),
+            remedy=f"supported: {', '.join(supported)}",
         )
     return config
 

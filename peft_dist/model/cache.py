@@ -21,7 +21,7 @@ import torch
 from bitsandbytes.utils import pack_dict_to_tensor
 from torch import nn
 
-from peft_dist.dist import Shard, World, broadcast_object
+from peft_dist.dist import Shard, World, broadcast_object, gather_objects
 from peft_dist.model.base import BasePlan, BaseTensor, fill_base
 from peft_dist.model.weights import FLOATS, QUANT_STATE, WeightFiles
 
@@ -62,17 +62,44 @@ def entry_folder(cache: Path, files: WeightFiles) -> Path:
     return cache / "packed" / digest.hexdigest()[:32]
 
 
-def read_manifest(entry: Path) -> dict[str, int] | None:
-    """Return the fingerprints of a complete entry; None where there is none to use."""
+def read_manifest(entry: Path, plan: BasePlan, files: WeightFiles) -> dict[str, int] | None:
+    """Return the fingerprints of a complete entry; None where there is none to use.
+
+    Fingerprints guard the rows, which every process checks as it reads them. All else in an entry
+    follows from the plan, and is compared with it here.
+    """
     try:
         manifest = json.loads((entry / MANIFEST).read_text())
-        if manifest["format"] != _FORMAT:
-            return None
-        if any((entry / n).stat().st_size != size for n, size in manifest["bytes"].items()):
-            return None
-        return {name: int(value) for name, value in manifest["fingerprints"].items()}
+        fingerprints = {name: int(value) for name, value in manifest["fingerprints"].items()}
+        whole = (
+            manifest["format"] == _FORMAT
+            and all((entry / n).stat().st_size == size for n, size in manifest["bytes"].items())
+            and (entry / "config.json").read_text() == _config_text(files, plan)
+            and _frame_is_intact(entry / "model.safetensors", plan, files)
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    return fingerprints if whole else None
+
+
+def _frame_is_intact(file: Path, plan: BasePlan, files: WeightFiles) -> bool:
+    """Compare everything in a packed file but its rows: header, code maps and quant states."""
+    pieces = [(piece, tensor) for tensor in plan.tensors for piece in _layout(tensor, files)]
+    header = _header([piece for piece, _ in pieces])
+    with file.open("rb") as stream:
+        if stream.read(len(header)) != header:
+            return False
+        for (key, _, _, size), tensor in pieces:
+            if key.endswith(".quant_map"):
+                intact = stream.read(size) == _raw(_code_map())
+            elif QUANT_STATE in key:
+                intact = stream.read(size) == _raw(_quant_state(tensor))
+            else:
+                stream.seek(size, os.SEEK_CUR)
+                continue
+            if not intact:
+                return False
+    return True
 
 
 def discard(entry: Path) -> None:
@@ -97,8 +124,16 @@ def fill_through_cache(
         The cache entry that now holds the base; None where it could not be written.
     """
     entry = Path(broadcast_object(str(entry_folder(cache_dir, files)) if world.is_main else ""))
-    expected = broadcast_object(read_manifest(entry) if world.is_main else None)
-    if expected is not None:
+    expected = broadcast_object(read_manifest(entry, plan, files) if world.is_main else None)
+    if expected is None and world.is_main and entry.exists():
+        log.warning("packed base %s is incomplete or damaged; made anew", entry)
+        discard(entry)
+    # Nodes may have caches of their own, and this entry on only some of them.
+    everywhere = all(
+        gather_objects(expected is not None and read_manifest(entry, plan, files) == expected)
+    )
+    if everywhere:
+        assert expected is not None
         packed_files = WeightFiles(entry)
         packed_plan = packed_form(plan, packed_files)
         found = fill_base(parameters, packed_plan, packed_files, shard, device=world.device)
@@ -107,7 +142,9 @@ def fill_through_cache(
             return entry
         if world.is_main:
             log.warning("packed base %s is damaged at %s; made anew", entry, damaged[0])
-    sink = PackedWriter(entry, plan, files) if world.is_main else DiscardRows()
+            discard(entry)
+    writes = world.is_main and (everywhere or expected is None)
+    sink = PackedWriter(entry, plan, files) if writes else DiscardRows()
     found = fill_base(parameters, plan, files, shard, device=world.device, sink=sink)
     sink.publish(found)
     failure = broadcast_object(sink.failure)
@@ -147,7 +184,6 @@ class PackedWriter:
     def __init__(self, entry: Path, plan: BasePlan, files: WeightFiles) -> None:
         """Open a temporary folder beside the entry and write the header."""
         self.entry, self.failure = entry, ""
-        self._sizes: dict[str, int] = {}
         self._stream: BinaryIO | None = None
         self._temporary = entry
         layout = [spec for tensor in plan.tensors for spec in _layout(tensor, files)]
@@ -156,26 +192,9 @@ class PackedWriter:
             self._temporary = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
             self._stream = (self._temporary / "model.safetensors").open("wb")
             self._stream.write(_header(layout))
-            self._write_config(files, plan)
+            (self._temporary / "config.json").write_text(_config_text(files, plan))
         except OSError as error:
             self._give_up(error)
-
-    def _write_config(self, files: WeightFiles, plan: BasePlan) -> None:
-        config = json.loads((files.folder / "config.json").read_text())
-        skipped = [
-            t.name.removesuffix(".weight")
-            for t in plan.tensors
-            if t.block_size is None and len(t.shape) == 2
-        ]
-        config["quantization_config"] = {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": False,
-            "bnb_4bit_compute_dtype": "float32",
-            "llm_int8_skip_modules": ["lm_head", *skipped],
-        }
-        (self._temporary / "config.json").write_text(json.dumps(config, indent=2))
 
     def add(self, tensor: BaseTensor, parts: tuple[torch.Tensor, ...]) -> None:
         """Append one whole tensor, in the order of the plan."""
@@ -200,14 +219,16 @@ class PackedWriter:
             self._stream.close()
             manifest = {
                 "format": _FORMAT,
-                "bytes": {p.name: p.stat().st_size for p in self._temporary.iterdir()},
+                "bytes": {p.name: p.stat().st_size for p in sorted(self._temporary.iterdir())},
                 "fingerprints": {name: str(value) for name, value in fingerprints.items()},
             }
             (self._temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            discard(self.entry)
             self._temporary.rename(self.entry)
         except OSError as error:
-            self._give_up(error)
+            if (self.entry / MANIFEST).is_file():  # another job published it meanwhile
+                discard(self._temporary)
+            else:
+                self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
         self.failure = f"the packed base is not cached: {error}"
@@ -215,6 +236,22 @@ class PackedWriter:
             self._stream.close()
             self._stream = None
         shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _config_text(files: WeightFiles, plan: BasePlan) -> str:
+    """Return the config.json by which transformers loads an entry."""
+    config = json.loads((files.folder / "config.json").read_text())
+    unquantized = [t.name for t in plan.tensors if t.block_size is None and len(t.shape) == 2]
+    skipped = [name.rpartition(".")[0] for name in (*unquantized, *plan.fresh)]
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": "float32",
+        "llm_int8_skip_modules": list(dict.fromkeys(["lm_head", *skipped])),
+    }
+    return json.dumps(config, indent=2)
 
 
 def _layout(tensor: BaseTensor, files: WeightFiles) -> list[tuple[str, str, tuple[int, ...], int]]:

@@ -11,6 +11,8 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 
+from peft_dist.model.attention import ROW_ATTENTION
+
 LOGIT_BYTES_PER_CHUNK = 256 << 20
 """Float32 logits that stand in memory at once."""
 
@@ -80,7 +82,9 @@ class CausalLM(nn.Module):
         """Take a model that has its adapters already."""
         super().__init__()
         self.peft = peft_model
-        self.softcap = getattr(peft_model.get_base_model().config, "final_logit_softcapping", None)
+        config = peft_model.get_base_model().config
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self._by_rows = config._attn_implementation == ROW_ATTENTION
 
     def forward(self, batch: Any, choice_ids: torch.Tensor | None = None) -> Losses:
         """Score a `Batch`, and its rows' first targets against single-token choices [C]."""
@@ -89,8 +93,8 @@ class CausalLM(nn.Module):
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=batch.attention_mask,
-            row_lengths=batch.row_lengths,
             use_cache=False,
+            **({"row_lengths": batch.row_lengths} if self._by_rows else {}),
         ).last_hidden_state
         head = model.get_output_embeddings()
         picked = hidden.flatten(0, 1)[batch.label_positions]

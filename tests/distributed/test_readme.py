@@ -1,0 +1,92 @@
+"""Every command of the README runs, on a tiny model in the real one's place."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ROOT, environment, run
+from tests.tiny import tiny_model
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALLER = ["train.steps=2", "evaluate.max_rows=4", "data.max_length=256"]
+TRAINS = ("peft-dist train", "accelerate launch", "torchrun")
+
+
+def commands() -> list[str]:
+    """Return the lines of the README's shell blocks, in order, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder like a checkout's, whose home holds a tiny model where the recipe looks."""
+    folder = tmp_path_factory.mktemp("readme")
+    tiny_model(folder / ".cache/peft-dist/models/smollm2-135m-instruct", "llama")
+    for name in ("launch", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def at_home(home: Path) -> dict[str, str]:
+    """Return the environment of a user who lives there and has our commands on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return environment(home / ".cache/peft-dist", HOME=str(home), PATH=path)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_every_command_of_the_readme_runs(home: Path) -> None:
+    assert len(commands()) >= 7
+    for command in commands():
+        words = shlex.split(command)
+        words = [str(Path(word).expanduser()) if word.startswith("~") else word for word in words]
+        words = [word.replace(str(Path.home()), str(home)) for word in words]
+        if words[0] == "peft-dist":
+            words[:1] = [sys.executable, "-m", "peft_dist.cli"]
+        if command.startswith(TRAINS):
+            words += SMALLER
+        done = run(words, cwd=home, environment=at_home(home), timeout_s=120)
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+    adapters = sorted(path.parent.name for path in (home / "runs").glob("*/adapter"))
+    assert adapters == ["a", "b", "quickstart"]
+
+
+@pytest.mark.distributed
+def test_the_lines_that_a_run_ends_with_load_its_adapter(home: Path) -> None:
+    recipe = home / "configs/recipes/quickstart.yaml"
+    words = [sys.executable, "-m", "peft_dist.cli", "train", str(recipe), "--run-dir", "runs/lines"]
+    done = run([*words, *SMALLER], cwd=home, environment=at_home(home), timeout_s=120)
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip() for line in done.stdout.split("load it:")[1].splitlines()]
+    code = "\n".join([*filter(None, lines), "print(model.active_adapter, len(tokenizer))"])
+    loaded = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=home, env=at_home(home), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert loaded.stdout.startswith("default "), loaded.stderr
+
+
+def test_make_has_the_targets_that_the_documents_name() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = set()
+    for document in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        named |= set(re.findall(r"^ {4}make ([a-z-]+)", text, re.M))
+    assert {"quickstart", "test", "install", "check"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_files_that_the_documents_name_exist() -> None:
+    for document in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for path in re.findall(r"`((?:configs|launch|tests|benchmarks|peft_dist)/[\w./-]*)`", text):
+            # Only an installed wheel has that one.
+            assert (ROOT / path).exists() or path == "peft_dist/_share/", path
