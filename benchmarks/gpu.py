@@ -102,6 +102,7 @@ def make_batch(
         n_rows=rows,
         n_tokens=total,
         row_lengths=(length,) * rows,
+        row_bounds=torch.arange(rows + 1, dtype=torch.int32, device=device) * length,
     )
 
 

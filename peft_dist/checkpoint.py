@@ -61,6 +61,14 @@ def load_adapter(
             where=str(file),
             remedy="use the adapter with the recipe it was trained with",
         )
+    for name, saved in names.items():
+        if found[saved].shape != parameters[name].shape:
+            raise RunDirError(
+                f"{saved} has shape {list(found[saved].shape)}, "
+                f"but the model trains {list(parameters[name].shape)}",
+                where=str(file),
+                remedy="use the adapter with the recipe it was trained with",
+            )
     return {name: found[saved] for name, saved in names.items()}
 
 
@@ -91,20 +99,32 @@ def save_adapter(folder: Path, peft: PeftModel, state: dict[str, torch.Tensor]) 
         for file in partial.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
+        old = partial.with_name(f"{partial.name}-old")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         partial.rename(folder)
-    except OSError as error:
+        _sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # the latter is safetensors' word for a full disk
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
         raise TrainingError(
-            f"the adapter cannot be written: {error.strerror or error}",
+            f"the adapter cannot be written: {getattr(error, 'strerror', None) or error}",
             where=str(folder),
             remedy="free space; earlier copies are under checkpoints/",
         ) from error
 
 
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def keep_newest(checkpoints: Path, count: int) -> None:
     """Remove all but the newest `count` copies."""
     for old in sorted(checkpoints.glob("step-*"))[:-count]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)

@@ -11,15 +11,17 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-from peft_dist.errors import EXIT_DONE, LaunchError, PeftDistError
+from peft_dist.errors import (
+    ERROR_PREFIX,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_USER_ERROR,
+    LaunchError,
+    PeftDistError,
+)
 
-if TYPE_CHECKING:
-    from peft_dist.run_dir import RunDir
-
-EXIT_FAILED = 1
-"""A worker ended in a way that nobody foresaw; its log says how."""
 LOG_TAIL_LINES = 15
 """Lines of the launcher's log shown after such an end."""
 TRAIN_PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors")
@@ -153,35 +155,36 @@ def _train(arguments: argparse.Namespace) -> int:
     _require_training_packages()
     os.umask(0o077)
     run = RunDir.create(folder, recipe, command=command)
-    return _run_workers(run, command, environment)
+    return _run_workers(command, environment, log=run.launcher_log)
 
 
-def _run_workers(run: "RunDir", command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run workers on a run directory to their end, and say in one line why if it was early."""
+def _run_workers(command: Sequence[str], environment: Mapping[str, str], *, log: Path) -> int:
+    """Run workers to their end, and say in one line why if it was early."""
     from peft_dist.launch.local import run_launcher
+    from peft_dist.run_dir import error_in_log
 
-    ended = run_launcher(command, environment=environment, error_log=run.launcher_log)
+    ended = run_launcher(command, environment=environment, error_log=log)
     if ended.code == EXIT_DONE:
         return EXIT_DONE
     if ended.signal_name is not None:
-        return _complain(f"{run.path}: stopped by {ended.signal_name}", ended.code)
-    failure = run.read_failure()
-    if failure is not None:
-        return _complain(failure[1], failure[0])
-    _print_log_tail(run.launcher_log)
-    return _complain(f"{run.path}: a worker failed; see {run.launcher_log}", EXIT_FAILED)
+        return _complain(f"stopped by {ended.signal_name}", ended.code)
+    told = error_in_log(log)
+    if told is not None:
+        return _complain(told, EXIT_USER_ERROR)
+    _print_log_tail(log)
+    return _complain(f"a worker failed; see {log}", EXIT_FAILED)
 
 
 def _validate(arguments: argparse.Namespace) -> int:
     from peft_dist.config import load_recipe
     from peft_dist.config.derived import batch_shape
-    from peft_dist.launch.placement import this_machine
+    from peft_dist.launch.placement import place, this_machine
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    processes = recipe.parallel.processes or max(1, this_machine().gpus)
+    placement = place(recipe, this_machine())
     print(f"{arguments.recipe}: valid")
-    print(f"  processes: {processes} ({recipe.parallel.strategy})")
-    shape = batch_shape(recipe, processes)
+    print(f"  processes: {placement.processes} ({placement.strategy})")
+    shape = batch_shape(recipe, placement.processes)
     if shape is None:
         print(f"  a step: rows of up to {recipe.train.global_batch_tokens} tokens together")
         return EXIT_DONE
@@ -214,10 +217,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(run.recipe, [*arguments.overrides, *processes])
     placement = place(recipe, this_machine())
     _require_training_packages()
-    command = worker_command(placement, "evaluate.py", [str(run.path), *arguments.overrides])
-    code = _run_workers(run, command, launch_environment(placement, os.environ))
-    run.failure.unlink(missing_ok=True)  # it would say that the training failed
-    return code
+    command = worker_command(placement, "score.py", [str(run.path), *arguments.overrides])
+    run.evaluation_log.unlink(missing_ok=True)
+    environment = launch_environment(placement, os.environ)
+    return _run_workers(command, environment, log=run.evaluation_log)
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
@@ -272,7 +275,7 @@ def _print_log_tail(log: Path) -> None:
 
 
 def _complain(line: str, code: int) -> int:
-    print(f"peft-dist: error: {line}", file=sys.stderr)
+    print(f"{ERROR_PREFIX}{line}", file=sys.stderr)
     return code
 
 

@@ -1,11 +1,10 @@
 """Rank and world facts, and the few collectives that move bytes of the base.
 
-Reads the environment that torchrun, Accelerate and SLURM launchers export. Knows no model and no
-sharding engine.
+Reads the environment that torchrun and Accelerate export. Knows no model and no sharding engine.
 """
 
+import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,8 +14,9 @@ import torch.distributed as torch_dist
 
 from peft_dist.errors import LaunchError
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""A collective that waits longer than this ends the run; setup work runs before the group does."""
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""A collective that waits longer than this ends the run. Downloads, hashing and tokenising run
+before there is a group; writing the packed base is what may take minutes inside it."""
 
 
 @dataclass(frozen=True)
@@ -144,25 +144,34 @@ def sum_over(value: torch.Tensor, group: torch_dist.ProcessGroup | None = None) 
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return every process's value, in rank order. Collective; JSON-like values only."""
-    values: list[Any] = [None] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(values, value)
-    return values
+    """Return every process's value, in rank order. Collective.
+
+    Values travel as JSON: torch's own object collectives unpickle what a peer sends.
+    """
+    on_gpu = torch_dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    world_size = torch_dist.get_world_size()
+    sizes = torch.zeros(world_size, dtype=torch.int64, device=device)
+    sizes[torch_dist.get_rank()] = text.numel()
+    longest = int(sum_over(sizes).max())
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: text.numel()] = text
+    out = torch.empty(world_size * longest, dtype=torch.uint8, device=device)
+    torch_dist.all_gather_into_tensor(out, padded)
+    parts = out.cpu().split(longest)
+    return [
+        json.loads(bytes(part[:size].tolist()))
+        for part, size in zip(parts, sizes.tolist(), strict=True)
+    ]
 
 
 def broadcast_object(value: Any) -> Any:
-    """Return rank 0's value on every process. Collective; JSON-like values only."""
-    values: list[Any] = [value]
-    torch_dist.broadcast_object_list(values, src=0)
-    return values[0]
+    """Return rank 0's value on every process. Collective; the value travels as JSON."""
+    return gather_objects(value if torch_dist.get_rank() == 0 else None)[0]
 
 
 def barrier() -> None:
     """Wait until every process is here."""
     if torch_dist.get_world_size() > 1:
         torch_dist.barrier()
-
-
-def group_of(ranks: Sequence[int]) -> torch_dist.ProcessGroup:
-    """Make a process group of these ranks; every process must call it. Collective."""
-    return torch_dist.new_group(list(ranks))

@@ -9,8 +9,13 @@ from collections.abc import Iterable
 
 EXIT_DONE = 0
 """The run finished."""
+EXIT_FAILED = 1
+"""A worker ended in a way that nobody foresaw; its log says how."""
 EXIT_USER_ERROR = 2
 """The recipe, the data or the machine must change first; starting again cannot help."""
+
+ERROR_PREFIX = "peft-dist: error: "
+"""Begins the line on standard error that tells a fault."""
 
 
 class PeftDistError(Exception):

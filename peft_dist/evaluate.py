@@ -16,21 +16,21 @@ from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.errors import RecipeError, RunDirError
 from peft_dist.run_dir import RunDir, write_text_atomic
 from peft_dist.scoring import held_out, score
-from peft_dist.session import open_session
-from peft_dist.worker import Place, run_worker
+from peft_dist.session import find_base, open_session
+from peft_dist.worker import run_worker
 
 
 def main(argv: list[str]) -> int:
     """Score one run as one process of a world; return the exit code."""
-    parser = argparse.ArgumentParser(prog="launch/evaluate.py", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="launch/score.py", description=main.__doc__)
     parser.add_argument("run_dir", type=Path, help="folder of a finished run")
     parser.add_argument("overrides", nargs="*", help="key=value, such as data.eval=other.jsonl")
     options = parser.parse_args(argv)
-    return run_worker(lambda world, place: _evaluate(options, world, place))
+    return run_worker(lambda world, _: _evaluate(options, world))
 
 
-def _evaluate(options: argparse.Namespace, world: dist.World, place: Place) -> None:
-    place.run_dir = run = RunDir.open(options.run_dir)
+def _evaluate(options: argparse.Namespace, world: dist.World) -> None:
+    run = RunDir.open(options.run_dir)
     recipe = load_recipe(run.recipe, options.overrides)
     # Scoring may use other processes than training did: what the launcher says is what counts.
     recipe = recipe.model_copy(update={"parallel": Parallel()})
@@ -45,13 +45,14 @@ def _evaluate(options: argparse.Namespace, world: dist.World, place: Place) -> N
     cache = resources.cache_dir()
     rows = tokenize_rows(recipe, "eval", cache / "rows")
     held = held_out(recipe, rows)
+    source = find_base(recipe, cache)
     dist.start(world)
-    session = open_session(recipe, world, cache_dir=cache, label_names=rows.label_names)
+    session = open_session(recipe, world, source, label_names=rows.label_names)
     state = checkpoint.load_adapter(run.adapter, session.peft, session.adapter)
     session.engine.load_adapter_state(state)
     result = score(session, held)
     if world.is_main:
         text = json.dumps(asdict(result), indent=2)
-        write_text_atomic(run.path / "evaluation.json", text + "\n")
+        write_text_atomic(run.evaluation, text + "\n")
         accuracy = "" if result.accuracy is None else f"accuracy {result.accuracy:.3f}  "
         print(f"{accuracy}held-out loss {result.loss:.4f}  ({result.rows} rows)")

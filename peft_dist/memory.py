@@ -12,8 +12,11 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
+def peak_device_bytes(device: torch.device) -> int:
+    """Return the most memory tensors have held on a GPU at once; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak on the device that computes: its own memory, or the host's on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_rss_bytes()
+    return peak_device_bytes(device) or peak_rss_bytes()

@@ -39,20 +39,20 @@ def _quantize(options: argparse.Namespace, world: dist.World) -> None:
     skeleton = architectures.build_skeleton(
         config, task=options.task, dtype=dtype, attention="auto"
     )
-    plan = base.plan_base(skeleton, files, quantization="nf4")
-    if any(tensor.packing is not None for tensor in plan.tensors):
+    if files.packed:
         raise ModelError(
             f"{folder} is quantized already", where="MODEL", remedy="train from it as it is"
         )
+    plan = base.plan_base(skeleton, files, quantization="nf4")
+    cache_dir = resources.cache_dir()
+    place = cache.entry_folder(cache_dir, files)
     dist.start(world)
     shard = dist.Shard(world.rank, world.size)
-    entry = cache.fill_through_cache(
-        {}, plan, files, shard, world=world, cache_dir=resources.cache_dir()
-    )
+    entry = cache.fill_through_cache({}, plan, files, shard, world=world, entry=place)
     if entry is None:
         raise ModelError(
             "the packed base could not be written",
-            where=str(resources.cache_dir()),
+            where=str(cache_dir),
             remedy="free space there, or set PEFT_DIST_CACHE",
         )
     if world.is_main:

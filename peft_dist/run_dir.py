@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from peft_dist.config import Recipe, render_recipe
-from peft_dist.errors import PeftDistError, RunDirError
+from peft_dist.errors import ERROR_PREFIX, PeftDistError, RunDirError
 
 RECORDED_PACKAGES = (
     "peft-dist",
@@ -56,6 +56,17 @@ def write_text_atomic(path: Path, text: str) -> None:
             with suppress(OSError):
                 Path(temporary).unlink(missing_ok=True)
         raise _cannot_write(path, error) from error
+
+
+def error_in_log(log: Path) -> str | None:
+    """Return the first fault that workers told in their log, without its prefix."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    told = (line for line in lines if line.startswith(ERROR_PREFIX))
+    line = next(told, None)
+    return None if line is None else line.removeprefix(ERROR_PREFIX)
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,21 @@ class RunDir:
     def launcher_log(self) -> Path:
         """Standard error of the launcher and of all its processes."""
         return self.logs / "launcher.log"
+
+    @property
+    def evaluation(self) -> Path:
+        """The last scoring of the finished adapter."""
+        return self.path / "evaluation.json"
+
+    @property
+    def evaluation_log(self) -> Path:
+        """Standard error of the last scoring's processes."""
+        return self.logs / "evaluation.log"
+
+    @property
+    def has_started(self) -> bool:
+        """Say whether the run has trained a step, or ended."""
+        return self.result.exists() or (self.ledger.exists() and self.ledger.stat().st_size > 0)
 
     @property
     def failure(self) -> Path:
@@ -176,17 +202,10 @@ class RunDir:
         return run if path.name == run.recipe.name and run.run_facts.is_file() else None
 
     def record_failure(self, error: PeftDistError) -> None:
-        """Leave the error for the process that launched this one."""
-        facts = {"exit_code": error.exit_code, "error": str(error)}
-        write_text_atomic(self.failure, json.dumps(facts) + "\n")
-
-    def read_failure(self) -> tuple[int, str] | None:
-        """Return the exit code and line that `record_failure` left, or None."""
-        try:
-            facts = json.loads(self.failure.read_text(encoding="utf-8"))
-            return int(facts["exit_code"]), str(facts["error"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        """Note that a user's fault ended the run; the first note stays."""
+        if not self.failure.exists():
+            facts = {"exit_code": error.exit_code, "error": str(error)}
+            write_text_atomic(self.failure, json.dumps(facts) + "\n")
 
     def _make_room(self) -> bool:
         """Make the folder or see that it may be used; return whether it is new."""

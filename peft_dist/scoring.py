@@ -36,7 +36,8 @@ class HeldOut:
 
     rows: TokenizedRows
     choices: tuple[NDArray[np.int32], ...]
-    """Tokens of each choice, without the end token; empty: loss only."""
+    """Tokens of each choice; empty: loss only. The end token is left out where one position tells
+    all choices apart, and counts elsewhere: " no" would always beat " no idea" without it."""
     truth: NDArray[np.int64] | None
     """[n_rows] index of each row's own choice or class."""
 
@@ -71,7 +72,9 @@ def held_out(recipe: Recipe, rows: TokenizedRows) -> HeldOut:
                 remedy="add its completion to the choices, or raise data.max_length",
             )
         truth[row] = index
-    return HeldOut(rows, tuple(tokens[:-1] for tokens in encoded), truth)
+    if all(len(tokens) == 2 for tokens in encoded):
+        encoded = tuple(tokens[:-1] for tokens in encoded)
+    return HeldOut(rows, encoded, truth)
 
 
 def _first(rows: TokenizedRows, count: int | None) -> TokenizedRows:

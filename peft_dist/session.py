@@ -76,10 +76,17 @@ class Session:
                 f"{len(changed)} frozen tensors changed in training, {changed[0]} first",
                 remedy="the adapter is not to be trusted; please report this",
             )
+        self.check_adapters_agree()
+
+    def check_adapters_agree(self) -> None:
+        """Compare the adapter over processes, to the bit. Collective.
+
+        Raises:
+            TrainingError: Where one has drifted: its gradients were not reduced.
+        """
         if not self.engine.adapters_agree():
             raise TrainingError(
-                "the processes ended with different adapters",
-                remedy="the adapter is not to be trusted; please report this",
+                "the processes hold different adapters", remedy="please report this"
             )
 
 
@@ -92,23 +99,45 @@ def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if on_gpu else torch.float32
 
 
-def _attention(recipe: Recipe, device: torch.device) -> str:
-    if recipe.model.attention != "auto" or device.type != "cuda":
+def _attention(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
+    if recipe.model.attention != "auto" or device.type != "cuda" or dtype == torch.float32:
         return recipe.model.attention
     from transformers.utils import is_flash_attn_2_available
 
     return "flash_attention_2" if is_flash_attn_2_available() else "auto"
 
 
+@dataclass(frozen=True)
+class BaseSource:
+    """Where the base comes from."""
+
+    files: WeightFiles
+    entry: Path | None
+    """Where its packed form belongs in the cache; None where it has none of its own."""
+
+
+def find_base(recipe: Recipe, cache_dir: Path) -> BaseSource:
+    """Download the model where it is not local, and hash it for the cache.
+
+    Both can take minutes, so call it before the process group exists.
+
+    Raises:
+        ModelError: Where there is no such model, or a file of it is broken.
+    """
+    files = WeightFiles(model_folder(recipe.model.name, recipe.model.revision))
+    packs = recipe.quantization == "nf4" and not files.packed
+    return BaseSource(files, cache.entry_folder(cache_dir, files) if packs else None)
+
+
 def open_session(
-    recipe: Recipe, world: dist.World, *, cache_dir: Path, label_names: tuple[str, ...] = ()
+    recipe: Recipe, world: dist.World, source: BaseSource, *, label_names: tuple[str, ...] = ()
 ) -> Session:
     """Build, shard and load the model. Collective.
 
     Args:
         recipe: The run's recipe.
         world: This process's place.
-        cache_dir: Where packed bases are kept.
+        source: What `find_base` found.
         label_names: Class names, for sequence classification.
 
     Raises:
@@ -118,29 +147,26 @@ def open_session(
     started = time.monotonic()
     launched = resolve(recipe.parallel, world, os.environ)
     dtype = compute_dtype(recipe, world.device)
-    folder = model_folder(recipe.model.name, recipe.model.revision)
-    config = architectures.read_config(folder, task=recipe.model.task)
-    files = WeightFiles(folder)
+    config = architectures.read_config(source.files.folder, task=recipe.model.task)
     skeleton = architectures.build_skeleton(
         config,
         task=recipe.model.task,
         dtype=dtype,
-        attention=_attention(recipe, world.device),
+        attention=_attention(recipe, world.device, dtype),
         label_names=label_names,
     )
     if recipe.model.task == "causal-lm" and skeleton.config._attn_implementation == "sdpa":
         attention.register()
         skeleton.set_attn_implementation(attention.ROW_ATTENTION)
     has_conv1d = architectures.has_conv1d(skeleton)
-    plan = base.plan_base(skeleton, files, quantization=recipe.quantization)
+    plan = base.plan_base(skeleton, source.files, quantization=recipe.quantization)
     if world.is_main:
         for warning in plan.warnings:
             log.warning(warning)
     blocks = list(architectures.transformer_blocks(skeleton).values())
     if recipe.train.activation_checkpointing:
         skeleton.gradient_checkpointing_enable({"use_reentrant": False})
-    method = METHODS[recipe.method.kind]
-    peft = method.attach(
+    peft = METHODS[recipe.method.kind].attach(
         skeleton,
         recipe.method,
         task=recipe.model.task,
@@ -153,23 +179,11 @@ def open_session(
     base.materialize(model, world.device)
 
     frozen, trained = _split(peft)
-    # A trained bias stands in the files too; of a trained copy of a head, the frozen twin does.
-    by_name = {base_name(name): parameter for name, parameter in {**trained, **frozen}.items()}
-    packed = _fill(by_name, plan, files, engine, recipe, world, cache_dir)
-    for name, parameter in trained.items():
-        twin = by_name[base_name(name)]
-        if twin is not parameter:
-            base.copy_rows(parameter, twin.full_tensor() if isinstance(twin, DTensor) else twin)
-    for name, parameter in {**frozen, **trained}.items():
-        if base_name(name) in plan.fresh:
-            _initialise_head(parameter, base_name(name), recipe, config, engine)
-    method.initialise(peft, recipe.method, seed=recipe.train.seed, shard=engine.shard)
-
+    packed = _load_base(frozen, trained, plan, source, engine)
+    _initialise_adapter(peft, frozen, trained, plan, recipe, engine)
     engine.hold_adapter(trained)
-    assert engine.adapters_agree(), "adapters differ between processes after initialisation"
     total, by_rank = _prove_sharded(engine, frozen, trained, launched.strategy)
-    fingerprint = base.live_fingerprint(frozen, engine.shard)
-    return Session(
+    session = Session(
         recipe=recipe,
         world=world,
         strategy=launched.strategy,
@@ -181,10 +195,12 @@ def open_session(
         adapter=trained,
         base_bytes_total=total,
         base_bytes_by_rank=by_rank,
-        base_fingerprint=fingerprint,
+        base_fingerprint=base.live_fingerprint(frozen, engine.shard),
         packed_base=packed,
         load_seconds=time.monotonic() - started,
     )
+    session.check_adapters_agree()
+    return session
 
 
 def base_name(name: str) -> str:
@@ -202,32 +218,53 @@ def _split(peft: PeftModel) -> tuple[dict[str, nn.Parameter], dict[str, nn.Param
     return frozen, trained
 
 
-def _fill(
-    parameters: dict[str, nn.Parameter],
+def _load_base(
+    frozen: dict[str, nn.Parameter],
+    trained: dict[str, nn.Parameter],
     plan: BasePlan,
-    files: WeightFiles,
+    source: BaseSource,
     engine: Engine,
-    recipe: Recipe,
-    world: dist.World,
-    cache_dir: Path,
 ) -> Path | None:
-    """Fill the base from the packed cache, or from the model's files, which fills the cache."""
-    if recipe.quantization == "none" or any(t.packing is not None for t in plan.tensors):
-        base.fill_base(parameters, plan, files, engine.shard, device=world.device)
-        return None
-    return cache.fill_through_cache(
-        parameters, plan, files, engine.shard, world=world, cache_dir=cache_dir
-    )
+    """Fill every parameter that the files hold; return the cache entry that holds them, if any.
+
+    Of these some may be trained: biases, and the trained copy of a head. Collective.
+    """
+    # Of a head and its trained copy, both have one name in the files; the frozen one is filled.
+    by_name = {base_name(name): parameter for name, parameter in {**trained, **frozen}.items()}
+    device = engine.world.device
+    packed = None
+    if source.entry is None:
+        base.fill_base(by_name, plan, source.files, engine.shard, device=device)
+    else:
+        packed = cache.fill_through_cache(
+            by_name, plan, source.files, engine.shard, world=engine.world, entry=source.entry
+        )
+    for name, parameter in trained.items():
+        twin = by_name.get(base_name(name))
+        if twin is not None and twin is not parameter:
+            base.copy_rows(parameter, twin.full_tensor() if isinstance(twin, DTensor) else twin)
+    return packed
 
 
-def _initialise_head(
-    parameter: nn.Parameter, name: str, recipe: Recipe, config: object, engine: Engine
+def _initialise_adapter(
+    peft: PeftModel,
+    frozen: dict[str, nn.Parameter],
+    trained: dict[str, nn.Parameter],
+    plan: BasePlan,
+    recipe: Recipe,
+    engine: Engine,
 ) -> None:
-    full = torch.zeros(parameter.shape)
-    if parameter.dim() > 1:
-        std = getattr(config, "initializer_range", 0.02)
-        full.normal_(std=std, generator=generator_for(recipe.train.seed, name))
-    assign(parameter, full, engine.shard)
+    """Fill what no file holds: heads the checkpoint lacks, and the adapter. Collective."""
+    std = getattr(peft.get_base_model().config, "initializer_range", 0.02)
+    for name, parameter in {**frozen, **trained}.items():
+        plain = base_name(name)
+        if plain in plan.fresh:
+            full = torch.zeros(parameter.shape)
+            if parameter.dim() > 1:
+                full.normal_(std=std, generator=generator_for(recipe.train.seed, plain))
+            assign(parameter, full, engine.shard)
+    method = METHODS[recipe.method.kind]
+    method.initialise(peft, recipe.method, seed=recipe.train.seed, shard=engine.shard)
 
 
 def _prove_sharded(

@@ -24,7 +24,10 @@ def make_result(
 ) -> Result:
     """Return `result.json`; times in seconds, sizes in bytes, lists in rank order."""
     trained = session.adapter.values()
-    return {
+    classes = {}
+    if session.recipe.model.task == "sequence-classification":
+        classes = {"labels": list(session.peft.get_base_model().config.id2label.values())}
+    return classes | {
         "world_size": session.world.size,
         "strategy": session.strategy,
         "quantization": session.recipe.quantization,
@@ -86,10 +89,11 @@ def summary(result: Result, run: RunDir, *, base: str) -> str:
 def loading_code(adapter: Path, result: Result, base: str) -> list[str]:
     """Return Python that loads the adapter onto the base it was trained on."""
     task = "SequenceClassification" if "labels" in result else "CausalLM"
+    size = f", num_labels={len(result['labels'])}" if "labels" in result else ""
     return [
         f"from peft import AutoPeftModelFor{task}",
         "from transformers import AutoTokenizer",
-        f"model, tokenizer = AutoPeftModelFor{task}.from_pretrained({str(adapter)!r}), "
+        f"model, tokenizer = AutoPeftModelFor{task}.from_pretrained({str(adapter)!r}{size}), "
         f"AutoTokenizer.from_pretrained({base!r})",
     ]
 

@@ -8,17 +8,17 @@ import argparse
 import json
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 from peft_dist import checkpoint, dist, resources
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
-from peft_dist.memory import peak_rss_bytes
+from peft_dist.errors import LaunchError, RunDirError
+from peft_dist.memory import peak_device_bytes, peak_rss_bytes
 from peft_dist.run_dir import RunDir, write_text_atomic
 from peft_dist.scoring import held_out
-from peft_dist.session import Session, open_session
+from peft_dist.session import Session, find_base, open_session
 from peft_dist.summary import make_result, summary
 from peft_dist.tracking import Ledger, Terminal, Tracker
 from peft_dist.trainer import Trainer
@@ -38,21 +38,23 @@ def main(argv: list[str]) -> int:
 def _train(options: argparse.Namespace, world: dist.World, place: Place) -> None:
     started = time.monotonic()
     recipe = load_recipe(options.recipe, options.overrides)
-    place.run_dir = RunDir.enclosing(options.recipe)
+    _require_trackers(recipe)
+    place.run_dir = _prepared_run(options)
     if world.is_main and place.run_dir is None:
         chosen = options.run_dir or Path("runs") / options.recipe.stem
         place.run_dir = RunDir.create(chosen, recipe, command=sys.argv)
-    # Tokenising can take an hour, which no collective would wait for: it comes first.
+    # What can take minutes comes before the process group, whose collectives would not wait.
     cache = resources.cache_dir()
     rows = tokenize_rows(recipe, "train", cache / "rows")
     held = None
     if recipe.data.eval is not None:
         held = held_out(recipe, tokenize_rows(recipe, "eval", cache / "rows"))
+    source = find_base(recipe, cache)
 
     dist.start(world)
     path = dist.broadcast_object("" if place.run_dir is None else str(place.run_dir.path))
     place.run_dir = run = RunDir.open(path)
-    session = open_session(recipe, world, cache_dir=cache, label_names=rows.label_names)
+    session = open_session(recipe, world, source, label_names=rows.label_names)
     load_seconds = time.monotonic() - started
 
     def save_copy(step: int) -> None:
@@ -68,7 +70,7 @@ def _train(options: argparse.Namespace, world: dist.World, place: Place) -> None
     train_seconds = time.monotonic() - started - load_seconds
     session.check_integrity()
     _save(session, run.adapter)
-    peaks = dist.gather_objects((peak_rss_bytes(), _peak_device_bytes(world)))
+    peaks = dist.gather_objects((peak_rss_bytes(), peak_device_bytes(world.device)))
     for tracker in trainer.trackers:
         tracker.close()
     if world.is_main:
@@ -77,6 +79,34 @@ def _train(options: argparse.Namespace, world: dist.World, place: Place) -> None
         )
         write_text_atomic(run.result, json.dumps(result, indent=2) + "\n")
         print(summary(result, run, base=recipe.model.name), flush=True)
+
+
+def _prepared_run(options: argparse.Namespace) -> RunDir | None:
+    """Return the run directory that `peft-dist train` made for this very start, if one did.
+
+    Raises:
+        RunDirError: Where that run has trained already.
+    """
+    run = RunDir.enclosing(options.recipe)
+    if run is None or options.overrides or options.run_dir:
+        return None  # the recipe of an earlier run may be the start of another
+    if run.has_started:
+        raise RunDirError(
+            "holds a run that has trained already",
+            where=str(run.path),
+            remedy="name another folder with --run-dir",
+        )
+    return run
+
+
+def _require_trackers(recipe: Recipe) -> None:
+    """Refuse a tracker that is not installed, on every process and before anything is loaded."""
+    if recipe.tracking.wandb.mode != "disabled" and find_spec("wandb") is None:
+        raise LaunchError(
+            "wandb is not installed",
+            where="tracking.wandb.mode",
+            remedy="pip install 'peft-dist[wandb]', or mode: disabled",
+        )
 
 
 def _report_rows(rows: TokenizedRows) -> None:
@@ -104,8 +134,3 @@ def _trackers(run: RunDir, recipe: Recipe, total_steps: int) -> list[Tracker]:
 
         trackers.append(WandbTracker(recipe, run.path))
     return trackers
-
-
-def _peak_device_bytes(world: dist.World) -> int:
-    on_gpu = world.device.type == "cuda"
-    return torch.cuda.max_memory_allocated(world.device) if on_gpu else 0

@@ -112,6 +112,8 @@ class Trainer:
         self._mark = time.monotonic()
         for step, _, ids in self.plan.steps():
             self._step(step, total, ids)
+            if step == 1:
+                self.session.check_adapters_agree()
             if recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0:
                 self._settle()
                 self._off_the_clock(lambda step=step: self.save(step))
@@ -229,6 +231,12 @@ class Trainer:
             return None
         started = time.monotonic()
         result = score(self.session, self.held)
+        if not math.isfinite(result.loss):
+            raise TrainingError(
+                f"held-out loss {result.loss} after step {step}",
+                where="evaluate",
+                remedy="look at the model's weights and the held-out rows",
+            )
         self._tell(
             {
                 "event": "evaluation",

@@ -95,6 +95,7 @@ def tiny_model(
     *,
     max_shard_size: str | None = None,
     trunk_only: bool = False,
+    dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> PreTrainedModel:
     """Save a random model of an architecture with a tokenizer, and return it.
@@ -104,6 +105,7 @@ def tiny_model(
         architecture: One of `ARCHITECTURES`.
         max_shard_size: Most bytes of one safetensors file, such as "50KB". Off: one file.
         trunk_only: Save it without its head, and so without the prefix of the trunk's names.
+        dtype: What it is stored in.
         changes: Values of config.json.
     """
     classify = architecture == "bert"
@@ -116,6 +118,7 @@ def tiny_model(
         for parameter in model.parameters():
             # Released models have no zero biases and no norms of exactly one; a mix-up must show.
             parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.to(dtype)
     limit = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     (model.base_model if trunk_only else model).save_pretrained(folder, **limit)
     (tiny_encoder_tokenizer if classify else tiny_tokenizer)(folder)

@@ -219,7 +219,8 @@ class Encoder:
             trained |= (begin <= starts) & (starts < stop)
         if chat.lacks_end:
             ids, trained = ids + self._end, np.append(trained, True)
-        return EncodedRow(line, np.array(ids, dtype=np.int32), trained)
+        head = len(self._head) if ids[: len(self._head)] == self._head else 0
+        return EncodedRow(line, np.array(ids, dtype=np.int32), trained, head=head)
 
     def _render(self, row: ChatRow, bad: BadRows) -> "_Rendered | None":
         """Render a conversation and find the assistant's part of each of its turns in it."""

@@ -13,10 +13,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from peft_dist.config.derived import DEFAULT_GLOBAL_ROWS
 from peft_dist.config.recipe import Train
 
 RowIds = NDArray[np.int64]
-DEFAULT_BATCH_ROWS = 16
 DEFAULT_EPOCHS = 1.0
 
 
@@ -64,7 +64,7 @@ class StepPlan:
         assert len(lengths) == order.n_rows, (len(lengths), order.n_rows)
         self._order, self._lengths = order, lengths
         self._budget = train.global_batch_tokens
-        self._batch_rows = train.global_batch_size or DEFAULT_BATCH_ROWS
+        self._batch_rows = train.global_batch_size or DEFAULT_GLOBAL_ROWS
         self._mean_length = max(1.0, float(lengths.mean()))
         self.total_rows: int | None = None
         """Rows of the whole training, counting repeats; None where it is given in steps."""

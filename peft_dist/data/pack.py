@@ -42,6 +42,8 @@ class Batch:
     """Real tokens, padding excluded."""
     row_lengths: tuple[int, ...] | None
     """Tokens of each row where they lie end to end, on the host; None when padded."""
+    row_bounds: Tensor | None
+    """int32 [rows + 1] where each packed row begins, and the end; None when padded."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
         """Return the batch on a device; from pinned memory the copy runs beside the host."""
@@ -63,6 +65,7 @@ class Batch:
             n_rows=self.n_rows,
             n_tokens=self.n_tokens,
             row_lengths=self.row_lengths,
+            row_bounds=None if self.row_bounds is None else change(self.row_bounds),
         )
 
 
@@ -125,4 +128,7 @@ def pack(
         n_rows=n_rows,
         n_tokens=len(tokens) if n_rows else 0,
         row_lengths=tuple(lengths.tolist()) if packing else None,
+        row_bounds=torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
+        if packing
+        else None,
     )

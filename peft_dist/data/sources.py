@@ -276,7 +276,7 @@ def _open_dataset(name: str, kind: str, split: str) -> "datasets.Dataset":
     if kind == "hub":
         try:
             return datasets.load_dataset(name, split=split)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
                 f"neither a file here nor a dataset that the hub gives: {error}",
                 where=name,

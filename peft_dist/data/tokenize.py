@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from peft_dist.errors import DataError, RecipeError
 FORMAT = 1
 """Raise this whenever the same rows would become other tokens or other files."""
 ROWS_PER_BATCH = 1000
+STALE_AFTER_S = 24 * 3600.0
+"""Age past which an unfinished cache folder has no owner any more."""
 FILES = {
     "tokens": np.dtype("<i4"),
     "trained": np.dtype("?"),
@@ -164,20 +167,21 @@ def _job(recipe: Recipe, which: Literal["train", "eval"], cache_dir: Path) -> _J
 def _make(job: _Job, folder: Path) -> None:
     """Write the cache beside `folder`, then rename it into place."""
     for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a killed process
-        shutil.rmtree(leftover, ignore_errors=True)
+        # Younger ones may be the work of a node that does not share our locks.
+        if time.time() - leftover.stat().st_mtime > STALE_AFTER_S:
+            shutil.rmtree(leftover, ignore_errors=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _write(job, unfinished)
         if folder.exists():  # broken, or it would have been opened
-            folder.rename(Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)))
+            shutil.rmtree(folder)
         try:
             unfinished.rename(folder)
         except OSError:
             if not folder.is_dir():  # else a node that does not share our locks made the same
                 raise
     finally:
-        for leftover in folder.parent.glob(f".{folder.name}-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write(job: _Job, folder: Path) -> None:

@@ -24,7 +24,7 @@ def worker_command(
 
     Args:
         placement: What `place` decided.
-        script: `train.py` or `evaluate.py`.
+        script: `train.py` or `score.py`.
         arguments: What every worker gets: the run's own recipe, or the run directory.
         python: The interpreter whose packages the workers use.
         root: Folder that holds `launch/`. Default: this installation's.
@@ -68,7 +68,7 @@ def launch_environment(placement: Placement, environ: Mapping[str, str]) -> dict
 
 def worker_environment() -> dict[str, str]:
     """Return the variables that every data-plane process gets."""
-    # The script's folder and the current one stay off sys.path: `launch/evaluate.py` or a folder
+    # The script's folder and the current one stay off sys.path: `launch/score.py` or a folder
     # `wandb/` that a run left behind would otherwise be imported instead of the library.
     return {"PYTHONSAFEPATH": "1"}
 

@@ -5,4 +5,4 @@ from types import ModuleType
 from peft_dist.methods import lora
 
 METHODS: dict[str, ModuleType] = {"lora": lora}
-"""Each module has `attach(model, settings, task)` and `initialise(model, settings, seed)`."""
+"""Each module has `attach`, which injects adapters, and `initialise`, which fills them."""

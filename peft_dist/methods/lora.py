@@ -138,7 +138,7 @@ def initialise(model: PeftModel, settings: Lora, *, seed: int, shard: Shard) -> 
 def _row_norms(layer: nn.Module, shard: Shard) -> torch.Tensor:
     """Return the norm of every weight row. Collective where the layer is sharded."""
     if isinstance(layer, FrozenLinear4bit):
-        stored: nn.Parameter = layer.packed
+        stored: torch.Tensor = layer.packed
         # Dequantizing needs plain tensors; rows of the two parameters are sharded alike.
         weight = dequantize(
             _local(layer.packed),
@@ -147,7 +147,7 @@ def _row_norms(layer: nn.Module, shard: Shard) -> torch.Tensor:
             dtype=layer.dtype,
         )
     else:
-        stored = layer.weight
+        stored = layer.get_parameter("weight")
         weight = _local(stored)
     norms = weight.float().norm(dim=1)
     return shard.gather(norms, stored.shape[0]) if isinstance(stored, DTensor) else norms

@@ -7,6 +7,7 @@ weight is read.
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -44,9 +45,9 @@ def read_config(folder: Path, *, task: str) -> PretrainedConfig:
     """Read config.json and refuse an architecture that is not supported for the task."""
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ModelError(
-            f"config.json of {folder} cannot be read ({str(error).splitlines()[0]})",
+            f"config.json of {folder} cannot be read ({_first_line(error)})",
             where="model.name",
             remedy="give a folder with a Hugging Face config.json",
         ) from None
@@ -85,14 +86,26 @@ def build_skeleton(
         del config.quantization_config
     config.use_cache = False
     auto_class, _ = _TASKS[task]
-    with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = auto_class.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=None if attention == "auto" else attention,
-        )
+    try:
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            model = auto_class.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=None if attention == "auto" else attention,
+            )
+    except (ValueError, ImportError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"{config.model_type} cannot be built with attention {attention} "
+            f"({_first_line(error)})",
+            where="model",
+            remedy="set model.attention: auto, or mend config.json",
+        ) from None
     model.requires_grad_(False)
     return model
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def transformer_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:

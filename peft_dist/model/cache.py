@@ -12,6 +12,8 @@ import os
 import shutil
 import struct
 import tempfile
+import time
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +21,7 @@ from typing import Any, BinaryIO
 import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.utils import pack_dict_to_tensor
+from filelock import FileLock
 from torch import nn
 
 from peft_dist.dist import Shard, World, broadcast_object, gather_objects
@@ -29,6 +32,8 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "peft_dist_manifest.json"
 _FORMAT = 1
+STALE_AFTER_S = 24 * 3600.0
+"""Age past which a half-written entry has no writer any more."""
 
 
 def file_sha256(path: Path, memo_folder: Path) -> str:
@@ -55,11 +60,25 @@ def file_sha256(path: Path, memo_folder: Path) -> str:
 
 
 def entry_folder(cache: Path, files: WeightFiles) -> Path:
-    """Return where the packed form of these files belongs, whether or not it is there."""
+    """Return where the packed form of these files belongs, whether or not it is there.
+
+    Call it before the process group exists: the first process of a node hashes, the others wait
+    for its lock and read what it remembered.
+    """
     digest = hashlib.sha256(f"peft-dist packed base {_FORMAT}\n".encode())
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock: AbstractContextManager[object] = FileLock(cache / "sha256.lock")
+    except OSError:
+        lock = nullcontext()
+    with lock:
+        return cache / "packed" / _add_files(digest, cache, files)[:32]
+
+
+def _add_files(digest: Any, cache: Path, files: WeightFiles) -> str:
     for file in (files.folder / "config.json", *files.files):
         digest.update(f"{file.name} {file_sha256(file, cache / 'sha256')}\n".encode())
-    return cache / "packed" / digest.hexdigest()[:32]
+    return str(digest.hexdigest())
 
 
 def read_manifest(entry: Path, plan: BasePlan, files: WeightFiles) -> dict[str, int] | None:
@@ -103,8 +122,19 @@ def _frame_is_intact(file: Path, plan: BasePlan, files: WeightFiles) -> bool:
 
 
 def discard(entry: Path) -> None:
-    """Remove an entry that failed its check."""
-    shutil.rmtree(entry, ignore_errors=True)
+    """Remove an entry that failed its check: at once for whoever looks, then its bytes."""
+    aside = entry.with_name(f".{entry.name}-discarded-{os.getpid()}")
+    with suppress(OSError):  # another process may have been faster
+        entry.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(entry: Path) -> None:
+    """Remove what writers of this entry left when they were killed."""
+    for leftover in entry.parent.glob(f".{entry.name}-*"):
+        with suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > STALE_AFTER_S:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def fill_through_cache(
@@ -114,7 +144,7 @@ def fill_through_cache(
     shard: Shard,
     *,
     world: World,
-    cache_dir: Path,
+    entry: Path,
 ) -> Path | None:
     """Fill the base from its packed form where that is whole, else from the files. Collective.
 
@@ -123,9 +153,9 @@ def fill_through_cache(
     Returns:
         The cache entry that now holds the base; None where it could not be written.
     """
-    entry = Path(broadcast_object(str(entry_folder(cache_dir, files)) if world.is_main else ""))
+    stood_there = entry.exists()  # asked before it is read: another job may be publishing it
     expected = broadcast_object(read_manifest(entry, plan, files) if world.is_main else None)
-    if expected is None and world.is_main and entry.exists():
+    if expected is None and world.is_main and stood_there:
         log.warning("packed base %s is incomplete or damaged; made anew", entry)
         discard(entry)
     # Nodes may have caches of their own, and this entry on only some of them.
@@ -189,6 +219,7 @@ class PackedWriter:
         layout = [spec for tensor in plan.tensors for spec in _layout(tensor, files)]
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
+            sweep(entry)
             self._temporary = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
             self._stream = (self._temporary / "model.safetensors").open("wb")
             self._stream.write(_header(layout))
@@ -226,7 +257,7 @@ class PackedWriter:
             self._temporary.rename(self.entry)
         except OSError as error:
             if (self.entry / MANIFEST).is_file():  # another job published it meanwhile
-                discard(self._temporary)
+                shutil.rmtree(self._temporary, ignore_errors=True)
             else:
                 self._give_up(error)
 

@@ -84,7 +84,7 @@ class CausalLM(nn.Module):
         self.peft = peft_model
         config = peft_model.get_base_model().config
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        self._by_rows = config._attn_implementation == ROW_ATTENTION
+        self._attention = config._attn_implementation
 
     def forward(self, batch: Any, choice_ids: torch.Tensor | None = None) -> Losses:
         """Score a `Batch`, and its rows' first targets against single-token choices [C]."""
@@ -94,7 +94,7 @@ class CausalLM(nn.Module):
             position_ids=batch.position_ids,
             attention_mask=batch.attention_mask,
             use_cache=False,
-            **({"row_lengths": batch.row_lengths} if self._by_rows else {}),
+            **self._row_arguments(batch),
         ).last_hidden_state
         head = model.get_output_embeddings()
         picked = hidden.flatten(0, 1)[batch.label_positions]
@@ -113,6 +113,23 @@ class CausalLM(nn.Module):
             choice_bias = None if bias is None else bias[choice_ids]
             choice_logits = functional.linear(first, weight[choice_ids], choice_bias).float()
         return Losses(nll, choice_logits)
+
+    def _row_arguments(self, batch: Any) -> dict[str, Any]:
+        """Return how this kernel is told where packed rows begin.
+
+        Flash attention would find out by itself, in every layer, waiting for the device.
+        """
+        if self._attention == ROW_ATTENTION:
+            return {"row_lengths": batch.row_lengths}
+        if self._attention == "flash_attention_2" and batch.row_lengths is not None:
+            longest = max(batch.row_lengths)
+            return {
+                "cu_seq_lens_q": batch.row_bounds,
+                "cu_seq_lens_k": batch.row_bounds,
+                "max_length_q": longest,
+                "max_length_k": longest,
+            }
+        return {}
 
 
 class SequenceClassifier(nn.Module):

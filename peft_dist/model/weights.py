@@ -113,6 +113,11 @@ class WeightFiles:
         """Read a whole tensor; for small ones."""
         return self._handle(self.tensors[key].file).get_tensor(key)
 
+    @property
+    def packed(self) -> bool:
+        """Say whether bitsandbytes has quantized any of it."""
+        return any(QUANT_STATE in key for key in self.tensors)
+
     def is_float(self, key: str) -> bool:
         """Say whether a tensor holds floats that can be quantized or cast."""
         return self.tensors[key].dtype in FLOATS

@@ -10,7 +10,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from peft_dist.dist import Shard, World
-from peft_dist.errors import LaunchError
 from peft_dist.shard.engine import Engine
 
 
@@ -51,12 +50,7 @@ class HSDPEngine(FSDP2Engine):
 
     def _make_mesh(self) -> DeviceMesh:
         size, shards = self.world.size, self.shard_size
-        if size % shards:
-            raise LaunchError(
-                f"shard_size {shards} does not divide the {size} processes",
-                where="parallel.shard_size",
-                remedy="choose a divisor",
-            )
+        assert size % shards == 0, (size, shards)
         return init_device_mesh(
             self.world.device.type,
             (size // shards, shards),

@@ -76,7 +76,8 @@ def _launcher_strategy(environ: Mapping[str, str]) -> str | None:
                 where="parallel.strategy",
                 remedy="set fsdp_version: 2 in the Accelerate file",
             )
-        return "hsdp" if (_exported_size(environ, "REPLICATE") or 1) > 1 else "fsdp"
+        # Our hsdp.yaml exports a mesh, even of a single replica; fsdp.yaml exports none.
+        return "fsdp" if _exported_size(environ, "REPLICATE") is None else "hsdp"
     # Accelerate exports this for every kind of launch, other launchers for none.
     return "ddp" if "ACCELERATE_MIXED_PRECISION" in environ else None
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from peft_dist.config import Recipe
-from peft_dist.errors import LaunchError
 from peft_dist.tracking.base import Record
 
 log = logging.getLogger(__name__)
@@ -17,20 +16,10 @@ class WandbTracker:
     """Logs every record under `train/step`; the first failure ends logging with one warning."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
-        """Start a run; files lie in `folder`.
+        """Start a run; files lie in `folder`."""
+        import wandb
 
-        Raises:
-            LaunchError: Where the recipe asks for W&B and the package is missing.
-        """
         settings = recipe.tracking.wandb
-        try:
-            import wandb
-        except ImportError:
-            raise LaunchError(
-                "wandb is not installed",
-                where="tracking.wandb.mode",
-                remedy="pip install peft-dist[wandb], or mode: disabled",
-            ) from None
         self._run: Any = None
         try:
             self._run = wandb.init(

@@ -20,7 +20,7 @@ from peft_dist import checkpoint, dist
 from peft_dist.data.pack import pack
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.scoring import held_out, score
-from peft_dist.session import Session, open_session
+from peft_dist.session import Session, find_base, open_session
 from peft_dist.tracking import Record
 from peft_dist.trainer import Trainer
 from tests.tiny import ARCHITECTURES, tiny_recipe
@@ -41,6 +41,8 @@ class Case:
     sections: dict[str, Any] = field(default_factory=dict)
     """What the recipe says besides."""
     steps: int = 5
+    damage: bool = False
+    """Start once before, and flip a byte of the packed base which that start left."""
 
 
 def _cases() -> dict[str, Case]:
@@ -80,6 +82,11 @@ def _cases() -> dict[str, Case]:
         "packed-twice": Case("bnb-double", sections=nf4),
         "gpt2-trunk": Case("gpt2-trunk", sections=nf4),
         "bert-trunk": Case("bert-trunk", (SINGLE, FSDP, DDP), none),
+        "bert-trunk-nf4": Case("bert-trunk", sections=nf4),
+        "half-nf4": Case("half", (SINGLE, FSDP, DDP), nf4),
+        "half-none": Case("half", sections=none),
+        "half-tied": Case("half-tied", sections=nf4),
+        "damaged": Case("damaged", everywhere, nf4, steps=20, damage=True),
         "gpt2-dora": Case("gpt2", sections=nf4 | {"method": {"dora": True}}),
         "gpt2-biases": Case("gpt2", sections=none | {"method": {"bias": "all"}}),
         "bert-biases": Case("bert", sections=none | {"method": {"bias": "all"}}),
@@ -157,7 +164,9 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: dist.Wor
     held = held_out(recipe, tokenize_rows(recipe, "eval", cache / "rows"))
     warnings = _Warnings()
     logging.getLogger("peft_dist").addHandler(warnings)
-    session = open_session(recipe, world, cache_dir=cache, label_names=rows.label_names)
+    if case.damage:
+        flip_a_byte(open_session(recipe, world, find_base(recipe, cache)))
+    session = open_session(recipe, world, find_base(recipe, cache), label_names=rows.label_names)
     logging.getLogger("peft_dist").removeHandler(warnings)
     before = adapter(session)
     undisturbed = gradient(session, rows)
@@ -196,6 +205,17 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: dist.Wor
         "seconds": time.monotonic() - started,
     }
     (out / "outcome.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def flip_a_byte(session: Session) -> None:
+    """Change the packed base on disk in the last of its rows."""
+    if session.world.is_main:
+        assert session.packed_base is not None
+        file = session.packed_base / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-4] ^= 1
+        file.write_bytes(data)
+    dist.barrier()
 
 
 class _Warnings(logging.Handler):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.distributed import cases
@@ -34,6 +35,10 @@ def make_inputs(folder: Path) -> None:
     tiny_model(models / "odd", "llama", hidden_size=96, head_dim=32, num_attention_heads=3,
                num_key_value_heads=3, intermediate_size=71, vocab_size=321)  # fmt: skip
     tiny_model(models / "files", "llama", max_shard_size="60KB")
+    # The last tensor of the file is one that all shards have rows of: the unquantized head.
+    tiny_model(models / "damaged", "llama", rope_theta=10000.0)
+    tiny_model(models / "half", "llama", dtype=torch.bfloat16)
+    tiny_model(models / "half-tied", "qwen2", dtype=torch.float16)
     tiny_model(models / "gpt2-trunk", "gpt2", trunk_only=True)
     tiny_model(models / "gpt2-dropout", "gpt2", resid_pdrop=0.2)
     tiny_model(models / "bert-trunk", "bert", trunk_only=True)

@@ -1,5 +1,7 @@
 """One training, whatever shares it out: the same losses and adapters on every engine."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.distributed.cases import CASES, DDP, FSDP, FSDP4, HSDP, SINGLE
@@ -142,3 +144,26 @@ def test_the_dropout_of_the_base_is_repeated_by_the_next_run(outcome: Outcomes) 
     one, other = outcome("own-dropout", SINGLE), outcome("own-dropout-again", SINGLE)
     assert one["losses"] == other["losses"]
     assert one["losses"] != outcome("gpt2-none", SINGLE)["losses"]
+
+
+@pytest.mark.parametrize("engine", [SINGLE, FSDP, DDP, HSDP])
+def test_every_process_agrees_that_the_packed_base_is_damaged(
+    outcome: Outcomes, engine: str
+) -> None:
+    found, plain = outcome("damaged", engine), outcome("llama-nf4", engine)
+    (warning,) = found["warnings"]
+    assert "is damaged at lm_head.weight; made anew" in warning
+    assert found["base_fingerprint"] == plain["base_fingerprint"]
+    assert largest_difference(found, plain) <= 1e-6
+
+
+def test_any_number_of_processes_packs_the_same_bytes(trained: Path, outcome: Outcomes) -> None:
+    one = {entry.name: entry for entry in (trained / "cache-1" / "packed").iterdir()}
+    assert len(one) >= len(ARCHITECTURES)
+    compared = set()
+    for processes in (2, 4):
+        for entry in (trained / f"cache-{processes}" / "packed").iterdir():
+            compared.add(entry.name)
+            for file in one[entry.name].iterdir():
+                assert file.read_bytes() == (entry / file.name).read_bytes(), file
+    assert compared == one.keys() - {Path(outcome("own-dropout", SINGLE)["packed_base"] or "").name}

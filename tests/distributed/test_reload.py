@@ -32,9 +32,14 @@ SAVED = [
 
 def plain_base(folder: Path, *, classify: bool, dtype: torch.dtype) -> PreTrainedModel:
     """Load a base as a user of transformers would."""
-    if classify:
-        return AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, num_labels=3)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    auto_class = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
+    labels = {"num_labels": 3} if classify else {}
+    base: PreTrainedModel = auto_class.from_pretrained(folder, dtype=dtype, **labels)
+    for parameter in base.parameters():
+        if parameter.is_floating_point():
+            # transformers leaves the norms of a packed base in the file's dtype
+            parameter.data = parameter.data.to(dtype)
+    return base
 
 
 def keep_the_weights(model: torch.nn.Module) -> None:

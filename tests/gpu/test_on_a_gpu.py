@@ -15,7 +15,7 @@ from peft_dist.data.pack import pack
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.model.nf4 import dequantize, quantize_rows
 from peft_dist.model.weights import WeightFiles
-from peft_dist.session import Session, open_session
+from peft_dist.session import Session, find_base, open_session
 from peft_dist.trainer import Trainer
 from tests.tiny import tiny_model, tiny_recipe, write_jsonl
 
@@ -50,7 +50,7 @@ def opened(
         train={"steps": 5, "global_batch_size": 4, "learning_rate": 1e-2},
     )
     rows = tokenize_rows(recipe, "train", tmp_path / "cache")
-    return open_session(recipe, world, cache_dir=tmp_path / "cache"), rows, model
+    return open_session(recipe, world, find_base(recipe, tmp_path / "cache")), rows, model
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:

@@ -55,4 +55,4 @@ def test_help_starts_at_once() -> None:
 
 def test_nothing_in_launch_is_named_after_a_library() -> None:
     names = {path.stem for path in (ROOT / "launch").glob("*.py")}
-    assert names == {"train", "evaluate"}  # `evaluate` is one: see launch/command.py
+    assert names == {"train", "score"}  # `evaluate` is one

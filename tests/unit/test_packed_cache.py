@@ -1,4 +1,4 @@
-"""The packed base on disk: read instead of quantized, checked to the last byte, never in the way."""
+"""The packed base on disk: read instead of quantized, checked to the last byte, no obstacle."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ import pytest
 
 from peft_dist.dist import World
 from peft_dist.model.cache import MANIFEST
-from peft_dist.session import Session, open_session
+from peft_dist.session import Session, find_base, open_session
 from tests.tiny import tiny_model, tiny_recipe
 
 Opened = Callable[[], Session]
@@ -22,7 +22,7 @@ def opened(tmp_path: Path, alone: World) -> Opened:
     """Return a function that starts a session with a tiny model and the cache beside it."""
     tiny_model(tmp_path / "model", "llama")
     recipe = tiny_recipe(tmp_path / "model", tmp_path / "rows.jsonl")
-    return lambda: open_session(recipe, alone, cache_dir=tmp_path / "cache")
+    return lambda: open_session(recipe, alone, find_base(recipe, tmp_path / "cache"))
 
 
 def contents(entry: Path) -> dict[str, bytes]:

@@ -91,9 +91,11 @@ def test_a_run_that_failed_before_its_first_step_may_be_replaced(
     run = RunDir.create(tmp_path / "a", recipe)
     run.launcher_log.write_text("traceback", encoding="utf-8")
     run.record_failure(DataError("no rows", where="train.jsonl"))
-    assert run.read_failure() == (2, "train.jsonl: no rows")
+    run.record_failure(DataError("a later one"))
+    facts = json.loads(run.failure.read_text(encoding="utf-8"))
+    assert facts == {"exit_code": 2, "error": "train.jsonl: no rows"}
     again = RunDir.create(tmp_path / "a", recipe)
-    assert again.read_failure() is None
+    assert not again.failure.exists()
     assert not again.launcher_log.exists()
 
 

@@ -1,7 +1,0 @@
-"""Score the adapter of a run directory: `python launch/evaluate.py RUN_DIR`."""
-
-import sys
-
-from peft_dist.evaluate import main
-
-sys.exit(main(sys.argv[1:]))

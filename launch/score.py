@@ -1,0 +1,7 @@
+"""Score the adapter of a run directory: `python launch/score.py RUN_DIR`."""
+
+import sys
+
+from peft_dist.evaluate import main
+
+sys.exit(main(sys.argv[1:]))

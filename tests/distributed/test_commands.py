@@ -1,0 +1,306 @@
+"""Whole commands: every way to launch, and how each fault ends."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.processes import ROOT, environment, error_lines, run, torchrun
+from tests.tiny import completion_rows, labelled_rows, tiny_model, write_jsonl
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 4
+RECIPE = f"""
+model: {{name: model}}
+quantization: nf4
+method: {{kind: lora, rank: 4, alpha: 8}}
+data: {{train: rows.jsonl, eval: held.jsonl}}
+train: {{steps: {STEPS}, global_batch_size: 8, micro_batch_size: 2, learning_rate: 5e-3}}
+evaluate: {{every_steps: 2, choices: [" cat", " dog"]}}
+checkpoint: {{every_steps: 1, keep_last: 2}}
+"""
+WAYS = {
+    "peft-dist": [sys.executable, "-m", "peft_dist.cli", "train", "recipe.yaml", "--nproc", "2"],
+    "accelerate": [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", str(ROOT / "launch" / "strategies" / "fsdp.yaml"),
+        str(ROOT / "launch" / "train.py"), "recipe.yaml",
+    ],
+    "torchrun": [*torchrun(2), str(ROOT / "launch" / "train.py"), "recipe.yaml"],
+    "python": [sys.executable, str(ROOT / "launch" / "train.py"), "recipe.yaml"],
+}  # fmt: skip
+
+
+def make_project(folder: Path) -> Path:
+    """Make a folder with a recipe, its rows and its model."""
+    tiny_model(folder / "model", "llama")
+    write_jsonl(folder / "rows.jsonl", completion_rows(32))
+    write_jsonl(folder / "held.jsonl", completion_rows(11, seed=1))
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return make_project(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in which the recipe was launched in every way."""
+    folder = make_project(tmp_path_factory.mktemp("ways"))
+    for way, command in WAYS.items():
+        done = start(folder, [*command, "--run-dir", f"runs/{way}"])
+        assert done.returncode == 0, done.stderr[-4000:]
+        (folder / f"{way}.out").write_text(done.stdout, encoding="utf-8")
+    return folder
+
+
+def start(folder: Path, command: list[str], **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a project folder, with a cache that only this project uses."""
+    return run(command, environment=environment(folder / "cache", **extra), cwd=folder)
+
+
+def result(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+    return found
+
+
+def ledger(run_dir: Path, event: str) -> list[dict[str, Any]]:
+    lines = (run_dir / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for line in lines if (record := json.loads(line))["event"] == event]
+
+
+def nothing_was_made(run_dir: Path) -> bool:
+    """Say whether a run left neither an adapter, whole or half, nor a result."""
+    names = [path.name for path in run_dir.rglob("*")]
+    return not any("adapter" in name or name == "result.json" for name in names)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_launch_gives_the_same_losses(runs: Path, way: str) -> None:
+    expected = [record["loss"] for record in ledger(runs / "runs" / "python", "step")]
+    assert len(expected) == STEPS
+    found = [record["loss"] for record in ledger(runs / "runs" / way, "step")]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_launch_gives_the_same_adapter(runs: Path, way: str) -> None:
+    expected = load_file(runs / "runs" / "python" / "adapter" / "adapter_model.safetensors")
+    found = load_file(runs / "runs" / way / "adapter" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_run_directory_holds_what_is_promised(runs: Path, way: str) -> None:
+    folder = runs / "runs" / way
+    found = result(folder)
+    processes = 1 if way == "python" else 2
+    assert found["world_size"] == processes
+    assert found["strategy"] == "fsdp"
+    assert len(found["base_bytes_per_rank"]) == len(found["peak_rss_bytes_per_rank"]) == processes
+    assert sum(found["base_bytes_per_rank"]) == found["base_bytes_total"]
+    for name in ("trainable_parameters", "load_seconds", "train_seconds", "tokens_per_second"):
+        assert found[name] > 0
+    for which in ("first", "last"):
+        assert found["eval"][which].keys() >= {"loss", "accuracy"}
+    steps = ledger(folder, "step")
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    wanted = {"step", "loss", "lr", "tokens", "tokens_per_s", "peak_memory_bytes"}
+    assert all(record.keys() >= wanted for record in steps)
+    assert [record["step"] for record in ledger(folder, "evaluation")] == [0, 2, 4]
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {
+        "step-00000003",
+        "step-00000004",
+    }
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (folder, *folder.rglob("*")))
+
+
+def test_the_end_says_what_came_of_it(runs: Path) -> None:
+    text = (runs / "peft-dist.out").read_text(encoding="utf-8")
+    found = result(runs / "runs" / "peft-dist")
+    assert f"{found['eval']['first']['accuracy']:.3f} before" in text
+    assert str(runs / "runs" / "peft-dist" / "adapter") in text
+    assert "from_pretrained" in text
+
+
+@pytest.mark.parametrize("way", ["peft-dist", "python"])
+def test_an_evaluation_gives_the_runs_own_last_score(runs: Path, way: str) -> None:
+    folder = runs / "runs" / way
+    command = [sys.executable, "-m", "peft_dist.cli", "evaluate", str(folder)]
+    done = start(runs, command)
+    assert done.returncode == 0, done.stderr
+    scored = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    last = result(folder)["eval"]["last"]
+    assert scored["loss"] == pytest.approx(last["loss"], abs=1e-5)
+    assert scored["accuracy"] == last["accuracy"]
+    assert f"accuracy {last['accuracy']:.3f}" in done.stdout
+
+
+def test_the_last_copy_is_the_adapter_and_loads_with_peft(runs: Path) -> None:
+    folder = runs / "runs" / "torchrun"
+    copy = folder / "checkpoints" / f"step-{STEPS:08d}"
+    (file,) = copy.rglob("adapter_model.safetensors")
+    assert file.read_bytes() == (folder / "adapter" / file.name).read_bytes()
+    base = AutoModelForCausalLM.from_pretrained(runs / "model")
+    PeftModel.from_pretrained(base, folder / "adapter")
+
+
+def test_another_run_is_not_overwritten(runs: Path) -> None:
+    before = (runs / "runs" / "python" / "ledger.jsonl").read_bytes()
+    done = start(runs, [*WAYS["python"], "--run-dir", "runs/python"])
+    assert done.returncode == 2
+    (line,) = error_lines(done)
+    assert "holds another run; choose another folder with --run-dir" in line
+    assert (runs / "runs" / "python" / "ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["train.learning_rate=1e30", "train.max_grad_norm=0", "train.steps=30"], "train: loss "),
+        (["model.name=./absent"], "model.name"),
+        (["data.train=absent.jsonl"], "absent.jsonl"),
+        (["data.train=empty.jsonl"], "empty.jsonl"),
+        (["method.targets=[q_prj]"], "did you mean 'q_proj'?"),
+        (["parallel.processes=3"], "parallel.processes: the recipe says 3, the launcher started 1"),
+        (["evaluate.choices=[' cat', ' log']"], "evaluate.choices: row "),
+    ],
+)
+def test_a_fault_is_one_line_and_leaves_nothing(
+    project: Path, changes: list[str], expected: str
+) -> None:
+    (project / "empty.jsonl").write_text("", encoding="utf-8")
+    done = start(project, [*WAYS["python"], *changes, "--run-dir", "run",
+                           "checkpoint.every_steps=null"])  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = error_lines(done)
+    assert expected in line
+    assert "Traceback" not in done.stderr
+    assert nothing_was_made(project / "run")
+
+
+def test_a_fault_of_two_processes_is_one_line_of_the_command(project: Path) -> None:
+    done = start(project, [*WAYS["peft-dist"], "--run-dir", "run", "train.learning_rate=1e30",
+                           "train.max_grad_norm=0", "train.steps=30",
+                           "checkpoint.every_steps=null"])  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("peft-dist: error: train: loss ")
+    assert nothing_was_made(project / "run")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder on a disk of its own, of 400 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root can mount a small disk")
+    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no small disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("left", [300_000, 40_000])
+def test_a_full_disk_is_one_line_and_leaves_no_half_adapter(
+    project: Path, small_disk: Path, left: int
+) -> None:
+    (small_disk / "taken").write_bytes(bytes(400 * 1024 - left))
+    done = start(
+        project,
+        [*WAYS["peft-dist"], "--run-dir", str(small_disk / "run"), "method.rank=64",
+         "train.steps=60", "checkpoint.every_steps=null"],
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("peft-dist: error: ")
+    assert "No space left on device" in line
+    assert nothing_was_made(small_disk / "run")
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Return the processes that were started with the cache in a folder."""
+    mark = f"PEFT_DIST_CACHE={folder / 'cache'}".encode()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_stopped_command_leaves_no_process(project: Path) -> None:
+    ours = subprocess.Popen(
+        [*WAYS["peft-dist"], "--run-dir", "run", "train.steps=100000"],
+        cwd=project,
+        env=environment(project / "cache"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    book, deadline = project / "run" / "ledger.jsonl", time.monotonic() + 120
+    while not (book.exists() and len(book.read_text(encoding="utf-8").splitlines()) > 3):
+        assert time.monotonic() < deadline
+        assert ours.poll() is None
+        time.sleep(0.2)
+    assert len(processes_of(project)) >= 4  # the command, the launcher, two workers
+    ours.send_signal(signal.SIGTERM)
+    _, errors = ours.communicate(timeout=60)
+    assert ours.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in errors
+    deadline = time.monotonic() + 10
+    while processes_of(project):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_classifier_trains_from_end_to_end(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "model", "bert", trunk_only=True)
+    write_jsonl(tmp_path / "rows.jsonl", labelled_rows(64))
+    write_jsonl(tmp_path / "held.jsonl", labelled_rows(21, seed=1))
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {name: model, task: sequence-classification}\n"
+        "quantization: none\n"
+        "data: {train: rows.jsonl, eval: held.jsonl}\n"
+        "train: {steps: 40, learning_rate: 1e-2}\n"
+        "parallel: {strategy: ddp}\n",
+        encoding="utf-8",
+    )
+    done = start(tmp_path, [*WAYS["peft-dist"], "--run-dir", "run"])
+    assert done.returncode == 0, done.stderr
+    found = result(tmp_path / "run")
+    assert found["eval"]["first"]["accuracy"] < 0.7
+    assert found["eval"]["last"]["accuracy"] > 0.9
+    assert found["labels"] == ["animal", "place", "plant"]
+    code = done.stdout.partition("load it:\n")[2]
+    lines = [line.strip() for line in code.splitlines() if line.strip()]
+    check = "print(model.base_model.model.classifier(__import__('torch').zeros(1, 64)).shape)"
+    script = "\n".join([*lines, check])
+    loaded = start(tmp_path, [sys.executable, "-c", script])
+    assert loaded.returncode == 0, loaded.stderr
+    assert "torch.Size([1, 3])" in loaded.stdout
+    command = [sys.executable, "-m", "peft_dist.cli", "evaluate", "run"]
+    assert start(tmp_path, command).returncode == 0
+    scored = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))
+    assert scored["accuracy"] == found["eval"]["last"]["accuracy"]

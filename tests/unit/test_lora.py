@@ -1,0 +1,126 @@
+"""LoRA through PEFT: where it goes, how it starts, and what is refused."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora.layer import LoraLayer
+
+from peft_dist.dist import World
+from peft_dist.errors import RecipeError
+from peft_dist.session import Session, find_base, open_session
+from tests.tiny import tiny_model, tiny_recipe
+
+ALL_LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def opened(folder: Path, world: World, architecture: str = "llama", **sections: Any) -> Session:
+    if not (folder / architecture).is_dir():
+        tiny_model(folder / architecture, architecture)
+    # ddp leaves plain tensors, with which the PEFT model runs by itself
+    sections = {"parallel": {"strategy": "ddp"}, **sections}
+    recipe = tiny_recipe(folder / architecture, folder / "rows.jsonl", **sections)
+    return open_session(recipe, world, find_base(recipe, folder / "cache"))
+
+
+def adapted(session: Session) -> set[str]:
+    return {name.split(".lora_A")[0].rpartition(".")[2] for name in session.adapter if "_A" in name}
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_all_linear_is_every_linear_of_the_blocks(
+    tmp_path: Path, alone: World, quantization: str
+) -> None:
+    session = opened(tmp_path, alone, quantization=quantization)
+    assert adapted(session) == ALL_LLAMA
+    assert not any("lm_head" in name or "embed" in name for name in session.adapter)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "phi3", "opt"])
+def test_all_linear_knows_other_names(tmp_path: Path, alone: World, architecture: str) -> None:
+    expected = {
+        "gpt2": {"c_attn", "c_proj", "c_fc"},
+        "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+        "opt": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
+    }
+    assert adapted(opened(tmp_path, alone, architecture)) == expected[architecture]
+
+
+def test_named_targets_are_the_only_ones(tmp_path: Path, alone: World) -> None:
+    session = opened(tmp_path, alone, method={"targets": ["v_proj", "q_proj"]})
+    assert adapted(session) == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("target", "remedy"),
+    [("q_prj", "did you mean 'q_proj'?"), ("lm_head", "valid: down_proj, "), ("x", "valid: ")],
+)
+def test_a_wrong_target_names_the_nearest(
+    tmp_path: Path, alone: World, target: str, remedy: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        opened(tmp_path, alone, method={"targets": ["v_proj", target]})
+    expected = f"method.targets: {target!r} is no linear inside the blocks of this model; {remedy}"
+    assert str(caught.value).startswith(expected)
+
+
+def test_the_first_values_depend_on_seed_and_name_alone(tmp_path: Path, alone: World) -> None:
+    def values(**sections: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(torch.seed())
+        session = opened(tmp_path, alone, **sections)
+        return {name: p.detach().clone() for name, p in session.adapter.items()}
+
+    one, again = values(), values()
+    fewer, other = values(method={"targets": ["v_proj"]}), values(train={"seed": 1})
+    assert one.keys() == again.keys()
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert all(torch.equal(one[name], value) for name, value in fewer.items())
+    assert not any(torch.equal(one[name], other[name]) for name in one if "lora_A" in name)
+
+
+def test_a_starts_uniform_and_b_at_zero(tmp_path: Path, alone: World) -> None:
+    for name, parameter in opened(tmp_path, alone).adapter.items():
+        if "lora_B" in name:
+            assert not parameter.any()
+            continue
+        bound = math.sqrt(1 / parameter.shape[1])
+        assert 0.8 * bound < parameter.abs().max() <= bound
+        assert abs(parameter.mean()) < 0.1 * bound
+        assert parameter.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_first_output_is_that_of_the_base(
+    tmp_path: Path, alone: World, quantization: str, dora: bool
+) -> None:
+    session = opened(tmp_path, alone, method={"dora": dora}, quantization=quantization)
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        adapted_logits = session.peft(input_ids=tokens, row_lengths=None).logits
+        with session.peft.disable_adapter():
+            plain = session.peft(input_ids=tokens, row_lengths=None).logits
+    torch.testing.assert_close(adapted_logits, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rslora", "expected"), [(False, 16 / 4), (True, 16 / 2)])
+def test_rslora_scales_by_the_root_of_the_rank(
+    tmp_path: Path, alone: World, rslora: bool, expected: float
+) -> None:
+    session = opened(tmp_path, alone, method={"rank": 4, "alpha": 16.0, "rslora": rslora})
+    layers = [m for m in session.peft.modules() if isinstance(m, LoraLayer)]
+    scalings = {layer.scaling["default"] for layer in layers}
+    assert scalings == {expected}
+
+
+def test_dora_on_an_unquantized_transposed_base_is_refused(tmp_path: Path, alone: World) -> None:
+    with pytest.raises(RecipeError, match=r"method\.dora: .*; set quantization: nf4"):
+        opened(tmp_path, alone, "gpt2", quantization="none", method={"dora": True})
+
+
+def test_adapters_are_float32_on_a_bfloat16_base(tmp_path: Path, alone: World) -> None:
+    session = opened(tmp_path, alone, model={"dtype": "bfloat16"}, quantization="none")
+    assert {p.dtype for p in session.adapter.values()} == {torch.float32}
+    assert {p.dtype for p in session.base.values()} == {torch.bfloat16}
