@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from peft_dist import train
 from tests.processes import ROOT, environment, error_lines, run, torchrun
 from tests.tiny import completion_rows, labelled_rows, tiny_model, write_jsonl
 
@@ -42,6 +43,11 @@ WAYS = {
     "torchrun": [*torchrun(2), str(ROOT / "launch" / "train.py"), "recipe.yaml"],
     "python": [sys.executable, str(ROOT / "launch" / "train.py"), "recipe.yaml"],
 }  # fmt: skip
+OTHERS = {
+    "ddp": [*WAYS["peft-dist"], "parallel.strategy=ddp"],
+    "hsdp": [*WAYS["peft-dist"][:-1], "4", "parallel.strategy=hsdp", "parallel.shard_size=2"],
+}
+"""Other strategies; the ways above are all fsdp."""
 
 
 def make_project(folder: Path) -> Path:
@@ -62,7 +68,7 @@ def project(tmp_path: Path) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder in which the recipe was launched in every way."""
     folder = make_project(tmp_path_factory.mktemp("ways"))
-    for way, command in WAYS.items():
+    for way, command in (WAYS | OTHERS).items():
         done = start(folder, [*command, "--run-dir", f"runs/{way}"])
         assert done.returncode == 0, done.stderr[-4000:]
         (folder / f"{way}.out").write_text(done.stdout, encoding="utf-8")
@@ -90,7 +96,7 @@ def nothing_was_made(run_dir: Path) -> bool:
     return not any("adapter" in name or name == "result.json" for name in names)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS | OTHERS)
 def test_every_way_to_launch_gives_the_same_losses(runs: Path, way: str) -> None:
     expected = [record["loss"] for record in ledger(runs / "runs" / "python", "step")]
     assert len(expected) == STEPS
@@ -98,7 +104,7 @@ def test_every_way_to_launch_gives_the_same_losses(runs: Path, way: str) -> None
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS | OTHERS)
 def test_every_way_to_launch_gives_the_same_adapter(runs: Path, way: str) -> None:
     expected = load_file(runs / "runs" / "python" / "adapter" / "adapter_model.safetensors")
     found = load_file(runs / "runs" / way / "adapter" / "adapter_model.safetensors")
@@ -107,15 +113,16 @@ def test_every_way_to_launch_gives_the_same_adapter(runs: Path, way: str) -> Non
         torch.testing.assert_close(found[name], value, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS | OTHERS)
 def test_the_run_directory_holds_what_is_promised(runs: Path, way: str) -> None:
     folder = runs / "runs" / way
     found = result(folder)
-    processes = 1 if way == "python" else 2
+    processes = {"python": 1, "hsdp": 4}.get(way, 2)
+    copies = 2 if way in OTHERS else 1
     assert found["world_size"] == processes
-    assert found["strategy"] == "fsdp"
+    assert found["strategy"] == (way if way in OTHERS else "fsdp")
     assert len(found["base_bytes_per_rank"]) == len(found["peak_rss_bytes_per_rank"]) == processes
-    assert sum(found["base_bytes_per_rank"]) == found["base_bytes_total"]
+    assert sum(found["base_bytes_per_rank"]) == copies * found["base_bytes_total"]
     for name in ("trainable_parameters", "load_seconds", "train_seconds", "tokens_per_second"):
         assert found[name] > 0
     for which in ("first", "last"):
@@ -183,16 +190,23 @@ def test_another_run_is_not_overwritten(runs: Path) -> None:
         (["evaluate.choices=[' cat', ' log']"], "evaluate.choices: row "),
     ],
 )
+@pytest.mark.usefixtures("alone")
 def test_a_fault_is_one_line_and_leaves_nothing(
-    project: Path, changes: list[str], expected: str
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: list[str],
+    expected: str,
 ) -> None:
     (project / "empty.jsonl").write_text("", encoding="utf-8")
-    done = start(project, [*WAYS["python"], *changes, "--run-dir", "run",
-                           "checkpoint.every_steps=null"])  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    (line,) = error_lines(done)
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("PEFT_DIST_CACHE", str(project / "cache"))
+    code = train.main(["recipe.yaml", "--run-dir", "run", "checkpoint.every_steps=null", *changes])
+    errors = capsys.readouterr().err
+    assert code == 2
+    (line,) = [line for line in errors.splitlines() if line.startswith("peft-dist: error:")]
     assert expected in line
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in errors
     assert nothing_was_made(project / "run")
 
 
@@ -220,7 +234,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("left", [300_000, 40_000])
+@pytest.mark.parametrize("left", [300_000, 24_000])  # for the adapter, for the ledger
 def test_a_full_disk_is_one_line_and_leaves_no_half_adapter(
     project: Path, small_disk: Path, left: int
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_dist import dist, quantize
 from peft_dist.dist import World
 from peft_dist.model.cache import MANIFEST
 from peft_dist.session import Session, find_base, open_session
@@ -142,3 +143,15 @@ def test_an_unwritable_cache_only_warns(
     assert session.base_fingerprint == expected
     (warning,) = caplog.messages
     assert warning.startswith("the packed base is not cached: ")
+
+
+def test_a_base_quantized_ahead_is_the_entry_that_training_reads(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEFT_DIST_CACHE", str(tmp_path / "ahead"))
+    assert quantize.main([str(tmp_path / "model")]) == 0
+    (entry,) = (tmp_path / "ahead" / "packed").iterdir()
+    dist.start(dist.read_world())
+    trained = entry_of(opened())
+    assert entry.name == trained.name
+    assert contents(entry) == contents(trained)
