@@ -40,6 +40,21 @@ class _LoraOn4bit(LoraLinear):
         config.fan_in_fan_out = False
         super().__init__(*args, config=config, **kwargs)
 
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Map x [..., in] to [..., out]; PEFT's own way for anything but one plain adapter.
+
+        The scale is applied to [..., r] and the sum is part of the last product, which spares two
+        passes over [..., out] each way.
+        """
+        active = self.active_adapters
+        if len(active) != 1 or self.disable_adapters or self.merged or self.lora_variant:
+            return super().forward(x, *args, **kwargs)
+        (name,) = active
+        result = self.base_layer(x)
+        low = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]
+        product = self.lora_B[name].weight.t()
+        return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), product).view_as(result)
+
 
 def attach(
     model: PreTrainedModel, settings: Lora, *, task: str, base_name: str, has_conv1d: bool

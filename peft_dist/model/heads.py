@@ -4,6 +4,7 @@ The vocabulary is only scored at positions that have a target, in chunks, so tha
 long batch never stand in memory at once. No optimisation and no reduction over processes here.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from peft_dist.model.attention import ROW_ATTENTION
 
 LOGIT_BYTES_PER_CHUNK = 256 << 20
 """Float32 logits that stand in memory at once."""
+CAST_BYTES = 4 << 20
+"""Bytes of the head that are cast at once where it is stored narrower than it computes."""
 
 
 class Losses(NamedTuple):
@@ -27,6 +30,39 @@ class Losses(NamedTuple):
 
     nll: torch.Tensor
     choice_logits: torch.Tensor | None
+
+
+def _vocabulary_parts(
+    weight: torch.Tensor, dtype: torch.dtype
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield the head in the dtype that computes: as it is, or cast part by part.
+
+    A cast part is used while it stands in the processor's cache; a cast head would be written to
+    memory and read again.
+    """
+    rows = weight.shape[0]
+    if weight.dtype != dtype:
+        rows = max(1, CAST_BYTES // (weight.shape[1] * dtype.itemsize))
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        yield part, weight[part].to(dtype)
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return float32 logits [N, V] of hidden [N, H]."""
+    logits = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
+    for part, rows in _vocabulary_parts(weight, hidden.dtype):
+        logits[:, part] = hidden @ rows.t()
+    return logits if bias is None else logits.add_(bias)
+
+
+def _times_vocabulary(step: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return step [N, V] times the head [V, H]."""
+    total: torch.Tensor | None = None
+    for part, rows in _vocabulary_parts(weight, step.dtype):
+        total = step[:, part] @ rows if total is None else total.addmm_(step[:, part], rows)
+    assert total is not None
+    return total
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -51,7 +87,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if wants_grad else None
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            logits = functional.linear(hidden[part], weight, bias).float()
+            logits = _logits(hidden[part], weight, bias)
             capped = logits if softcap is None else torch.tanh(logits / softcap) * softcap
             log_norm = torch.logsumexp(capped, dim=-1)
             picked = capped.gather(1, targets[part, None]).squeeze(1)
@@ -61,7 +97,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 step[torch.arange(step.shape[0], device=step.device), targets[part]] -= 1.0
                 if softcap is not None:
                     step *= 1.0 - (capped / softcap) ** 2
-                grad[part] = step.to(weight.dtype) @ weight
+                grad[part] = _times_vocabulary(step.to(hidden.dtype), weight)
         ctx.save_for_backward(grad)
         return nll
 
@@ -103,15 +139,15 @@ class CausalLM(nn.Module):
             return Losses(hidden.float().sum()[None] * 0.0, None)
         if torch.is_autocast_enabled(picked.device.type):
             picked = picked.to(torch.get_autocast_dtype(picked.device.type))
-        weight = head.weight.to(picked.dtype)
-        bias = None if head.bias is None else head.bias.to(picked.dtype)
-        nll = _ChunkedCrossEntropy.apply(picked, weight, bias, batch.targets, self.softcap)
+        nll = _ChunkedCrossEntropy.apply(
+            picked, head.weight, head.bias, batch.targets, self.softcap
+        )
         choice_logits = None
         if choice_ids is not None:
             rows = torch.arange(batch.n_rows, device=picked.device)
             first = picked[torch.searchsorted(batch.target_rows, rows)]
-            choice_bias = None if bias is None else bias[choice_ids]
-            choice_logits = functional.linear(first, weight[choice_ids], choice_bias).float()
+            bias = None if head.bias is None else head.bias[choice_ids]
+            choice_logits = _logits(first, head.weight[choice_ids], bias)
         return Losses(nll, choice_logits)
 
     def _row_arguments(self, batch: Any) -> dict[str, Any]:

@@ -34,12 +34,9 @@ class FSDP2Engine(Engine):
     ) -> None:
         """Shard each block as one unit and the rest as another, and leave the adapter whole."""
         trained = set(adapter)
-        blocks = list(blocks)
         for block in blocks:
             fully_shard(block, mesh=self.mesh, reshard_after_forward=True, ignored_params=trained)
         fully_shard(model, mesh=self.mesh, ignored_params=trained)
-        for block, following in zip(blocks, blocks[1:], strict=False):
-            block.set_modules_to_forward_prefetch([following])
 
 
 class HSDPEngine(FSDP2Engine):
