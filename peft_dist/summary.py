@@ -91,10 +91,9 @@ def loading_code(adapter: Path, result: Result, base: str) -> list[str]:
     task = "SequenceClassification" if "labels" in result else "CausalLM"
     size = f", num_labels={len(result['labels'])}" if "labels" in result else ""
     return [
-        f"from peft import AutoPeftModelFor{task}",
-        "from transformers import AutoTokenizer",
-        f"model, tokenizer = AutoPeftModelFor{task}.from_pretrained({str(adapter)!r}{size}), "
-        f"AutoTokenizer.from_pretrained({base!r})",
+        f"from peft import AutoPeftModelFor{task} as Auto; from transformers import AutoTokenizer",
+        f"model = Auto.from_pretrained({str(adapter)!r}{size})",
+        f"tokenizer = AutoTokenizer.from_pretrained({base!r})",
     ]
 
 

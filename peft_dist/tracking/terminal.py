@@ -27,7 +27,7 @@ class Terminal:
                 file=self._stream,
                 unit="step",
                 dynamic_ncols=True,
-                bar_format="step {n_fmt}/{total_fmt} |{bar}| {postfix} {remaining} left",
+                bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc} {remaining} left",
             )
 
     def write(self, record: Record) -> None:
@@ -37,7 +37,7 @@ class Terminal:
             return
         figures = f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tok/s "
         if self._bar is not None:
-            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.set_description_str(figures, refresh=False)
             self._bar.update(1)
             return
         now, step = time.monotonic(), record["step"]

@@ -9,7 +9,10 @@ from peft_dist.tracking.base import Record
 
 log = logging.getLogger(__name__)
 
+INIT_TIMEOUT_S = 5.0
+"""Seconds after which a server that does not answer is done without; training waits meanwhile."""
 FINISH_TIMEOUT_S = 10.0
+"""Seconds that the end of a run may wait for uploads; by default W&B retries for days."""
 
 
 class WandbTracker:
@@ -35,6 +38,7 @@ class WandbTracker:
                     console="off",
                     disable_code=True,
                     save_code=False,
+                    init_timeout=INIT_TIMEOUT_S,
                     finish_timeout=FINISH_TIMEOUT_S,
                 ),
             )
