@@ -26,6 +26,7 @@ def world(size: int, local_size: int | None = None) -> World:
         (ACCELERATE, 2, Launched("ddp", 1)),
         (FSDP, 2, Launched("fsdp", 2)),
         (HSDP, 4, Launched("hsdp", 2)),
+        (HSDP | {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "1"}, 2, Launched("hsdp", 2)),
         ({}, 3, Launched("fsdp", 3)),  # torchrun and plain python say nothing
     ],
 )
