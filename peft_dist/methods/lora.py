@@ -90,12 +90,13 @@ def attach(
         fan_in_fan_out=has_conv1d,
     )
     config._register_custom_module({FrozenLinear4bit: _LoraOn4bit})
-    config.base_model_name_or_path = base_name
     with warnings.catch_warnings():
         # PEFT warns that fan_in_fan_out does not suit our swapped linears; it suits the saved
         # adapter, which is loaded onto the released base.
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
         peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
+    # PEFT has put the folder the model was built from there, which for a hub id is a cache.
+    config.base_model_name_or_path = base_name
     for module in peft_model.modules():
         if isinstance(module, LoraLayer):
             # Autocast picks the dtype of each product; casting the input to the adapter's float32

@@ -8,8 +8,11 @@ import pytest
 import torch
 from peft.tuners.lora.layer import LoraLayer
 
+from peft_dist.config.recipe import Lora
 from peft_dist.dist import World
 from peft_dist.errors import RecipeError
+from peft_dist.methods import lora
+from peft_dist.model.architectures import build_skeleton, read_config
 from peft_dist.session import Session, find_base, open_session
 from tests.tiny import tiny_model, tiny_recipe
 
@@ -124,3 +127,14 @@ def test_adapters_are_float32_on_a_bfloat16_base(tmp_path: Path, alone: World) -
     session = opened(tmp_path, alone, model={"dtype": "bfloat16"}, quantization="none")
     assert {p.dtype for p in session.adapter.values()} == {torch.float32}
     assert {p.dtype for p in session.base.values()} == {torch.bfloat16}
+
+
+def test_the_adapter_names_its_base_as_the_recipe_does(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "model", "llama")
+    config = read_config(tmp_path / "model", task="causal-lm")
+    skeleton = build_skeleton(config, task="causal-lm", dtype=torch.float32, attention="auto")
+    # A hub id stays one, whatever folder the model was built from.
+    adapter = lora.attach(
+        skeleton, Lora(), task="causal-lm", base_name="org/name", has_conv1d=False
+    )
+    assert adapter.peft_config["default"].base_model_name_or_path == "org/name"
