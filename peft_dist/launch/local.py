@@ -105,12 +105,21 @@ def _handled(handler: object) -> Iterator[None]:
 def _end_survivors(mark: str) -> None:
     """End the workers whose launcher is gone: first politely, then for good."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in _marked(mark):
+        for pid in _survivors(mark):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, number)
         deadline = time.monotonic() + SURVIVOR_GRACE_S
-        while _marked(mark) and time.monotonic() < deadline:
+        while _survivors(mark) and time.monotonic() < deadline:
             time.sleep(0.1)
+
+
+def _survivors(mark: str) -> list[int]:
+    """Return our workers, looking twice: one that is being started shows no environment."""
+    found = _marked(mark)
+    if not found:
+        time.sleep(0.1)
+        found = _marked(mark)
+    return found
 
 
 def _marked(mark: str) -> list[int]:
