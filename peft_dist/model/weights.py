@@ -94,7 +94,7 @@ class WeightFiles:
         if file not in self._open:
             try:
                 self._open[file] = safe_open(file, framework="pt")
-            except (OSError, SafetensorError) as error:
+            except (OSError, RuntimeError, SafetensorError) as error:
                 raise ModelError(
                     f"{file} is not a readable safetensors file ({error})",
                     where="model.name",

@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from torch.distributed.tensor import DTensor
 from peft_dist import checkpoint, dist
 from peft_dist.data.pack import pack
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.model import cache as packed_base
+from peft_dist.model.weights import WeightFiles
 from peft_dist.scoring import held_out, score
 from peft_dist.session import Session, find_base, open_session
 from peft_dist.tracking import Record
@@ -166,7 +170,9 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: dist.Wor
     logging.getLogger("peft_dist").addHandler(warnings)
     if case.damage:
         flip_a_byte(open_session(recipe, world, find_base(recipe, cache)))
-    session = open_session(recipe, world, find_base(recipe, cache), label_names=rows.label_names)
+    with slow_reader(late=case.damage and world.rank == world.size - 1):
+        source = find_base(recipe, cache)
+        session = open_session(recipe, world, source, label_names=rows.label_names)
     logging.getLogger("peft_dist").removeHandler(warnings)
     before = adapter(session)
     undisturbed = gradient(session, rows)
@@ -216,6 +222,23 @@ def flip_a_byte(session: Session) -> None:
         data[-4] ^= 1
         file.write_bytes(data)
     dist.barrier()
+
+
+@contextmanager
+def slow_reader(*, late: bool) -> Iterator[None]:
+    """Let this process open the packed base after the others are through with it."""
+    prompt = packed_base.WeightFiles
+
+    def opened(folder: Path) -> WeightFiles:
+        time.sleep(0.5)
+        return prompt(folder)
+
+    if late:
+        packed_base.WeightFiles = opened  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        packed_base.WeightFiles = prompt  # type: ignore[misc]
 
 
 class _Warnings(logging.Handler):
