@@ -15,6 +15,7 @@ from peft_dist.launch.local import run_launcher
 # A launcher like torchrun: its worker lives in a session of its own.
 LAUNCHER = """
 import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 worker = subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True)
 open(sys.argv[2], "w").write(str(worker.pid))
 if len(sys.argv) > 3:
