@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINNED := $(PIP) install --quiet -c configs/constraints.txt
 
-.PHONY: help install quickstart check test test-fast clean
+.PHONY: help install quickstart methods check test test-fast clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -20,6 +20,10 @@ install: $(VENV)/.installed-all ## .venv with everything pinned: training, tests
 quickstart: $(VENV)/.installed-train ## train and score a small real model on two processes
 	$(BIN)/python -m peft_dist.quickstart $(RECIPE)
 	$(BIN)/peft-dist train $(RECIPE) --run-dir $(RUN)
+
+methods: $(VENV)/.installed-train ## train every adapter family on a real task and print a table
+	$(BIN)/python -m peft_dist.quickstart $(RECIPE)
+	$(BIN)/python benchmarks/methods.py
 
 check: $(VENV)/.installed-all ## formatting, lint, types, layers
 	$(BIN)/ruff format --check .

@@ -29,12 +29,13 @@ from transformers import LlamaConfig
 from peft_dist import dist
 from peft_dist.config.recipe import Lora
 from peft_dist.data.pack import Batch
-from peft_dist.methods import lora
+from peft_dist.methods import Start
+from peft_dist.methods.lora import LoraMethod
 from peft_dist.model.architectures import build_skeleton, transformer_blocks
 from peft_dist.model.base import fill_base, materialize, plan_base
 from peft_dist.model.heads import CausalLM
 from peft_dist.model.weights import Stored, WeightFiles
-from peft_dist.shard import ENGINES
+from peft_dist.shard import ENGINES, Group
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-8b": {
@@ -153,10 +154,8 @@ def build(args: argparse.Namespace, world: dist.World) -> tuple[Any, CausalLM, d
     plan = plan_base(skeleton, files, quantization=args.quantization)
     base = dict(skeleton.named_parameters())
     names = {id(parameter): name for name, parameter in base.items()}
-    settings = Lora(rank=args.rank, alpha=2.0 * args.rank)
-    adapted = lora.attach(
-        skeleton, settings, task="causal-lm", base_name="random", has_conv1d=False
-    )
+    method = LoraMethod(Lora(rank=args.rank, alpha=2.0 * args.rank))
+    adapted = method.attach(skeleton, task="causal-lm", base_name="random", has_conv1d=False)
     # PEFT moves a base linear under `.base_layer`; the plan knows it by its own name.
     wrapped_name = {
         name: names[id(parameter)]
@@ -171,8 +170,10 @@ def build(args: argparse.Namespace, world: dist.World) -> tuple[Any, CausalLM, d
     now = dict(adapted.named_parameters())
     base = {plain: now[name] for name, plain in wrapped_name.items()}
     fill_base(base, plan, files, engine.shard, device=world.device)
-    lora.initialise(adapted, settings, seed=0, shard=engine.shard)
-    engine.hold_adapter({n: p for n, p in adapted.named_parameters() if p.requires_grad})
+    nothing_to_read = Start(engine.whole, engine.put, lambda _: [], lambda _: None)
+    method.initialise(adapted, nothing_to_read)
+    adapter = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    engine.hold_adapter(adapter, lambda _: Group(decays=True, rate_factor=1.0))
     parameters = 0
     for tensor in plan.tensors:
         parameters += torch.Size(tensor.shape).numel()
@@ -190,8 +191,8 @@ def train(
     """Take the steps; return the seconds of each and the losses."""
     cuda = world.device.type == "cuda"
     model.train()
-    matrices, _ = engine.flat_parameters()
-    optimizer = torch.optim.AdamW([matrices], lr=1e-4, weight_decay=0.0, fused=True)
+    flat = list(engine.flat_parameters().values())
+    optimizer = torch.optim.AdamW(flat, lr=1e-4, weight_decay=0.0, fused=True)
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
     vocabulary = SHAPES[args.shape]["vocab_size"]
     seconds, losses = [], []

@@ -105,6 +105,9 @@ def _build_parser() -> _Parser:
         "quantize", _quantize, "fill the cache of packed bases ahead of a run", own_help=False
     )
     quantize.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub id")
+    merge = command("merge", _merge, "merge a run's LoRA into its base, as a plain model")
+    merge.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
+    merge.add_argument("--out", metavar="DIR", required=True, help="folder to make")
     init = command("init", _init, "copy recipes and strategies into a folder of your own")
     init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
     return parser
@@ -152,7 +155,7 @@ def _train(arguments: argparse.Namespace) -> int:
         print(render_recipe(recipe))
         print(shell_line(command, environment))
         return EXIT_DONE
-    _require_training_packages()
+    _require_training_packages(placement.strategy)
     os.umask(0o077)
     run = RunDir.create(folder, recipe, command=command)
     return _run_workers(command, environment, log=run.launcher_log)
@@ -216,7 +219,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     processes = [] if arguments.nproc is None else [f"parallel.processes={arguments.nproc}"]
     recipe = load_recipe(run.recipe, [*arguments.overrides, *processes])
     placement = place(recipe, this_machine())
-    _require_training_packages()
+    _require_training_packages(placement.strategy)
     command = worker_command(placement, "score.py", [str(run.path), *arguments.overrides])
     run.evaluation_log.unlink(missing_ok=True)
     environment = launch_environment(placement, os.environ)
@@ -229,6 +232,17 @@ def _quantize(arguments: argparse.Namespace) -> int:
 
     _require_training_packages()
     return run_tool(quantize_command(arguments.passed_on), environment=worker_environment())
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from peft_dist.launch.command import merge_command, worker_environment
+    from peft_dist.launch.local import run_tool
+    from peft_dist.run_dir import RunDir
+
+    run = RunDir.open(arguments.run_dir)
+    _require_training_packages()
+    command = merge_command(run.path, Path(arguments.out).absolute())
+    return run_tool(command, environment=worker_environment())
 
 
 def _init(arguments: argparse.Namespace) -> int:
@@ -258,7 +272,13 @@ def _init(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _require_training_packages() -> None:
+def _require_training_packages(strategy: str = "") -> None:
+    if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise LaunchError(
+            f"{strategy} needs deepspeed, which is not installed",
+            where="parallel.strategy",
+            remedy="pip install 'peft-dist[deepspeed]', or strategy: ddp or fsdp",
+        )
     missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise LaunchError(

@@ -143,6 +143,14 @@ def sum_over(value: torch.Tensor, group: torch_dist.ProcessGroup | None = None) 
     return value
 
 
+def first_of_all(value: torch.Tensor) -> torch.Tensor:
+    """Return rank 0's tensor on every process. Collective."""
+    value = value.contiguous()
+    if torch_dist.get_world_size() > 1:
+        torch_dist.broadcast(value, src=0)
+    return value
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Return every process's value, in rank order. Collective.
 

@@ -14,6 +14,7 @@ from peft_dist.config import load_recipe
 from peft_dist.config.recipe import Parallel
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.errors import RecipeError, RunDirError
+from peft_dist.methods import METHODS
 from peft_dist.run_dir import RunDir, write_text_atomic
 from peft_dist.scoring import held_out, score
 from peft_dist.session import find_base, open_session
@@ -33,7 +34,8 @@ def _evaluate(options: argparse.Namespace, world: dist.World) -> None:
     run = RunDir.open(options.run_dir)
     recipe = load_recipe(run.recipe, options.overrides)
     # Scoring may use other processes than training did: what the launcher says is what counts.
-    recipe = recipe.model_copy(update={"parallel": Parallel()})
+    method = METHODS[recipe.method.kind].of_saved(recipe.method)
+    recipe = recipe.model_copy(update={"parallel": Parallel(), "method": method})
     if not (run.adapter / checkpoint.ADAPTER_FILE).is_file():
         raise RunDirError(
             "holds no adapter", where=str(run.path), remedy="wait until training has finished"
@@ -48,7 +50,7 @@ def _evaluate(options: argparse.Namespace, world: dist.World) -> None:
     source = find_base(recipe, cache)
     dist.start(world)
     session = open_session(recipe, world, source, label_names=rows.label_names)
-    state = checkpoint.load_adapter(run.adapter, session.peft, session.adapter)
+    state = checkpoint.load_adapter(run.adapter, session.method, session.peft, session.adapter)
     session.engine.load_adapter_state(state)
     result = score(session, held)
     if world.is_main:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from peft_dist import dist
 from peft_dist.config import Recipe
 from peft_dist.data.order import RowIds, assign
-from peft_dist.data.pack import Batch, pack
+from peft_dist.data.pack import Batch
 from peft_dist.data.tokenize import TokenizedRows, encode_completions
 from peft_dist.errors import DataError
 from peft_dist.session import Session
@@ -132,7 +132,7 @@ def _batches(session: Session, rows: TokenizedRows) -> Iterator[tuple[RowIds, Ba
         micro_batch_size=session.recipe.evaluate.micro_batch_size,
     )
     for ids in groups[session.world.rank]:
-        yield ids, pack(rows, ids, packing=session.packing).to(session.world.device)
+        yield ids, session.pack(rows, ids).to(session.world.device)
 
 
 def _correct_by_likelihood(session: Session, held: HeldOut) -> float:

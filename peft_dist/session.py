@@ -14,18 +14,23 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from peft_dist import dist
 from peft_dist.config import Recipe
-from peft_dist.errors import ModelError, TrainingError
-from peft_dist.methods import METHODS
-from peft_dist.methods.init import assign, generator_for
+from peft_dist.data.encode import load_tokenizer
+from peft_dist.data.order import RowIds
+from peft_dist.data.pack import Batch, pack, unlabelled
+from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.errors import ModelError, RecipeError, TrainingError
+from peft_dist.methods import METHODS, Method, Start
+from peft_dist.methods.init import generator_for
+from peft_dist.methods.method import base_name_in
 from peft_dist.model import architectures, attention, base, cache
 from peft_dist.model.base import BasePlan
 from peft_dist.model.heads import CausalLM, SequenceClassifier
 from peft_dist.model.weights import WeightFiles, model_folder
-from peft_dist.shard import ENGINES, Engine
+from peft_dist.shard import ENGINES, Engine, Group
 from peft_dist.shard.launched import resolve
 
 log = logging.getLogger(__name__)
@@ -41,6 +46,7 @@ class Session:
     world: dist.World
     strategy: str
     engine: Engine
+    method: Method
     model: nn.Module
     peft: PeftModel
     compute_dtype: torch.dtype
@@ -58,6 +64,10 @@ class Session:
         packing = self.recipe.data.packing
         return self.recipe.model.task == "causal-lm" if packing is None else packing
 
+    def pack(self, rows: TokenizedRows, ids: RowIds) -> Batch:
+        """Return the rows `ids` as one micro-batch of this model."""
+        return pack(rows, ids, packing=self.packing, virtual_tokens=self.method.virtual_tokens)
+
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context every pass runs in: adapters are float32, the base may be less."""
         device = self.world.device.type
@@ -69,7 +79,7 @@ class Session:
         Raises:
             TrainingError: Naming the first tensor that changed.
         """
-        now = base.live_fingerprint(self.base, self.engine.shard)
+        now = self.engine.fingerprint(self.base)
         changed = [name for name, value in self.base_fingerprint.items() if now[name] != value]
         if changed:
             raise TrainingError(
@@ -105,6 +115,24 @@ def _attention(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
     from transformers.utils import is_flash_attn_2_available
 
     return "flash_attention_2" if is_flash_attn_2_available() else "auto"
+
+
+def _use_row_attention(recipe: Recipe, method: Method, skeleton: PreTrainedModel) -> None:
+    """Put our attention in place of transformers' own, where that does the same with more work.
+
+    Raises:
+        RecipeError: Where the recipe wants another kernel, and the method works through ours.
+    """
+    chosen, picked = recipe.model.attention, skeleton.config._attn_implementation
+    if method.own_attention and chosen not in ("auto", "sdpa"):
+        raise RecipeError(
+            f"{chosen} has no place for what method {recipe.method.kind} learns",
+            where="model.attention",
+            remedy="set it to auto",
+        )
+    if method.own_attention or picked == "sdpa" or (chosen == "auto" and picked == "eager"):
+        attention.register()
+        skeleton.set_attn_implementation(attention.ROW_ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -155,39 +183,43 @@ def open_session(
         attention=_attention(recipe, world.device, dtype),
         label_names=label_names,
     )
-    if recipe.model.task == "causal-lm" and skeleton.config._attn_implementation == "sdpa":
-        attention.register()
-        skeleton.set_attn_implementation(attention.ROW_ATTENTION)
+    method = METHODS[recipe.method.kind](recipe.method, seed=recipe.train.seed)
+    if recipe.model.task == "causal-lm":
+        _use_row_attention(recipe, method, skeleton)
     has_conv1d = architectures.has_conv1d(skeleton)
     plan = base.plan_base(skeleton, source.files, quantization=recipe.quantization)
     if world.is_main:
         for warning in plan.warnings:
             log.warning(warning)
     blocks = list(architectures.transformer_blocks(skeleton).values())
-    if recipe.train.activation_checkpointing:
-        skeleton.gradient_checkpointing_enable({"use_reentrant": False})
-    peft = METHODS[recipe.method.kind].attach(
+    peft = method.attach(
         skeleton,
-        recipe.method,
         task=recipe.model.task,
         base_name=recipe.model.name,
         has_conv1d=has_conv1d,
     )
+    if recipe.train.activation_checkpointing:
+        # After the adapter: PEFT refuses a prefix on a model that has it on already.
+        skeleton.gradient_checkpointing_enable({"use_reentrant": False})
     model = _HEADS[recipe.model.task](peft)
-    engine = ENGINES[launched.strategy](world, shard_size=launched.shard_size)
+    engine = ENGINES[launched.strategy](
+        world, shard_size=launched.shard_size, offload=launched.offload
+    )
     engine.wrap(model, blocks, [p for p in model.parameters() if p.requires_grad])
-    base.materialize(model, world.device)
+    engine.materialize(model)
 
     frozen, trained = _split(peft)
-    packed = _load_base(frozen, trained, plan, source, engine)
-    _initialise_adapter(peft, frozen, trained, plan, recipe, engine)
-    engine.hold_adapter(trained)
+    packed = _load_base(peft, frozen, trained, plan, source, engine)
+    _fill_fresh_heads({**frozen, **trained}, plan, peft, engine, seed=recipe.train.seed)
+    method.initialise(peft, _start(recipe, source, engine, model))
+    engine.hold_adapter(trained, lambda n: Group(trained[n].dim() > 1, method.rate_factor(n)))
     total, by_rank = _prove_sharded(engine, frozen, trained, launched.strategy)
     session = Session(
         recipe=recipe,
         world=world,
         strategy=launched.strategy,
         engine=engine,
+        method=method,
         model=model,
         peft=peft,
         compute_dtype=dtype,
@@ -195,19 +227,12 @@ def open_session(
         adapter=trained,
         base_bytes_total=total,
         base_bytes_by_rank=by_rank,
-        base_fingerprint=base.live_fingerprint(frozen, engine.shard),
+        base_fingerprint=engine.fingerprint(frozen),
         packed_base=packed,
         load_seconds=time.monotonic() - started,
     )
     session.check_adapters_agree()
     return session
-
-
-def base_name(name: str) -> str:
-    """Return the name a parameter has in the bare model, given its name in the PEFT model."""
-    for inserted in ("base_layer.", "original_module.", "modules_to_save.default."):
-        name = name.replace(inserted, "")
-    return name.removeprefix("base_model.model.")
 
 
 def _split(peft: PeftModel) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -219,6 +244,7 @@ def _split(peft: PeftModel) -> tuple[dict[str, nn.Parameter], dict[str, nn.Param
 
 
 def _load_base(
+    peft: PeftModel,
     frozen: dict[str, nn.Parameter],
     trained: dict[str, nn.Parameter],
     plan: BasePlan,
@@ -230,41 +256,61 @@ def _load_base(
     Of these some may be trained: biases, and the trained copy of a head. Collective.
     """
     # Of a head and its trained copy, both have one name in the files; the frozen one is filled.
-    by_name = {base_name(name): parameter for name, parameter in {**trained, **frozen}.items()}
-    device = engine.world.device
+    by_name = {base_name_in(peft, name): p for name, p in {**trained, **frozen}.items()}
     packed = None
     if source.entry is None:
-        base.fill_base(by_name, plan, source.files, engine.shard, device=device)
+        base.fill_base(
+            by_name, plan, source.files, engine.shard, device=engine.world.device, put=engine.put
+        )
     else:
         packed = cache.fill_through_cache(
-            by_name, plan, source.files, engine.shard, world=engine.world, entry=source.entry
+            by_name,
+            plan,
+            source.files,
+            engine.shard,
+            world=engine.world,
+            entry=source.entry,
+            put=engine.put,
         )
     for name, parameter in trained.items():
-        twin = by_name.get(base_name(name))
+        twin = by_name.get(base_name_in(peft, name))
         if twin is not None and twin is not parameter:
-            base.copy_rows(parameter, twin.full_tensor() if isinstance(twin, DTensor) else twin)
+            base.copy_rows(parameter, engine.whole(twin))
     return packed
 
 
-def _initialise_adapter(
-    peft: PeftModel,
-    frozen: dict[str, nn.Parameter],
-    trained: dict[str, nn.Parameter],
+def _fill_fresh_heads(
+    parameters: dict[str, nn.Parameter],
     plan: BasePlan,
-    recipe: Recipe,
+    peft: PeftModel,
     engine: Engine,
+    *,
+    seed: int,
 ) -> None:
-    """Fill what no file holds: heads the checkpoint lacks, and the adapter. Collective."""
+    """Fill the heads that the checkpoint lacks. Collective."""
     std = getattr(peft.get_base_model().config, "initializer_range", 0.02)
-    for name, parameter in {**frozen, **trained}.items():
-        plain = base_name(name)
+    for name, parameter in parameters.items():
+        plain = base_name_in(peft, name)
         if plain in plan.fresh:
-            full = torch.zeros(parameter.shape)
-            if parameter.dim() > 1:
-                full.normal_(std=std, generator=generator_for(recipe.train.seed, plain))
-            assign(parameter, full, engine.shard)
-    method = METHODS[recipe.method.kind]
-    method.initialise(peft, recipe.method, seed=recipe.train.seed, shard=engine.shard)
+            full = torch.zeros(engine.shape(parameter))
+            if full.dim() > 1:
+                full.normal_(std=std, generator=generator_for(seed, plain))
+            engine.put(parameter, full)
+
+
+def _start(recipe: Recipe, source: BaseSource, engine: Engine, model: nn.Module) -> Start:
+    """Return what the method may use to fill its adapter."""
+
+    def tokenize(text: str) -> list[int]:
+        tokenizer = load_tokenizer(recipe)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def read(ids: list[int]) -> None:
+        model.eval()
+        with torch.no_grad():
+            model(unlabelled(ids).to(engine.world.device))
+
+    return Start(engine.whole, engine.put, tokenize, read)
 
 
 def _prove_sharded(
@@ -280,7 +326,7 @@ def _prove_sharded(
     """
     for name, parameter in {**frozen, **trained}.items():
         sharded = engine.sharded and name in frozen
-        if parameter.is_meta or isinstance(parameter, DTensor) != sharded:
+        if parameter.is_meta or engine.is_shard(parameter) != sharded:
             raise TrainingError(
                 f"{name} is not placed as strategy {strategy} says",
                 where="parallel.strategy",
@@ -298,4 +344,4 @@ def _prove_sharded(
         )
     if not trained:
         raise ModelError("nothing to train", where="method", remedy="choose other targets")
-    return sum(p.numel() * p.element_size() for p in frozen.values()), held
+    return engine.total_bytes(frozen), held

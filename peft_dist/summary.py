@@ -28,6 +28,7 @@ def make_result(
     if session.recipe.model.task == "sequence-classification":
         classes = {"labels": list(session.peft.get_base_model().config.id2label.values())}
     return classes | {
+        "method": session.recipe.method.kind,
         "world_size": session.world.size,
         "strategy": session.strategy,
         "quantization": session.recipe.quantization,
@@ -90,7 +91,10 @@ def loading_code(adapter: Path, result: Result, base: str) -> list[str]:
     """Return Python that loads the adapter onto the base it was trained on."""
     task = "SequenceClassification" if "labels" in result else "CausalLM"
     size = f", num_labels={len(result['labels'])}" if "labels" in result else ""
+    # PEFT has neither; importing our methods makes them known to it.
+    ours = ["import peft_dist.methods"] if result["method"] in ("bottleneck", "bitfit") else []
     return [
+        *ours,
         f"from peft import AutoPeftModelFor{task} as Auto; from transformers import AutoTokenizer",
         f"model = Auto.from_pretrained({str(adapter)!r}{size})",
         f"tokenizer = AutoTokenizer.from_pretrained({base!r})",

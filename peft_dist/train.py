@@ -6,6 +6,7 @@ as there are processes; it never starts others.
 
 import argparse
 import json
+import os
 import sys
 import time
 from importlib.util import find_spec
@@ -17,8 +18,10 @@ from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.errors import LaunchError, RunDirError
 from peft_dist.memory import peak_device_bytes, peak_rss_bytes
 from peft_dist.run_dir import RunDir, write_text_atomic
+from peft_dist.saving import Saver
 from peft_dist.scoring import held_out
-from peft_dist.session import Session, find_base, open_session
+from peft_dist.session import find_base, open_session
+from peft_dist.shard.launched import deepspeed_exports
 from peft_dist.summary import make_result, summary
 from peft_dist.tracking import Ledger, Terminal, Tracker
 from peft_dist.trainer import Trainer
@@ -31,7 +34,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("recipe", type=Path, help="recipe file, or that of a run directory")
     parser.add_argument("overrides", nargs="*", help="key=value, such as train.steps=10")
     parser.add_argument("--run-dir", type=Path, help="default: runs/NAME of the recipe file")
+    parser.add_argument("--deepspeed", type=Path, metavar="FILE", help="DeepSpeed JSON file")
+    parser.add_argument("--local_rank", help="ignored: the deepspeed launcher's own")
     options = parser.parse_intermixed_args(argv)
+    if options.deepspeed is not None:
+        os.environ.update(deepspeed_exports(options.deepspeed))
     return run_worker(lambda world, place: _train(options, world, place))
 
 
@@ -57,8 +64,10 @@ def _train(options: argparse.Namespace, world: dist.World, place: Place) -> None
     session = open_session(recipe, world, source, label_names=rows.label_names)
     load_seconds = time.monotonic() - started
 
+    saver = Saver(session, rows)
+
     def save_copy(step: int) -> None:
-        _save(session, run.checkpoint(step))
+        saver.save(run.checkpoint(step))
         if world.is_main:
             checkpoint.keep_newest(run.checkpoints, recipe.checkpoint.keep_last)
 
@@ -69,7 +78,7 @@ def _train(options: argparse.Namespace, world: dist.World, place: Place) -> None
     outcome = trainer.run()
     train_seconds = time.monotonic() - started - load_seconds
     session.check_integrity()
-    _save(session, run.adapter)
+    saver.save(run.adapter)
     peaks = dist.gather_objects((peak_rss_bytes(), peak_device_bytes(world.device)))
     for tracker in trainer.trackers:
         tracker.close()
@@ -119,12 +128,6 @@ def _report_rows(rows: TokenizedRows) -> None:
             f"{rows.dropped_rows} left out with nothing to train",
             flush=True,
         )
-
-
-def _save(session: Session, folder: Path) -> None:
-    if session.world.is_main:
-        checkpoint.save_adapter(folder, session.peft, session.engine.adapter_state())
-    dist.barrier()
 
 
 def _trackers(run: RunDir, recipe: Recipe, total_steps: int) -> list[Tracker]:

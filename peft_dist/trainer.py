@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from peft_dist.config.derived import peak_learning_rate
 from peft_dist.config.recipe import Train
 from peft_dist.data.order import RowIds, StepPlan, assign
-from peft_dist.data.pack import pack
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.errors import TrainingError
 from peft_dist.memory import peak_memory_bytes
@@ -35,7 +35,7 @@ class Outcome:
     """Time spent in steps, evaluations and saves left out."""
 
 
-def learning_rate(train: Train, step: int, total_steps: int) -> float:
+def learning_rate(train: Train, step: int, total_steps: int, *, peak: float) -> float:
     """Return the learning rate of a step, which counts from 1.
 
     Rises linearly over the warm-up, so that the first step is not wasted on a rate of zero, then
@@ -43,29 +43,30 @@ def learning_rate(train: Train, step: int, total_steps: int) -> float:
     """
     warmup = round(train.warmup_fraction * total_steps)
     if step <= warmup:
-        return train.learning_rate * step / warmup
+        return peak * step / warmup
     if train.schedule == "constant":
-        return train.learning_rate
+        return peak
     progress = (step - 1 - warmup) / max(1, total_steps - warmup)
     left = 1.0 - progress if train.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return train.learning_rate * left
+    return peak * left
 
 
 def make_optimizer(session: Session) -> torch.optim.AdamW:
     """Return AdamW over the adapter; vectors (biases, magnitudes) do not decay.
 
-    A group that would be empty is left out: DeepSpeed and torch's state loading trip over it.
+    Groups are those that hold a parameter: DeepSpeed and torch's state loading trip over an empty
+    one.
     """
     train = session.recipe.train
-    matrices, vectors = session.engine.flat_parameters()
     groups = [
-        {"params": [parameter], "weight_decay": decay}
-        for parameter, decay in ((matrices, train.weight_decay), (vectors, 0.0))
-        if parameter.numel()
+        {
+            "params": [flat],
+            "weight_decay": train.weight_decay if group.decays else 0.0,
+            "rate_factor": group.rate_factor,
+        }
+        for group, flat in session.engine.flat_parameters().items()
     ]
-    return torch.optim.AdamW(
-        groups, lr=train.learning_rate, betas=train.betas, eps=train.epsilon, fused=True
-    )
+    return torch.optim.AdamW(groups, betas=train.betas, eps=train.epsilon, fused=True)
 
 
 class Trainer:
@@ -93,7 +94,8 @@ class Trainer:
         self.trackers: list[Tracker] = []
         """Views of the run; stays empty on every rank but 0."""
         self.plan = StepPlan.of(self.recipe.train, rows.lengths)
-        self.optimizer = make_optimizer(session)
+        self.peak_rate = peak_learning_rate(self.recipe)
+        self.optimizer = session.engine.share_optimizer(make_optimizer(session))
         # A GPU's figures are read one step late, so that the host never waits for the device.
         self._read_late = self.world.device.type == "cuda"
         self._unread: deque[tuple[Record, torch.Tensor, torch.cuda.Event | None]] = deque()
@@ -137,7 +139,7 @@ class Trainer:
         predictions = int(self.rows.predicted_counts[ids].sum())
         loss = torch.zeros((), dtype=torch.float32, device=device)
         for index, micro in enumerate(groups):
-            batch = pack(self.rows, micro, packing=self.session.packing)
+            batch = self.session.pack(self.rows, micro)
             if self._read_late:
                 batch = batch.pin_memory()
             batch = batch.to(device)
@@ -148,7 +150,7 @@ class Trainer:
             loss += nll_sum.detach()
         loss = engine.reduce(loss)
         norm = engine.clip(self.recipe.train.max_grad_norm)
-        rate = learning_rate(self.recipe.train, step, total)
+        rate = learning_rate(self.recipe.train, step, total, peak=self.peak_rate)
         record: Record = {
             "event": "step",
             "step": step,
@@ -158,7 +160,7 @@ class Trainer:
         }
         self._read(record, torch.stack([loss / predictions, norm.float()]))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_factor"]
         self.optimizer.step()
         engine.zero_gradients()
         self._publish(keep=1 if self._read_late else 0)

@@ -2,11 +2,12 @@
 
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -16,8 +17,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from peft_dist.checkpoint import put_in_place, write_partial
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.methods import Method
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -226,3 +229,11 @@ def tokenised(
     """Write rows into `folder` and tokenise them with its `model`, cached in its `cache`."""
     path = write_jsonl(folder / f"{which}.jsonl", rows)
     return tokenize_rows(tiny_recipe(folder / "model", path, **sections), which, folder / "cache")
+
+
+def save_adapter(
+    folder: Path, method: Method[Any], peft: PeftModel, state: Mapping[str, torch.Tensor]
+) -> None:
+    """Write an adapter folder, unchecked."""
+    tensors, config = method.saved(peft, state), method.saved_config(peft)
+    put_in_place(write_partial(folder, tensors, config), folder)

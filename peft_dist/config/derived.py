@@ -29,3 +29,8 @@ def batch_shape(recipe: Recipe, processes: int) -> BatchShape | None:
         rows_per_process=rows_per_process,
         accumulation=-(-rows_per_process // recipe.train.micro_batch_size),
     )
+
+
+def peak_learning_rate(recipe: Recipe) -> float:
+    """Return the recipe's learning rate, or the one its method learns with."""
+    return recipe.train.learning_rate or recipe.method.default_learning_rate

@@ -46,15 +46,15 @@ def refuse_booleans_as_numbers(raw: Mapping[str, Any], where: str) -> None:
             )
 
 
-def section_fields(path: Sequence[str], raw: Mapping[str, Any]) -> dict[str, FieldInfo] | None:
-    """Return the fields of the section at a dotted path, or None where there is no section."""
+def section_at(path: Sequence[str], raw: Mapping[str, Any]) -> SectionType | None:
+    """Return the section at a dotted path, or None where there is none."""
     section: SectionType | None = Recipe
     value: Any = raw
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
         field = section.model_fields.get(name) if section is not None else None
         section = None if field is None else _section_of(field.annotation, value)
-    return None if section is None else dict(section.model_fields)
+    return section
 
 
 def quote(value: Any) -> str:

@@ -17,7 +17,7 @@ from peft_dist.config.explain import (
     describe_failure,
     quote,
     refuse_booleans_as_numbers,
-    section_fields,
+    section_at,
 )
 from peft_dist.config.recipe import Recipe
 from peft_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml
@@ -104,14 +104,16 @@ def _apply_override(raw: dict[str, Any], override: str, where: str) -> tuple[str
     value = parse_yaml(text, where=key.strip())
     section = raw
     for depth, name in enumerate(path):
-        fields = section_fields(path[:depth], raw)
-        if fields is None:
+        model = section_at(path[:depth], raw)
+        if model is None:
             parent = ".".join(path[:depth])
             raise RecipeError(
                 "no such key", where=key.strip(), remedy=f"{parent} has no parts; set it as a whole"
             )
-        if name not in fields:
-            raise RecipeError("no such key", where=key.strip(), remedy=nearest(name, fields))
+        if name not in model.model_fields and model.model_config.get("extra") != "allow":
+            raise RecipeError(
+                "no such key", where=key.strip(), remedy=nearest(name, model.model_fields)
+            )
         if depth == len(path) - 1:
             section[name] = value
             break

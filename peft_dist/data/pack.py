@@ -4,7 +4,7 @@ Both say the same about every row: the same targets, the same positions. Rows ar
 (see `order.py`), and no loss is computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,9 @@ class Batch:
     """Tokens of each row where they lie end to end, on the host; None when padded."""
     row_bounds: Tensor | None
     """int32 [rows + 1] where each packed row begins, and the end; None when padded."""
+    virtual_positions: Tensor | None = None
+    """int64 [rows * P] flat index into [B * T] of the places that learned embeddings take, row by
+    row, in front of its tokens; None where there are none."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
         """Return the batch on a device; from pinned memory the copy runs beside the host."""
@@ -66,11 +69,36 @@ class Batch:
             n_tokens=self.n_tokens,
             row_lengths=self.row_lengths,
             row_bounds=None if self.row_bounds is None else change(self.row_bounds),
+            virtual_positions=None
+            if self.virtual_positions is None
+            else change(self.virtual_positions),
         )
 
 
+def unlabelled(ids: Sequence[int]) -> Batch:
+    """Return one row of tokens with nothing to predict, for a pass that only reads."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    return Batch(
+        input_ids=torch.tensor([list(ids)]),
+        position_ids=torch.arange(len(ids))[None],
+        attention_mask=None,
+        label_positions=nothing,
+        targets=nothing,
+        target_rows=nothing,
+        n_rows=0,
+        n_tokens=0,
+        row_lengths=(len(ids),),
+        row_bounds=torch.tensor([0, len(ids)], dtype=torch.int32),
+    )
+
+
 def pack(
-    rows: TokenizedRows, ids: NDArray[np.int64], *, packing: bool, pad_id: int | None = None
+    rows: TokenizedRows,
+    ids: NDArray[np.int64],
+    *,
+    packing: bool,
+    pad_id: int | None = None,
+    virtual_tokens: int = 0,
 ) -> Batch:
     """Return the rows `ids` as one micro-batch.
 
@@ -82,6 +110,7 @@ def pack(
         ids: [n] row ids of the micro-batch.
         packing: Lay rows end to end instead of padding them to the longest.
         pad_id: What to pad with. Default: as the tokenizer says.
+        virtual_tokens: Places P to keep free in front of every row.
     """
     n_rows = len(ids)
     at = ids if n_rows else np.zeros(1, dtype=np.int64)
@@ -90,23 +119,26 @@ def pack(
     if not n_rows:
         lengths = np.minimum(lengths, DUMMY_TOKENS)
 
-    # one entry per token: its row in the micro-batch, place in the row, and place in the data
+    # one entry per token: its row in the micro-batch, place in its tokens, and place in the data
     row = np.repeat(np.arange(len(at)), lengths)
     place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     source = begins[row] + place
     tokens = rows.tokens[source].astype(np.int64)
 
-    shape = (1, len(tokens)) if packing else (len(at), int(lengths.max()))
-    flat = np.arange(len(tokens)) if packing else row * shape[1] + place
+    taken = lengths + virtual_tokens  # places of each row
+    shape = (1, int(taken.sum())) if packing else (len(at), int(taken.max()))
+    first = np.cumsum(taken) - taken if packing else np.arange(len(at)) * shape[1]
+    flat = first[row] + virtual_tokens + place
+    virtual = (first[:, None] + np.arange(virtual_tokens)).reshape(-1)
+    padding = rows.pad_id if pad_id is None else pad_id
+    input_ids = np.full(shape[0] * shape[1], padding, dtype=np.int64)
+    input_ids[flat] = tokens
     if packing:
-        input_ids, positions, mask = tokens, place, None
+        positions, mask = np.arange(shape[1]) - np.repeat(first, taken), None
     else:
-        padding = rows.pad_id if pad_id is None else pad_id
-        input_ids = np.full(shape[0] * shape[1], padding, dtype=np.int64)
-        input_ids[flat] = tokens
         positions = np.tile(np.arange(shape[1]), shape[0])
         mask = np.zeros(shape[0] * shape[1], dtype=np.bool_)
-        mask[flat] = True
+        mask[flat] = mask[virtual] = True
 
     if not n_rows:
         label_positions = targets = target_rows = np.empty(0, dtype=np.int64)
@@ -127,8 +159,9 @@ def pack(
         target_rows=torch.from_numpy(target_rows),
         n_rows=n_rows,
         n_tokens=len(tokens) if n_rows else 0,
-        row_lengths=tuple(lengths.tolist()) if packing else None,
-        row_bounds=torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
+        row_lengths=tuple(taken.tolist()) if packing else None,
+        row_bounds=torch.from_numpy(np.concatenate(([0], np.cumsum(taken))).astype(np.int32))
         if packing
         else None,
+        virtual_positions=torch.from_numpy(virtual) if virtual_tokens else None,
     )

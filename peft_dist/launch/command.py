@@ -54,12 +54,19 @@ def quantize_command(arguments: Sequence[str], *, python: str = sys.executable) 
     return [python, "-m", "peft_dist.quantize", *arguments]
 
 
+def merge_command(run_dir: Path, out: Path, *, python: str = sys.executable) -> list[str]:
+    """Return the argv that merges a run's adapter into its base."""
+    return [python, "-m", "peft_dist.merge", str(run_dir), "--out", str(out)]
+
+
 def launch_environment(placement: Placement, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables to add to `environ` for the launcher."""
     extra = worker_environment()
     if not placement.on_gpu:
         # Without it Accelerate's own state believes, on a CPU, that each process is alone.
         extra["ACCELERATE_USE_CPU"] = "true"
+        if placement.strategy in ("zero2", "zero3"):
+            extra["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed says at length that it found no GPU
     if "OMP_NUM_THREADS" not in environ:
         # Else every process takes every core (torchrun) or just one of them (Accelerate).
         extra["OMP_NUM_THREADS"] = str(placement.threads_per_process)

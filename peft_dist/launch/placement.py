@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 from peft_dist.config import Recipe
 from peft_dist.errors import LaunchError
 
-Strategy: TypeAlias = Literal["ddp", "fsdp", "hsdp"]
+Strategy: TypeAlias = Literal["ddp", "fsdp", "hsdp", "zero2", "zero3"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Placement:
     strategy: Strategy
     processes: int
     shard_size: int
-    """Processes that hold one copy of the base together; 1 under ddp."""
+    """Processes that hold one copy of the base together; 1 under ddp and zero2."""
     machine: Machine
 
     @property
@@ -72,7 +72,9 @@ def place(recipe: Recipe, machine: Machine) -> Placement:
             where="parallel.processes",
             remedy=f"set --nproc {machine.gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU",
         )
-    shard_size = {"ddp": 1, "fsdp": processes}.get(strategy, parallel.shard_size or processes)
+    shard_size = parallel.shard_size or processes if strategy == "hsdp" else processes
+    if strategy in ("ddp", "zero2"):
+        shard_size = 1
     if processes % shard_size:
         raise LaunchError(
             f"{shard_size} does not divide {processes} processes",

@@ -4,9 +4,6 @@ import hashlib
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
-
-from peft_dist.dist import Shard
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
@@ -15,11 +12,7 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def assign(parameter: nn.Parameter, full: torch.Tensor, shard: Shard) -> None:
-    """Write a full tensor, or this shard's rows of it, into a parameter."""
+def assign(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Write a whole tensor into a parameter of the adapter, casting to its dtype."""
     with torch.no_grad():
-        if isinstance(parameter, DTensor):
-            start, stop = shard.rows(full.shape[0])
-            parameter.to_local().copy_(full[start:stop])
-        else:
-            parameter.copy_(full)
+        parameter.copy_(value)

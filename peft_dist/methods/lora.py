@@ -1,31 +1,26 @@
-"""LoRA through PEFT: where it goes, and its seeded initial values.
-
-Adapters are injected on `meta`, before the model is sharded: adapters added later would never be
-reduced over processes.
-"""
+"""LoRA through PEFT: where it goes, and its seeded initial values."""
 
 import copy
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_dist.config.recipe import Lora
-from peft_dist.dist import Shard
 from peft_dist.errors import RecipeError, nearest
 from peft_dist.methods.init import assign, generator_for
+from peft_dist.methods.method import TASKS, Method, Start, inject
 from peft_dist.model.architectures import transformer_blocks
 from peft_dist.model.nf4 import FrozenLinear4bit, dequantize
 
-_TASKS = {"causal-lm": TaskType.CAUSAL_LM, "sequence-classification": TaskType.SEQ_CLS}
 _ADAPTABLE = (nn.Linear, Conv1D, FrozenLinear4bit)
 
 
@@ -56,118 +51,187 @@ class _LoraOn4bit(LoraLinear):
         return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), product).view_as(result)
 
 
-def attach(
-    model: PreTrainedModel, settings: Lora, *, task: str, base_name: str, has_conv1d: bool
-) -> PeftModel:
-    """Inject LoRA layers into a model on `meta`.
+class LoraMethod(Method[Lora]):
+    """Low-rank updates beside the linears inside the transformer blocks."""
 
-    Args:
-        model: The base, its linears already swapped.
-        settings: The recipe's method section.
-        task: The recipe's task.
-        base_name: What the saved adapter names as its base.
-        has_conv1d: Whether the base as released has Conv1D linears, whose weights are transposed.
+    def __init__(self, settings: Lora, *, seed: int = 0) -> None:
+        """Take the recipe's method section and the run's seed."""
+        super().__init__(settings, seed=seed)
+        self._taken_out: dict[str, torch.Tensor] = {}
+        """What PiSSA moved from the base into A and B, by their names; on the CPU."""
+
+    def attach(
+        self, model: PreTrainedModel, *, task: str, base_name: str, has_conv1d: bool
+    ) -> PeftModel:
+        """Inject LoRA layers; see `Method.attach`."""
+        settings = self.settings
+        targets = linear_targets(model, settings.targets)
+        if settings.init == "orthogonal" and settings.rank % 2:
+            raise RecipeError(
+                f"init: orthogonal halves the rank, and {settings.rank} is odd",
+                where="method.rank",
+                remedy="choose an even one",
+            )
+        if settings.dora and any(isinstance(m, Conv1D) for m in model.modules()):
+            raise RecipeError(
+                "dora needs the norm of whole columns, "
+                "which an unquantized Conv1D base does not shard",
+                where="method.dora",
+                remedy="set quantization: nf4, or dora: false",
+            )
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=targets,
+            use_rslora=settings.rslora,
+            use_dora=settings.dora,
+            bias=settings.bias,
+            task_type=TASKS[task],
+            fan_in_fan_out=has_conv1d,
+        )
+        config._register_custom_module({FrozenLinear4bit: _LoraOn4bit})
+        with warnings.catch_warnings():
+            # PEFT warns that fan_in_fan_out does not suit our swapped linears; it suits the saved
+            # adapter, which is loaded onto the released base.
+            warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+            peft = inject(model, config, base_name=base_name)
+        for module in peft.modules():
+            if isinstance(module, LoraLayer):
+                # Autocast picks the dtype of each product; casting the input to the adapter's
+                # float32 first would be a round trip through memory per layer.
+                module.cast_input_dtype_enabled = False
+        return peft
+
+    def initialise(self, peft: PeftModel, start: Start) -> None:
+        """Fill every adapter parameter from the seed and its name.
+
+        The first output is the base's, whichever start was chosen. DoRA magnitudes are the row
+        norms of the base.
+        """
+        for name, module in peft.named_modules():
+            if not isinstance(module, LoraLayer):
+                continue
+            for adapter in module.lora_A:
+                if self.settings.init == "pissa":
+                    a, b = self._principal_part(name, module, adapter, start)
+                else:
+                    a, b = self._seeded(name, module, adapter)
+                assign(module.lora_A[adapter].weight, a)
+                assign(module.lora_B[adapter].weight, b)
+                if adapter in module.lora_magnitude_vector:
+                    magnitude = module.lora_magnitude_vector[adapter].weight
+                    assign(magnitude, _row_norms(module.get_base_layer(), start))
+
+    def _seeded(
+        self, name: str, module: LoraLayer, adapter: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A [r, in] and B [out, r] whose product is zero."""
+        a = torch.empty(module.lora_A[adapter].weight.shape)
+        b = torch.zeros(module.lora_B[adapter].weight.shape)
+        rank = a.shape[0]
+        source = generator_for(self.seed, f"{name}.lora_A")
+        if self.settings.init == "default":
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=source)
+        elif self.settings.init == "gaussian":
+            a.normal_(std=1 / rank, generator=source)
+        else:
+            # Rows of an orthogonal matrix: those A is made of are orthogonal to those of B.
+            basis, _ = torch.linalg.qr(torch.randn(rank, rank, generator=source))
+            a = (torch.randn(a.shape[1], rank // 2, generator=source) @ basis[0::2]).t() / 10
+            b = torch.randn(b.shape[0], rank // 2, generator=source) @ basis[1::2] / 10
+        return a, b
+
+    def _principal_part(
+        self, name: str, module: LoraLayer, adapter: str, start: Start
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the largest singular directions out of the base; return them as A and B.
+
+        PiSSA (Meng et al. 2024, arXiv 2404.02948), by its fast decomposition.
+        """
+        layer, scaling = module.get_base_layer(), module.scaling[adapter]
+        stored = start.whole(layer.get_parameter("weight"))
+        weight = (stored.t() if isinstance(layer, Conv1D) else stored).float()
+        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+            torch.manual_seed(generator_for(self.seed, name).initial_seed())
+            u, s, v = torch.svd_lowrank(weight, q=self.settings.rank, niter=16)
+        root = (s / scaling).sqrt()
+        a, b = root[:, None] * v.t(), u * root
+        rest = weight - scaling * (b @ a)
+        start.put(layer.get_parameter("weight"), rest.t() if isinstance(layer, Conv1D) else rest)
+        self._taken_out[f"{name}.lora_A.{adapter}.weight"] = a.cpu()
+        self._taken_out[f"{name}.lora_B.{adapter}.weight"] = b.cpu()
+        return a, b
+
+    def saved(self, peft: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the file's tensors; a PiSSA adapter as a plain one of twice the rank.
+
+        The released base still has what was taken out of ours: BA - B'A' is a LoRA of its own.
+        """
+        plain = dict(state)
+        for name, start in self._taken_out.items():
+            parts = [state[name], -start if ".lora_B." in name else start]
+            plain[name] = torch.cat(parts, dim=1 if ".lora_B." in name else 0)
+        return super().saved(peft, plain)
+
+    def restored(
+        self, peft: PeftModel, found: Mapping[str, torch.Tensor], names: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return the trained tensors; of a PiSSA adapter the half that was trained."""
+        state = super().restored(peft, found, names)
+        rank = self.settings.rank
+        for name in self._taken_out:
+            state[name] = state[name][:, :rank] if ".lora_B." in name else state[name][:rank]
+        return state
+
+    def saved_config(self, peft: PeftModel) -> PeftConfig:
+        """Return the configuration of what `saved` returns."""
+        config = super().saved_config(peft)
+        if isinstance(config, LoraConfig) and self._taken_out:
+            config = copy.copy(config)
+            config.r *= 2
+            # Keeps the scale: alpha / r, or alpha / sqrt(r).
+            config.lora_alpha = self.settings.alpha * (math.sqrt(2) if config.use_rslora else 2)  # type: ignore[assignment]
+        return config
+
+    def rate_factor(self, name: str) -> float:
+        """Return LoRA+'s higher rate for B."""
+        return self.settings.learning_rate_ratio if ".lora_B." in name else 1.0
+
+
+def linear_targets(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> list[str]:
+    """Return the last parts of the names of the linears inside the blocks, all or those wanted.
 
     Raises:
-        RecipeError: For a target that names no linear, or an option that cannot work here.
+        RecipeError: For one that names no linear.
     """
-    targets = _targets(model, settings)
-    if settings.dora and any(isinstance(m, Conv1D) for m in model.modules()):
-        raise RecipeError(
-            "dora needs the norm of whole columns, which an unquantized Conv1D base does not shard",
-            where="method.dora",
-            remedy="set quantization: nf4, or dora: false",
-        )
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=targets,
-        use_rslora=settings.rslora,
-        use_dora=settings.dora,
-        bias=settings.bias,
-        task_type=_TASKS[task],
-        fan_in_fan_out=has_conv1d,
-    )
-    config._register_custom_module({FrozenLinear4bit: _LoraOn4bit})
-    with warnings.catch_warnings():
-        # PEFT warns that fan_in_fan_out does not suit our swapped linears; it suits the saved
-        # adapter, which is loaded onto the released base.
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-        peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
-    # PEFT has put the folder the model was built from there, which for a hub id is a cache.
-    config.base_model_name_or_path = base_name
-    for module in peft_model.modules():
-        if isinstance(module, LoraLayer):
-            # Autocast picks the dtype of each product; casting the input to the adapter's float32
-            # first would be a round trip through memory per layer.
-            module.cast_input_dtype_enabled = False
-    for name, parameter in peft_model.named_parameters():
-        if parameter.requires_grad:
-            # An adapter is small and precious: float32 whatever the base computes in.
-            parameter.data = parameter.data.float()
-            assert parameter.is_meta, f"{name} was made before its base was sharded"
-    return peft_model
-
-
-def _targets(model: PreTrainedModel, settings: Lora) -> list[str]:
-    blocks = transformer_blocks(model)
     inside = {
         name.rpartition(".")[2]
-        for block in blocks.values()
+        for block in transformer_blocks(model).values()
         for name, module in block.named_modules()
         if isinstance(module, _ADAPTABLE)
     }
-    if settings.targets == "all-linear":
+    if isinstance(wanted, str):
         return sorted(inside)
-    for target in settings.targets:
+    for target in wanted:
         if target not in inside:
             raise RecipeError(
                 f"{target!r} is no linear inside the blocks of this model",
                 where="method.targets",
                 remedy=nearest(target, inside),
             )
-    return sorted(settings.targets)
+    return sorted(wanted)
 
 
-def initialise(model: PeftModel, settings: Lora, *, seed: int, shard: Shard) -> None:
-    """Fill every adapter parameter, this shard's rows of it, from the seed and its name.
-
-    A is Kaiming-uniform and B zero, as Hu et al. start them, so the first output is the base's.
-    DoRA magnitudes are the row norms of the base, which must be loaded.
-    """
-    for module_name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        for adapter in module.lora_A:
-            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-            full = torch.empty(a.shape)
-            generator = generator_for(seed, f"{module_name}.lora_A")
-            nn.init.kaiming_uniform_(full, a=math.sqrt(5), generator=generator)
-            assign(a, full, shard)
-            assign(b, torch.zeros(b.shape), shard)
-            if adapter in module.lora_magnitude_vector:
-                magnitude = module.lora_magnitude_vector[adapter].weight
-                assign(magnitude, _row_norms(module.get_base_layer(), shard), shard)
-
-
-def _row_norms(layer: nn.Module, shard: Shard) -> torch.Tensor:
+def _row_norms(layer: nn.Module, start: Start) -> torch.Tensor:
     """Return the norm of every weight row. Collective where the layer is sharded."""
     if isinstance(layer, FrozenLinear4bit):
-        stored: torch.Tensor = layer.packed
-        # Dequantizing needs plain tensors; rows of the two parameters are sharded alike.
         weight = dequantize(
-            _local(layer.packed),
-            _local(layer.absmax),
+            start.whole(layer.packed),
+            start.whole(layer.absmax),
             block_size=layer.block_size,
             dtype=layer.dtype,
         )
     else:
-        stored = layer.get_parameter("weight")
-        weight = _local(stored)
-    norms = weight.float().norm(dim=1)
-    return shard.gather(norms, stored.shape[0]) if isinstance(stored, DTensor) else norms
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        weight = start.whole(layer.get_parameter("weight"))
+    return weight.float().norm(dim=1)

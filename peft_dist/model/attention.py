@@ -1,18 +1,22 @@
 """Causal attention over rows laid end to end, one row at a time, without a mask.
 
 A block-diagonal mask over a packed micro-batch costs its length squared; the rows cost the sum of
-theirs. Not for models that cap attention scores, nor for encoders.
+theirs. It is also where a learned prefix enters. Not for encoders.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import dropout as drop
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 ROW_ATTENTION = "peft_dist_rows"
 """The name it has in transformers, which makes no mask for names it does not know."""
+
+_recorded: dict[int, torch.Tensor] | None = None
 
 
 def register() -> None:
@@ -20,35 +24,57 @@ def register() -> None:
     AttentionInterface.register(ROW_ATTENTION, _row_attention)
 
 
+@contextmanager
+def recording() -> Iterator[dict[int, torch.Tensor]]:
+    """Collect the keys and values of every layer, [2, key-value heads, T, head size] by index.
+
+    For passes over one row. Keys are as attention sees them: with their positions in them.
+    """
+    global _recorded
+    _recorded = {}
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
 def _row_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
     row_lengths: tuple[int, ...] | None,
+    prefix: tuple[torch.Tensor, ...] | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within rows.
 
     Args:
-        module: The attention layer, for nothing.
+        module: The attention layer, for its index.
         query: [B, heads, T, head size].
         key: [B, key-value heads, T, head size].
         value: Like `key`.
         attention_mask: Not used. Rows padded on the right need none: no real token looks ahead.
         row_lengths: Tokens of each packed row, B is 1 then; None for one row per sequence.
+        prefix: Of every layer, keys and values that stand before each row's own:
+            [2, key-value heads, P, head size].
         dropout: Probability of dropping an attention weight.
         scaling: Factor of the scores. Default: 1 / sqrt(head size).
         sliding_window: How many tokens, itself included, a token sees. Off: all before it.
+        softcap: Scores are squeezed into (-softcap, softcap) by a tanh. Off: left as they are.
 
     Returns:
         [B, T, heads, head size], and no weights.
     """
+    if _recorded is not None:
+        _recorded[module.layer_idx] = torch.stack([key[0], value[0]])
+    past = None if prefix is None else prefix[module.layer_idx].to(key.dtype)
     lengths = [query.shape[2]] if row_lengths is None else list(row_lengths)
     outputs = []
     for q, k, v in zip(
@@ -57,10 +83,16 @@ def _row_attention(
         value.split(lengths, dim=2),
         strict=True,
     ):
+        if past is not None:
+            k = torch.cat([past[0].expand(len(k), -1, -1, -1), k], dim=2)
+            v = torch.cat([past[1].expand(len(v), -1, -1, -1), v], dim=2)
+            # With queries of its own, which nobody reads, a prefix is a row's first tokens: no
+            # mask is needed to say who sees whom.
+            q = pad(q, (0, 0, past.shape[2], 0))
         length = q.shape[2]
         windowed = sliding_window is not None and length > sliding_window
-        outputs.append(
-            scaled_dot_product_attention(
+        if softcap is None:
+            out = scaled_dot_product_attention(
                 q,
                 k,
                 v,
@@ -70,9 +102,31 @@ def _row_attention(
                 scale=scaling,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
-        )
+        else:
+            mask = _band(length, sliding_window if windowed else length, q.device)
+            out = _capped_attention(q, k, v, mask, dropout, scaling, softcap)
+        outputs.append(out if past is None else out[:, :, past.shape[2] :])
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return joined.transpose(1, 2).contiguous(), None
+
+
+def _capped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+    softcap: float,
+) -> torch.Tensor:
+    """Attend with capped scores, which torch's own kernels do not do; `mask` is [T, T]."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.tanh(query @ key.transpose(2, 3) * (scale / softcap)) * softcap
+    scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return drop(weights, dropout) @ value
 
 
 def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor:

@@ -4,7 +4,7 @@ A rank reads only its own rows and quantizes only those, so no process ever hold
 not know adapters: a parameter that no plan entry names is somebody else's to fill.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_dist.dist import Shard, sum_over
 from peft_dist.errors import ModelError
 from peft_dist.model.architectures import block_linears
-from peft_dist.model.fingerprint import fingerprint_rows, wrap_int64
+from peft_dist.model.fingerprint import fingerprint_rows
 from peft_dist.model.nf4 import FrozenLinear4bit, block_size_for, quantize_rows
 from peft_dist.model.weights import Packing, WeightFiles
 
@@ -232,6 +232,13 @@ def read_rows(
     return quantize_rows(rows, tensor.block_size)
 
 
+def copy_rows(parameter: nn.Parameter, rows: torch.Tensor) -> None:
+    """Write rows into a parameter's own storage, casting to its dtype."""
+    with torch.no_grad():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local.copy_(rows)
+
+
 class RowSink(Protocol):
     """Somebody who wants every tensor of the base, whole, one after the other."""
 
@@ -246,12 +253,14 @@ def fill_base(
     shard: Shard,
     *,
     device: torch.device,
+    put: Callable[[nn.Parameter, torch.Tensor], None] = copy_rows,
     sink: RowSink | None = None,
 ) -> dict[str, int]:
     """Read this shard's rows of every tensor into the parameters of that name. Collective.
 
-    A sharded parameter takes the rows as they are; a replicated one takes all rows, of which each
-    process has read and quantized its share. With `parameters` empty, rows go to the sink alone.
+    A parameter sharded by rows takes them as they are. Any other is given to `put` with all rows,
+    of which each process has read and quantized its share; one tensor stands whole at a time. With
+    `parameters` empty, rows go to the sink alone.
 
     Returns:
         The fingerprint of every tensor part as read, over all shards.
@@ -265,55 +274,42 @@ def fill_base(
         for name, rows in zip(tensor.parameters(), parts, strict=True):
             sums.append(fingerprint_rows(rows, start))
             target = parameters.get(name)
-            sharded = target is None or isinstance(target, DTensor)
-            if sink is not None or not sharded:
+            by_rows = target is None or isinstance(target, DTensor)
+            if sink is not None or not by_rows:
                 wholes.append(shard.gather(rows, tensor.shape[0]))
-            if target is not None:
-                copy_rows(target, rows if sharded else wholes[-1])
+            if target is not None and by_rows:
+                copy_rows(target, rows)
+            elif target is not None:
+                put(target, wholes[-1])
         if sink is not None:
             sink.add(tensor, tuple(wholes))
     total = sum_over(torch.tensor(sums, dtype=torch.int64, device=device), shard.group)
     return dict(zip(names, total.tolist(), strict=True))
 
 
-def copy_rows(parameter: nn.Parameter, rows: torch.Tensor) -> None:
-    """Write rows into a parameter's own storage, casting to its dtype."""
-    with torch.no_grad():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        local.copy_(rows)
+def materialize(
+    module: nn.Module,
+    device: torch.device,
+    make: Callable[[nn.Parameter], nn.Parameter] | None = None,
+) -> None:
+    """Give every `meta` parameter memory, keeping ties, and move the buffers to the device.
 
+    Args:
+        module: The model.
+        device: Where.
+        make: Returns the parameter that stands for one on `meta`. Default: an empty one there.
+    """
 
-def materialize(module: nn.Module, device: torch.device) -> None:
-    """Give every `meta` parameter memory on the device, keeping ties, and move the buffers."""
+    def empty(parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+
     made: dict[int, nn.Parameter] = {}
     for child in module.modules():
         for name, parameter in child._parameters.items():
             if parameter is not None and parameter.is_meta:
                 if id(parameter) not in made:
-                    empty = torch.empty_like(parameter, device=device)
-                    made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                    made[id(parameter)] = (make or empty)(parameter)
                 child._parameters[name] = made[id(parameter)]
         for name, buffer in child._buffers.items():
             if buffer is not None:
                 child._buffers[name] = buffer.to(device)
-
-
-def live_fingerprint(parameters: dict[str, nn.Parameter], shard: Shard) -> dict[str, int]:
-    """Fingerprint the base as it stands in memory, over all shards. Collective.
-
-    A replicated parameter is hashed whole by every process: a replica that drifted differs.
-    """
-    sums: list[int] = []
-    sharded = False
-    for parameter in parameters.values():
-        if isinstance(parameter, DTensor):
-            sharded = True
-            start, _ = shard.rows(parameter.shape[0])
-            sums.append(fingerprint_rows(parameter.to_local(), start))
-        else:
-            sums.append(fingerprint_rows(parameter, 0))
-    total = torch.tensor([wrap_int64(s) for s in sums], dtype=torch.int64)
-    if sharded and sums:
-        device = next(iter(parameters.values())).device
-        total = sum_over(total.to(device), shard.group).cpu()
-    return dict(zip(parameters, total.tolist(), strict=True))

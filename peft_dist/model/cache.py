@@ -13,6 +13,7 @@ import shutil
 import struct
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from filelock import FileLock
 from torch import nn
 
 from peft_dist.dist import Shard, World, broadcast_object, gather_objects
-from peft_dist.model.base import BasePlan, BaseTensor, fill_base
+from peft_dist.model.base import BasePlan, BaseTensor, copy_rows, fill_base
 from peft_dist.model.weights import FLOATS, QUANT_STATE, WeightFiles
 
 log = logging.getLogger(__name__)
@@ -145,6 +146,7 @@ def fill_through_cache(
     *,
     world: World,
     entry: Path,
+    put: Callable[[nn.Parameter, torch.Tensor], None] = copy_rows,
 ) -> Path | None:
     """Fill the base from its packed form where that is whole, else from the files. Collective.
 
@@ -166,7 +168,9 @@ def fill_through_cache(
         assert expected is not None
         packed_files = WeightFiles(entry)
         packed_plan = packed_form(plan, packed_files)
-        found = fill_base(parameters, packed_plan, packed_files, shard, device=world.device)
+        found = fill_base(
+            parameters, packed_plan, packed_files, shard, device=world.device, put=put
+        )
         # Replicas read on their own, so one may find what the others did not, or not yet.
         differs = next((name for name, value in expected.items() if found.get(name) != value), "")
         damaged = next(filter(None, gather_objects(differs)), None)
@@ -177,7 +181,7 @@ def fill_through_cache(
             discard(entry)
     writes = world.is_main and (everywhere or expected is None)
     sink = PackedWriter(entry, plan, files) if writes else DiscardRows()
-    found = fill_base(parameters, plan, files, shard, device=world.device, sink=sink)
+    found = fill_base(parameters, plan, files, shard, device=world.device, put=put, sink=sink)
     sink.publish(found)
     failure = broadcast_object(sink.failure)
     if failure and world.is_main:

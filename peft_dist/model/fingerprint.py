@@ -5,6 +5,7 @@ against somebody who wants a collision.
 """
 
 import torch
+from torch.nn import functional
 
 _CHUNK_WORDS = 1 << 22
 _GOLDEN = -7046029254386353131
@@ -20,20 +21,40 @@ def fingerprint_rows(rows: torch.Tensor, first_row: int) -> int:
     """
     if rows.numel() == 0:
         return 0
-    flat = rows.detach().contiguous().reshape(rows.shape[0], -1).view(torch.uint8)
-    row_bytes = flat.shape[1]
+    row_size = rows.numel() // rows.shape[0]
+    return fingerprint_piece(rows.detach().reshape(-1), first_row * row_size, row_size=row_size)
+
+
+def fingerprint_piece(piece: torch.Tensor, first: int, *, row_size: int) -> int:
+    """Return the fingerprint of elements [n] that begin at element `first` of their tensor.
+
+    A piece may begin and end inside a word: a word is the sum of its bytes, each at its place, so
+    the two parts of a cut word, filled up with zeros, add up to it.
+
+    Args:
+        piece: The elements.
+        first: Place of the first one in the flattened tensor.
+        row_size: Elements per row of the tensor.
+    """
+    if piece.numel() == 0:
+        return 0
+    row_bytes = row_size * piece.element_size()
     word = next(
         dtype
-        for dtype, size in ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2), (torch.uint8, 1))
-        if row_bytes % size == 0
+        for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+        if row_bytes % dtype.itemsize == 0
     )
-    words = flat.reshape(-1).view(word)
-    offset = first_row * (row_bytes // words.element_size())
-    total = torch.zeros((), dtype=torch.int64, device=rows.device)
+    flat = piece.detach().contiguous().view(torch.uint8)
+    offset, before = divmod(first * piece.element_size(), word.itemsize)
+    after = -(before + flat.numel()) % word.itemsize
+    if before or after:
+        flat = functional.pad(flat, (before, after))
+    words = flat.view(word)
+    total = torch.zeros((), dtype=torch.int64, device=piece.device)
     for start in range(0, words.numel(), _CHUNK_WORDS):
         part = words[start : start + _CHUNK_WORDS].to(torch.int64)
         place = torch.arange(
-            offset + start, offset + start + part.numel(), device=rows.device, dtype=torch.int64
+            offset + start, offset + start + part.numel(), device=piece.device, dtype=torch.int64
         )
         multiplier = place * _GOLDEN
         multiplier ^= multiplier >> 29

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PrefixTuningConfig
 from torch import nn
 from torch.nn import functional
 
@@ -107,6 +107,34 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad * grad_nll[:, None].to(grad.dtype), None, None, None, None
 
 
+def _learned(peft: PeftModel, device: torch.device) -> torch.Tensor:
+    """Return what PEFT's encoder gives for each virtual token, [P, width]."""
+    places = torch.arange(peft.active_peft_config.num_virtual_tokens, device=device)
+    learned: torch.Tensor = peft.prompt_encoder[peft.active_adapter](places)
+    return learned
+
+
+def _inputs(peft: PeftModel, batch: Any) -> dict[str, torch.Tensor]:
+    """Return the tokens of a `Batch`, or their embeddings with the learned ones in their places."""
+    if batch.virtual_positions is None:
+        return {"input_ids": batch.input_ids}
+    embedded = peft.get_base_model().get_input_embeddings()(batch.input_ids)
+    learned = _learned(peft, embedded.device).to(embedded.dtype)
+    rows = len(batch.virtual_positions) // len(learned)
+    flat = embedded.flatten(0, 1).index_copy(0, batch.virtual_positions, learned.repeat(rows, 1))
+    return {"inputs_embeds": flat.view_as(embedded)}
+
+
+def _prefix(peft: PeftModel, device: torch.device) -> tuple[torch.Tensor, ...] | None:
+    """Return each layer's learned keys and values, [2, key-value heads, P, head size]."""
+    config = peft.active_peft_config
+    if not (isinstance(config, PrefixTuningConfig) and peft.has_active_enabled_adapter):
+        return None
+    learned = _learned(peft, device)
+    parts = learned.view(len(learned), config.num_layers, 2, config.num_attention_heads, -1)
+    return parts.permute(1, 2, 3, 0, 4).unbind(0)
+
+
 class CausalLM(nn.Module):
     """A causal language model with its adapters, as a function from a batch to its losses.
 
@@ -125,12 +153,15 @@ class CausalLM(nn.Module):
     def forward(self, batch: Any, choice_ids: torch.Tensor | None = None) -> Losses:
         """Score a `Batch`, and its rows' first targets against single-token choices [C]."""
         model = self.peft.get_base_model()
+        prefix = _prefix(self.peft, batch.position_ids.device)
         hidden = model.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
+            **_inputs(self.peft, batch),
+            # A prefix takes the first positions.
+            position_ids=batch.position_ids + (0 if prefix is None else prefix[0].shape[2]),
             attention_mask=batch.attention_mask,
             use_cache=False,
             **self._row_arguments(batch),
+            **({} if prefix is None else {"prefix": prefix}),
         ).last_hidden_state
         head = model.get_output_embeddings()
         picked = hidden.flatten(0, 1)[batch.label_positions]
@@ -178,9 +209,9 @@ class SequenceClassifier(nn.Module):
 
     def forward(self, batch: Any, choice_ids: torch.Tensor | None = None) -> Losses:
         """Score a `Batch`; the choices are always all classes."""
-        logits = self.peft(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask
-        ).logits.float()
+        model = self.peft.get_base_model()
+        inputs = _inputs(self.peft, batch)
+        logits = model(**inputs, attention_mask=batch.attention_mask).logits.float()
         if batch.targets.numel() == 0:
             return Losses(logits.sum()[None] * 0.0, None)
         return Losses(functional.cross_entropy(logits, batch.targets, reduction="none"), logits)

@@ -13,8 +13,9 @@ class DDPEngine(Engine):
 
     sharded = False
 
-    def __init__(self, world: World, *, shard_size: int) -> None:
+    def __init__(self, world: World, *, shard_size: int, offload: bool = False) -> None:
         """Read with all processes; no groups of its own."""
+        assert not offload, "there is no part of the base that could wait"
         super().__init__(world, shard_size=shard_size)
         self.shard = Shard(world.rank, world.size)
 

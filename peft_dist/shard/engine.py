@@ -6,14 +6,36 @@ no recipe, no data and no optimizer.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from peft_dist.dist import Shard, World, gather_objects, sum_over
-from peft_dist.model.fingerprint import fingerprint_rows
+from peft_dist.model import base
+from peft_dist.model.fingerprint import fingerprint_piece, fingerprint_rows, wrap_int64
+
+
+class Group(NamedTuple):
+    """Trained parameters that an optimizer treats alike."""
+
+    decays: bool
+    """Whether weight decay is for them; matrices decay, vectors do not."""
+    rate_factor: float
+    """Their learning rate over the recipe's."""
+
+
+class Updates(Protocol):
+    """An optimizer, as far as a training loop needs one."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups, whose learning rates may be set."""
+
+    def step(self) -> Any:
+        """Update the parameters from their gradients."""
 
 
 class Engine(ABC):
@@ -27,10 +49,17 @@ class Engine(ABC):
     shard: Shard
     sharded: bool
 
-    def __init__(self, world: World, *, shard_size: int) -> None:
-        """Make the groups and meshes the engine needs. Collective."""
+    def __init__(self, world: World, *, shard_size: int, offload: bool = False) -> None:
+        """Make the groups and meshes the engine needs. Collective.
+
+        Args:
+            world: This process's place.
+            shard_size: Processes that hold one copy of the base together.
+            offload: Keep this process's part of the base in host memory while it is not needed.
+        """
         self.world = world
         self.shard_size = shard_size
+        self.offload = offload
 
     @abstractmethod
     def wrap(
@@ -38,19 +67,30 @@ class Engine(ABC):
     ) -> None:
         """Shard the base of a model on `meta`, adapters attached, before any weight is read."""
 
-    def hold_adapter(self, parameters: dict[str, nn.Parameter]) -> None:
+    def materialize(self, model: nn.Module) -> None:
+        """Give every parameter memory: this process's part of the base, the adapter whole."""
+        base.materialize(model, self.world.device)
+
+    def hold_adapter(
+        self, parameters: dict[str, nn.Parameter], group_of: Callable[[str], Group]
+    ) -> None:
         """Move the trained parameters, and their gradients, into flat buffers.
 
         One buffer is one all-reduce, one norm and one optimizer kernel, where hundreds of small
-        tensors would be hundreds. Matrices stand before vectors, for `flat_parameters`.
+        tensors would be hundreds. Parameters of one group lie side by side.
 
         Args:
             parameters: Every trained parameter by name, float32, the same on every process.
+            group_of: The group of a parameter, by its name.
         """
-        ordered = sorted(parameters.items(), key=lambda item: item[1].dim() <= 1)
+        self._group_sizes: dict[Group, int] = {}
+        for name, parameter in parameters.items():
+            group = group_of(name)
+            self._group_sizes[group] = self._group_sizes.get(group, 0) + parameter.numel()
+        place = {group: index for index, group in enumerate(self._group_sizes)}
+        ordered = sorted(parameters.items(), key=lambda item: place[group_of(item[0])])
         self._shapes = {name: parameter.shape for name, parameter in ordered}
         sizes = [parameter.numel() for _, parameter in ordered]
-        self._matrix_count = sum(p.numel() for _, p in ordered if p.dim() > 1)
         self._values = torch.empty(sum(sizes), device=self.world.device)
         # The last place is for the loss, which travels with the gradients.
         self._reduced = torch.zeros(sum(sizes) + 1, device=self.world.device)
@@ -61,15 +101,24 @@ class Engine(ABC):
             parameter.data = value.view(parameter.shape)
             parameter.grad = gradient.view(parameter.shape)
 
-    def flat_parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """Return what an optimizer updates: all matrices as one vector, and all vectors."""
-        cut = self._matrix_count
-        parts = []
-        for part in (slice(None, cut), slice(cut, None)):
-            flat = nn.Parameter(self._values[part])
-            flat.grad = self.gradients[part]
-            parts.append(flat)
-        return parts[0], parts[1]
+    def flat_parameters(self) -> dict[Group, nn.Parameter]:
+        """Return what an optimizer updates: each group as one vector, with its gradient."""
+        sizes = list(self._group_sizes.values())
+        flat = {}
+        for group, values, gradient in zip(
+            self._group_sizes, self._values.split(sizes), self.gradients.split(sizes), strict=True
+        ):
+            flat[group] = nn.Parameter(values)
+            flat[group].grad = gradient
+        return flat
+
+    def share_optimizer(self, optimizer: torch.optim.Optimizer) -> Updates:
+        """Return what updates `flat_parameters` from their gradients, perhaps shared by processes.
+
+        Gradients are the same on every process when it steps, and so are the parameters after it.
+        Call it when the parameters have the values that training starts from.
+        """
+        return optimizer
 
     def reduce(self, loss: torch.Tensor) -> torch.Tensor:
         """Sum gradients and loss over all processes; return the summed loss. Collective."""
@@ -110,20 +159,67 @@ class Engine(ABC):
         """Say whether every process holds the same adapter, to the bit. Collective."""
         return len(set(gather_objects(fingerprint_rows(self._values, 0)))) == 1
 
-    def expected_bytes(self, base: dict[str, nn.Parameter]) -> int:
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Return the shape of a parameter of the base, however much of it is here."""
+        return parameter.shape
+
+    def is_shard(self, parameter: nn.Parameter) -> bool:
+        """Say whether this process holds a part of the parameter alone."""
+        return isinstance(parameter, DTensor)
+
+    def piece(self, parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
+        """Return this process's elements of a parameter of the base and the place of the first."""
+        if not isinstance(parameter, DTensor):
+            return parameter.detach().reshape(-1), 0
+        start, _ = self.shard.rows(parameter.shape[0])
+        row_size = parameter.numel() // max(parameter.shape[0], 1)
+        return parameter.to_local().detach().reshape(-1), start * row_size
+
+    def whole(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return a parameter of the base whole, on the device. Collective."""
+        if not isinstance(parameter, DTensor):
+            return parameter.detach()
+        local = parameter.to_local().detach().to(self.world.device)
+        return self.shard.gather(local, parameter.shape[0])
+
+    def put(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        """Write a whole tensor into a parameter, or this process's part of it."""
+        with torch.no_grad():
+            if isinstance(parameter, DTensor):
+                start, stop = self.shard.rows(value.shape[0])
+                parameter.to_local().copy_(value[start:stop])
+            else:
+                parameter.copy_(value)
+
+    def fingerprint(self, parameters: dict[str, nn.Parameter]) -> dict[str, int]:
+        """Fingerprint the base as it stands in memory, over all its parts. Collective.
+
+        A replicated parameter is hashed whole by every process: a replica that drifted differs.
+        """
+        sums: list[int] = []
+        for parameter in parameters.values():
+            elements, first = self.piece(parameter)
+            shape = self.shape(parameter)
+            row_size = shape.numel() // max(shape[0], 1)
+            sums.append(wrap_int64(fingerprint_piece(elements, first, row_size=row_size)))
+        total = torch.tensor(sums, dtype=torch.int64)
+        if self.sharded and sums:
+            total = sum_over(total.to(self.world.device), self.shard.group).cpu()
+        return dict(zip(parameters, total.tolist(), strict=True))
+
+    def total_bytes(self, parameters: dict[str, nn.Parameter]) -> int:
+        """Return the bytes of one copy of the base, over all processes that hold it."""
+        return sum(self.shape(p).numel() * p.element_size() for p in parameters.values())
+
+    def expected_bytes(self, parameters: dict[str, nn.Parameter]) -> int:
         """Return the bytes of the base this process should hold, from shapes alone."""
         total = 0
-        for parameter in base.values():
+        for parameter in parameters.values():
             rows = parameter.shape[0]
             start, stop = self.shard.rows(rows) if self.sharded else (0, rows)
             total += parameter.numel() // max(rows, 1) * (stop - start) * parameter.element_size()
         return total
 
-    @staticmethod
-    def held_bytes(base: dict[str, nn.Parameter]) -> int:
+    def held_bytes(self, parameters: dict[str, nn.Parameter]) -> int:
         """Return the bytes of the base this process does hold."""
-        total = 0
-        for parameter in base.values():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            total += local.numel() * local.element_size()
-        return total
+        return sum(self.piece(p)[0].numel() * p.element_size() for p in parameters.values())

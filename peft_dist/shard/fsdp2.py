@@ -4,12 +4,15 @@ Accelerate's own FSDP2 wrapping leaves 4-bit weights out of sharding and is plai
 """
 
 from collections.abc import Iterable
+from functools import partial
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from peft_dist.dist import Shard, World
+from peft_dist.model import base
 from peft_dist.shard.engine import Engine
 
 
@@ -18,9 +21,9 @@ class FSDP2Engine(Engine):
 
     sharded = True
 
-    def __init__(self, world: World, *, shard_size: int) -> None:
+    def __init__(self, world: World, *, shard_size: int, offload: bool = False) -> None:
         """Make the mesh. Collective."""
-        super().__init__(world, shard_size=shard_size)
+        super().__init__(world, shard_size=shard_size, offload=offload)
         self.mesh = self._make_mesh()
         axis = self.mesh["shard"]
         self.shard = Shard(axis.get_local_rank(), axis.size(), axis.get_group())
@@ -34,9 +37,24 @@ class FSDP2Engine(Engine):
     ) -> None:
         """Shard each block as one unit and the rest as another, and leave the adapter whole."""
         trained = set(adapter)
+        # Page-locked host memory is what a GPU can copy from while it computes.
+        on_gpu = self.world.device.type == "cuda"
+        policy = CPUOffloadPolicy(pin_memory=on_gpu) if self.offload else OffloadPolicy()
+        shard = partial(fully_shard, mesh=self.mesh, ignored_params=trained, offload_policy=policy)
         for block in blocks:
-            fully_shard(block, mesh=self.mesh, reshard_after_forward=True, ignored_params=trained)
-        fully_shard(model, mesh=self.mesh, ignored_params=trained)
+            shard(block, reshard_after_forward=True)
+        shard(model)
+
+    def materialize(self, model: nn.Module) -> None:
+        """Give every parameter memory, in the host where the base is offloaded."""
+        waits = torch.device("cpu") if self.offload else self.world.device
+
+        def make(parameter: nn.Parameter) -> nn.Parameter:
+            place = self.world.device if parameter.requires_grad else waits
+            empty = torch.empty_like(parameter, device=place)
+            return nn.Parameter(empty, parameter.requires_grad)
+
+        base.materialize(model, self.world.device, make)
 
 
 class HSDPEngine(FSDP2Engine):

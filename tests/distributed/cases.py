@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from peft_dist import checkpoint, dist
-from peft_dist.data.pack import pack
+from peft_dist import dist
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.model import cache as packed_base
 from peft_dist.model.weights import WeightFiles
+from peft_dist.saving import Saver
 from peft_dist.scoring import held_out, score
 from peft_dist.session import Session, find_base, open_session
 from peft_dist.tracking import Record
@@ -30,6 +30,15 @@ from peft_dist.trainer import Trainer
 from tests.tiny import ARCHITECTURES, tiny_recipe
 
 SINGLE, FSDP, DDP, HSDP, FSDP4 = "1-fsdp", "2-fsdp", "2-ddp", "4-hsdp", "4-fsdp"
+ZERO2, ZERO3 = "2-zero2", "2-zero3"
+MATRIX_ENGINES = (DDP, FSDP, HSDP, ZERO2, ZERO3)
+MATRIX_METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora"},
+    "bottleneck": {"kind": "bottleneck"},
+    "prefix": {"kind": "prefix", "virtual_tokens": 5, "text": "the cat and the dog"},
+    "prompt": {"kind": "prompt", "virtual_tokens": 5, "text": "the cat and the dog"},
+    "bitfit": {"kind": "bitfit", "add_bias": True},
+}
 PROBE_ROWS = 6
 """Training rows whose losses stand for the logits of a trained model."""
 
@@ -111,7 +120,26 @@ def _cases() -> dict[str, Case]:
         "own-dropout": Case("gpt2-dropout", (SINGLE,), none),
         "own-dropout-again": Case("gpt2-dropout", (SINGLE,), none),
     }
-    return cases
+    return cases | matrix_cases()
+
+
+def matrix_cases() -> dict[str, Case]:
+    """Return every method, unquantized and in 4 bits, with and without recomputation."""
+    return {
+        f"matrix-{name}-{quantization}-{'recomputed' if recomputed else 'kept'}": Case(
+            "llama",
+            (SINGLE, *MATRIX_ENGINES),
+            {
+                "quantization": quantization,
+                "method": method,
+                "train": {"activation_checkpointing": recomputed},
+            },
+            steps=10,
+        )
+        for name, method in MATRIX_METHODS.items()
+        for quantization in ("none", "nf4")
+        for recomputed in (False, True)
+    }
 
 
 CASES = _cases()
@@ -157,7 +185,11 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: dist.Wor
         "train": train,
         "data": data,
         "model": {"task": task, **case.sections.get("model", {})},
-        "parallel": {"strategy": strategy, **({"shard_size": 2} if strategy == "hsdp" else {})},
+        "parallel": {
+            "strategy": strategy,
+            **({"shard_size": 2} if strategy == "hsdp" else {}),
+            **case.sections.get("parallel", {}),
+        },
     }
     if kind == "completion":
         sections["evaluate"] = {"choices": [" cat", " dog"]}
@@ -170,10 +202,12 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: dist.Wor
     logging.getLogger("peft_dist").addHandler(warnings)
     if case.damage:
         flip_a_byte(open_session(recipe, world, find_base(recipe, cache)))
+    torch.manual_seed(world.rank)  # whatever a process did before: adapters start alike
     with slow_reader(late=case.damage and world.rank == world.size - 1):
         source = find_base(recipe, cache)
         session = open_session(recipe, world, source, label_names=rows.label_names)
     logging.getLogger("peft_dist").removeHandler(warnings)
+    saver = Saver(session, rows)
     before = adapter(session)
     undisturbed = gradient(session, rows)
     score(session, held)
@@ -186,10 +220,9 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: dist.Wor
     after = adapter(session)
     digests = dist.gather_objects({name: fingerprint(t) for name, t in after.items()})
     nll, logits = probe(session, rows)
+    saver.save(out / "adapter")
     if not world.is_main:
         return
-    state = session.engine.adapter_state()
-    checkpoint.save_adapter(out / "adapter", session.peft, state)
     facts = {
         "losses": [r["loss"] for r in recorder.records if r["event"] == "step"],
         "first": [outcome.first.loss, outcome.first.accuracy] if outcome.first else None,
@@ -266,7 +299,7 @@ def gradient(session: Session, rows: TokenizedRows) -> torch.Tensor:
     ids = torch.arange(4).numpy() + session.world.rank
     session.model.train()
     with session.autocast():
-        loss = session.model(pack(rows, ids, packing=session.packing)).nll.sum()
+        loss = session.model(session.pack(rows, ids)).nll.sum()
     loss.backward()
     session.engine.reduce(loss.detach())
     found = session.engine.gradients.clone()
@@ -276,7 +309,7 @@ def gradient(session: Session, rows: TokenizedRows) -> torch.Tensor:
 
 def probe(session: Session, rows: TokenizedRows) -> tuple[list[float], list[list[float]]]:
     """Return each target's loss and each row's logits on a fixed micro-batch."""
-    batch = pack(rows, torch.arange(PROBE_ROWS).numpy(), packing=session.packing)
+    batch = session.pack(rows, torch.arange(PROBE_ROWS).numpy())
     session.model.eval()
     choices = torch.arange(session.peft.get_base_model().config.vocab_size)
     with torch.no_grad(), session.autocast():

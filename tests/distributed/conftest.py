@@ -85,3 +85,12 @@ def outcome(trained: Path) -> Outcomes:
         return cast(Outcome, json.loads(text))
 
     return read
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the matrix of methods and engines, where it was run."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, text in getattr(report, "user_properties", ()):
+            if name == "matrix":
+                terminalreporter.write_sep("=", "methods and engines, as they ran")
+                terminalreporter.write_line(str(text))

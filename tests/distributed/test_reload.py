@@ -26,7 +26,7 @@ SAVED = [
     (name, engine)
     for name, case in CASES.items()
     for engine in case.engines
-    if engine in (SINGLE, FSDP, DDP)
+    if engine in (SINGLE, FSDP, DDP) or name.startswith("matrix-")
 ]
 
 
@@ -60,7 +60,8 @@ def causal_probe(model: PeftModel, rows: TokenizedRows) -> tuple[list[float], to
         at = (
             torch.flatnonzero(trained) if hasattr(torch, "flatnonzero") else trained.nonzero()[:, 0]
         )
-        logits = model(input_ids=tokens[None]).logits[0].float()
+        # Of learned tokens in front, prompt tuning returns the logits too.
+        logits = model(input_ids=tokens[None]).logits[0, -len(tokens) :].float()
         nll += (-log_softmax(logits[at - 1], dim=-1)[torch.arange(len(at)), tokens[at]]).tolist()
         first.append(logits[at[0] - 1])
     return nll, torch.stack(first)

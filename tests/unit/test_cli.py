@@ -57,8 +57,9 @@ def test_every_shipped_recipe_is_valid(
     assert out.startswith(f"{recipe}: valid\n")
 
 
-def test_the_shipped_recipes_are_the_three_uses() -> None:
-    assert [path.stem for path in RECIPES] == ["chat", "classify", "quickstart"]
+def test_the_shipped_recipes_are_two_uses_and_the_methods() -> None:
+    methods = ["bitfit", "bottleneck", "prefix", "prompt", "quickstart"]
+    assert [path.stem for path in RECIPES] == sorted(["chat", "classify", *methods])
 
 
 def test_validate_tells_how_a_step_is_made(
@@ -95,6 +96,8 @@ def test_schema_is_json_and_carries_the_texts(capsys: pytest.CaptureFixture[str]
         (["train", "absent.yaml", "--nproc", "0"], "got '0'; must be a whole number above 0"),
         (["train", "absent.yaml", "--nproc", "9" * 20], "must be a whole number above 0"),
         (["evaluate", "absent"], "absent: is no folder"),
+        (["merge", "absent", "--out", "merged"], "absent: is no folder"),
+        (["merge", "absent"], "required: --out; see peft-dist merge --help"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(

@@ -35,6 +35,16 @@ def test_ddp_holds_one_copy_per_process() -> None:
     assert (placement.shard_size, placement.replicas) == (1, 4)
 
 
+def test_zero2_is_placed_as_ddp_is_and_zero3_as_fsdp() -> None:
+    for strategy, twin in (("zero2", "ddp"), ("zero3", "fsdp")):
+        placement = place(recipe(strategy=strategy, processes=4), CPU)
+        expected = place(recipe(strategy=twin, processes=4), CPU)
+        assert (placement.shard_size, placement.replicas) == (
+            expected.shard_size,
+            expected.replicas,
+        )
+
+
 def test_hsdp_makes_replicas_of_shard_groups() -> None:
     placement = place(recipe(strategy="hsdp", processes=4, shard_size=2), CPU)
     assert (placement.shard_size, placement.replicas) == (2, 2)
@@ -87,6 +97,14 @@ def test_the_command_is_accelerate_with_the_strategy_file() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp", "zero2", "zero3"])
+def test_every_strategy_has_its_file(strategy: str) -> None:
+    command = worker_command(place(recipe(strategy=strategy, processes=2), CPU), "train.py", [])
+    file = Path(command[command.index("--config_file") + 1])
+    assert file.name == f"{strategy}.yaml"
+    assert file.is_file()
+
+
 def test_hsdp_passes_its_mesh() -> None:
     placement = place(recipe(strategy="hsdp", processes=4, shard_size=2), CPU)
     line = " ".join(worker_command(placement, "train.py", ["r.yaml"]))
@@ -100,6 +118,14 @@ def test_the_environment_says_cpu_only_where_there_is_no_gpu() -> None:
     assert on_cpu["ACCELERATE_USE_CPU"] == "true"
     assert "ACCELERATE_USE_CPU" not in on_gpu
     assert on_cpu["OMP_NUM_THREADS"] == "4"
+
+
+def test_deepspeed_is_told_that_there_is_no_gpu() -> None:
+    for strategy, expected in (("zero2", "cpu"), ("zero3", "cpu"), ("fsdp", None)):
+        placement = place(recipe(strategy=strategy, processes=2), CPU)
+        assert launch_environment(placement, {}).get("DS_ACCELERATOR") == expected
+    on_gpu = place(recipe(strategy="zero3"), Machine(gpus=2, cores=8))
+    assert "DS_ACCELERATOR" not in launch_environment(on_gpu, {})
 
 
 def test_threads_that_the_user_chose_are_left_alone() -> None:

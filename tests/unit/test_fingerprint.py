@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_dist.model.fingerprint import fingerprint_rows, wrap_int64
+from peft_dist.model.fingerprint import fingerprint_piece, fingerprint_rows, wrap_int64
 
 SHAPES = [(7, 16), (7, 3), (5, 1), (6,), (4, 2, 3)]
 DTYPES = [torch.uint8, torch.float32, torch.bfloat16]
@@ -53,3 +53,19 @@ def test_wrapping_is_what_a_64_bit_sum_does(value: int) -> None:
     wrapped = wrap_int64(value)
     assert -(2**63) <= wrapped < 2**63
     assert (wrapped - value) % 2**64 == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 7, 16])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_pieces_that_cut_rows_and_words_add_up_to_the_whole(
+    dtype: torch.dtype, columns: int, count: int
+) -> None:
+    torch.manual_seed(0)
+    whole = (torch.randn(7, columns) * 100).to(dtype)
+    size = -(-whole.numel() // count)
+    parts = [
+        fingerprint_piece(piece, index * size, row_size=columns)
+        for index, piece in enumerate(whole.flatten().split(size))
+    ]
+    assert wrap_int64(sum(parts)) == fingerprint_rows(whole, 0)

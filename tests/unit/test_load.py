@@ -76,7 +76,10 @@ def test_true_is_not_taken_for_the_number_one(recipe_file: Path) -> None:
         ("method={kind: lora, rnk: 3}", "method.rnk: no such key; did you mean 'rank'"),
         ("method.kind=loar", "did you mean 'lora'"),
         ("tracking.wandb.mod=x", "did you mean 'mode'"),
-        ("parallel.strategy=fdsp", "must be one of 'auto', 'ddp', 'fsdp', 'hsdp'; did you mean"),
+        (
+            "parallel.strategy=fdsp",
+            "must be one of 'auto', 'ddp', 'fsdp', 'hsdp', 'zero2', 'zero3'; did you mean",
+        ),
         ("method.targets=5", "must be 'all-linear' or a list"),
         ("train.betas=[1, 2]", "a list of 2, each item a number of at least 0.0 and below 1.0"),
         ("train.steps.x=1", "train.steps has no parts"),

@@ -6,15 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from transformers import AutoModelForCausalLM
 
+from peft_dist.checkpoint import load_adapter
 from peft_dist.config.recipe import Lora
 from peft_dist.dist import World
 from peft_dist.errors import RecipeError
-from peft_dist.methods import lora
+from peft_dist.methods.lora import LoraMethod
 from peft_dist.model.architectures import build_skeleton, read_config
 from peft_dist.session import Session, find_base, open_session
-from tests.tiny import tiny_model, tiny_recipe
+from peft_dist.trainer import make_optimizer
+from tests.tiny import save_adapter, tiny_model, tiny_recipe
 
 ALL_LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -134,7 +138,60 @@ def test_the_adapter_names_its_base_as_the_recipe_does(tmp_path: Path) -> None:
     config = read_config(tmp_path / "model", task="causal-lm")
     skeleton = build_skeleton(config, task="causal-lm", dtype=torch.float32, attention="auto")
     # A hub id stays one, whatever folder the model was built from.
-    adapter = lora.attach(
-        skeleton, Lora(), task="causal-lm", base_name="org/name", has_conv1d=False
+    adapter = LoraMethod(Lora()).attach(
+        skeleton, task="causal-lm", base_name="org/name", has_conv1d=False
     )
     assert adapter.peft_config["default"].base_model_name_or_path == "org/name"
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_every_start_leaves_the_output_of_the_base(
+    tmp_path: Path, alone: World, architecture: str, init: str
+) -> None:
+    session = opened(tmp_path, alone, architecture, quantization="none", method={"init": init})
+    ids = torch.arange(12)[None]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / architecture)
+    with torch.no_grad():
+        ours = session.peft.get_base_model()(input_ids=ids, row_lengths=None).logits
+        torch.testing.assert_close(ours, base(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    zero = [n for n, t in session.engine.adapter_state().items() if not t.any()]
+    assert bool(zero) == (init in ("default", "gaussian"))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_pissa_adapter_is_a_plain_one_of_twice_the_rank_on_disk(
+    tmp_path: Path, alone: World, rslora: bool
+) -> None:
+    session = opened(
+        tmp_path, alone, quantization="none", method={"init": "pissa", "rank": 4, "rslora": rslora}
+    )
+    with torch.no_grad():
+        for parameter in session.adapter.values():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    folder = tmp_path / "adapter"
+    state = session.engine.adapter_state()
+    save_adapter(folder, session.method, session.peft, state)
+    back = load_adapter(folder, session.method, session.peft, session.adapter)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), folder
+    )
+    assert plain.peft_config["default"].r == 8
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        ours = session.peft.get_base_model()(input_ids=ids, row_lengths=None).logits
+        torch.testing.assert_close(plain(input_ids=ids).logits, ours, atol=1e-5, rtol=1e-5)
+
+
+def test_lora_plus_gives_b_its_own_rate(tmp_path: Path, alone: World) -> None:
+    session = opened(tmp_path, alone, method={"learning_rate_ratio": 16})
+    factors = {group["rate_factor"]: group for group in make_optimizer(session).param_groups}
+    assert factors.keys() == {1.0, 16.0}
+    sizes = [sum(t.numel() for n, t in session.adapter.items() if f"lora_{x}" in n) for x in "AB"]
+    assert [factors[f]["params"][0].numel() for f in (1.0, 16.0)] == sizes
+
+
+def test_an_odd_rank_cannot_be_orthogonal(tmp_path: Path, alone: World) -> None:
+    with pytest.raises(RecipeError, match="method.rank: init: orthogonal halves the rank, and 3"):
+        opened(tmp_path, alone, method={"init": "orthogonal", "rank": 3})

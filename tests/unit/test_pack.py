@@ -88,6 +88,32 @@ def test_a_padded_batch_pads_on_the_right_and_masks_by_length_not_by_id() -> Non
     assert batch.attention_mask.tolist() == [[True, True, False, False], [True] * 4]
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_learned_tokens_take_the_first_places_of_every_row(packing: bool) -> None:
+    rows = rows_of([2, 4, 3])
+    ids = np.array([2, 0, 1])
+    without, batch = (
+        pack(rows, ids, packing=packing, pad_id=7, virtual_tokens=count) for count in (0, 3)
+    )
+    assert without.virtual_positions is None
+    assert batch.virtual_positions is not None
+    first = [0, 6, 11] if packing else [0, 7, 14]
+    assert batch.virtual_positions.tolist() == [f + i for f in first for i in range(3)]
+    assert batch.position_ids.flatten()[batch.virtual_positions].tolist() == [0, 1, 2] * 3
+    assert batch.row_lengths == ((6, 5, 7) if packing else None)
+    if packing:
+        assert batch.row_bounds is not None
+        assert batch.row_bounds.tolist() == [0, 6, 11, 18]
+    else:
+        assert batch.attention_mask is not None
+        assert batch.attention_mask.sum(dim=1).tolist() == [6, 5, 7]
+    later = [(row, place + 3, *rest) for row, place, *rest in predictions(without)]
+    assert [tuple(p) for p in predictions(batch)] == later
+    tokens = np.delete(batch.input_ids.flatten().numpy(), batch.virtual_positions.numpy())
+    assert tokens.tolist() == without.input_ids.flatten().tolist()
+    assert (batch.n_rows, batch.n_tokens) == (3, 9)
+
+
 def test_a_batch_to_classify_has_one_target_per_row() -> None:
     batch = pack(rows_of([2, 4, 3, 5], classes=True), np.array([3, 1, 2]), packing=False)
     assert batch.targets.tolist() == [0, 1, 2]

@@ -1,0 +1,158 @@
+"""What an adapter family does for a session: where its tensors go, how they start, how they save.
+
+An adapter is injected on `meta`, before the base is sharded: adapters added later would never be
+reduced over processes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_dist.errors import TrainingError
+
+Settings = TypeVar("Settings")
+TASKS = {"causal-lm": TaskType.CAUSAL_LM, "sequence-classification": TaskType.SEQ_CLS}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a method may use to fill its tensors, once the base is loaded.
+
+    Attributes:
+        whole: Returns a parameter of the base whole, whatever shards it. Collective.
+        tokenize: Returns the token ids of a text, without special tokens.
+        put: Writes a whole tensor into a parameter of the base. Collective.
+        read: Runs the model, without gradients and without adapters of its own, over one row of
+            token ids. Collective; hooks see what passes.
+    """
+
+    whole: Callable[[nn.Parameter], torch.Tensor]
+    put: Callable[[nn.Parameter, torch.Tensor], None]
+    tokenize: Callable[[str], list[int]]
+    read: Callable[[list[int]], None]
+
+
+class Method(ABC, Generic[Settings]):
+    """One adapter family with its settings."""
+
+    virtual_tokens = 0
+    """Learned embeddings in front of every row."""
+    own_attention = False
+    """Whether it works through `model.attention` alone."""
+
+    def __init__(self, settings: Settings, *, seed: int = 0) -> None:
+        """Take the recipe's method section and the run's seed."""
+        self.settings, self.seed = settings, seed
+
+    @classmethod
+    def of_saved(cls, settings: Settings) -> Settings:
+        """Return the settings under which an adapter saved with these is loaded again."""
+        return settings
+
+    @abstractmethod
+    def attach(
+        self, model: PreTrainedModel, *, task: str, base_name: str, has_conv1d: bool
+    ) -> PeftModel:
+        """Inject the adapter into a model on `meta`.
+
+        Args:
+            model: The base, its linears already swapped for 4-bit ones where the recipe says so.
+            task: The recipe's task.
+            base_name: What the saved adapter names as its base.
+            has_conv1d: Whether the base as released has Conv1D linears, whose weights are
+                transposed.
+
+        Raises:
+            RecipeError: For a setting that this model cannot follow.
+        """
+
+    @abstractmethod
+    def initialise(self, peft: PeftModel, start: Start) -> None:
+        """Fill every tensor of the adapter, alike on every process. Collective."""
+
+    def rate_factor(self, name: str) -> float:
+        """Return the learning rate of a trained tensor over the recipe's."""
+        return 1.0
+
+    def saved(self, peft: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return what the adapter file holds, by the names PEFT reads, given the trained tensors.
+
+        Raises:
+            TrainingError: Where PEFT's format would lose one.
+        """
+        return {saved: state[name] for name, saved in saved_names(peft, state).items()}
+
+    def restored(
+        self, peft: PeftModel, found: Mapping[str, torch.Tensor], names: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return the trained tensors, by their names in the model, given what `saved` returned.
+
+        Args:
+            peft: The model.
+            found: The adapter file's tensors.
+            names: The model's trained tensors, of which only names and shapes count.
+        """
+        return {name: found[saved] for name, saved in saved_names(peft, names).items()}
+
+    def saved_config(self, peft: PeftModel) -> PeftConfig:
+        """Return the configuration that stands beside the saved tensors."""
+        return peft.peft_config[peft.active_adapter]
+
+
+def inject(model: PreTrainedModel, config: PeftConfig, *, base_name: str) -> PeftModel:
+    """Add a PEFT adapter on `meta`; what it trains becomes float32, whatever the base computes in.
+
+    PEFT freezes everything else.
+    """
+    peft = get_peft_model(model, config, low_cpu_mem_usage=True)
+    # PEFT has put the folder the model was built from there, which for a hub id is a cache.
+    config.base_model_name_or_path = base_name
+    for name, parameter in peft.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            assert parameter.is_meta, f"{name} was made before its base was sharded"
+    return peft
+
+
+def saved_names(peft: PeftModel, state: Mapping[str, Any]) -> dict[str, str]:
+    """Return the name each trained tensor has in PEFT's file, by its name in the model.
+
+    Raises:
+        TrainingError: Where PEFT's format would lose one.
+    """
+    # PEFT's own function decides; our tensors are recognised again by identity.
+    stand_ins = {name: torch.empty(0) for name in state}
+    name_of = {id(tensor): name for name, tensor in stand_ins.items()}
+    kept = get_peft_model_state_dict(peft, state_dict=stand_ins, save_embedding_layers=False)
+    names = {name_of[id(tensor)]: saved for saved, tensor in kept.items() if id(tensor) in name_of}
+    lost = [name for name in state if name not in names]
+    if lost:
+        raise TrainingError(
+            f"{lost[0]} is trained, but PEFT would not save it",
+            where="method",
+            remedy="please report this",
+        )
+    return names
+
+
+def base_name_in(peft: PeftModel, name: str) -> str:
+    """Return the name a parameter has in the bare model, given its name in the PEFT model.
+
+    A trained copy of a part of the base has the name of the part.
+    """
+    for inserted in (
+        "base_layer.",
+        "original_module.",
+        "modules_to_save.default.",
+        "ln_tuning_layers.default.",
+    ):
+        name = name.replace(inserted, "")
+    # Prompt learning wraps the model once, tuners twice.
+    wrapper = "base_model." if peft.active_peft_config.is_prompt_learning else "base_model.model."
+    return name.removeprefix(wrapper)

@@ -1,0 +1,71 @@
+"""Every method on every engine, unquantized and in 4 bits, with and without recomputation.
+
+Besides what stands here, every test over all cases runs on these too: only the method's own
+tensors change, the base is shared out to the byte, and plain PEFT reloads the adapter.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from peft_dist.checkpoint import ADAPTER_FILE
+from tests.distributed import matrix
+from tests.distributed.cases import (
+    CASES,
+    DDP,
+    MATRIX_ENGINES,
+    SINGLE,
+    matrix_cases,
+)
+from tests.distributed.conftest import Outcomes
+from tests.processes import ROOT
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("engine", MATRIX_ENGINES)
+@pytest.mark.parametrize("case", matrix_cases())
+def test_a_cell_has_the_losses_of_one_process(outcome: Outcomes, case: str, engine: str) -> None:
+    assert len(outcome(case, engine)["losses"]) == 10
+    assert matrix.largest_loss_difference(outcome, case, engine) <= matrix.TOLERANCE
+
+
+@pytest.mark.parametrize("case", [name for name in matrix_cases() if name.endswith("kept")])
+def test_recomputing_changes_no_loss(outcome: Outcomes, case: str) -> None:
+    again = case.replace("kept", "recomputed")
+    for engine in CASES[case].engines:
+        pairs = zip(outcome(case, engine)["losses"], outcome(again, engine)["losses"], strict=True)
+        assert max(abs(a - b) for a, b in pairs) <= 1e-5, engine
+
+
+@pytest.mark.parametrize("case", matrix_cases())
+def test_a_cell_learns(outcome: Outcomes, case: str) -> None:
+    losses = outcome(case, SINGLE)["losses"]
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+@pytest.mark.parametrize("case", matrix_cases())
+def test_the_saved_adapter_is_the_same_whatever_the_engine(trained: Path, case: str) -> None:
+    files = {
+        engine: trained / "outcomes" / case / engine / "adapter" / ADAPTER_FILE
+        for engine in MATRIX_ENGINES
+    }
+    one = load_file(files[DDP])
+    for engine, file in files.items():
+        other = load_file(file)
+        assert file.stat().st_size == files[DDP].stat().st_size, engine
+        assert other.keys() == one.keys(), engine
+        for name, tensor in other.items():
+            assert (tensor.dtype, tensor.shape) == (one[name].dtype, one[name].shape), name
+            # A gradient of zero is a rounding error, which AdamW's first steps make a whole step.
+            assert float((tensor - one[name]).abs().max()) <= 1e-4, (engine, name)
+
+
+def test_the_readme_shows_the_matrix(
+    outcome: Outcomes, record_property: Callable[[str, object], None]
+) -> None:
+    found = matrix.table(outcome)
+    record_property("matrix", found)
+    assert found in (ROOT / "README.md").read_text(encoding="utf-8")
