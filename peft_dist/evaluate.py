@@ -50,6 +50,7 @@ def _evaluate(options: argparse.Namespace, world: dist.World) -> None:
     source = find_base(recipe, cache)
     dist.start(world)
     session = open_session(recipe, world, source, label_names=rows.label_names)
+    session.check_lengths(held.rows)
     state = checkpoint.load_adapter(run.adapter, session.method, session.peft, session.adapter)
     session.engine.load_adapter_state(state)
     result = score(session, held)

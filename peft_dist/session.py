@@ -22,7 +22,7 @@ from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.order import RowIds
 from peft_dist.data.pack import Batch, pack, unlabelled
 from peft_dist.data.tokenize import TokenizedRows
-from peft_dist.errors import ModelError, RecipeError, TrainingError
+from peft_dist.errors import DataError, ModelError, RecipeError, TrainingError
 from peft_dist.methods import METHODS, Method, Start
 from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
@@ -67,6 +67,23 @@ class Session:
     def pack(self, rows: TokenizedRows, ids: RowIds) -> Batch:
         """Return the rows `ids` as one micro-batch of this model."""
         return pack(rows, ids, packing=self.packing, virtual_tokens=self.method.virtual_tokens)
+
+    def check_lengths(self, rows: TokenizedRows) -> None:
+        """Compare the longest row with the positions that the model has.
+
+        Raises:
+            DataError: Where a model with a table of positions has none for its end.
+        """
+        config = self.peft.get_base_model().config
+        longest, learned = int(rows.lengths.max()), self.method.learned_positions
+        places = config.max_position_embeddings - learned
+        if config.model_type in architectures.LEARNED_POSITIONS and longest > places:
+            raise DataError(
+                f"a row has {longest} tokens, but {config.model_type} has places for {places}"
+                + (f" behind {learned} learned ones" if learned else ""),
+                where="data.max_length",
+                remedy=f"set it to {places}",
+            )
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context every pass runs in: adapters are float32, the base may be less."""

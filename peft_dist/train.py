@@ -62,6 +62,8 @@ def _train(options: argparse.Namespace, world: dist.World, place: Place) -> None
     path = dist.broadcast_object("" if place.run_dir is None else str(place.run_dir.path))
     place.run_dir = run = RunDir.open(path)
     session = open_session(recipe, world, source, label_names=rows.label_names)
+    for some in (rows, *([] if held is None else [held.rows])):
+        session.check_lengths(some)
     load_seconds = time.monotonic() - started
 
     saver = Saver(session, rows)

@@ -43,6 +43,8 @@ class Method(ABC, Generic[Settings]):
 
     virtual_tokens = 0
     """Learned embeddings in front of every row."""
+    learned_positions = 0
+    """Positions of every row that learned embeddings, keys or values take."""
     own_attention = False
     """Whether it works through `model.attention` alone."""
 

@@ -23,6 +23,11 @@ _ENCODER = "prompt_encoder.default."
 class VirtualMethod(Method[Settings]):
     """Learned tokens. PEFT holds and saves them; our own forward puts them in their places."""
 
+    def __init__(self, settings: Settings, *, seed: int = 0) -> None:
+        """Take the recipe's method section and the run's seed."""
+        super().__init__(settings, seed=seed)
+        self.learned_positions = settings.virtual_tokens
+
     def attach(
         self, model: PreTrainedModel, *, task: str, base_name: str, has_conv1d: bool
     ) -> PeftModel:

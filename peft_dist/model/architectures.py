@@ -34,6 +34,8 @@ CAUSAL_LM = (
     "qwen3",
 )
 SEQUENCE_CLASSIFICATION = ("bert",)
+LEARNED_POSITIONS = ("bert", "gpt2", "opt")
+"""Those that look positions up in a table, past whose end there is nothing."""
 
 _TASKS = {
     "causal-lm": (AutoModelForCausalLM, CAUSAL_LM),

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from peft_dist import dist
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
@@ -117,6 +116,8 @@ def _cases() -> dict[str, Case]:
             (SINGLE, FSDP),
             nf4 | {"train": {"global_batch_size": None, "global_batch_tokens": 90}},
         ),
+        "repeated": Case("llama", (SINGLE, *MATRIX_ENGINES), nf4),
+        "repeated-again": Case("llama", (SINGLE, *MATRIX_ENGINES), nf4),
         "own-dropout": Case("gpt2-dropout", (SINGLE,), none),
         "own-dropout-again": Case("gpt2-dropout", (SINGLE,), none),
     }
@@ -233,7 +234,8 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: dist.Wor
         "packed_base": None if session.packed_base is None else str(session.packed_base),
         "packed_layers": sum(name.endswith(".packed") for name in session.base),
         "trained": sorted(session.adapter),
-        "sharded": all(isinstance(p, DTensor) for p in session.base.values()),
+        "base_tensors": len(session.base),
+        "sharded": all(session.engine.is_shard(p) for p in session.base.values()),
         "still": [name for name in after if torch.equal(before[name], after[name])],
         "adapters_agree": all(digest == digests[0] for digest in digests),
         "gradient": float(undisturbed.abs().max()),

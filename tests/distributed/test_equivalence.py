@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.cases import CASES, DDP, FSDP, FSDP4, HSDP, SINGLE
+from tests.distributed.cases import CASES, DDP, FSDP, FSDP4, HSDP, SINGLE, ZERO2, ZERO3
 from tests.distributed.conftest import Outcome, Outcomes
 from tests.tiny import ARCHITECTURES
 
@@ -68,11 +68,16 @@ def test_the_base_is_shared_out_to_the_byte(outcome: Outcomes, name: str) -> Non
     for engine in CASES[name].engines[1:]:
         shared = outcome(name, engine)
         total, held = shared["base_bytes_total"], shared["base_bytes_by_rank"]
-        groups = {DDP: [held[:1], held[1:]], HSDP: [held[:2], held[2:]]}.get(engine, [held])
-        assert [sum(group) for group in groups] == [total] * len(groups), engine
-        if engine != DDP:
+        whole = engine in (DDP, ZERO2)
+        groups = [held[:1], held[1:]] if whole else [held]
+        if engine == HSDP:
+            groups = [held[:2], held[2:]]
+        # DeepSpeed pads the last piece of each tensor.
+        padding = 4 * shared["base_tensors"] if engine == ZERO3 else 0
+        assert all(total <= sum(group) <= total + padding for group in groups), engine
+        if not whole:
             assert max(held) <= 1.03 * total / len(groups[0]), engine  # tiny rows do not divide
-        assert shared["sharded"] == (engine != DDP)
+        assert shared["sharded"] == (not whole)
 
 
 @pytest.mark.parametrize("name", SHARED)

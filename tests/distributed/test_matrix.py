@@ -63,6 +63,15 @@ def test_the_saved_adapter_is_the_same_whatever_the_engine(trained: Path, case: 
             assert float((tensor - one[name]).abs().max()) <= 1e-4, (engine, name)
 
 
+@pytest.mark.parametrize("engine", (SINGLE, *MATRIX_ENGINES))
+def test_a_training_repeats_to_the_bit(trained: Path, engine: str) -> None:
+    one, again = (
+        trained / "outcomes" / case / engine / "adapter" / ADAPTER_FILE
+        for case in ("repeated", "repeated-again")
+    )
+    assert one.read_bytes() == again.read_bytes()
+
+
 def test_the_readme_shows_the_matrix(
     outcome: Outcomes, record_property: Callable[[str, object], None]
 ) -> None:

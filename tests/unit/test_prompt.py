@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from peft_dist.checkpoint import ADAPTER_FILE, load_adapter
 from peft_dist.config.recipe import Recipe
 from peft_dist.dist import World
-from peft_dist.errors import RecipeError
+from peft_dist.errors import DataError, RecipeError
 from peft_dist.methods import Start
 from peft_dist.model.architectures import CAUSAL_LM
 from tests.tiny import ARCHITECTURES
@@ -149,3 +149,18 @@ def test_more_tokens_than_positions_are_refused(tmp_path: Path, alone: World) ->
     recipe = prompt(tmp_path, "llama", method={"virtual_tokens": 256})
     with pytest.raises(RecipeError, match=r"method\.virtual_tokens: 256 leave no place"):
         opened(recipe, alone)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_rows_past_the_table_of_positions_are_refused(
+    tmp_path: Path, alone: World, architecture: str
+) -> None:
+    session, rows = opened(prompt(tmp_path, architecture, method={"virtual_tokens": 250}), alone)
+    longest = int(rows.lengths.max())
+    assert longest > 6
+    if architecture == "llama":
+        session.check_lengths(rows)  # rotary positions go on
+        return
+    said = f"a row has {longest} tokens, but gpt2 has places for 6 behind 250 learned ones"
+    with pytest.raises(DataError, match=said):
+        session.check_lengths(rows)
