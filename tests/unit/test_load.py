@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from peft_dist.config import load_recipe, render_recipe
+from peft_dist.config.derived import peak_learning_rate
 from peft_dist.errors import RecipeError
 
 Write = Callable[[str], Path]
@@ -95,6 +96,47 @@ def test_an_error_names_the_field_the_value_and_the_remedy(
     recipe_file: Path, override: str, expected: str
 ) -> None:
     assert expected in error_of(recipe_file, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["method={init: pissa}"], "method.init pissa splits the full weights; set quantization"),
+        (["method={init: pissa, dora: true}"], "init: pissa and dora both decompose the weight"),
+        (
+            ["method={kind: prefix}", "model.task=sequence-classification"],
+            "prefix is for causal-lm",
+        ),
+        (["method={kind: prompt, init: text}"], "init: text needs a text; add it"),
+        (["method={kind: prompt, init: random, text: x}"], "text is not used with init: random"),
+        (["method={kind: bottleneck, bottleneck_size: 8, reduction_factor: 2}"], "keep one"),
+        (["method={kind: bottleneck, placement: parallel, residual: false}"], "cannot be off"),
+        (["method={kind: bottlneck}"], "kind 'bottlneck' is not known; did you mean 'bottleneck'?"),
+        (["method={kind: peft}"], "method.type: is missing"),
+        (["method={kind: bitfit, rank: 3}"], "method.rank: no such key"),
+        (["parallel={strategy: ddp, offload: cpu}"], "offload cpu is for a sharded base, not ddp"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_one_line(
+    recipe_file: Path, overrides: list[str], expected: str
+) -> None:
+    line = error_of(recipe_file, *overrides)
+    assert expected in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "kind", ["lora", "bottleneck", "prefix", "prompt", "bitfit", "{kind: peft, type: IA3}"]
+)
+def test_every_method_has_a_learning_rate_of_its_own(recipe_file: Path, kind: str) -> None:
+    method = kind if kind.startswith("{") else f"{{kind: {kind}}}"
+    recipe = load_recipe(recipe_file, [f"method={method}"], check_paths=False)
+    assert recipe.train.learning_rate is None
+    assert peak_learning_rate(recipe) == recipe.method.default_learning_rate > 0
+    given = load_recipe(
+        recipe_file, [f"method={method}", "train.learning_rate=0.5"], check_paths=False
+    )
+    assert peak_learning_rate(given) == 0.5
 
 
 def test_several_errors_are_the_first_and_a_count(recipe_file: Path) -> None:
