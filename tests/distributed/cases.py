@@ -208,6 +208,8 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: dist.Wor
         source = find_base(recipe, cache)
         session = open_session(recipe, world, source, label_names=rows.label_names)
     logging.getLogger("peft_dist").removeHandler(warnings)
+    # At the start: DeepSpeed keeps what it may need again soon, which of a tiny model is all.
+    sharded = all(session.engine.is_shard(parameter) for parameter in session.base.values())
     saver = Saver(session, rows)
     before = adapter(session)
     undisturbed = gradient(session, rows)
@@ -235,7 +237,7 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: dist.Wor
         "packed_layers": sum(name.endswith(".packed") for name in session.base),
         "trained": sorted(session.adapter),
         "base_tensors": len(session.base),
-        "sharded": all(session.engine.is_shard(p) for p in session.base.values()),
+        "sharded": sharded,
         "still": [name for name in after if torch.equal(before[name], after[name])],
         "adapters_agree": all(digest == digests[0] for digest in digests),
         "gradient": float(undisturbed.abs().max()),
