@@ -27,7 +27,7 @@ import torch
 from transformers import LlamaConfig
 
 from peft_dist import dist
-from peft_dist.config.recipe import Lora
+from peft_dist.config.method import Lora
 from peft_dist.data.pack import Batch
 from peft_dist.methods import Start
 from peft_dist.methods.lora import LoraMethod

@@ -15,9 +15,10 @@ from peft_dist.config.recipe import Parallel
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.errors import RecipeError, RunDirError
 from peft_dist.methods import METHODS
+from peft_dist.model.source import find_base
 from peft_dist.run_dir import RunDir, write_text_atomic
 from peft_dist.scoring import held_out, score
-from peft_dist.session import find_base, open_session
+from peft_dist.session import open_session
 from peft_dist.worker import run_worker
 
 

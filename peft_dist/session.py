@@ -26,10 +26,10 @@ from peft_dist.errors import DataError, ModelError, RecipeError, TrainingError
 from peft_dist.methods import METHODS, Method, Start
 from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
-from peft_dist.model import architectures, attention, base, cache
+from peft_dist.model import architectures, attention, base
 from peft_dist.model.base import BasePlan
 from peft_dist.model.heads import CausalLM, SequenceClassifier
-from peft_dist.model.weights import WeightFiles, model_folder
+from peft_dist.model.source import BaseSource
 from peft_dist.shard import ENGINES, Engine, Group
 from peft_dist.shard.launched import resolve
 
@@ -152,28 +152,6 @@ def _use_row_attention(recipe: Recipe, method: Method, skeleton: PreTrainedModel
         skeleton.set_attn_implementation(attention.ROW_ATTENTION)
 
 
-@dataclass(frozen=True)
-class BaseSource:
-    """Where the base comes from."""
-
-    files: WeightFiles
-    entry: Path | None
-    """Where its packed form belongs in the cache; None where it has none of its own."""
-
-
-def find_base(recipe: Recipe, cache_dir: Path) -> BaseSource:
-    """Download the model where it is not local, and hash it for the cache.
-
-    Both can take minutes, so call it before the process group exists.
-
-    Raises:
-        ModelError: Where there is no such model, or a file of it is broken.
-    """
-    files = WeightFiles(model_folder(recipe.model.name, recipe.model.revision))
-    packs = recipe.quantization == "nf4" and not files.packed
-    return BaseSource(files, cache.entry_folder(cache_dir, files) if packs else None)
-
-
 def open_session(
     recipe: Recipe, world: dist.World, source: BaseSource, *, label_names: tuple[str, ...] = ()
 ) -> Session:
@@ -274,21 +252,7 @@ def _load_base(
     """
     # Of a head and its trained copy, both have one name in the files; the frozen one is filled.
     by_name = {base_name_in(peft, name): p for name, p in {**trained, **frozen}.items()}
-    packed = None
-    if source.entry is None:
-        base.fill_base(
-            by_name, plan, source.files, engine.shard, device=engine.world.device, put=engine.put
-        )
-    else:
-        packed = cache.fill_through_cache(
-            by_name,
-            plan,
-            source.files,
-            engine.shard,
-            world=engine.world,
-            entry=source.entry,
-            put=engine.put,
-        )
+    packed = source.fill(by_name, plan, engine.shard, world=engine.world, put=engine.put)
     for name, parameter in trained.items():
         twin = by_name.get(base_name_in(peft, name))
         if twin is not None and twin is not parameter:

@@ -17,10 +17,11 @@ from peft_dist.config import Recipe, load_recipe
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.errors import LaunchError, RunDirError
 from peft_dist.memory import peak_device_bytes, peak_rss_bytes
+from peft_dist.model.source import find_base
 from peft_dist.run_dir import RunDir, write_text_atomic
 from peft_dist.saving import Saver
 from peft_dist.scoring import held_out
-from peft_dist.session import find_base, open_session
+from peft_dist.session import open_session
 from peft_dist.shard.launched import deepspeed_exports
 from peft_dist.summary import make_result, summary
 from peft_dist.tracking import Ledger, Terminal, Tracker

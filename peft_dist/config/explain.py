@@ -1,6 +1,6 @@
 """Say in one line what is wrong with a recipe: field, value, what it may be, nearest valid name.
 
-Reads the models of `recipe.py`, so a new field or method needs no word here. Loads no file.
+Reads the recipe's own models, so a new field or method needs no word here. Loads no file.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

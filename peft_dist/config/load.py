@@ -1,7 +1,7 @@
 """Read a recipe file and its `key=value` overrides into a `Recipe`, and write one back as YAML.
 
 Looks whether the files a recipe names exist, but opens none of them. Which key names exist is
-`recipe.py`'s business, how a fault is put in words `explain.py`'s.
+`recipe.py`'s and `method.py`'s business, how a fault is put in words `explain.py`'s.
 """
 
 import io

@@ -11,16 +11,17 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_dist.config.recipe import BitFit
+from peft_dist.config.method import BitFit
 from peft_dist.errors import RecipeError, nearest
 from peft_dist.methods.init import assign
 from peft_dist.methods.method import TASKS, Method, Start, inject
 from peft_dist.methods.register import register
+from peft_dist.methods.tuner import PlacedTuner
 from peft_dist.model.architectures import transformer_blocks
 from peft_dist.model.nf4 import FrozenLinear4bit
 
@@ -92,40 +93,19 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         )
 
 
-class BitFitModel(BaseTuner):
+class BitFitModel(PlacedTuner):
     """A model whose biases are trained, as PEFT makes it from a `BitFitConfig`."""
 
     prefix = "bitfit_"
     tuner_layer_cls = BitFitLayer
 
-    def _prepare_adapter_config(
-        self, peft_config: PeftConfig, model_config: dict[str, Any]
-    ) -> PeftConfig:
-        return peft_config
+    def find_places(self, config: BitFitConfig, model: PreTrainedModel) -> set[str]:
+        """Return the layers whose bias is trained; see the function of this name."""
+        return find_places(model, config.targets, add_bias=config.add_bias)
 
-    def _prepare_model(self, peft_config: Any, model: Any) -> None:
-        self._places = find_places(model, peft_config.targets, add_bias=peft_config.add_bias)
-
-    def _check_target_module_exists(  # type: ignore[override]
-        self, peft_config: PeftConfig, key: str
-    ) -> bool:
-        # Static in PEFT, which calls it through self: the configuration alone knows no names.
-        return key in self._places
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        layer = target if isinstance(target, BitFitLayer) else BitFitLayer(target)
-        layer.add(adapter_name, peft_config)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
+    def add(self, layer: BitFitLayer, adapter_name: str, config: BitFitConfig, key: str) -> None:
+        """Add a change to a layer's bias."""
+        layer.add(adapter_name, config)
 
 
 def find_places(model: PreTrainedModel, targets: str | list[str], *, add_bias: bool) -> set[str]:

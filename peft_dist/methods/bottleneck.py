@@ -12,16 +12,17 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_dist.config.recipe import Bottleneck
+from peft_dist.config.method import Bottleneck
 from peft_dist.errors import RecipeError
 from peft_dist.methods.init import assign, generator_for
 from peft_dist.methods.method import TASKS, Method, Start, inject
 from peft_dist.methods.register import register
+from peft_dist.methods.tuner import PlacedTuner
 from peft_dist.model.architectures import transformer_blocks
 
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
@@ -188,42 +189,26 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return self.get_base_layer()
 
 
-class BottleneckModel(BaseTuner):
+class BottleneckModel(PlacedTuner):
     """A model with bottleneck adapters, as PEFT makes it from a `BottleneckConfig`."""
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
 
-    def _prepare_adapter_config(
-        self, peft_config: PeftConfig, model_config: dict[str, Any]
-    ) -> PeftConfig:
-        return peft_config
+    _places: dict[str, str | None]
 
-    def _prepare_model(self, peft_config: Any, model: Any) -> None:
-        self._places = find_places(model, peft_config.placement)
+    def find_places(
+        self, config: BottleneckConfig, model: PreTrainedModel
+    ) -> dict[str, str | None]:
+        """Return the linears that get an adapter; see the function of this name."""
+        return find_places(model, config.placement)
 
-    def _check_target_module_exists(  # type: ignore[override]
-        self, peft_config: PeftConfig, key: str
-    ) -> bool:
-        # Static in PEFT, which calls it through self: the configuration alone knows no names.
-        return key in self._places
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+    def add(
+        self, layer: BottleneckLayer, adapter_name: str, config: BottleneckConfig, key: str
     ) -> None:
-        reads = self._places[current_key]
-        first = None if reads is None else self.model.get_submodule(reads)
-        layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target)
-        layer.add(adapter_name, peft_config, first)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
+        """Add an adapter behind a linear."""
+        reads = self._places[key]
+        layer.add(adapter_name, config, None if reads is None else self.model.get_submodule(reads))
 
 
 def find_places(model: PreTrainedModel, placement: str) -> dict[str, str | None]:

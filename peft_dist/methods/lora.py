@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_dist.config.recipe import Lora
+from peft_dist.config.method import Lora
 from peft_dist.errors import RecipeError, nearest
 from peft_dist.methods.init import assign, generator_for
 from peft_dist.methods.method import TASKS, Method, Start, inject

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from peft_dist.config.recipe import Prefix
+from peft_dist.config.method import Prefix
 from peft_dist.errors import RunDirError
 from peft_dist.methods.init import assign, generator_for
 from peft_dist.methods.method import TASKS, Start

@@ -5,7 +5,7 @@ from peft import PeftConfig, PeftModel, PromptTuningConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_dist.config.recipe import Prompt
+from peft_dist.config.method import Prompt
 from peft_dist.methods.method import TASKS, Start
 from peft_dist.methods.virtual import VirtualMethod
 

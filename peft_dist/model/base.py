@@ -6,7 +6,7 @@ not know adapters: a parameter that no plan entry names is somebody else's to fi
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -239,6 +239,10 @@ def copy_rows(parameter: nn.Parameter, rows: torch.Tensor) -> None:
         local.copy_(rows)
 
 
+Put: TypeAlias = Callable[[nn.Parameter, torch.Tensor], None]
+"""Writes a whole tensor into a parameter, of which this process may hold a part."""
+
+
 class RowSink(Protocol):
     """Somebody who wants every tensor of the base, whole, one after the other."""
 
@@ -253,7 +257,7 @@ def fill_base(
     shard: Shard,
     *,
     device: torch.device,
-    put: Callable[[nn.Parameter, torch.Tensor], None] = copy_rows,
+    put: Put = copy_rows,
     sink: RowSink | None = None,
 ) -> dict[str, int]:
     """Read this shard's rows of every tensor into the parameters of that name. Collective.

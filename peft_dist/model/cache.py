@@ -13,7 +13,6 @@ import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from filelock import FileLock
 from torch import nn
 
 from peft_dist.dist import Shard, World, broadcast_object, gather_objects
-from peft_dist.model.base import BasePlan, BaseTensor, copy_rows, fill_base
+from peft_dist.model.base import BasePlan, BaseTensor, Put, copy_rows, fill_base
 from peft_dist.model.weights import FLOATS, QUANT_STATE, WeightFiles
 
 log = logging.getLogger(__name__)
@@ -146,7 +145,7 @@ def fill_through_cache(
     *,
     world: World,
     entry: Path,
-    put: Callable[[nn.Parameter, torch.Tensor], None] = copy_rows,
+    put: Put = copy_rows,
 ) -> Path | None:
     """Fill the base from its packed form where that is whole, else from the files. Collective.
 

@@ -20,10 +20,11 @@ import torch
 from peft_dist import dist
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.model import cache as packed_base
+from peft_dist.model.source import find_base
 from peft_dist.model.weights import WeightFiles
 from peft_dist.saving import Saver
 from peft_dist.scoring import held_out, score
-from peft_dist.session import Session, find_base, open_session
+from peft_dist.session import Session, open_session
 from peft_dist.tracking import Record
 from peft_dist.trainer import Trainer
 from tests.tiny import ARCHITECTURES, tiny_recipe

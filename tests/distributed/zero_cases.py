@@ -19,7 +19,8 @@ from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.model import base
 from peft_dist.model.architectures import transformer_blocks
 from peft_dist.model.nf4 import FrozenLinear4bit
-from peft_dist.session import find_base, open_session
+from peft_dist.model.source import find_base
+from peft_dist.session import open_session
 from peft_dist.shard import zero
 from peft_dist.trainer import Trainer
 from tests.distributed.cases import DDP, FSDP, SINGLE, ZERO2, ZERO3, Case, run_case

@@ -14,8 +14,9 @@ from peft_dist import dist
 from peft_dist.data.pack import pack
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.model.nf4 import dequantize, quantize_rows
+from peft_dist.model.source import find_base
 from peft_dist.model.weights import WeightFiles
-from peft_dist.session import Session, find_base, open_session
+from peft_dist.session import Session, open_session
 from peft_dist.trainer import Trainer
 from tests.tiny import tiny_model, tiny_recipe, write_jsonl
 

@@ -14,7 +14,8 @@ from peft_dist.config import load_recipe
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.dist import World
 from peft_dist.errors import RecipeError
-from peft_dist.session import Session, find_base, open_session
+from peft_dist.model.source import find_base
+from peft_dist.session import Session, open_session
 from peft_dist.trainer import Trainer
 from tests.tiny import completion_rows, save_adapter, tiny_model, tiny_recipe, write_jsonl
 

@@ -15,14 +15,15 @@ from peft_dist.checkpoint import (
     keep_newest,
     load_adapter,
 )
-from peft_dist.config.recipe import Lora
+from peft_dist.config.method import Lora
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.dist import World
 from peft_dist.errors import PeftDistError, RunDirError, TrainingError
 from peft_dist.methods.lora import LoraMethod
 from peft_dist.model import architectures
+from peft_dist.model.source import find_base
 from peft_dist.saving import Saver
-from peft_dist.session import Session, find_base, open_session
+from peft_dist.session import Session, open_session
 from tests.processes import environment, run, torchrun
 from tests.tiny import completion_rows, save_adapter, tiny_model, tiny_recipe, write_jsonl
 
@@ -341,7 +342,8 @@ from peft_dist import dist
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.errors import TrainingError
 from peft_dist.saving import Saver
-from peft_dist.session import find_base, open_session
+from peft_dist.model.source import find_base
+from peft_dist.session import open_session
 from tests.tiny import tiny_recipe
 
 folder = Path(sys.argv[1])

@@ -22,14 +22,16 @@ from transformers import (
 )
 
 from peft_dist import cli, train
-from peft_dist.config.recipe import Lora, Recipe
+from peft_dist.config.method import Lora
+from peft_dist.config.recipe import Recipe
 from peft_dist.dist import World
 from peft_dist.errors import PeftDistError
 from peft_dist.merge import UNMERGEABLE, merge
 from peft_dist.methods import METHODS
 from peft_dist.model import architectures
+from peft_dist.model.source import find_base
 from peft_dist.run_dir import RunDir
-from peft_dist.session import find_base, open_session
+from peft_dist.session import open_session
 from tests.processes import environment, run
 from tests.tiny import completion_rows, save_adapter, tiny_model, tiny_recipe, write_jsonl
 

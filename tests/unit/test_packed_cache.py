@@ -12,7 +12,8 @@ import pytest
 from peft_dist import dist, quantize
 from peft_dist.dist import World
 from peft_dist.model.cache import MANIFEST
-from peft_dist.session import Session, find_base, open_session
+from peft_dist.model.source import find_base
+from peft_dist.session import Session, open_session
 from tests.tiny import tiny_model, tiny_recipe
 
 Opened = Callable[[], Session]

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from peft_dist.checkpoint import ADAPTER_FILE, load_adapter
-from peft_dist.config.recipe import Prefix, Recipe
+from peft_dist.config.method import Prefix
+from peft_dist.config.recipe import Recipe
 from peft_dist.dist import World
 from peft_dist.errors import RecipeError, RunDirError
 from peft_dist.methods.prefix import PrefixMethod

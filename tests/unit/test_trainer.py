@@ -10,7 +10,8 @@ from peft_dist.config.recipe import Train
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.dist import World
 from peft_dist.errors import TrainingError
-from peft_dist.session import Session, find_base, open_session
+from peft_dist.model.source import find_base
+from peft_dist.session import Session, open_session
 from peft_dist.trainer import Trainer, learning_rate, make_optimizer
 from tests.tiny import completion_rows, tiny_model, tiny_recipe, write_jsonl
 

@@ -1,0 +1,53 @@
+"""Where the frozen base comes from: a model's files, by way of its packed form where it has one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from peft_dist.config import Recipe
+from peft_dist.dist import Shard, World
+from peft_dist.model import base, cache
+from peft_dist.model.weights import WeightFiles, model_folder
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Where the base comes from."""
+
+    files: WeightFiles
+    entry: Path | None
+    """Where its packed form belongs in the cache; None where it has none of its own."""
+
+    def fill(
+        self,
+        parameters: dict[str, nn.Parameter],
+        plan: base.BasePlan,
+        shard: Shard,
+        *,
+        world: World,
+        put: base.Put,
+    ) -> Path | None:
+        """Fill every parameter of the plan; return the cache entry that now holds them, if any.
+
+        Collective; the arguments are those of `fill_base`.
+        """
+        if self.entry is None:
+            base.fill_base(parameters, plan, self.files, shard, device=world.device, put=put)
+            return None
+        return cache.fill_through_cache(
+            parameters, plan, self.files, shard, world=world, entry=self.entry, put=put
+        )
+
+
+def find_base(recipe: Recipe, cache_dir: Path) -> BaseSource:
+    """Download the model where it is not local, and hash it for the cache.
+
+    Both can take minutes, so call it before the process group exists.
+
+    Raises:
+        ModelError: Where there is no such model, or a file of it is broken.
+    """
+    files = WeightFiles(model_folder(recipe.model.name, recipe.model.revision))
+    packs = recipe.quantization == "nf4" and not files.packed
+    return BaseSource(files, cache.entry_folder(cache_dir, files) if packs else None)
