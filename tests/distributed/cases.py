@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,12 +166,17 @@ def main(folder: Path) -> None:
     """Run every case that belongs to this number of processes."""
     world = dist.read_world()
     dist.start(world)
-    for name, case in CASES.items():
+    run_cases(folder, CASES, world)
+    dist.stop()
+
+
+def run_cases(folder: Path, cases: Mapping[str, Case], world: dist.World) -> None:
+    """Run those of some cases that belong to this number of processes."""
+    for name, case in cases.items():
         for engine in case.engines:
             processes, strategy = engine.split("-")
             if int(processes) == world.size:
                 run_case(folder, name, case, strategy, world)
-    dist.stop()
 
 
 def run_case(folder: Path, name: str, case: Case, strategy: str, world: dist.World) -> None:

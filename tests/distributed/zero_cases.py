@@ -23,7 +23,7 @@ from peft_dist.model.source import find_base
 from peft_dist.session import open_session
 from peft_dist.shard import zero
 from peft_dist.trainer import Trainer
-from tests.distributed.cases import DDP, FSDP, SINGLE, ZERO2, ZERO3, Case, run_case
+from tests.distributed.cases import DDP, FSDP, SINGLE, ZERO2, ZERO3, Case, run_cases
 from tests.tiny import tiny_recipe
 
 NF4, NONE = {"quantization": "nf4"}, {"quantization": "none"}
@@ -63,11 +63,7 @@ def main(folder: Path) -> None:
     """Run every case that belongs to this number of processes."""
     world = dist.read_world()
     dist.start(world)
-    for name, case in CASES.items():
-        for engine in case.engines:
-            processes, strategy = engine.split("-")
-            if int(processes) == world.size:
-                run_case(folder, name, case, strategy, world)
+    run_cases(folder, CASES, world)
     if world.size > 1:
         for what, watch in (("load", watch_a_load), ("training", watch_a_training)):
             facts = dist.gather_objects(watch(folder, world))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -184,7 +185,18 @@ def test_a_full_disk_leaves_no_half_run(tmp_path: Path, recipe_file: Path) -> No
     assert not (tmp_path / "runs" / "a").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, recipe: Recipe) -> None:
-    (tmp_path / "locked").mkdir(mode=0o500)
-    assert "cannot be written: Permission denied" in refusal(tmp_path / "locked" / "a", recipe)
+def test_a_folder_that_may_not_be_written_is_named(recipe: Recipe) -> None:
+    nobody, ourselves = 65534, os.geteuid()
+    with TemporaryDirectory() as folder:
+        locked = Path(folder) / "locked"
+        locked.mkdir(mode=0o500)
+        if ourselves == 0:  # who may write everywhere
+            Path(folder).chmod(0o755)
+            os.chown(locked, nobody, -1)
+            os.seteuid(nobody)
+        try:
+            said = refusal(locked / "a", recipe)
+        finally:
+            os.seteuid(ourselves)
+    assert "cannot be written: Permission denied" in said
+    assert str(locked) in said
