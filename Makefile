@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINNED := $(PIP) install --quiet -c configs/constraints.txt
 
-.PHONY: help install quickstart methods check test test-fast clean
+.PHONY: help install quickstart methods check test test-fast faults clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -36,6 +36,9 @@ test: $(VENV)/.installed-all ## the whole test suite
 
 test-fast: $(VENV)/.installed-all ## tests that take seconds
 	$(BIN)/python -m pytest -m "not slow and not distributed"
+
+faults: $(VENV)/.installed-all ## the tests of faults with many more cases; more than an hour
+	PEFT_DIST_FAULTS=long $(BIN)/python -m pytest --timeout 3600 tests/faults
 
 clean: ## remove the environment and what builds and tools left; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -36,6 +36,7 @@ from peft_dist.model.base import fill_base, materialize, plan_base
 from peft_dist.model.heads import CausalLM
 from peft_dist.model.weights import Stored, WeightFiles
 from peft_dist.shard import ENGINES, Group
+from peft_dist.shard.engine import RIDERS
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-8b": {
@@ -210,7 +211,7 @@ def train(
         with autocast:
             loss = model(batch).nll.mean() / world.size
         loss.backward()
-        engine.reduce(loss.detach())
+        engine.reduce(torch.zeros(RIDERS, device=world.device))
         engine.clip(1.0)
         optimizer.step()
         engine.zero_gradients()

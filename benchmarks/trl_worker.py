@@ -1,7 +1,7 @@
 """Train one QLoRA run with TRL's SFTTrainer, timed; torchrun starts one copy per process.
 
-It is the peer of `peers.py` and never imports `peft_dist`. It saves no adapter and evaluates
-nothing, so that only start-up and training are measured.
+It is the peer of `peers.py` and `checkpoints.py` and never imports `peft_dist`. It evaluates
+nothing, and saves only where `--save-every` says so.
 
 How TRL 1.16 is set up so that it runs as fast as it can on CPU, each choice timed on the same rows:
 - No gradient checkpointing: TRL turns it on by default; recomputing costs time and the model fits.
@@ -42,11 +42,19 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 
 class StepClock(TrainerCallback):
-    """Note the wall-clock time at which every optimizer step has ended."""
+    """Note the wall-clock time at which each step has ended, and how long each save took."""
 
     def __init__(self) -> None:
         """Start with no step done."""
         self.ended: list[float] = []
+        self.saves: list[dict[str, float]] = []
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note how long training stood still, and how much was written."""
+        stall_s = time.time() - self.ended[-1]
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        self.saves.append({"stall_s": stall_s, "bytes": size})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Append now; the optimizer has stepped and the loss is not yet logged."""
@@ -94,6 +102,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON file that rank 0 writes")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--global-batch", type=int, required=True, help="rows per step, all ranks")
+    parser.add_argument("--save-every", type=int, default=0, help="steps; 0: never")
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--layout", choices=("padding-free", "padded"), default="padding-free")
     parser.add_argument(
@@ -126,7 +135,9 @@ def config(args: argparse.Namespace, world_size: int) -> SFTConfig:
         weight_decay=0.0,
         max_grad_norm=1.0,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps" if args.save_every else "no",
+        save_steps=args.save_every or 500,
+        save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
@@ -187,6 +198,7 @@ def main() -> int:
             json.dumps(
                 {
                     "step_ended": clock.ended,
+                    "saves": clock.saves,
                     "tokens": [b - a for a, b in zip([0, *totals], totals, strict=False)],
                     "loss": [entry["loss"] for entry in logs],
                     "load_seconds": loaded - started,

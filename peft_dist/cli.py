@@ -9,21 +9,18 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from peft_dist.errors import (
     ERROR_PREFIX,
+    EXIT_CRASHED,
     EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_USER_ERROR,
     LaunchError,
     PeftDistError,
 )
 
-LOG_TAIL_LINES = 15
-"""Lines of the launcher's log shown after such an end."""
 TRAIN_PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors")
 
 
@@ -41,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `peft-dist schema | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
+        return EXIT_CRASHED
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,15 +83,28 @@ def _build_parser() -> _Parser:
         sub.set_defaults(run=run)
         return sub
 
-    train = command("train", _train, "train on this machine, in as many processes as asked")
+    train = command(
+        "train", _train, "train on this machine, or go on where an earlier start of the run ended"
+    )
     _add_recipe(train)
-    train.add_argument("--run-dir", metavar="DIR", help="folder to make (default: runs/RECIPE)")
+    train.add_argument(
+        "--run-dir", metavar="DIR", help="folder to make or go on with (default: runs/RECIPE)"
+    )
     _add_nproc(train)
+    train.add_argument(
+        "--fresh", action="store_true", help="start anew; a run that is there is renamed"
+    )
+    _add_allow_changed(train)
     train.add_argument(
         "--dry-run",
         action="store_true",
         help="print the resolved recipe and the command; make and start nothing",
     )
+    resume = command("resume", _resume, "go on with a run, from its own recipe")
+    resume.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
+    _add_overrides(resume, "such as parallel.strategy=ddp")
+    _add_nproc(resume)
+    _add_allow_changed(resume)
     _add_recipe(command("validate", _validate, "check a recipe; needs no torch"))
     command("schema", _schema, "print the JSON Schema of a recipe, for editors")
     evaluate = command("evaluate", _evaluate, "score the adapter of a finished run")
@@ -108,6 +118,9 @@ def _build_parser() -> _Parser:
     merge = command("merge", _merge, "merge a run's LoRA into its base, as a plain model")
     merge.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     merge.add_argument("--out", metavar="DIR", required=True, help="folder to make")
+    goodput = command("goodput", _goodput, "show where the time of a run went")
+    goodput.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
+    goodput.add_argument("--json", action="store_true", help="print every figure as JSON")
     init = command("init", _init, "copy recipes and strategies into a folder of your own")
     init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
     return parser
@@ -133,6 +146,16 @@ def _add_nproc(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_allow_changed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-changed",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="go on although this setting, or these rows or this model, have changed",
+    )
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text[:9]) < 10**6:
         raise argparse.ArgumentTypeError(f"got {text!r}; must be a whole number above 0")
@@ -140,42 +163,39 @@ def _count(text: str) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from peft_dist.config import load_recipe, render_recipe
-    from peft_dist.launch.command import launch_environment, shell_line, worker_command
-    from peft_dist.launch.placement import place, this_machine
+    folder = Path(arguments.run_dir or Path("runs") / Path(arguments.recipe).stem)
+    return _start(arguments, folder, dry_run=arguments.dry_run, fresh=arguments.fresh)
+
+
+def _resume(arguments: argparse.Namespace) -> int:
     from peft_dist.run_dir import RunDir
+
+    run = RunDir.open(arguments.run_dir)
+    if run.is_finished:
+        print(f"{arguments.run_dir} has finished; nothing is left to do")
+        return EXIT_DONE
+    arguments.recipe = str(run.recipe)
+    return _start(arguments, run.path)
+
+
+def _start(
+    arguments: argparse.Namespace, folder: Path, *, dry_run: bool = False, fresh: bool = False
+) -> int:
+    """Train a recipe in a run directory, from wherever that has come to."""
+    from peft_dist.config import load_recipe, render_recipe
+    from peft_dist.launch.command import shell_line
+    from peft_dist.launch.here import prepare, train_here
 
     processes = [] if arguments.nproc is None else [f"parallel.processes={arguments.nproc}"]
     recipe = load_recipe(arguments.recipe, [*arguments.overrides, *processes])
-    placement = place(recipe, this_machine())
-    environment = launch_environment(placement, os.environ)
-    folder = Path(arguments.run_dir or Path("runs") / Path(arguments.recipe).stem).absolute()
-    command = worker_command(placement, "train.py", [str(RunDir(folder).recipe)])
-    if arguments.dry_run:
+    start = prepare(recipe, folder, allow_changed=arguments.allow_changed)
+    if dry_run:
         print(render_recipe(recipe))
-        print(shell_line(command, environment))
+        print(shell_line(start.command, start.environment))
         return EXIT_DONE
-    _require_training_packages(placement.strategy)
+    _require_training_packages(start.strategy)
     os.umask(0o077)
-    run = RunDir.create(folder, recipe, command=command)
-    return _run_workers(command, environment, log=run.launcher_log)
-
-
-def _run_workers(command: Sequence[str], environment: Mapping[str, str], *, log: Path) -> int:
-    """Run workers to their end, and say in one line why if it was early."""
-    from peft_dist.launch.local import run_launcher
-    from peft_dist.run_dir import error_in_log
-
-    ended = run_launcher(command, environment=environment, error_log=log)
-    if ended.code == EXIT_DONE:
-        return EXIT_DONE
-    if ended.signal_name is not None:
-        return _complain(f"stopped by {ended.signal_name}", ended.code)
-    told = error_in_log(log)
-    if told is not None:
-        return _complain(told, EXIT_USER_ERROR)
-    _print_log_tail(log)
-    return _complain(f"a worker failed; see {log}", EXIT_FAILED)
+    return train_here(start, fresh=fresh)
 
 
 def _validate(arguments: argparse.Namespace) -> int:
@@ -212,6 +232,7 @@ def _schema(_arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from peft_dist.config import load_recipe
     from peft_dist.launch.command import launch_environment, worker_command
+    from peft_dist.launch.here import run_here
     from peft_dist.launch.placement import place, this_machine
     from peft_dist.run_dir import RunDir
 
@@ -223,7 +244,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     command = worker_command(placement, "score.py", [str(run.path), *arguments.overrides])
     run.evaluation_log.unlink(missing_ok=True)
     environment = launch_environment(placement, os.environ)
-    return _run_workers(command, environment, log=run.evaluation_log)
+    return run_here(command, environment, log=run.evaluation_log)
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
@@ -243,6 +264,15 @@ def _merge(arguments: argparse.Namespace) -> int:
     _require_training_packages()
     command = merge_command(run.path, Path(arguments.out).absolute())
     return run_tool(command, environment=worker_environment())
+
+
+def _goodput(arguments: argparse.Namespace) -> int:
+    from peft_dist.goodput import goodput, read_ledger, render
+    from peft_dist.run_dir import RunDir
+
+    figures = goodput(read_ledger(RunDir.open(arguments.run_dir).ledger))
+    print(figures.to_json() if arguments.json else render(figures))
+    return EXIT_DONE
 
 
 def _init(arguments: argparse.Namespace) -> int:
@@ -284,14 +314,6 @@ def _require_training_packages(strategy: str = "") -> None:
         raise LaunchError(
             f"{' and '.join(missing)} not installed", remedy="pip install 'peft-dist[train]'"
         )
-
-
-def _print_log_tail(log: Path) -> None:
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # the log is a convenience here; its path is printed anyway
-        return
-    print("\n".join(lines[-LOG_TAIL_LINES:]), file=sys.stderr)
 
 
 def _complain(line: str, code: int) -> int:

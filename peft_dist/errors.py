@@ -9,10 +9,15 @@ from collections.abc import Iterable
 
 EXIT_DONE = 0
 """The run finished."""
-EXIT_FAILED = 1
-"""A worker ended in a way that nobody foresaw; its log says how."""
+EXIT_CRASHED = 1
+"""A process ended in a way that nobody foresaw, or hung; the same command goes on from the last
+checkpoint."""
 EXIT_USER_ERROR = 2
 """The recipe, the data or the machine must change first; starting again cannot help."""
+EXIT_DO_NOT_RETRY = 3
+"""Training itself cannot go on, and would not after a restart: a person has to look."""
+EXIT_INTERRUPTED = 75
+"""A signal stopped the run, which saved; the same command goes on. (EX_TEMPFAIL of sysexits.h)"""
 
 ERROR_PREFIX = "peft-dist: error: "
 """Begins the line on standard error that tells a fault."""
@@ -58,7 +63,19 @@ class LaunchError(PeftDistError):
 
 
 class TrainingError(PeftDistError):
-    """Training that cannot go on: a non-finite loss, a broken shard, a full disk."""
+    """Training that cannot go on: non-finite losses, a broken shard, crashes without progress."""
+
+    exit_code = EXIT_DO_NOT_RETRY
+
+
+class Superseded(TrainingError):
+    """A later attempt has taken the run over; this process may write nothing any more."""
+
+
+class Interrupted(PeftDistError):
+    """A signal asked the run to stop, and it has."""
+
+    exit_code = EXIT_INTERRUPTED
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -9,7 +9,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from peft_dist import checkpoint, dist, resources
+from peft_dist import dist, resources
+from peft_dist.checkpoint import adapter as adapter_file
 from peft_dist.config import load_recipe
 from peft_dist.config.recipe import Parallel
 from peft_dist.data.tokenize import tokenize_rows
@@ -28,16 +29,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run_dir", type=Path, help="folder of a finished run")
     parser.add_argument("overrides", nargs="*", help="key=value, such as data.eval=other.jsonl")
     options = parser.parse_args(argv)
-    return run_worker(lambda world, _: _evaluate(options, world))
+    return run_worker(lambda _: _evaluate(options))
 
 
-def _evaluate(options: argparse.Namespace, world: dist.World) -> None:
+def _evaluate(options: argparse.Namespace) -> None:
+    world = dist.read_world()
     run = RunDir.open(options.run_dir)
     recipe = load_recipe(run.recipe, options.overrides)
     # Scoring may use other processes than training did: what the launcher says is what counts.
     method = METHODS[recipe.method.kind].of_saved(recipe.method)
     recipe = recipe.model_copy(update={"parallel": Parallel(), "method": method})
-    if not (run.adapter / checkpoint.ADAPTER_FILE).is_file():
+    if not (run.adapter / adapter_file.ADAPTER_FILE).is_file():
         raise RunDirError(
             "holds no adapter", where=str(run.path), remedy="wait until training has finished"
         )
@@ -52,7 +54,7 @@ def _evaluate(options: argparse.Namespace, world: dist.World) -> None:
     dist.start(world)
     session = open_session(recipe, world, source, label_names=rows.label_names)
     session.check_lengths(held.rows)
-    state = checkpoint.load_adapter(run.adapter, session.method, session.peft, session.adapter)
+    state = adapter_file.load_adapter(run.adapter, session.method, session.peft, session.adapter)
     session.engine.load_adapter_state(state)
     result = score(session, held)
     if world.is_main:
@@ -60,3 +62,4 @@ def _evaluate(options: argparse.Namespace, world: dist.World) -> None:
         write_text_atomic(run.evaluation, text + "\n")
         accuracy = "" if result.accuracy is None else f"accuracy {result.accuracy:.3f}  "
         print(f"{accuracy}held-out loss {result.loss:.4f}  ({result.rows} rows)")
+    dist.stop()

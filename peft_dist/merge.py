@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_dist.checkpoint import ADAPTER_FILE
+from peft_dist.checkpoint.adapter import ADAPTER_FILE
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.errors import ModelError, RecipeError, RunDirError
 from peft_dist.model import architectures, base
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run_dir", type=Path, help="folder of a finished run")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     options = parser.parse_args(argv)
-    return run_worker(lambda world, place: merge(RunDir.open(options.run_dir), options.out))
+    return run_worker(lambda _: merge(RunDir.open(options.run_dir), options.out))
 
 
 def merge(run: RunDir, out: Path) -> None:

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         help="what the model will be trained to do (default: %(default)s)",
     )
     options = parser.parse_args(argv)
-    return run_worker(lambda world, place: _quantize(options, world))
+    return run_worker(lambda _: _quantize(options, dist.read_world()))
 
 
 def _quantize(options: argparse.Namespace, world: dist.World) -> None:

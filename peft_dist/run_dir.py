@@ -3,38 +3,26 @@
 Knows no schedule and no process group. Whoever writes (rank 0, the launcher) decides when.
 """
 
+import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import NamedTuple, Self
 
-from peft_dist.config import Recipe, render_recipe
-from peft_dist.errors import ERROR_PREFIX, PeftDistError, RunDirError
+from peft_dist.attempts import latest
+from peft_dist.config import Recipe, load_recipe, render_recipe
+from peft_dist.config.compare import differences, learning_settings
+from peft_dist.errors import ERROR_PREFIX, EXIT_DO_NOT_RETRY, PeftDistError, RunDirError
+from peft_dist.run_facts import run_facts
 
-RECORDED_PACKAGES = (
-    "peft-dist",
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "bitsandbytes",
-    "safetensors",
-    "tokenizers",
-    "datasets",
-    "deepspeed",
-    "wandb",
-    "numpy",
-)
-"""Packages whose versions change what a run computes or writes."""
+LAUNCHED_AT = "PEFT_DIST_LAUNCHED_AT"
+"""Environment variable with the unix time at which the launcher of a process was started."""
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -58,15 +46,29 @@ def write_text_atomic(path: Path, text: str) -> None:
         raise _cannot_write(path, error) from error
 
 
-def error_in_log(log: Path) -> str | None:
-    """Return the first fault that workers told in their log, without its prefix."""
+def error_in_log(log: Path, start: int = 0) -> str | None:
+    """Return the first fault that workers told in their log, without its prefix.
+
+    Args:
+        log: The file.
+        start: Where the part of this launch begins, in bytes.
+    """
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = log.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
     except OSError:
         return None
     told = (line for line in lines if line.startswith(ERROR_PREFIX))
     line = next(told, None)
     return None if line is None else line.removeprefix(ERROR_PREFIX)
+
+
+class Verdict(NamedTuple):
+    """Why starting a run again cannot help."""
+
+    exit_code: int
+    error: str
+    time: str
+    """When that was found, in ISO 8601."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class RunDir:
 
     @property
     def ledger(self) -> Path:
-        """One JSON line per optimizer step."""
+        """One JSON line per step, evaluation, checkpoint, and start or end of an attempt."""
         return self.path / "ledger.jsonl"
 
     @property
@@ -102,7 +104,7 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
-        """Copies of the adapter kept during training."""
+        """What the run can go on from."""
         return self.path / "checkpoints"
 
     @property
@@ -126,27 +128,31 @@ class RunDir:
         return self.logs / "evaluation.log"
 
     @property
-    def has_started(self) -> bool:
-        """Say whether the run has trained a step, or ended."""
-        return self.result.exists() or (self.ledger.exists() and self.ledger.stat().st_size > 0)
+    def attempts(self) -> Path:
+        """One file per attempt to train the run; the newest is its holder's lease."""
+        return self.path / "attempts"
+
+    @property
+    def is_finished(self) -> bool:
+        """Say whether the run has trained to its end."""
+        return self.result.exists()
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Say whether there is something to go on from."""
+        return any(self.checkpoints.glob("step-*"))
 
     @property
     def failure(self) -> Path:
-        """The one-line error of a run that a user's fault stopped."""
+        """Why starting the run again cannot help, until a person has looked."""
         return self.path / "failure.json"
-
-    def checkpoint(self, step: int) -> Path:
-        """Return the folder of the copy made after a step."""
-        return self.checkpoints / f"step-{step:08d}"
 
     @classmethod
     def create(cls, path: str | Path, recipe: Recipe, *, command: Sequence[str] = ()) -> Self:
-        """Make a run directory with its resolved recipe and run facts.
-
-        A folder that exists must be empty, or hold a run that failed before its first step.
+        """Make a run directory with its resolved recipe and run facts, all at once or not at all.
 
         Args:
-            path: Where; missing parent folders are made.
+            path: Where; missing parent folders are made. A folder that exists must be empty.
             recipe: What `recipe.yaml` will say.
             command: The command line to record.
 
@@ -154,21 +160,81 @@ class RunDir:
             RunDirError: Where the folder is taken or cannot be written; then nothing is left.
         """
         run = cls(Path(path).absolute())
-        fresh = run._make_room()
         try:
-            # mkdir is exclusive on every file system: of two launches at once one gets the folder.
-            run.logs.mkdir(mode=0o700)
-        except FileExistsError as error:
-            raise _taken(run.path, "another run") from error
+            if run.path.exists() and not run.path.is_dir():
+                raise RunDirError(
+                    "is a file", where=str(run.path), remedy="choose another folder with --run-dir"
+                )
+            run.path.parent.mkdir(parents=True, exist_ok=True)
+            prefix = f".{run.path.name}-making-"
+            making = Path(tempfile.mkdtemp(prefix=prefix, dir=run.path.parent))  # mode 0700
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise _cannot_write(run.path, error) from error
+        try:
+            cls(making).logs.mkdir(mode=0o700)
+            write_text_atomic(cls(making).recipe, render_recipe(recipe))
+            write_text_atomic(
+                cls(making).run_facts, json.dumps(run_facts(command), indent=2) + "\n"
+            )
+            making.rename(run.path)  # fails where anything is there, were it made just now
         except OSError as error:
-            run._abandon(fresh=fresh)
-            raise _cannot_write(run.logs, error) from error
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                names = {entry.name for entry in run.path.iterdir()}
+                held = "another run" if run.run_facts.is_file() else f"{min(names)!r} already"
+                raise _taken(run.path, held) from error
+            raise _cannot_write(run.path, error) from error
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+        return run
+
+    @classmethod
+    def claim(
+        cls,
+        path: str | Path,
+        recipe: Recipe,
+        *,
+        command: Sequence[str] = (),
+        fresh: bool = False,
+        allow_changed: Collection[str] = (),
+    ) -> Self:
+        """Return the run in a folder to go on with, or a new one where there is none.
+
+        Args:
+            path: Where.
+            recipe: What to train. It replaces the run's own recipe, which may differ in what does
+                not change what is learned.
+            command: The command line to record in a new run.
+            fresh: Set a run that is there aside, and make a new one.
+            allow_changed: Fields that may differ all the same.
+
+        Raises:
+            RunDirError: Where the run has finished, or learns by other settings.
+        """
+        run = cls(Path(path).absolute())
         try:
-            write_text_atomic(run.recipe, render_recipe(recipe))
-            write_text_atomic(run.run_facts, json.dumps(_facts(command), indent=2) + "\n")
-        except RunDirError:
-            run._abandon(fresh=fresh)
-            raise
+            there = run.run_facts.is_file()
+        except (OSError, ValueError) as error:
+            raise _cannot_write(run.path, error) from error
+        if there and fresh:
+            run._set_aside()
+            there = False
+        if not there:
+            return cls.create(path, recipe, command=command)
+        if run.is_finished:
+            raise RunDirError(
+                "holds a run that has finished",
+                where=str(run.path),
+                remedy="choose another folder with --run-dir, or start it anew with --fresh",
+            )
+        cls.open(path)  # raises where its recipe is gone
+        text = render_recipe(recipe)
+        if text != run.recipe.read_text(encoding="utf-8"):
+            if run.has_checkpoints:
+                old = learning_settings(load_recipe(run.recipe, check_paths=False))
+                refuse_changes(
+                    differences(old, learning_settings(recipe)), allow_changed, where=str(run.path)
+                )
+            write_text_atomic(run.recipe, text)
         return run
 
     @classmethod
@@ -201,98 +267,87 @@ class RunDir:
         run = cls(path.parent)
         return run if path.name == run.recipe.name and run.run_facts.is_file() else None
 
+    @property
+    def was_interrupted(self) -> bool:
+        """Say whether the newest attempt was told to stop."""
+        return (latest(self.attempts) or {}).get("outcome") == "interrupted"
+
+    def newest_step(self) -> int:
+        """Return the step of the newest checkpoint, whole or not; 0 where there is none."""
+        steps = [int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")]
+        return max(steps, default=0)
+
+    def verdict(self) -> Verdict | None:
+        """Return why starting the run again cannot help, if that is so."""
+        try:
+            facts = json.loads(self.failure.read_text(encoding="utf-8"))
+            return Verdict(int(facts["exit_code"]), str(facts["error"]), str(facts["time"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return Verdict(EXIT_DO_NOT_RETRY, f"{self.failure} cannot be read: {error}", "")
+
     def record_failure(self, error: PeftDistError) -> None:
-        """Note that a user's fault ended the run; the first note stays."""
+        """Note what must change before the run can go on; the first note stays."""
         if not self.failure.exists():
-            facts = {"exit_code": error.exit_code, "error": str(error)}
+            now = datetime.now(UTC).isoformat()
+            facts = {"exit_code": error.exit_code, "error": str(error), "time": now}
             write_text_atomic(self.failure, json.dumps(facts) + "\n")
 
-    def _make_room(self) -> bool:
-        """Make the folder or see that it may be used; return whether it is new."""
+    def remove_leftovers(self) -> None:
+        """Remove what attempts that were killed had begun to write; for the run's holder alone.
+
+        `checkpoints/` and `attempts/` are not looked at.
+        """
+        names = [
+            ".adapter-",
+            *(f".{file.name}." for file in (self.recipe, self.result, self.failure)),
+        ]
+        begun = [path for path in self.path.iterdir() if path.name.startswith(tuple(names))]
+        # Whoever still makes this run comes too late.
+        making = f".{self.path.name}-making-"
+        begun += [path for path in self.path.parent.iterdir() if path.name.startswith(making)]
+        for path in begun:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
+
+    def _set_aside(self) -> None:
+        """Rename the whole run, so that nothing of it is lost."""
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            raise _cannot_write(self.path.parent, error) from error
-        try:
-            self.path.mkdir(mode=0o700)
-            return True
-        except FileExistsError:
-            pass
+            self.path.rename(aside)
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
-        if not self.path.is_dir():
-            raise RunDirError(
-                "is a file", where=str(self.path), remedy="choose another folder with --run-dir"
-            )
-        try:
-            names = {entry.name for entry in self.path.iterdir()}
-            if self._failed_before_first_step(names):
-                self._clear()
-                names = set()
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
-        if names:
-            held = "another run" if self.run_facts.is_file() else f"{min(names)!r} already"
-            raise _taken(self.path, held)
-        return False
-
-    def _failed_before_first_step(self, names: set[str]) -> bool:
-        ours = {self.recipe, self.run_facts, self.ledger, self.logs, self.failure}
-        if not {self.run_facts.name, self.failure.name} <= names <= {path.name for path in ours}:
-            return False
-        return not self.ledger.exists() or self.ledger.stat().st_size == 0
-
-    def _clear(self) -> None:
-        if self.logs.is_dir() and not self.logs.is_symlink():
-            shutil.rmtree(self.logs)
-        for path in (self.recipe, self.ledger, self.failure, self.run_facts):
-            path.unlink(missing_ok=True)
-
-    def _abandon(self, *, fresh: bool) -> None:
-        """Take back what `create` made, so that a full disk leaves no half run."""
-        with suppress(OSError):
-            self._clear()
-            if fresh:
-                self.path.rmdir()
+            raise _cannot_write(aside, error) from error
 
 
-def _facts(command: Sequence[str]) -> dict[str, Any]:
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": list(command),
-        "python": sys.version.split()[0],
-        "versions": _versions(),
-        "git": _git_state(Path.cwd()),
-    }
+def refuse_changes(changes: Mapping[str, str], allowed: Collection[str], *, where: str) -> None:
+    """Refuse to go on with a run whose recipe, rows or model have changed.
 
+    Args:
+        changes: `OLD before, NEW now` by field.
+        allowed: Fields that may change.
+        where: The run.
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in RECORDED_PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def _git_state(folder: Path) -> dict[str, Any] | None:
-    """Return revision and cleanliness of the checkout a run was started from, or None."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    outputs = []
-    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
-        try:
-            done = subprocess.run(
-                [git, "-C", str(folder), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=True,
-            )
-        except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
-            return None
-        outputs.append(done.stdout.strip())
-    return {"revision": outputs[0], "modified": bool(outputs[1])}
+    Raises:
+        RunDirError: Naming every other field, and the two values of the first.
+    """
+    refused = {field: change for field, change in changes.items() if field not in allowed}
+    if not refused:
+        return
+    first, change = next(iter(refused.items()))
+    others = "".join(f", {field}" for field in list(refused)[1:])
+    raise RunDirError(
+        f"{first} is not what the run has been trained with: {change}"
+        + (f" (also changed{others.replace(',', ':', 1)})" if others else ""),
+        where=where,
+        remedy="put it back, start anew with --fresh, or go on all the same with "
+        + " ".join(f"--allow-changed {field}" for field in refused),
+    )
 
 
 def _taken(path: Path, held: str) -> RunDirError:

@@ -6,6 +6,7 @@ ignores with a warning: all of them have cost people a training. The file format
 
 import copy
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,12 @@ import numpy as np
 import torch
 import torch.distributed as torch_dist
 from peft import PeftConfig
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_dist import checkpoint, dist
+from peft_dist import dist
+from peft_dist.checkpoint import adapter as adapter_file
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.errors import PeftDistError, TrainingError
 from peft_dist.methods.virtual import SAVED
@@ -46,6 +49,30 @@ class Saver:
         self._batch = session.pack(rows, ids).to(session.world.device)
         self._start = {name: _hash(tensor) for name, tensor in self._trained().items()}
 
+    def moved(self, saved: dict[str, torch.Tensor]) -> list[str]:
+        """Return the tensors, of those the file holds, that training has changed."""
+        return [name for name, tensor in saved.items() if _hash(tensor) != self._start.get(name)]
+
+    def prove(self) -> None:
+        """See that PEFT reads what will be saved, before hours of training depend on it.
+
+        Names, shapes and configuration stay as they are; a checkpoint is then compared with what
+        was trained, to the bit, and the final adapter passes every check again. Collective.
+
+        Raises:
+            TrainingError: On every process.
+        """
+        now, problem = self._trained(), None
+        if self.session.world.is_main:
+            try:
+                with tempfile.TemporaryDirectory(prefix="peft-dist-") as folder:
+                    config = self.session.method.saved_config(self.session.peft)
+                    adapter_file.write_adapter(Path(folder), now, config)
+                    self._checked(Path(folder), now, config)
+            except (OSError, SafetensorError, PeftDistError) as error:
+                problem = str(error)
+        _agree(problem)
+
     def save(self, folder: Path) -> None:
         """Write the adapter folder in one step, once it has passed every check. Collective.
 
@@ -60,7 +87,7 @@ class Saver:
         if session.world.is_main:
             try:
                 config = session.method.saved_config(session.peft)
-                partial = checkpoint.write_partial(folder, tensors, config)
+                partial = adapter_file.write_partial(folder, tensors, config)
                 found = self._checked(partial, now, config)
             except PeftDistError as error:
                 problem = str(error)
@@ -69,7 +96,7 @@ class Saver:
             self._check_probe(found, {name: tensor.shape for name, tensor in now.items()})
             if partial is not None:
                 try:
-                    checkpoint.put_in_place(partial, folder)
+                    adapter_file.put_in_place(partial, folder)
                 except TrainingError as error:
                     problem = str(error)
             _agree(problem)
@@ -88,9 +115,8 @@ class Saver:
         self, folder: Path, now: dict[str, torch.Tensor], config: PeftConfig
     ) -> dict[str, torch.Tensor]:
         """Check a written folder; return the tensors of its file."""
-        moved = [name for name, tensor in now.items() if _hash(tensor) != self._start.get(name)]
-        found = checkpoint.check_file(folder, now, moved)
-        checkpoint.check_with_peft(folder, config, self._bare())
+        found = adapter_file.check_file(folder, now, self.moved(now))
+        adapter_file.check_with_peft(folder, config, self._bare())
         return found
 
     def _bare(self) -> PreTrainedModel:
@@ -121,7 +147,7 @@ class Saver:
         allowed = TOLERANCE[self.session.compute_dtype]
         equal = torch.allclose(after, before, atol=allowed, rtol=allowed)
         if not all(dist.gather_objects(equal)):
-            raise checkpoint.unsafe(
+            raise adapter_file.unsafe(
                 f"read back, it gives other losses ({float(after.mean()):.6g}) "
                 f"than the trained one ({float(before.mean()):.6g})"
             )

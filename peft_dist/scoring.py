@@ -3,7 +3,7 @@
 Changes no weight and no gradient; knows no schedule.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -90,23 +90,38 @@ def _first(rows: TokenizedRows, count: int | None) -> TokenizedRows:
     )
 
 
-def score(session: Session, held: HeldOut) -> Score:
-    """Score the rows. Collective."""
+class ScoringStopped(Exception):
+    """A process wanted the scoring to stop, and all have."""
+
+
+def score(
+    session: Session, held: HeldOut, *, wants_stop: Callable[[], bool] | None = None
+) -> Score:
+    """Score the rows. Collective.
+
+    Args:
+        session: The model.
+        held: The rows.
+        wants_stop: Asked before every micro-batch; may differ from process to process.
+
+    Raises:
+        ScoringStopped: On every process, where it said yes on any.
+    """
     was_training = session.model.training
     session.model.eval()
     try:
         with torch.no_grad(), session.autocast():
-            return _score(session, held)
+            return _score(session, held, wants_stop)
     finally:
         session.model.train(was_training)
 
 
-def _score(session: Session, held: HeldOut) -> Score:
+def _score(session: Session, held: HeldOut, wants_stop: Callable[[], bool] | None) -> Score:
     device = session.world.device
     choices = held.choices if held.single_token else ()
     choice_ids = torch.tensor(np.concatenate(choices), device=device) if choices else None
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # nll, correct rows
-    for ids, batch in _batches(session, held.rows):
+    for ids, batch in _batches(session, held.rows, wants_stop):
         losses = session.model(batch, choice_ids)
         if not len(ids):
             continue
@@ -116,7 +131,7 @@ def _score(session: Session, held: HeldOut) -> Score:
             totals[1] += (losses.choice_logits.argmax(dim=1) == truth).sum()
     nll, correct = dist.sum_over(totals).tolist()
     if held.truth is not None and held.choices and not held.single_token:
-        correct = _correct_by_likelihood(session, held)
+        correct = _correct_by_likelihood(session, held, wants_stop)
     return Score(
         loss=nll / int(held.rows.predicted_counts.sum()),
         accuracy=None if held.truth is None else correct / held.rows.n_rows,
@@ -124,7 +139,9 @@ def _score(session: Session, held: HeldOut) -> Score:
     )
 
 
-def _batches(session: Session, rows: TokenizedRows) -> Iterator[tuple[RowIds, Batch]]:
+def _batches(
+    session: Session, rows: TokenizedRows, wants_stop: Callable[[], bool] | None
+) -> Iterator[tuple[RowIds, Batch]]:
     groups = assign(
         np.arange(rows.n_rows),
         rows.lengths,
@@ -132,14 +149,18 @@ def _batches(session: Session, rows: TokenizedRows) -> Iterator[tuple[RowIds, Ba
         micro_batch_size=session.recipe.evaluate.micro_batch_size,
     )
     for ids in groups[session.world.rank]:
+        if wants_stop is not None and dist.any_of(wants_stop(), session.world.device):
+            raise ScoringStopped
         yield ids, session.pack(rows, ids).to(session.world.device)
 
 
-def _correct_by_likelihood(session: Session, held: HeldOut) -> float:
+def _correct_by_likelihood(
+    session: Session, held: HeldOut, wants_stop: Callable[[], bool] | None
+) -> float:
     """Count rows whose own choice has the highest likelihood, each choice scored as a row."""
     crossed = _every_choice(held)
     scores = torch.zeros(crossed.n_rows, dtype=torch.float64, device=session.world.device)
-    for ids, batch in _batches(session, crossed):
+    for ids, batch in _batches(session, crossed, wants_stop):
         losses = session.model(batch)
         if len(ids):
             rows = torch.from_numpy(ids).to(scores.device)[batch.target_rows]

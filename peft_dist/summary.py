@@ -7,16 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from peft_dist.progress import Progress
 from peft_dist.run_dir import RunDir
 from peft_dist.session import Session
-from peft_dist.trainer import Outcome
 
 Result = dict[str, Any]
 
 
 def make_result(
     session: Session,
-    outcome: Outcome,
+    progress: Progress,
     *,
     load_seconds: float,
     train_seconds: float,
@@ -43,13 +43,13 @@ def make_result(
         "peak_device_bytes_per_rank": [device for _, device in peaks],
         "load_seconds": load_seconds,
         "train_seconds": train_seconds,
-        "steps": outcome.steps,
-        "tokens": outcome.tokens,
-        "tokens_per_second": outcome.tokens / outcome.step_seconds,
-        "final_loss": outcome.final_loss,
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "tokens_per_second": progress.tokens / progress.step_seconds,
+        "final_loss": progress.final_loss,
         "eval": {
-            "first": None if outcome.first is None else asdict(outcome.first),
-            "last": None if outcome.last is None else asdict(outcome.last),
+            "first": None if progress.first is None else asdict(progress.first),
+            "last": None if progress.last is None else asdict(progress.last),
         },
     }
 

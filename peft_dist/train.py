@@ -1,142 +1,158 @@
 """One training process, from its command line to its exit code.
 
 `accelerate launch`, `torchrun` or plain `python` start it through `launch/train.py`, as many times
-as there are processes; it never starts others.
+as there are processes; it never starts others. What decides whether it may run at all comes first
+and needs no torch.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
-from peft_dist import checkpoint, dist, resources
+from peft_dist import stop
+from peft_dist.attempts import Attempt, end_for
 from peft_dist.config import Recipe, load_recipe
-from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
-from peft_dist.errors import LaunchError, RunDirError
-from peft_dist.memory import peak_device_bytes, peak_rss_bytes
-from peft_dist.model.source import find_base
-from peft_dist.run_dir import RunDir, write_text_atomic
-from peft_dist.saving import Saver
-from peft_dist.scoring import held_out
-from peft_dist.session import open_session
-from peft_dist.shard.launched import deepspeed_exports
-from peft_dist.summary import make_result, summary
-from peft_dist.tracking import Ledger, Terminal, Tracker
-from peft_dist.trainer import Trainer
+from peft_dist.crash_loop import verdict
+from peft_dist.errors import EXIT_DONE, RunDirError, TrainingError
+from peft_dist.run_dir import RunDir
 from peft_dist.worker import Place, run_worker
 
 
 def main(argv: list[str]) -> int:
-    """Train one recipe as one process of a world; return the exit code."""
+    """Train one recipe as one process of a world, or go on with it; return the exit code."""
+    stop_requests = stop.install()
     parser = argparse.ArgumentParser(prog="launch/train.py", description=main.__doc__)
     parser.add_argument("recipe", type=Path, help="recipe file, or that of a run directory")
     parser.add_argument("overrides", nargs="*", help="key=value, such as train.steps=10")
     parser.add_argument("--run-dir", type=Path, help="default: runs/NAME of the recipe file")
+    parser.add_argument("--fresh", action="store_true", help="set a run that is there aside")
+    parser.add_argument(
+        "--allow-changed",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="go on although this setting, or these rows or this model, have changed",
+    )
     parser.add_argument("--deepspeed", type=Path, metavar="FILE", help="DeepSpeed JSON file")
     parser.add_argument("--local_rank", help="ignored: the deepspeed launcher's own")
     options = parser.parse_intermixed_args(argv)
+    code = _verdict_of_this_launch(options)
+    if code is not None:
+        return code
+    return run_worker(lambda place: _train(options, place, stop_requests))
+
+
+def _run_of(options: argparse.Namespace) -> tuple[RunDir, bool]:
+    """Return the run to train, and whether `peft-dist` has prepared it for this very start."""
+    enclosing = RunDir.enclosing(options.recipe)
+    if enclosing is not None and not options.overrides and not options.run_dir:
+        return enclosing, True
+    # The recipe of an earlier run may be the start of another.
+    return RunDir((options.run_dir or Path("runs") / options.recipe.stem).absolute()), False
+
+
+def _is_restart() -> bool:
+    """Say whether torchrun starts the processes again, after one of them has ended early."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def _is_requeue() -> bool:
+    """Say whether Slurm starts the job again, by itself or because a user asked it to."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
+def _verdict_of_this_launch(options: argparse.Namespace) -> int | None:
+    """Return the exit code that this launch has come to already, if it has.
+
+    torchrun starts again whatever does not end with 0, be it told to stop or beyond help.
+    """
+    if not (_is_restart() or _is_requeue()):
+        return None
+    run, _ = _run_of(options)
+    if run.is_finished:
+        end_for(run.attempts, "done")  # its holder may have been killed just before it said so
+        return EXIT_DONE
+    found = run.verdict()
+    if found is not None:
+        return found.exit_code
+    return stop.interrupted_code() if _is_restart() and run.was_interrupted else None
+
+
+def _train(options: argparse.Namespace, place: Place, stop_requests: stop.StopRequests) -> None:
+    zero_s = time.monotonic() - process_age_s()
+    recipe = load_recipe(options.recipe, options.overrides)
+    if place.rank == 0:
+        _take(options, recipe, place, stop_requests)
+    # Only now, for it takes seconds: torch, transformers and all that stands on them.
+    from peft_dist.fine_tune import fine_tune
+    from peft_dist.shard.launched import deepspeed_exports
+
     if options.deepspeed is not None:
         os.environ.update(deepspeed_exports(options.deepspeed))
-    return run_worker(lambda world, place: _train(options, world, place))
+    fine_tune(
+        recipe,
+        place,
+        stop_requests,
+        logs=_run_of(options)[0].logs,
+        zero_s=zero_s,
+        allow_changed=options.allow_changed,
+    )
 
 
-def _train(options: argparse.Namespace, world: dist.World, place: Place) -> None:
-    started = time.monotonic()
-    recipe = load_recipe(options.recipe, options.overrides)
-    _require_trackers(recipe)
-    place.run_dir = _prepared_run(options)
-    if world.is_main and place.run_dir is None:
-        chosen = options.run_dir or Path("runs") / options.recipe.stem
-        place.run_dir = RunDir.create(chosen, recipe, command=sys.argv)
-    # What can take minutes comes before the process group, whose collectives would not wait.
-    cache = resources.cache_dir()
-    rows = tokenize_rows(recipe, "train", cache / "rows")
-    held = None
-    if recipe.data.eval is not None:
-        held = held_out(recipe, tokenize_rows(recipe, "eval", cache / "rows"))
-    source = find_base(recipe, cache)
-
-    dist.start(world)
-    path = dist.broadcast_object("" if place.run_dir is None else str(place.run_dir.path))
-    place.run_dir = run = RunDir.open(path)
-    session = open_session(recipe, world, source, label_names=rows.label_names)
-    for some in (rows, *([] if held is None else [held.rows])):
-        session.check_lengths(some)
-    load_seconds = time.monotonic() - started
-
-    saver = Saver(session, rows)
-
-    def save_copy(step: int) -> None:
-        saver.save(run.checkpoint(step))
-        if world.is_main:
-            checkpoint.keep_newest(run.checkpoints, recipe.checkpoint.keep_last)
-
-    trainer = Trainer(session, rows, held, save=save_copy)
-    if world.is_main:
-        _report_rows(rows)
-        trainer.trackers = _trackers(run, recipe, trainer.plan.total_steps)
-    outcome = trainer.run()
-    train_seconds = time.monotonic() - started - load_seconds
-    session.check_integrity()
-    saver.save(run.adapter)
-    peaks = dist.gather_objects((peak_rss_bytes(), peak_device_bytes(world.device)))
-    for tracker in trainer.trackers:
-        tracker.close()
-    if world.is_main:
-        result = make_result(
-            session, outcome, load_seconds=load_seconds, train_seconds=train_seconds, peaks=peaks
-        )
-        write_text_atomic(run.result, json.dumps(result, indent=2) + "\n")
-        print(summary(result, run, base=recipe.model.name), flush=True)
-
-
-def _prepared_run(options: argparse.Namespace) -> RunDir | None:
-    """Return the run directory that `peft-dist train` made for this very start, if one did.
+def _take(
+    options: argparse.Namespace,
+    recipe: Recipe,
+    place: Place,
+    stop_requests: stop.StopRequests,
+) -> None:
+    """Take the run directory for this attempt, as rank 0.
 
     Raises:
-        RunDirError: Where that run has trained already.
+        RunDirError: Where another process holds it, or it has finished, or learns otherwise.
+        TrainingError: Where starting again cannot help.
     """
-    run = RunDir.enclosing(options.recipe)
-    if run is None or options.overrides or options.run_dir:
-        return None  # the recipe of an earlier run may be the start of another
-    if run.has_started:
+    run, prepared = _run_of(options)
+    if not prepared:
+        run = RunDir.claim(
+            run.path,
+            recipe,
+            command=sys.argv,
+            fresh=options.fresh and not _is_restart(),
+            allow_changed=options.allow_changed,
+        )
+    elif run.is_finished:
         raise RunDirError(
-            "holds a run that has trained already",
+            "holds a run that has finished",
             where=str(run.path),
             remedy="name another folder with --run-dir",
         )
-    return run
+    # A person who starts again after a verdict has done something about it.
+    after_verdict = run.verdict() is not None
+    attempt = Attempt.begin(run.attempts, after_verdict=after_verdict)
+    place.run_dir, place.attempt, place.attempt_number = run, attempt, attempt.number
+    stop_requests.on_setup_stop = lambda name: _stopped_in_setup(attempt, name)
+    run.remove_leftovers()
+    if after_verdict:
+        run.failure.unlink(missing_ok=True)
+    problem = verdict(run.attempts, run.newest_step())
+    if problem is not None:
+        raise TrainingError(problem, where=str(run.path), remedy="start again once that is mended")
 
 
-def _require_trackers(recipe: Recipe) -> None:
-    """Refuse a tracker that is not installed, on every process and before anything is loaded."""
-    if recipe.tracking.wandb.mode != "disabled" and find_spec("wandb") is None:
-        raise LaunchError(
-            "wandb is not installed",
-            where="tracking.wandb.mode",
-            remedy="pip install 'peft-dist[wandb]', or mode: disabled",
-        )
+def _stopped_in_setup(attempt: Attempt, signal_name: str) -> None:
+    # torchrun sends SIGTERM to the other processes of one that has crashed, and then starts all of
+    # them again: no stop. Of a real one `peft-dist`, which was told as well, leaves word.
+    if signal_name != "SIGTERM" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        attempt.end("interrupted", signal=signal_name)
 
 
-def _report_rows(rows: TokenizedRows) -> None:
-    """Say what was left out of the training rows: a smaller data set is no secret."""
-    for report in rows.bad_rows:
-        print(f"left out {report}")
-    if rows.truncated_rows or rows.dropped_rows:
-        print(
-            f"rows: {rows.n_rows} kept, {rows.truncated_rows} of them cut to data.max_length, "
-            f"{rows.dropped_rows} left out with nothing to train",
-            flush=True,
-        )
-
-
-def _trackers(run: RunDir, recipe: Recipe, total_steps: int) -> list[Tracker]:
-    trackers: list[Tracker] = [Ledger(run.ledger), Terminal(total_steps)]
-    if recipe.tracking.wandb.mode != "disabled":
-        from peft_dist.tracking.wandb import WandbTracker
-
-        trackers.append(WandbTracker(recipe, run.path))
-    return trackers
+def process_age_s() -> float:
+    """Return the seconds since this process was started, its interpreter's start among them."""
+    try:
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0

@@ -5,50 +5,25 @@ Knows no file format, no engine by name and no command line.
 
 import math
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
-from peft_dist.config.derived import peak_learning_rate
-from peft_dist.config.recipe import Train
+from peft_dist import dist
+from peft_dist.config.derived import learning_rate, peak_learning_rate
 from peft_dist.data.order import RowIds, StepPlan, assign
 from peft_dist.data.tokenize import TokenizedRows
-from peft_dist.errors import TrainingError
+from peft_dist.errors import Interrupted, TrainingError
+from peft_dist.figures import Figures, FiguresReader
+from peft_dist.keeper import Keeper
 from peft_dist.memory import peak_memory_bytes
-from peft_dist.scoring import HeldOut, Score, score
+from peft_dist.progress import Alone, Progress, Surroundings
+from peft_dist.scoring import HeldOut, ScoringStopped, score
 from peft_dist.session import Session
+from peft_dist.shard.engine import RIDERS
+from peft_dist.shard.optimizer import AdapterOptimizer
 from peft_dist.tracking import Record, Tracker
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a finished training leaves besides the adapter."""
-
-    first: Score | None
-    last: Score | None
-    steps: int
-    final_loss: float
-    tokens: int
-    step_seconds: float
-    """Time spent in steps, evaluations and saves left out."""
-
-
-def learning_rate(train: Train, step: int, total_steps: int, *, peak: float) -> float:
-    """Return the learning rate of a step, which counts from 1.
-
-    Rises linearly over the warm-up, so that the first step is not wasted on a rate of zero, then
-    decays as the recipe says; the rate after the last step would be zero.
-    """
-    warmup = round(train.warmup_fraction * total_steps)
-    if step <= warmup:
-        return peak * step / warmup
-    if train.schedule == "constant":
-        return peak
-    progress = (step - 1 - warmup) / max(1, total_steps - warmup)
-    left = 1.0 - progress if train.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return peak * left
 
 
 def make_optimizer(session: Session) -> torch.optim.AdamW:
@@ -78,7 +53,8 @@ class Trainer:
         rows: TokenizedRows,
         held: HeldOut | None,
         *,
-        save: Callable[[int], None],
+        keeper: Keeper | None = None,
+        surroundings: Surroundings | None = None,
     ) -> None:
         """Prepare; nothing runs yet.
 
@@ -86,47 +62,57 @@ class Trainer:
             session: The loaded model.
             rows: Training rows.
             held: Held-out rows, if any.
-            save: Keeps a copy of the adapter after a step; called on every rank.
+            keeper: Makes checkpoints. Default: none are made.
+            surroundings: The process it runs in. Default: one that is never asked to stop.
         """
         self.session, self.rows, self.held = session, rows, held
         self.recipe, self.world = session.recipe, session.world
-        self.save = save
+        self.keeper = keeper
+        self.surroundings = surroundings or Alone()
         self.trackers: list[Tracker] = []
         """Views of the run; stays empty on every rank but 0."""
         self.plan = StepPlan.of(self.recipe.train, rows.lengths)
         self.peak_rate = peak_learning_rate(self.recipe)
-        self.optimizer = session.engine.share_optimizer(make_optimizer(session))
-        # A GPU's figures are read one step late, so that the host never waits for the device.
-        self._read_late = self.world.device.type == "cuda"
-        self._unread: deque[tuple[Record, torch.Tensor, torch.cuda.Event | None]] = deque()
+        self.optimizer: AdapterOptimizer = session.engine.share_optimizer(make_optimizer(session))
+        self.progress = Progress()
+        self._reader = FiguresReader(self.world.device)
+        self._stop = self._save_due = self._give_up = False
+        self._saved_at, self._saved_step = time.monotonic(), -1
         self._mark = time.monotonic()
-        self._step_seconds, self._tokens, self._final_loss = 0.0, 0, math.nan
 
-    def run(self) -> Outcome:
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint of the keeper's. Collective."""
+        assert self.keeper is not None
+        self.progress = Progress.of(self.keeper.load(checkpoint, self.optimizer))
+        self._saved_step = self.progress.step
+
+    def run(self) -> Progress:
         """Train to the end. Collective.
 
         Raises:
-            TrainingError: For a loss or gradient that is not finite, or a full disk.
+            Interrupted: Where a process was asked to stop; a checkpoint was made.
+            TrainingError: For losses or gradients that are not finite, and checkpoints that cannot
+                be written.
         """
-        recipe, total = self.recipe, self.plan.total_steps
-        first = last = self._evaluate(0)
+        total, first = self.plan.total_steps, self.progress.step + 1
         self.session.model.train()
-        self._mark = time.monotonic()
-        for step, _, ids in self.plan.steps():
-            self._step(step, total, ids)
-            if step == 1:
+        self._mark = self._saved_at = time.monotonic()
+        self._after(self.progress.step)  # an evaluation may be due, before the first step or after
+        plan = self.plan.steps(step=self.progress.step, cursor=self.progress.cursor)
+        for step, cursor, ids in plan:
+            self.surroundings.phase("step", step)
+            self._step(step, total, ids, cursor)
+            if step == first:
                 self.session.check_adapters_agree()
-            if recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0:
-                self._settle()
-                self._off_the_clock(lambda step=step: self.save(step))
-            every = recipe.evaluate.every_steps
-            if step == total or (every and step % every == 0):
-                self._settle()
-                last = self._off_the_clock(lambda step=step: self._evaluate(step))
+            self._after(step)
         self._settle()
-        return Outcome(first, last, total, self._final_loss, self._tokens, self._step_seconds)
+        if self.keeper is not None:
+            self.surroundings.phase("save", total)
+            self.keeper.wait()
+            self._tell_saves()
+        return self.progress
 
-    def _step(self, step: int, total: int, ids: RowIds) -> None:
+    def _step(self, step: int, total: int, ids: RowIds, cursor: int) -> None:
         """Train on the rows of one step and update the adapter once."""
         engine, device = self.session.engine, self.world.device
         groups = assign(
@@ -140,7 +126,7 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float32, device=device)
         for index, micro in enumerate(groups):
             batch = self.session.pack(self.rows, micro)
-            if self._read_late:
+            if self._reader.is_late:
                 batch = batch.pin_memory()
             batch = batch.to(device)
             self._seed_dropout(step, index)
@@ -148,22 +134,93 @@ class Trainer:
                 nll_sum = self.session.model(batch).nll.sum()
             (nll_sum / predictions).backward()
             loss += nll_sum.detach()
-        loss = engine.reduce(loss)
+        # What the processes want to tell each other travels with the gradients.
+        riders = torch.zeros(RIDERS, device=device)
+        riders[0] = loss
+        for index, wanted in enumerate(self._told(), start=1):
+            if wanted:  # a fill on the device, where a copy to it would wait for it
+                riders[index] = 1.0
+        summed = engine.reduce(riders)
         norm = engine.clip(self.recipe.train.max_grad_norm)
+        figures = torch.stack([summed[0] / predictions, norm.float(), *summed[1:]])
         rate = learning_rate(self.recipe.train, step, total, peak=self.peak_rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["rate_factor"]
+        self.optimizer.step(torch.isfinite(figures[:2]).all())
+        engine.zero_gradients()
+        self.progress.step, self.progress.cursor = step, cursor
         record: Record = {
             "event": "step",
             "step": step,
             "lr": rate,
             "rows": len(ids),
+            "cursor": cursor,
             "tokens": int(self.rows.lengths[ids].sum()),
         }
-        self._read(record, torch.stack([loss / predictions, norm.float()]))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["rate_factor"]
-        self.optimizer.step()
-        engine.zero_gradients()
-        self._publish(keep=1 if self._read_late else 0)
+        self._reader.put(record, figures)
+        self._publish(keep=1 if self._reader.is_late else 0)
+
+    def _told(self) -> tuple[bool, bool, bool]:
+        """Return what this process has to tell the others at the end of a step."""
+        save = give_up = False
+        if self.keeper is not None and self.world.is_main:
+            settings = self.recipe.checkpoint
+            since = time.monotonic() - self._saved_at
+            due = settings.every_seconds is not None and since >= settings.every_seconds
+            save = due and not self.keeper.busy
+            give_up = self.keeper.failed_in_a_row >= settings.max_failed_saves
+        return self.surroundings.stop_requested(), save, give_up
+
+    def _after(self, step: int) -> None:
+        """Do what is due between two steps: an evaluation, a checkpoint, stopping."""
+        evaluate, save = self.recipe.evaluate.every_steps, self.recipe.checkpoint.every_steps
+        total = self.plan.total_steps
+        evaluate_due = self.progress.evaluated != step and (
+            step in (0, total) or bool(evaluate and step % evaluate == 0)
+        )
+        save_due = self._saved_step != step and bool(step and save and step % save == 0)
+        if evaluate_due or save_due or self._save_due or self._stop:
+            self._settle()
+        self._tell_saves()
+        if self._give_up:
+            raise TrainingError(
+                f"{self.recipe.checkpoint.max_failed_saves} checkpoints in a row could not be "
+                f"written, the last one before step {step}",
+                where="checkpoint.max_failed_saves",
+                remedy="free space; the last checkpoint that was written is whole",
+            )
+        if evaluate_due and not self._stop:
+            self._evaluate(step)
+        if self._stop:
+            if step:
+                self._save(step)
+            raise Interrupted(f"stopped after step {step} of {total}")
+        if save_due or self._save_due:
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        """Make a checkpoint, where there is none of this step yet. Collective."""
+        self._save_due = False
+        if self.keeper is None:
+            return
+        started = time.monotonic()
+        self.surroundings.phase("save", step)
+        if self._saved_step != step:
+            self.keeper.take(asdict(self.progress), self.optimizer)
+            self._saved_step = step
+            stall = time.monotonic() - started
+            self.tell({"event": "checkpoint", "step": step, "stall_s": stall})
+        if self._stop:
+            self.keeper.wait()
+            self._tell_saves()
+            # All end together: torchrun kills within 30 s what outlives the first that ends.
+            dist.barrier()
+        self._mark = self._saved_at = time.monotonic()
+
+    def _tell_saves(self) -> None:
+        """Record what became of the checkpoints that were being written."""
+        for record in [] if self.keeper is None else self.keeper.results():
+            self.tell(record)
 
     def _seed_dropout(self, step: int, index: int) -> None:
         """Make dropout a function of (seed, step, micro-batch), so that any restart repeats it.
@@ -173,84 +230,102 @@ class Trainer:
         place = index * self.world.size + self.world.rank
         torch.manual_seed(hash((self.recipe.train.seed, step, place)) & (2**63 - 1))
 
-    def _read(self, record: Record, figures: torch.Tensor) -> None:
-        """Take a step's [loss, gradient norm]; on a CPU look at them before the update."""
-        if not self._read_late:
-            self._check(record, figures)
-            self._unread.append((record, figures, None))
-            return
-        host = torch.empty(2, pin_memory=True)
-        host.copy_(figures, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._unread.append((record, host, event))
-
-    def _check(self, record: Record, figures: torch.Tensor) -> None:
-        if not bool(torch.isfinite(figures).all()):
-            loss, norm = figures.tolist()
-            raise TrainingError(
-                f"loss {loss:g}, gradient norm {norm:g} at step {record['step']}",
-                where="train",
-                remedy="lower train.learning_rate, or look at the rows; no adapter was written "
-                "after this step",
-            )
-
     def _publish(self, *, keep: int) -> None:
-        """Write the records of all but the last `keep` steps."""
-        while len(self._unread) > keep:
-            record, figures, event = self._unread.popleft()
-            if event is not None:
-                event.synchronize()
-                self._check(record, figures)
+        """Write the records of all but the last `keep` steps, and hear what was told in them."""
+        for record, figures in self._reader.take(keep=keep):
             now = time.monotonic()
-            seconds = now - self._mark
-            self._mark = now
-            loss, norm = figures.tolist()
-            self._step_seconds += seconds
-            self._tokens += record["tokens"]
-            self._final_loss = loss
-            self._tell(
+            seconds, self._mark = now - self._mark, now
+            self._stop |= figures.stop > 0
+            self._save_due |= figures.save > 0
+            self._give_up |= figures.give_up > 0
+            if not (math.isfinite(figures.loss) and math.isfinite(figures.norm)):
+                self._not_finite(record, figures)
+                continue
+            self.progress.skipped_in_a_row = 0
+            self.progress.step_seconds += seconds
+            self.progress.tokens += record["tokens"]
+            self.progress.final_loss = figures.loss
+            self.tell(
                 record
                 | {
-                    "loss": loss,
-                    "grad_norm": norm,
+                    "loss": figures.loss,
+                    "grad_norm": figures.norm,
                     "tokens_per_s": record["tokens"] / seconds,
                     "peak_memory_bytes": peak_memory_bytes(self.world.device),
                 }
             )
 
+    def _not_finite(self, record: Record, figures: Figures) -> None:
+        """Deal with a step that has left the adapter as it was. Collective under `rollback`.
+
+        Raises:
+            TrainingError: Where the recipe says so, or too many have come in a row.
+        """
+        train, step = self.recipe.train, record["step"]
+        reason = f"loss {figures.loss:g}, gradient norm {figures.norm:g} at step {step}"
+        self.progress.skipped_in_a_row += 1
+        if train.non_finite == "stop" or self.progress.skipped_in_a_row > train.max_skipped_steps:
+            in_a_row = self.progress.skipped_in_a_row
+            raise TrainingError(
+                reason + (f", not finite {in_a_row} times in a row" if in_a_row > 1 else ""),
+                where="train.non_finite",
+                remedy="lower train.learning_rate, or look at the rows; the adapter of the last "
+                "checkpoint is sound",
+            )
+        event = {"skip": "skipped", "rollback": "rollback"}[train.non_finite]
+        told = {name: record[name] for name in ("step", "rows", "cursor", "tokens")}
+        if train.non_finite == "rollback":
+            newest = None if self.keeper is None else self.keeper.newest()
+            if self.keeper is None or newest is None:
+                raise TrainingError(
+                    f"{reason}, and there is no checkpoint to roll back to",
+                    where="train.non_finite",
+                    remedy="set checkpoint.every_steps, or non_finite: skip",
+                )
+            told["back_to"] = self.keeper.load(newest, self.optimizer)["step"]
+        self.tell({"event": event, "reason": reason, **told})
+
     def _settle(self) -> None:
         """Bring every record up to date, before anything is saved or scored."""
         self._publish(keep=0)
 
-    def _off_the_clock(self, work: Callable[[], Score | None]) -> Score | None:
-        result = work()
-        self._mark = time.monotonic()
-        return result
-
-    def _evaluate(self, step: int) -> Score | None:
+    def _evaluate(self, step: int) -> None:
+        """Score the held-out rows; leaves the step unevaluated where it is asked to stop."""
+        self.progress.evaluated = step
         if self.held is None:
-            return None
+            return
         started = time.monotonic()
-        result = score(self.session, self.held)
+
+        def wants_stop() -> bool:
+            self.surroundings.phase("evaluation", step)
+            return self.surroundings.stop_requested()
+
+        try:
+            result = score(self.session, self.held, wants_stop=wants_stop)
+        except ScoringStopped:
+            self.progress.evaluated, self._stop = -1, True
+            return
         if not math.isfinite(result.loss):
             raise TrainingError(
                 f"held-out loss {result.loss} after step {step}",
                 where="evaluate",
                 remedy="look at the model's weights and the held-out rows",
             )
-        self._tell(
+        self.progress.last = result
+        if step == 0:
+            self.progress.first = result
+        self._mark = time.monotonic()
+        self.tell(
             {
                 "event": "evaluation",
                 "step": step,
                 "eval_loss": result.loss,
                 "eval_accuracy": result.accuracy,
-                "eval_seconds": time.monotonic() - started,
+                "eval_seconds": self._mark - started,
             }
         )
-        return result
 
-    def _tell(self, record: Record) -> None:
-        record["time"] = time.time()
+    def tell(self, record: Record) -> None:
+        """Pass a record on to every tracker."""
         for tracker in self.trackers:
             tracker.write(record)

@@ -1,6 +1,6 @@
 """How one data-plane process starts and ends: quiet libraries, one-line errors, an exit code.
 
-Does no work of its own.
+Does no work of its own, and imports torch no sooner than the work does.
 """
 
 import logging
@@ -12,74 +12,143 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-import torch
-
-from peft_dist import dist
+from peft_dist import output
+from peft_dist.attempts import Attempt
+from peft_dist.crash_loop import note_crash, out_of_memory_again
 from peft_dist.errors import (
     ERROR_PREFIX,
-    EXIT_FAILED,
+    EXIT_CRASHED,
+    EXIT_DONE,
+    Interrupted,
     PeftDistError,
     RunDirError,
+    Superseded,
     TrainingError,
 )
+from peft_dist.output import say
 from peft_dist.run_dir import RunDir
+from peft_dist.stop import interrupted_code
 
 
 @dataclass
 class Place:
-    """Where the process writes, once that is known."""
+    """What the end of a process has to know of it."""
 
+    rank: int = 0
+    size: int = 1
     run_dir: RunDir | None = None
+    """Where it writes, once that is known."""
+    attempt: Attempt | None = None
+    """The lease of the run; rank 0's."""
+    attempt_number: int = 0
+    """Which attempt this is, once rank 0 has told."""
+    step: int | None = None
+    """The step it is at, once it trains."""
+
+    @classmethod
+    def of_environment(cls) -> "Place":
+        """Return the place a launcher gave; whether it makes sense is checked with the world."""
+        rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+        return cls(int(rank) if rank.isdecimal() else 0, int(size) if size.isdecimal() else 1)
+
+    def note_crash(self, kind: str, error: str) -> None:
+        """Leave word of why this process ends, for the attempt after it."""
+        if self.run_dir is not None and self.attempt_number:
+            note_crash(
+                self.run_dir.attempts,
+                self.attempt_number,
+                rank=self.rank,
+                kind=kind,
+                step=self.step,
+                error=error,
+            )
 
 
-def run_worker(work: Callable[[dist.World, Place], None]) -> int:
+def run_worker(work: Callable[[Place], None]) -> int:
     """Run the work of one process; return its exit code.
 
-    A user's fault becomes one line on rank 0's standard error, and `failure.json` for the process
-    that launched this one. With several processes this does not return: the interpreter's own
-    teardown can abort while gloo's threads still run, or wait minutes for a lost peer.
+    A fault that a person must mend becomes one line on rank 0's standard error, and `failure.json`
+    for whoever launched this one. With several processes this does not return: the interpreter's
+    own teardown can abort while gloo's threads still run, or wait minutes for a lost peer.
     """
     os.umask(0o077)
     logging.basicConfig(format="peft-dist: %(levelname)s: %(message)s", level=logging.WARNING)
     _quieten_libraries()
-    place, world = Place(), None
+    place = Place.of_environment()
     try:
-        world = dist.read_world()
-        work(world, place)
-        dist.stop()
-        code = 0
+        work(place)
+        code = EXIT_DONE
+    except Interrupted as error:
+        code = _interrupted(error, place)
     except PeftDistError as error:
-        code = _report(error, world, place)
-    except torch.OutOfMemoryError as error:
-        code = _report(_out_of_memory(error), world, place)
+        code = _report(error, place)
     except BaseException as error:
         # Whatever it is, the interpreter's own way out is not to be trusted (see above).
-        code = 130 if isinstance(error, KeyboardInterrupt) else EXIT_FAILED
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if world is not None and world.size > 1:
+        code = _crashed(error, place)
+    output.flush()
+    if place.size > 1:
         os._exit(code)
     return code
 
 
-def _report(error: PeftDistError, world: dist.World | None, place: Place) -> int:
-    """Say a user's fault in one line: on rank 0, and where rank 0 may not share it."""
-    if world is None or world.is_main:
-        print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
+def _interrupted(error: Interrupted, place: Place) -> int:
+    if place.rank == 0:
+        say(f"peft-dist: {error}; the same command goes on", sys.stderr)
+    if place.attempt is not None:
+        place.attempt.end("interrupted", step=place.step)
+    return interrupted_code()
+
+
+def _report(error: PeftDistError, place: Place) -> int:
+    if place.rank == 0:
+        say(f"{ERROR_PREFIX}{error}", sys.stderr)
     elif place.run_dir is None:
-        print(f"{ERROR_PREFIX}rank {world.rank}: {error}", file=sys.stderr)
-    if place.run_dir is not None:
+        say(f"{ERROR_PREFIX}rank {place.rank}: {error}", sys.stderr)
+    if place.run_dir is not None and not isinstance(error, Superseded):
         with suppress(RunDirError):  # a full disk is often the very fault
             place.run_dir.record_failure(error)
+    if place.attempt is not None:
+        place.attempt.end("failed", exit_code=error.exit_code, error=str(error))
     return error.exit_code
 
 
-def _out_of_memory(error: torch.OutOfMemoryError) -> TrainingError:
-    return TrainingError(
-        f"out of GPU memory ({str(error).split('. ')[0]})",
-        where="train.micro_batch_size",
-        remedy="lower it, or set train.activation_checkpointing: true",
+def _crashed(error: BaseException, place: Place) -> int:
+    """Say why, in one line where that is known; the run can go on from its last checkpoint."""
+    text = " ".join(str(error).split())
+    if _is_out_of_memory(error):
+        at = "" if place.step is None else f" at step {place.step}"
+        line = (
+            f"train.micro_batch_size: rank {place.rank} is out of memory{at} "
+            f"({text.split('. ')[0]}); lower it, or set train.activation_checkpointing: true"
+        )
+        say(f"peft-dist: {line}", sys.stderr)
+        place.note_crash("oom", line)
+        again = _out_of_memory_again(place)
+        return EXIT_CRASHED if again is None else _report(again, place)
+    say("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
+    # Of a group that has lost a process all others fail in their next exchange: not the cause.
+    lost_peer = any(word in text for word in ("Connection closed by peer", "Connection reset"))
+    place.note_crash("lost peer" if lost_peer else "error", f"{type(error).__name__}: {text}")
+    return 130 if isinstance(error, KeyboardInterrupt) else EXIT_CRASHED
+
+
+def _out_of_memory_again(place: Place) -> TrainingError | None:
+    if place.run_dir is None:
+        return None
+    with suppress(OSError):  # then the next attempt finds out
+        problem = out_of_memory_again(place.run_dir.attempts)
+        if problem is not None:
+            where = str(place.run_dir.path)
+            return TrainingError(problem, where=where, remedy="start again once that is mended")
+    return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    told = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, which may not be imported yet
+        or any(line in str(error) for line in told)
     )
 
 

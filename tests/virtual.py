@@ -51,7 +51,7 @@ def opened(recipe: Recipe, world: World) -> tuple[Session, TokenizedRows]:
 
 def trained(session: Session, rows: TokenizedRows) -> None:
     """Train as the recipe says."""
-    Trainer(session, rows, None, save=lambda step: None).run()
+    Trainer(session, rows, None).run()
 
 
 def gradient(session: Session, rows: TokenizedRows) -> torch.Tensor:

@@ -83,6 +83,12 @@ class Train(Section):
     """Clip the global gradient norm to this. 0: off."""
     activation_checkpointing: bool = False
     """Recompute each block in backward: less memory, about a third more time."""
+    non_finite: Literal["skip", "rollback", "stop"] = "skip"
+    """What happens where loss or gradient is not finite; the adapter is never updated with it.
+    skip: leave the step out. rollback: go back to the newest checkpoint's adapter, and on with the
+    rows after the step. stop: end the run."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 10
+    """Steps in a row that may be skipped or rolled back before the run ends."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of adapter initialisation, row order and dropout."""
 
@@ -126,6 +132,8 @@ class Parallel(Section):
     """Processes in all. Default: what the launcher says, else one per GPU, else 1."""
     shard_size: PositiveInt | None = None
     """Processes per shard group, hsdp only. Default: the processes of one node."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """Times the launcher starts all processes again in place after one has crashed."""
     offload: Literal["none", "cpu"] = "none"
     """Where this process's part of the base waits while it is not needed: on the device, or in
     host memory (fsdp, hsdp and zero3)."""
@@ -152,12 +160,35 @@ class Parallel(Section):
 
 
 class Checkpoint(Section):
-    """Copies of the adapter kept during training."""
+    """What an interrupted run goes on from: adapter, optimizer and place in the rows."""
 
     every_steps: PositiveInt | None = None
-    """Steps between copies. Off: only the final adapter."""
+    """Steps between checkpoints. Off: as `every_seconds` says."""
+    every_seconds: PositiveFloat | None = 600.0
+    """Seconds after which the next step is followed by a checkpoint, besides `every_steps`.
+    null: off. A run that is told to stop always makes one."""
     keep_last: PositiveInt = 2
-    """Newest copies to keep."""
+    """Newest checkpoints to keep."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints with the lowest held-out loss to keep besides, of those made right after an
+    evaluation."""
+    background: bool = True
+    """Write while training goes on; the steps wait for the copy to host memory alone."""
+    max_failed_saves: PositiveInt = 3
+    """Checkpoints in a row that cannot be written before the run ends."""
+
+
+class Watchdog(Section):
+    """How long a phase may take before the process is taken to hang, and ends to be restarted."""
+
+    min_s: PositiveFloat = 300.0
+    """Seconds for a step, or five times its 99th percentile where that is more."""
+    setup_s: PositiveFloat = 3600.0
+    """Seconds for everything before the first step, and for that."""
+    evaluation_s: PositiveFloat = 900.0
+    """Seconds for a micro-batch of an evaluation."""
+    save_s: PositiveFloat = 900.0
+    """Seconds that the steps may wait for a checkpoint, or for the final adapter."""
 
 
 class Wandb(Section):
@@ -196,7 +227,9 @@ class Recipe(Section):
     parallel: Parallel = Parallel()
     """How processes share the work."""
     checkpoint: Checkpoint = Checkpoint()
-    """Copies of the adapter kept during training."""
+    """What an interrupted run goes on from."""
+    watchdog: Watchdog = Watchdog()
+    """When a process is taken to hang."""
     tracking: Tracking = Tracking()
     """Where progress is shown."""
 

@@ -19,6 +19,7 @@ def worker_command(
     *,
     python: str = sys.executable,
     root: Path | None = None,
+    max_restarts: int = 0,
 ) -> list[str]:
     """Return the argv that starts `placement.processes` workers.
 
@@ -28,6 +29,7 @@ def worker_command(
         arguments: What every worker gets: the run's own recipe, or the run directory.
         python: The interpreter whose packages the workers use.
         root: Folder that holds `launch/`. Default: this installation's.
+        max_restarts: How often torchrun starts all workers again, in place, after one crashed.
     """
     launch = (root or resources.root()) / "launch"
     command = [
@@ -46,6 +48,8 @@ def worker_command(
             "--parallelism_config_dp_shard_size",
             str(placement.shard_size),
         ]
+    if max_restarts:
+        command += ["--max_restarts", str(max_restarts)]
     return [*command, str(launch / script), *arguments]
 
 

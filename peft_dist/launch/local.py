@@ -10,20 +10,24 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from peft_dist.errors import LaunchError
+from peft_dist.stop import LAUNCH_MARK
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SURVIVOR_GRACE_S = 5.0
-"""How long workers that outlived their launcher may take to end before they are killed."""
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+RESCAN_S = 0.2
+"""How often the launcher is looked at, and after a signal its workers."""
+SURVIVOR_GRACE_S = 30.0
+"""How long workers that outlived their launcher may take to save and end before they are killed."""
+KILL_WAIT_S = 5.0
+"""How long killed processes may take to go; one in a dead file system never does."""
 
-_MARK = "PEFT_DIST_LAUNCH"
-"""Tells our workers from all other processes, also after their launcher was killed: torchrun gives
-each worker a session of its own, so the launcher's process group does not hold them."""
+# The mark also finds workers whose launcher was killed: torchrun gives each its own session, so
+# the launcher's process group does not hold them.
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,10 @@ class Ended:
 def run_launcher(
     command: Sequence[str], *, environment: Mapping[str, str], error_log: Path
 ) -> Ended:
-    """Run a command to its end with standard error in a file, forwarding signals to its group.
+    """Run a command to its end with standard error in a file, passing signals on to its workers.
 
-    The first signal asks the launcher to stop its workers; a second one kills everything.
+    They save and end in their own time. The launcher itself is only asked to stop while it has no
+    workers: torchrun would kill those that need more than 30 s. A second SIGINT kills everything.
 
     Args:
         command: The argv.
@@ -52,30 +57,24 @@ def run_launcher(
         LaunchError: Where the command cannot be started.
     """
     mark = uuid.uuid4().hex
-    try:
-        with error_log.open("ab") as errors:
-            process = subprocess.Popen(
-                list(command),
-                env={**os.environ, **environment, _MARK: mark},
-                stdin=subprocess.DEVNULL,
-                stderr=errors,
-                start_new_session=True,
-                umask=0o077,
-            )
-    except OSError as error:
-        raise LaunchError(f"cannot be started: {error}", where=command[0]) from error
     received: list[int] = []
-
-    def forward(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number if len(received) == 1 else signal.SIGKILL)
-
-    try:
-        with _handled(forward):
-            code = process.wait()
-    finally:
-        _end_survivors(mark)
+    with _handled(lambda number, _frame: received.append(number)):
+        try:
+            with error_log.open("ab") as errors:
+                process = subprocess.Popen(
+                    list(command),
+                    env={**os.environ, **environment, LAUNCH_MARK: mark},
+                    stdin=subprocess.DEVNULL,
+                    stderr=errors,
+                    start_new_session=True,
+                    umask=0o077,
+                )
+        except OSError as error:
+            raise LaunchError(f"cannot be started: {error}", where=command[0]) from error
+        try:
+            code = _supervise(process, mark, received)
+        finally:
+            _end_survivors(mark, received)
     if received:
         return Ended(128 + received[0], signal.Signals(received[0]).name)
     return Ended(code if code >= 0 else 128 - code)
@@ -91,42 +90,102 @@ def run_tool(command: Sequence[str], *, environment: Mapping[str, str]) -> int:
 
 
 @contextlib.contextmanager
-def _handled(handler: object) -> Iterator[None]:
-    previous = {number: signal.getsignal(number) for number in FORWARDED}
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    previous = {number: signal.getsignal(number) for number in PASSED_ON}
+    if previous[signal.SIGHUP] == signal.SIG_IGN:
+        del previous[signal.SIGHUP]  # nohup
     try:
-        for number in FORWARDED:
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        for number in previous:
+            signal.signal(number, handler)
         yield
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
 
 
-def _end_survivors(mark: str) -> None:
+def _supervise(process: subprocess.Popen[bytes], mark: str, received: Sequence[int]) -> int:
+    """Wait for the launcher, passing on what we receive; return its exit code."""
+    passed_on: dict[int, int] = {}  # worker -> how many of the signals it has had
+    launcher_asked = False
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=RESCAN_S)
+        if not received:
+            continue
+        if _is_killed(received):
+            _send(signal.SIGKILL, _marked(mark))
+            continue
+        workers = _workers(mark, process.pid)
+        # Once those that were told have ended, new ones are a restart by torchrun, which takes
+        # every exit code but 0 for a crash. They have nothing to save yet.
+        if not launcher_asked and not passed_on.keys() & workers and (passed_on or not workers):
+            launcher_asked = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        for pid in workers:
+            for number in received[passed_on.get(pid, 0) :]:
+                _send(number, [pid])
+            passed_on[pid] = len(received)
+
+
+def _is_killed(received: Sequence[int]) -> bool:
+    return received.count(signal.SIGINT) > 1
+
+
+def _end_survivors(mark: str, received: Sequence[int]) -> None:
     """End the workers whose launcher is gone: first politely, then for good."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in _survivors(mark):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, number)
-        deadline = time.monotonic() + SURVIVOR_GRACE_S
-        while _survivors(mark) and time.monotonic() < deadline:
-            time.sleep(0.1)
+    start, told = time.monotonic(), set[int]()
+    while survivors := _survivors(mark):
+        waited_s = time.monotonic() - start
+        if waited_s > SURVIVOR_GRACE_S or _is_killed(received):
+            _send(signal.SIGKILL, survivors)
+            if waited_s > SURVIVOR_GRACE_S + KILL_WAIT_S:
+                return
+        else:
+            # Children of a worker are its own business for as long as it lives.
+            workers = _workers(mark, None)
+            _send(signal.SIGTERM, workers - told)
+            told |= workers
+        time.sleep(0.1)
 
 
-def _survivors(mark: str) -> list[int]:
-    """Return our workers, looking twice: one that is being started shows no environment."""
+def _survivors(mark: str) -> set[int]:
+    """Return our processes, looking twice: one that is being started shows no environment."""
     found = _marked(mark)
     if not found:
         time.sleep(0.1)
         found = _marked(mark)
-    return found
+    return set(found)
 
 
-def _marked(mark: str) -> list[int]:
-    wanted = f"{_MARK}={mark}".encode()
-    found = []
+def _workers(mark: str, launcher: int | None) -> set[int]:
+    """Return the launcher's children and, once it is gone, its orphans; not their own children.
+
+    RANK in the environment would not tell them: a launcher can have inherited it, and what a
+    worker starts inherits it too.
+    """
+    parents = _marked(mark)
+    return {
+        pid
+        for pid, parent in parents.items()
+        if pid != launcher and (parent == launcher or parent not in parents)
+    }
+
+
+def _marked(mark: str) -> dict[int, int]:
+    """Return every process that our launcher started, and itself, with its parent."""
+    wanted = f"{LAUNCH_MARK}={mark}".encode()
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # ended meanwhile, or somebody else's
             if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
+                # "PID (name) state parent ...", and the name may hold anything.
+                status = (folder / "stat").read_text(encoding="utf-8", errors="replace")
+                found[int(folder.name)] = int(status.rpartition(")")[2].split()[1])
     return found
+
+
+def _send(number: int, pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)

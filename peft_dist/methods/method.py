@@ -51,6 +51,7 @@ class Method(ABC, Generic[Settings]):
     def __init__(self, settings: Settings, *, seed: int = 0) -> None:
         """Take the recipe's method section and the run's seed."""
         self.settings, self.seed = settings, seed
+        self._saved_names: dict[str, str] = {}
 
     @classmethod
     def of_saved(cls, settings: Settings) -> Settings:
@@ -88,7 +89,9 @@ class Method(ABC, Generic[Settings]):
         Raises:
             TrainingError: Where PEFT's format would lose one.
         """
-        return {saved: state[name] for name, saved in saved_names(peft, state).items()}
+        if self._saved_names.keys() != state.keys():  # PEFT looks through the whole model for them
+            self._saved_names = saved_names(peft, state)
+        return {saved: state[name] for name, saved in self._saved_names.items()}
 
     def restored(
         self, peft: PeftModel, found: Mapping[str, torch.Tensor], names: Mapping[str, torch.Tensor]

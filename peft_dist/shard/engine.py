@@ -7,7 +7,7 @@ no recipe, no data and no optimizer.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +16,10 @@ from torch.distributed.tensor import DTensor
 from peft_dist.dist import Shard, World, gather_objects, sum_over
 from peft_dist.model import base
 from peft_dist.model.fingerprint import fingerprint_piece, fingerprint_rows, wrap_int64
+from peft_dist.shard.optimizer import AdapterOptimizer
+
+RIDERS = 4
+"""Figures that travel with the gradients: the loss, and what processes want to tell each other."""
 
 
 class Group(NamedTuple):
@@ -25,17 +29,6 @@ class Group(NamedTuple):
     """Whether weight decay is for them; matrices decay, vectors do not."""
     rate_factor: float
     """Their learning rate over the recipe's."""
-
-
-class Updates(Protocol):
-    """An optimizer, as far as a training loop needs one."""
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The groups, whose learning rates may be set."""
-
-    def step(self) -> Any:
-        """Update the parameters from their gradients."""
 
 
 class Engine(ABC):
@@ -92,8 +85,7 @@ class Engine(ABC):
         self._shapes = {name: parameter.shape for name, parameter in ordered}
         sizes = [parameter.numel() for _, parameter in ordered]
         self._values = torch.empty(sum(sizes), device=self.world.device)
-        # The last place is for the loss, which travels with the gradients.
-        self._reduced = torch.zeros(sum(sizes) + 1, device=self.world.device)
+        self._reduced = torch.zeros(sum(sizes) + RIDERS, device=self.world.device)
         values, gradients = self._values.split(sizes), self.gradients.split(sizes)
         for (_, parameter), value, gradient in zip(ordered, values, gradients, strict=True):
             assert parameter.dtype == torch.float32, parameter.dtype
@@ -112,19 +104,19 @@ class Engine(ABC):
             flat[group].grad = gradient
         return flat
 
-    def share_optimizer(self, optimizer: torch.optim.Optimizer) -> Updates:
+    def share_optimizer(self, optimizer: torch.optim.AdamW) -> AdapterOptimizer:
         """Return what updates `flat_parameters` from their gradients, perhaps shared by processes.
 
         Gradients are the same on every process when it steps, and so are the parameters after it.
         Call it when the parameters have the values that training starts from.
         """
-        return optimizer
+        return AdapterOptimizer(optimizer)
 
-    def reduce(self, loss: torch.Tensor) -> torch.Tensor:
-        """Sum gradients and loss over all processes; return the summed loss. Collective."""
-        self._reduced[-1] = loss
+    def reduce(self, riders: torch.Tensor) -> torch.Tensor:
+        """Sum gradients and `riders`, float32 [RIDERS]; return the summed riders. Collective."""
+        self._reduced[-RIDERS:] = riders
         sum_over(self._reduced)
-        return self._reduced[-1].clone()
+        return self._reduced[-RIDERS:].clone()
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale gradients to a global norm of at most `max_norm` (0: leave); return the norm."""
@@ -136,7 +128,7 @@ class Engine(ABC):
     @property
     def gradients(self) -> torch.Tensor:
         """The flat gradient, [trained parameters]."""
-        return self._reduced[:-1]
+        return self._reduced[:-RIDERS]
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the last step; the buffer stays."""
@@ -144,16 +136,24 @@ class Engine(ABC):
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """Return a copy of every trained tensor on the CPU, by name; the base does not move."""
-        parts = self._values.cpu().clone().split([s.numel() for s in self._shapes.values()])
+        return self.by_name(self._values.cpu().clone())
+
+    def load_adapter_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Write trained tensors, the same on every process."""
+        self._values.copy_(self.flat(state))
+
+    def by_name(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return views of a tensor that is laid out as the flat adapter, by name."""
+        parts = flat.split([shape.numel() for shape in self._shapes.values()])
         return {
             name: part.view(shape)
             for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
         }
 
-    def load_adapter_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Write trained tensors, the same on every process."""
-        assert self._shapes.keys() == state.keys(), self._shapes.keys() ^ state.keys()
-        self._values.copy_(torch.cat([state[name].reshape(-1).float() for name in self._shapes]))
+    def flat(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return tensors by name as one vector, laid out as the flat adapter."""
+        assert self._shapes.keys() == tensors.keys(), self._shapes.keys() ^ tensors.keys()
+        return torch.cat([tensors[name].reshape(-1).float() for name in self._shapes])
 
     def adapters_agree(self) -> bool:
         """Say whether every process holds the same adapter, to the bit. Collective."""

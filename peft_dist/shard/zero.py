@@ -16,7 +16,8 @@ from peft_dist.dist import Shard, World
 from peft_dist.errors import LaunchError
 from peft_dist.model import base
 from peft_dist.shard.ddp import DDPEngine
-from peft_dist.shard.engine import Engine, Updates
+from peft_dist.shard.engine import Engine
+from peft_dist.shard.optimizer import AdapterOptimizer, Moments
 
 SUPPORTED = "0.19"
 """The DeepSpeed whose behaviour this module is written for and tested with."""
@@ -94,14 +95,16 @@ class _Flat(nn.Module):
         return torch.stack(products).sum()
 
 
-class _SharedUpdates:
+class _SharedOptimizer(AdapterOptimizer):
     """An optimizer of which each process keeps the state of, and updates, its share.
 
-    DeepSpeed moves the parameters it is given into a buffer of its own, so they are copied back.
+    DeepSpeed moves the parameters it is given into buffers of its own, so they are copied back.
     """
 
-    def __init__(self, engine: Any, flat: _Flat, targets: list[torch.Tensor]) -> None:
-        self._engine, self._flat, self._targets = engine, flat, targets
+    def __init__(
+        self, engine: Any, values: nn.ParameterList, targets: list[torch.Tensor], shard: Shard
+    ) -> None:
+        self._engine, self._values, self._targets, self._shard = engine, values, targets, shard
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -109,13 +112,60 @@ class _SharedUpdates:
         groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
         return groups
 
-    def step(self) -> None:
+    def step(self, finite: torch.Tensor) -> None:
         """Update this process's share and gather the others'. Collective."""
+        if not bool(finite):
+            return
         self._engine.backward(self._engine())
         self._engine.step()
         with torch.no_grad():
-            for target, value in zip(self._targets, self._flat.values, strict=True):
+            for target, value in zip(self._targets, self._values, strict=True):
                 target.copy_(value)
+
+    def moments(self) -> Moments:
+        """Return a copy of the state, gathered from all processes. Collective."""
+        whole: dict[str, list[torch.Tensor]] = {"exp_avg": [], "exp_avg_sq": []}
+        updates = 0
+        for target, piece, state in self._pieces():
+            updates = int(state.get("step", 0))
+            for name, parts in whole.items():
+                held = state.get(name, torch.zeros_like(piece))
+                flat = self._shard.gather(held, piece.numel() * self._shard.count)
+                parts.append(flat[: target.numel()].cpu())
+        return Moments(torch.cat(whole["exp_avg"]), torch.cat(whole["exp_avg_sq"]), updates)
+
+    def restore(self, moments: Moments) -> None:
+        """Go on from a state, with the adapter as it stands now. Collective."""
+        sizes = [target.numel() for target in self._targets]
+        means, squares = moments.mean.split(sizes), moments.square.split(sizes)
+        with torch.no_grad():
+            for target, value in zip(self._targets, self._values, strict=True):
+                value.copy_(target)
+            for (target, piece, state), mean, square in zip(
+                self._pieces(), means, squares, strict=True
+            ):
+                piece.copy_(self._share(target, piece))
+                state["step"] = torch.tensor(float(moments.updates), device=piece.device)
+                state["exp_avg"] = self._share(mean, piece)
+                state["exp_avg_sq"] = self._share(square, piece)
+
+    def _pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+        """Yield each flat parameter, this process's piece of DeepSpeed's copy, and its state.
+
+        The pieces are equal; the last is padded.
+        """
+        zero = self._engine.optimizer
+        pieces = zero.single_partition_of_fp32_groups
+        for target, piece in zip(self._targets, pieces, strict=True):
+            yield target, piece, zero.optimizer.state[piece]
+
+    def _share(self, whole: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
+        """Return this process's share of a flat tensor, padded with zeros."""
+        first = min(self._shard.index * piece.numel(), whole.numel())
+        part = whole[first : first + piece.numel()].to(piece.device)
+        share = torch.zeros_like(piece)
+        share[: part.numel()] = part
+        return share
 
 
 class ZeRO2Engine(DDPEngine):
@@ -126,9 +176,9 @@ class ZeRO2Engine(DDPEngine):
         super().__init__(world, shard_size=shard_size, offload=offload)
         self._deepspeed = _import_deepspeed(world)
 
-    def share_optimizer(self, optimizer: torch.optim.Optimizer) -> Updates:
+    def share_optimizer(self, optimizer: torch.optim.AdamW) -> AdapterOptimizer:
         """Give the optimizer to ZeRO stage 2. Collective."""
-        return _share_optimizer(self._deepspeed, optimizer)
+        return _share_optimizer(self._deepspeed, optimizer, self.world)
 
 
 class ZeRO3Engine(Engine):
@@ -188,15 +238,15 @@ class ZeRO3Engine(Engine):
                         self._deepspeed.zero.register_external_parameter(model, parameter)
         self._hooks = _initialize(self._deepspeed, self._zero, model=model)
 
-    def share_optimizer(self, optimizer: torch.optim.Optimizer) -> Updates:
+    def share_optimizer(self, optimizer: torch.optim.AdamW) -> AdapterOptimizer:
         """Give the optimizer to ZeRO stage 2. Collective."""
-        return _share_optimizer(self._deepspeed, optimizer)
+        return _share_optimizer(self._deepspeed, optimizer, self.world)
 
-    def reduce(self, loss: torch.Tensor) -> torch.Tensor:
-        """Sum gradients and loss; what backward left gathered is freed. Collective."""
+    def reduce(self, riders: torch.Tensor) -> torch.Tensor:
+        """Sum gradients and riders; what backward left gathered is freed. Collective."""
         # DeepSpeed frees a module when the gradient of its input is there; ids have none.
         self._hooks.optimizer.release_backward_leftovers()
-        return super().reduce(loss)
+        return super().reduce(riders)
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """Return the shape of a parameter of the base."""
@@ -250,7 +300,9 @@ class ZeRO3Engine(Engine):
         return total
 
 
-def _share_optimizer(deepspeed: Any, optimizer: torch.optim.Optimizer) -> Updates:
+def _share_optimizer(
+    deepspeed: Any, optimizer: torch.optim.AdamW, world: World
+) -> AdapterOptimizer:
     """Give an optimizer over flat parameters, which have gradients, to ZeRO stage 2."""
     own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     targets, gradients = [p.detach() for p in own], [p.grad for p in own]
@@ -261,7 +313,7 @@ def _share_optimizer(deepspeed: Any, optimizer: torch.optim.Optimizer) -> Update
     size = sum(parameter.numel() for parameter in own)
     zero = {"stage": 2, "reduce_bucket_size": size}
     engine = _initialize(deepspeed, zero, model=flat, optimizer=optimizer)
-    return _SharedUpdates(engine, flat, targets)
+    return _SharedOptimizer(engine, flat.values, targets, Shard(world.rank, world.size))
 
 
 def _list_frozen_alone(model: nn.Module) -> None:

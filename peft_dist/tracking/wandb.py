@@ -48,10 +48,10 @@ class WandbTracker:
             self._give_up(error)
 
     def write(self, record: Record) -> None:
-        """Log one record."""
-        if self._run is None:
+        """Log one record of a step or an evaluation; the others are the ledger's alone."""
+        prefix = {"step": "train", "evaluation": "evaluation"}.get(record["event"])
+        if self._run is None or prefix is None:
             return
-        prefix = "train" if record["event"] == "step" else "evaluation"
         figures = {f"{prefix}/{k}": v for k, v in record.items() if k not in ("event", "step")}
         try:
             self._run.log({"train/step": record["step"], **figures})

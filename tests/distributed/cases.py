@@ -222,7 +222,7 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: dist.Wor
     score(session, held)
     disturbed = gradient(session, rows)
     recorder = Recorder()
-    trainer = Trainer(session, rows, held, save=lambda step: None)
+    trainer = Trainer(session, rows, held)
     trainer.trackers = [recorder] if world.is_main else []
     outcome = trainer.run()
     session.check_integrity()

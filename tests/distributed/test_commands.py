@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_dist import train
+from peft_dist.stop import StopRequests
 from tests.processes import ROOT, environment, error_lines, run, torchrun
 from tests.tiny import completion_rows, labelled_rows, tiny_model, write_jsonl
 
@@ -33,8 +34,10 @@ train: {{steps: {STEPS}, global_batch_size: 8, micro_batch_size: 2, learning_rat
 evaluate: {{every_steps: 2, choices: [" cat", " dog"]}}
 checkpoint: {{every_steps: 1, keep_last: 2}}
 """
+LONGER = "train.steps=60"
+PEFT_DIST = [sys.executable, "-m", "peft_dist.cli"]
 WAYS = {
-    "peft-dist": [sys.executable, "-m", "peft_dist.cli", "train", "recipe.yaml", "--nproc", "2"],
+    "peft-dist": [*PEFT_DIST, "train", "recipe.yaml", "--nproc", "2"],
     "accelerate": [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", str(ROOT / "launch" / "strategies" / "fsdp.yaml"),
@@ -90,6 +93,12 @@ def ledger(run_dir: Path, event: str) -> list[dict[str, Any]]:
     return [record for line in lines if (record := json.loads(line))["event"] == event]
 
 
+def attempts(run_dir: Path) -> list[str]:
+    """Return how each attempt ended."""
+    records = sorted((run_dir / "attempts").glob("????????.json"))
+    return [json.loads(path.read_text(encoding="utf-8"))["outcome"] for path in records]
+
+
 def nothing_was_made(run_dir: Path) -> bool:
     """Say whether a run left neither an adapter, whole or half, nor a result."""
     names = [path.name for path in run_dir.rglob("*")]
@@ -136,6 +145,11 @@ def test_the_run_directory_holds_what_is_promised(runs: Path, way: str) -> None:
         "step-00000003",
         "step-00000004",
     }
+    assert [record["step"] for record in ledger(folder, "saved")] == [1, 2, 3, 4]
+    assert [record["world_size"] for record in ledger(folder, "start")] == [processes]
+    assert [record["outcome"] for record in ledger(folder, "end")] == ["done"]
+    assert attempts(folder) == ["done"]
+    assert not (folder / "failure.json").exists()
     assert all(path.stat().st_mode & 0o077 == 0 for path in (folder, *folder.rglob("*")))
 
 
@@ -169,19 +183,28 @@ def test_the_last_copy_is_the_adapter_and_loads_with_peft(runs: Path) -> None:
     PeftModel.from_pretrained(base, folder / "adapter")
 
 
-def test_another_run_is_not_overwritten(runs: Path) -> None:
+def test_a_finished_run_is_not_trained_again(runs: Path) -> None:
     before = (runs / "runs" / "python" / "ledger.jsonl").read_bytes()
-    done = start(runs, [*WAYS["python"], "--run-dir", "runs/python"])
-    assert done.returncode == 2
-    (line,) = error_lines(done)
-    assert "holds another run; choose another folder with --run-dir" in line
+    for way in ("python", "peft-dist"):
+        done = start(runs, [*WAYS[way], "--run-dir", "runs/python"])
+        assert done.returncode == 2
+        (line,) = error_lines(done)
+        assert "holds a run that has finished; choose another folder with --run-dir" in line
     assert (runs / "runs" / "python" / "ledger.jsonl").read_bytes() == before
+
+
+def test_fresh_keeps_the_run_that_was_there(project: Path) -> None:
+    for extra in ([], ["--fresh"]):
+        done = start(project, [*WAYS["python"], "--run-dir", "run", "train.steps=1", *extra])
+        assert done.returncode == 0, done.stderr
+    assert result(project / "run.old-1").keys() == result(project / "run").keys()
+    assert (project / "run.old-1" / "adapter").is_dir()
+    assert attempts(project / "run") == ["done"]
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (["train.learning_rate=1e30", "train.max_grad_norm=0", "train.steps=30"], "train: loss "),
         (["model.name=./absent"], "model.name"),
         (["data.train=absent.jsonl"], "absent.jsonl"),
         (["data.train=empty.jsonl"], "empty.jsonl"),
@@ -201,6 +224,7 @@ def test_a_fault_is_one_line_and_leaves_nothing(
     (project / "empty.jsonl").write_text("", encoding="utf-8")
     monkeypatch.chdir(project)
     monkeypatch.setenv("PEFT_DIST_CACHE", str(project / "cache"))
+    monkeypatch.setattr("peft_dist.stop.install", StopRequests)  # pytest keeps its own handlers
     code = train.main(["recipe.yaml", "--run-dir", "run", "checkpoint.every_steps=null", *changes])
     errors = capsys.readouterr().err
     assert code == 2
@@ -212,22 +236,29 @@ def test_a_fault_is_one_line_and_leaves_nothing(
 
 def test_a_fault_of_two_processes_is_one_line_of_the_command(project: Path) -> None:
     done = start(project, [*WAYS["peft-dist"], "--run-dir", "run", "train.learning_rate=1e30",
-                           "train.max_grad_norm=0", "train.steps=30",
+                           "train.max_grad_norm=0", "train.steps=30", "train.non_finite=stop",
                            "checkpoint.every_steps=null"])  # fmt: skip
-    assert done.returncode == 2
+    assert done.returncode == 3
     (line,) = done.stderr.splitlines()
-    assert line.startswith("peft-dist: error: train: loss ")
+    assert line.startswith("peft-dist: error: train.non_finite: loss ")
     assert nothing_was_made(project / "run")
+    failure = json.loads((project / "run" / "failure.json").read_text(encoding="utf-8"))
+    assert failure["exit_code"] == 3
+    # torchrun starts the processes again for any exit code; the verdict stands
+    assert attempts(project / "run") == ["failed"]
+
+
+DISK_BYTES = 4 << 20
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Return a folder on a disk of its own, of 400 KB."""
+    """Return a folder on a disk of its own, of 4 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("only root can mount a small disk")
-    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:
         pytest.skip("no small disk can be mounted here")
     yield folder
@@ -235,20 +266,45 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("left", [300_000, 24_000])  # for the adapter, for the ledger
-def test_a_full_disk_is_one_line_and_leaves_no_half_adapter(
+def test_a_full_disk_is_one_line_and_freeing_it_is_all_that_it_takes(
     project: Path, small_disk: Path, left: int
 ) -> None:
-    (small_disk / "taken").write_bytes(bytes(400 * 1024 - left))
+    taken, folder = small_disk / "taken", small_disk / "run"
+    taken.write_bytes(bytes(DISK_BYTES - left))
     done = start(
         project,
-        [*WAYS["peft-dist"], "--run-dir", str(small_disk / "run"), "method.rank=64",
+        [*WAYS["peft-dist"], "--run-dir", str(folder), "method.rank=64",
          "train.steps=60", "checkpoint.every_steps=null"],
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 3, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("peft-dist: error: ")
     assert "No space left on device" in line
-    assert nothing_was_made(small_disk / "run")
+    assert nothing_was_made(folder)
+    taken.unlink()
+    resumed = start(project, [*PEFT_DIST, "resume", str(folder)])
+    assert resumed.returncode == 0, resumed.stderr
+    steps = [record for record in ledger(folder, "step") if record["attempt"] == 2]
+    assert [record["step"] for record in steps] == list(range(1, 61))
+    assert result(folder)["steps"] == 60
+    assert not (folder / "failure.json").exists()
+
+
+def test_checkpoints_that_fit_no_disk_are_told_and_end_the_run(
+    project: Path, small_disk: Path
+) -> None:
+    folder = small_disk / "run"
+    (small_disk / "taken").write_bytes(bytes(DISK_BYTES - 300_000))
+    done = start(project, [*WAYS["peft-dist"], "--run-dir", str(folder), "method.rank=64",
+                           "train.steps=60", "checkpoint.max_failed_saves=2"])  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "checkpoint.max_failed_saves: 2 checkpoints in a row could not be written" in line
+    failed = ledger(folder, "save_failed")
+    assert len(failed) >= 2
+    assert all("No space left on device" in record["reason"] for record in failed)
+    assert ledger(folder, "step")[-1]["step"] < 60
+    assert not list((folder / "checkpoints").iterdir())
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -264,9 +320,10 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
-def test_a_stopped_command_leaves_no_process(project: Path) -> None:
+def stopped(project: Path, command: list[str], *, number: int, processes: int) -> str:
+    """Start a command, send it a signal once it trains, and return what it said of that."""
     ours = subprocess.Popen(
-        [*WAYS["peft-dist"], "--run-dir", "run", "train.steps=100000"],
+        [*command, "--run-dir", "run", LONGER],
         cwd=project,
         env=environment(project / "cache"),
         stdout=subprocess.DEVNULL,
@@ -274,19 +331,72 @@ def test_a_stopped_command_leaves_no_process(project: Path) -> None:
         text=True,
     )
     book, deadline = project / "run" / "ledger.jsonl", time.monotonic() + 120
-    while not (book.exists() and len(book.read_text(encoding="utf-8").splitlines()) > 3):
+    while not (book.exists() and book.read_text(encoding="utf-8").count('"step"') > 6):
         assert time.monotonic() < deadline
         assert ours.poll() is None
-        time.sleep(0.2)
-    assert len(processes_of(project)) >= 4  # the command, the launcher, two workers
-    ours.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert len(processes_of(project)) >= processes
+    ours.send_signal(number)
     _, errors = ours.communicate(timeout=60)
-    assert ours.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM" in errors
+    assert ours.returncode == 75, errors
     deadline = time.monotonic() + 10
     while processes_of(project):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    return errors
+
+
+def test_a_stopped_command_saves_and_resume_finishes_as_if_nothing_had_been(
+    project: Path,
+) -> None:
+    # the command, the launcher, two workers
+    errors = stopped(project, WAYS["peft-dist"], number=signal.SIGTERM, processes=4)
+    run_dir = project / "run"
+    newest = max(path.name for path in (run_dir / "checkpoints").iterdir())
+    step = int(newest.removeprefix("step-"))
+    assert 0 < step < 60
+    told = f"stopped by SIGTERM; `peft-dist resume {run_dir}` goes on after step {step}"
+    assert errors == f"peft-dist: {told}\n"
+    assert nothing_was_made(run_dir / "logs")
+    assert not (run_dir / "adapter").exists()
+    assert not (run_dir / "failure.json").exists()
+    assert attempts(run_dir) == ["interrupted"]
+    resumed = start(project, [*PEFT_DIST, "resume", "run"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"going on from step {step} (attempt 2)" in resumed.stdout
+    assert attempts(run_dir) == ["interrupted", "done"]
+    undisturbed = start(project, [*WAYS["peft-dist"], "--run-dir", "whole", LONGER])
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    file = Path("adapter") / "adapter_model.safetensors"
+    assert (run_dir / file).read_bytes() == (project / "whole" / file).read_bytes()
+    losses = [
+        [(record["step"], record["loss"].hex()) for record in ledger(folder, "step")]
+        for folder in (run_dir, project / "whole")
+    ]
+    assert losses[0] == losses[1]
+    assert [number for number, _ in losses[0]] == list(range(1, 61))
+    assert result(run_dir)["tokens"] == result(project / "whole")["tokens"]
+
+
+def test_without_our_command_the_same_command_goes_on(project: Path) -> None:
+    errors = stopped(project, WAYS["python"], number=signal.SIGUSR1, processes=1)
+    assert "stopped after step" in errors
+    assert "the same command goes on" in errors
+    other = start(project, [*WAYS["python"], "--run-dir", "run", LONGER, "train.learning_rate=1"])
+    assert other.returncode == 2
+    (line,) = error_lines(other)
+    assert "train.learning_rate is not what the run has been trained with: 0.005 before" in line
+    (project / "rows.jsonl").write_text(
+        (project / "held.jsonl").read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    changed = start(project, [*WAYS["python"], "--run-dir", "run", LONGER])
+    assert changed.returncode == 2
+    (line,) = error_lines(changed)
+    assert "data.train is not what the run has been trained with: 32 rows, fingerprint" in line
+    write_jsonl(project / "rows.jsonl", completion_rows(32))
+    done = start(project, [*WAYS["python"], "--run-dir", "run", LONGER])
+    assert done.returncode == 0, done.stderr
+    assert [record["step"] for record in ledger(project / "run", "step")] == list(range(1, 61))
 
 
 def test_a_classifier_trains_from_end_to_end(tmp_path: Path) -> None:

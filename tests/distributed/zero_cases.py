@@ -152,7 +152,7 @@ def watch_a_training(folder: Path, world: dist.World) -> dict[str, Any]:
                 if isinstance(layer, FrozenLinear4bit):
                     layer.register_forward_hook(lambda layer, *_: look_inside(layer), prepend=True)
         rows = tokenize_rows(recipe, "train", folder / "cache-load" / "rows")
-        Trainer(session, rows, None, save=lambda step: None).run()
+        Trainer(session, rows, None).run()
     finally:
         zero._config = config
     left = sum(p.numel() for p in session.base.values())

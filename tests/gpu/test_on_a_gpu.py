@@ -95,7 +95,7 @@ def test_the_packed_base_is_byte_exact_after_a_wrap_and_some_steps(
     session, rows, _ = opened(tmp_path, world, strategy=strategy, quantization="nf4")
     before = {name: local(parameter).clone() for name, parameter in session.base.items()}
     adapter = session.engine.adapter_state()
-    outcome = Trainer(session, rows, None, save=lambda step: None).run()
+    outcome = Trainer(session, rows, None).run()
     assert outcome.final_loss == outcome.final_loss
     session.check_integrity()
     for name, parameter in session.base.items():

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from peft_dist import checkpoint
+from peft_dist.checkpoint import adapter as adapter_file
 from peft_dist.config import load_recipe
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.dist import World
@@ -56,7 +56,7 @@ def test_a_passed_through_method_starts_at_the_base_and_learns(
     )
     rows = tokenize_rows(session.recipe, "train", tmp_path / "cache")
     before = session.engine.adapter_state()
-    found = Trainer(session, rows, None, save=lambda step: None)
+    found = Trainer(session, rows, None)
     losses: list[float] = []
 
     class Losses:
@@ -75,7 +75,7 @@ def test_a_passed_through_method_starts_at_the_base_and_learns(
     assert any(not torch.equal(before[n], after[n]) for n in after)
     folder = tmp_path / "adapter"
     save_adapter(folder, session.method, session.peft, after)
-    back = checkpoint.load_adapter(folder, session.method, session.peft, session.adapter)
+    back = adapter_file.load_adapter(folder, session.method, session.peft, session.adapter)
     assert all(torch.equal(back[n], after[n]) for n in after)
     if quantization == "none":
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from peft_dist.checkpoint import (
+from peft_dist.checkpoint.adapter import (
     ADAPTER_FILE,
-    keep_newest,
     load_adapter,
 )
 from peft_dist.config.method import Lora
@@ -401,10 +400,3 @@ def test_a_failed_save_ends_on_every_process(tmp_path: Path) -> None:
         assert all(part in line for part, line in zip(expected, told, strict=True)), told
     assert first[1] == second[1]
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["adapter"]
-
-
-def test_the_newest_copies_are_kept(tmp_path: Path) -> None:
-    for step in (5, 10, 100, 20):
-        (tmp_path / f"step-{step:08d}" / "adapter").mkdir(parents=True)
-    keep_newest(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000020", "step-00000100"]

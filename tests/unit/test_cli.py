@@ -13,6 +13,8 @@ import pytest
 from peft_dist import cli, resources
 from peft_dist.cli import main
 from peft_dist.config import load_recipe
+from peft_dist.launch import here
+from peft_dist.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
@@ -25,6 +27,7 @@ recipe = Path(sys.argv[1])
 facts = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "ACCELERATE_USE_FSDP")}
 (recipe.parent / f"rank-{facts['RANK']}.json").write_text(json.dumps(facts))
 """
+DONE = "(recipe.parent / 'result.json').write_text('{}')\n"
 
 
 def outcome(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -172,13 +175,95 @@ def test_train_starts_the_processes_on_the_run_directory(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    installation(tmp_path, monkeypatch, WORKER)
+    installation(tmp_path, monkeypatch, WORKER + DONE)
     run = tmp_path / "run"
     code, _, err = outcome(capsys, "train", str(recipe_file), "--nproc", "2", "--run-dir", str(run))
     assert (code, err) == (0, "")
     assert load_recipe(run / "recipe.yaml").parallel.processes == 2
     facts = json.loads((run / "rank-1.json").read_text(encoding="utf-8"))
     assert facts == {"RANK": "1", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}
+
+
+@pytest.mark.distributed
+def test_the_run_says_how_a_worker_ended_not_the_launcher(
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    worker = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from peft_dist.errors import TrainingError\n"
+        "from peft_dist.run_dir import RunDir\n"
+        "RunDir(Path(sys.argv[1]).parent).record_failure(TrainingError('loss nan at step 7'))\n"
+        "sys.exit(3)\n"
+    )
+    installation(tmp_path, monkeypatch, worker)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run = tmp_path / "run"
+    arguments = (str(recipe_file), "--run-dir", str(run), "parallel.max_restarts=0")
+    code, _, err = outcome(capsys, "train", *arguments)
+    assert (code, err) == (3, "peft-dist: error: loss nan at step 7\n")
+    # an old verdict says nothing of a new start
+    (tmp_path / "installed/peft_dist/_share/launch/train.py").write_text("", encoding="utf-8")
+    code, _, err = outcome(capsys, "train", *arguments)
+    assert code == 1
+    assert "a worker failed" in err
+
+
+@pytest.mark.distributed
+def test_resume_starts_the_runs_own_recipe_and_a_finished_run_not_at_all(
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    installation(tmp_path, monkeypatch, WORKER + DONE)
+    run = RunDir.create(tmp_path / "run", load_recipe(recipe_file, ["train.steps=7"]))
+    assert outcome(capsys, "resume", str(run.path), "parallel.strategy=ddp")[::2] == (0, "")
+    recipe = load_recipe(run.recipe)
+    assert (recipe.train.steps, recipe.parallel.strategy) == (7, "ddp")
+    (run.path / "rank-0.json").unlink()
+    code, out, err = outcome(capsys, "resume", str(run.path))
+    assert (code, out, err) == (0, f"{run.path} has finished; nothing is left to do\n", "")
+    assert not (run.path / "rank-0.json").exists()
+    code, _, err = outcome(capsys, "train", str(recipe_file), "--run-dir", str(run.path))
+    assert code == 2
+    assert "holds a run that has finished; choose another folder" in err
+    code, _, err = outcome(capsys, "train", str(recipe_file), "--run-dir", str(run.path), "--fresh")
+    assert (code, err) == (0, "")
+    assert load_recipe(tmp_path / "run.old-1" / "recipe.yaml").train.steps == 7
+    assert load_recipe(run.recipe).train.steps is None
+
+
+def test_resume_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = outcome(capsys, "resume", str(tmp_path / "absent"))
+    assert code == 2
+    (line,) = err.splitlines()
+    assert "is no folder (recipe.yaml and run.json missing); name a folder that" in line
+
+
+def test_changes_that_are_allowed_reach_the_workers(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = outcome(
+        capsys, "train", str(recipe_file), "--dry-run", "--allow-changed", "train.learning_rate"
+    )
+    assert code == 0
+    assert "--allow-changed train.learning_rate" in out
+
+
+def test_goodput_reads_the_ledger_of_a_run(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir.create(tmp_path / "run", load_recipe(recipe_file))
+    step = {"attempt": 1, "time": 0.0, "at_s": 4.0, "event": "step", "step": 1, "tokens": 8}
+    run.ledger.write_text(json.dumps(step) + "\n", encoding="utf-8")
+    code, out, err = outcome(capsys, "goodput", str(run.path), "--json")
+    assert (code, err) == (0, "")
+    assert isinstance(json.loads(out), dict)
+    assert outcome(capsys, "goodput", str(run.path))[1].strip()
 
 
 @pytest.mark.distributed
@@ -213,11 +298,15 @@ def test_a_crash_shows_the_end_of_the_log_and_where_it_is(
 ) -> None:
     installation(tmp_path, monkeypatch, "raise ValueError('a bug of ours')\n")
     run = tmp_path / "run"
-    code, _, err = outcome(capsys, "train", str(recipe_file), "--run-dir", str(run))
+    code, _, err = outcome(
+        capsys, "train", str(recipe_file), "--run-dir", str(run), "parallel.max_restarts=1"
+    )
     assert code == 1
-    assert err.splitlines()[-1].endswith(f"a worker failed; see {run}/logs/launcher.log")
-    assert "a bug of ours" in (run / "logs" / "launcher.log").read_text(encoding="utf-8")
-    assert len(err.splitlines()) <= cli.LOG_TAIL_LINES + 1
+    log = run / "logs" / "launcher.log"
+    told = f"a worker failed; see {log}; `peft-dist resume {run}` goes on after step 0"
+    assert err.splitlines()[-1] == f"peft-dist: error: {told}"
+    assert log.read_text(encoding="utf-8").count("ValueError: a bug of ours") == 2  # one restart
+    assert len(err.splitlines()) <= here.LOG_TAIL_LINES + 1
 
 
 @pytest.mark.distributed
@@ -248,8 +337,9 @@ def test_ctrl_c_ends_every_worker(recipe_file: Path, tmp_path: Path) -> None:
         time.sleep(0.1)
     ours.send_signal(signal.SIGINT)
     _, err = ours.communicate(timeout=60)
-    assert ours.returncode == 130
-    assert err == "peft-dist: error: stopped by SIGINT\n"
+    assert ours.returncode == 75
+    told = f"stopped by SIGINT; `peft-dist resume {run}` goes on after step 0"
+    assert err == f"peft-dist: {told}\n"
     held = [
         folder
         for folder in Path("/proc").glob("[0-9]*")

@@ -105,6 +105,14 @@ def test_every_strategy_has_its_file(strategy: str) -> None:
     assert file.is_file()
 
 
+def test_restarts_in_place_are_asked_of_the_launcher_not_of_the_script() -> None:
+    command = worker_command(place(recipe(processes=2), CPU), "train.py", ["r"], max_restarts=3)
+    at = command.index("--max_restarts")
+    assert command[at + 1] == "3"
+    assert Path(command[at + 2]).name == "train.py"
+    assert "--max_restarts" not in worker_command(place(recipe(), CPU), "train.py", [])
+
+
 def test_hsdp_passes_its_mesh() -> None:
     placement = place(recipe(strategy="hsdp", processes=4, shard_size=2), CPU)
     line = " ".join(worker_command(placement, "train.py", ["r.yaml"]))

@@ -255,4 +255,38 @@ def test_a_model_that_is_a_file_is_refused(recipe_file: Path) -> None:
 
 def test_a_kind_where_no_section_has_one_is_one_line(recipe_file: Path) -> None:
     line = error_of(recipe_file, "checkpoint={kind: x}")
-    assert "checkpoint.kind: no such key; valid: every_steps, keep_last" in line
+    assert "checkpoint.kind: no such key; valid: background, every_seconds, every_steps" in line
+
+
+def test_a_run_is_saved_watched_and_restarted_without_being_told_to(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    assert recipe.checkpoint.model_dump() == {
+        "every_steps": None,
+        "every_seconds": 600.0,
+        "keep_last": 2,
+        "keep_best": 0,
+        "background": True,
+        "max_failed_saves": 3,
+    }
+    assert recipe.parallel.max_restarts == 3
+    assert (recipe.train.non_finite, recipe.train.max_skipped_steps) == ("skip", 10)
+    without = load_recipe(recipe_file, ["checkpoint.every_seconds=null"])
+    assert without.checkpoint.every_seconds is None
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.non_finite=retry",
+        "train.max_skipped_steps=-1",
+        "parallel.max_restarts=-1",
+        "checkpoint.every_seconds=0",
+        "checkpoint.keep_last=0",
+        "checkpoint.keep_best=-1",
+        "checkpoint.max_failed_saves=0",
+        "watchdog.min_s=0",
+        "watchdog.save_s=-1",
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_one_line(recipe_file: Path, override: str) -> None:
+    assert override.partition("=")[0] in error_of(recipe_file, override)

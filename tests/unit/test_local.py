@@ -1,4 +1,4 @@
-"""Running a launcher: signals reach it, and nothing outlives it."""
+"""Running a launcher: signals reach its workers, and nothing outlives it."""
 
 import os
 import signal
@@ -9,22 +9,103 @@ from pathlib import Path
 
 import pytest
 
+from peft_dist.config import Recipe
 from peft_dist.errors import LaunchError
-from peft_dist.launch.local import run_launcher
+from peft_dist.launch import local
+from peft_dist.launch.command import worker_command
+from peft_dist.launch.local import PASSED_ON, run_launcher
+from peft_dist.launch.placement import Machine, place
 
-# A launcher like torchrun: its worker lives in a session of its own.
-LAUNCHER = """
-import signal, subprocess, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-worker = subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True)
-open(sys.argv[2], "w").write(str(worker.pid))
-if len(sys.argv) > 3:
-    signal.signal(signal.SIGTERM, lambda *_: (worker.terminate(), worker.wait(), sys.exit(9)))
-    time.sleep(60)
-time.sleep(0.5)  # let a stubborn worker set its handler
+ROOT = Path(__file__).resolve().parents[2]
+
+# A launcher that leaves its worker behind; like torchrun's, it lives in a session of its own.
+DESERTER = """
+import subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], start_new_session=True,
+                          stdout=subprocess.PIPE)
+worker.stdout.readline()
 """
-SLEEPER = "import time; time.sleep(60)"
-STUBBORN = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
+# A launcher that waits for its workers and starts them again until one exits with 0.
+WATCHER = """
+import signal, subprocess, sys
+from pathlib import Path
+def note(number, _frame):
+    Path(sys.argv[2], "launcher").open("a").write(signal.Signals(number).name + chr(10))
+    sys.exit(9)
+for number in (1, 2, 10, 12, 15):
+    signal.signal(number, note)
+while any([worker.wait() for worker in [
+    subprocess.Popen([sys.executable, "-c", *sys.argv[1:], str(rank)], start_new_session=True)
+    for rank in range(2)
+]]):
+    pass
+"""
+STUBBORN = (
+    "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+)
+SLEEPER = "import time; print(flush=True); time.sleep(60)"
+# A worker that takes its time to save, with a child of its own. Started again, it is in its setup
+# for long.
+SAVER = """
+import os, subprocess, sys, time
+from pathlib import Path
+from peft_dist.stop import install
+requests = install()
+folder, rank = Path(sys.argv[1]), sys.argv[2]
+if list(folder.glob(f"{rank}-started-*")):
+    (folder / f"{rank}-restarted-{os.getpid()}").touch()
+    time.sleep(60)
+requests.begin_training()
+child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+(folder / f"{rank}-started-{os.getpid()}").touch()
+while requests.requested is None:
+    time.sleep(0.01)
+time.sleep(1)
+child.stdin.close()
+saved = f"{requests.requested} {requests.count} {child.wait()}"
+(folder / f"{rank}-saved-{os.getpid()}").write_text(saved)
+sys.exit(75)
+"""
+# A worker that notes every signal and never ends by itself.
+ENDLESS = """
+import os, signal, sys, time
+from pathlib import Path
+folder, rank = Path(sys.argv[1]), sys.argv[2]
+for number in (1, 2, 10, 12, 15):
+    signal.signal(number, lambda number, _frame: (folder / f"{rank}-got-{number}").touch())
+(folder / f"{rank}-started-{os.getpid()}").touch()
+while True:
+    time.sleep(60)
+"""
+RUN = """
+import sys
+from pathlib import Path
+from peft_dist.launch.local import run_launcher
+ended = run_launcher(sys.argv[2:], environment={"RANK": "5"}, error_log=Path(sys.argv[1]))
+print(ended.code, ended.signal_name)
+"""
+
+
+def start(command: list[str], log: Path, **environ: str) -> subprocess.Popen[str]:
+    """Start our side of a launch in a process that a test can signal."""
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(log), *command],
+        env={**os.environ, **environ},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(folder: Path, pattern: str, count: int) -> list[Path]:
+    deadline = time.monotonic() + 30
+    while len(found := sorted(folder.glob(pattern))) < count:
+        assert time.monotonic() < deadline, f"{pattern}: {found}"
+        time.sleep(0.02)
+    return found
+
+
+def pids(files: list[Path]) -> list[int]:
+    return [int(file.name.rpartition("-")[2]) for file in files]
 
 
 def alive(pid: int) -> bool:
@@ -67,43 +148,106 @@ def test_a_command_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("worker", [SLEEPER, STUBBORN])
-def test_workers_of_a_launcher_that_died_are_ended(tmp_path: Path, worker: str) -> None:
-    pid_file = tmp_path / "pid"
-    started = time.monotonic()
+def test_workers_of_a_launcher_that_died_are_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: str
+) -> None:
+    monkeypatch.setattr(local, "SURVIVOR_GRACE_S", 1.0)
+    note = f"import os; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); "
     ended = run_launcher(
-        [sys.executable, "-c", LAUNCHER, worker, str(pid_file)],
-        environment={},
-        error_log=tmp_path / "log",
+        [sys.executable, "-c", DESERTER, note + worker], environment={}, error_log=tmp_path / "log"
     )
     assert ended.code == 0
-    assert has_ended(int(pid_file.read_text(encoding="utf-8")))
-    assert time.monotonic() - started < 30
+    assert has_ended(int((tmp_path / "pid").read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_forwarded_once_and_ends_everything(
+@pytest.mark.parametrize("number", PASSED_ON, ids=lambda number: number.name)
+def test_a_signal_reaches_the_workers_once_and_they_take_their_time(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    pid_file = tmp_path / "pid"
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from peft_dist.launch.local import run_launcher\n"
-        "ended = run_launcher(sys.argv[2:], environment={}, error_log=Path(sys.argv[1]))\n"
-        "print(ended.code, ended.signal_name)\n"
-    )
-    ours = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "log"), sys.executable, "-c", LAUNCHER,
-         SLEEPER, str(pid_file), "stay"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 20
-    while not (pid_file.exists() and pid_file.read_text(encoding="utf-8")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(0.3)  # let the launcher set its handler
+    ours = start([sys.executable, "-c", WATCHER, SAVER, str(tmp_path)], tmp_path / "log")
+    wait_for(tmp_path, "?-started-*", 2)
     os.kill(ours.pid, number)
     output, _ = ours.communicate(timeout=30)
     assert output.split() == [str(128 + number), number.name]
-    assert has_ended(int(pid_file.read_text(encoding="utf-8")))
+    saved = sorted(tmp_path.glob("?-saved-*"))
+    # Both, once; neither their children nor a restart of them.
+    assert [file.name[0] for file in saved] == ["0", "1"]
+    assert {file.read_text(encoding="utf-8") for file in saved} == {f"{number.name} 1 0"}
+    assert all(has_ended(pid) for pid in pids(sorted(tmp_path.glob("?-*started-*"))))
+    # The launcher, which has RANK from us, is only asked to stop once they are gone.
+    assert (tmp_path / "launcher").read_text(encoding="utf-8").split() == ["SIGTERM"]
+
+
+def test_a_launcher_without_workers_is_asked_to_stop(tmp_path: Path) -> None:
+    code = "import sys, time; open(sys.argv[1], 'w'); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path / "started")]
+    ours = start(command, tmp_path / "log")
+    wait_for(tmp_path, "started", 1)
+    os.kill(ours.pid, signal.SIGUSR1)
+    assert ours.communicate(timeout=20)[0].split() == ["138", "SIGUSR1"]
+
+
+def test_later_signals_kill_nothing_but_a_second_sigint_does(tmp_path: Path) -> None:
+    ours = start([sys.executable, "-c", WATCHER, ENDLESS, str(tmp_path)], tmp_path / "log")
+    started = pids(wait_for(tmp_path, "?-started-*", 2))
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(ours.pid, number)
+        wait_for(tmp_path, f"?-got-{number}", 2)
+    assert ours.poll() is None and all(alive(pid) for pid in started)
+    os.kill(ours.pid, signal.SIGINT)
+    assert ours.communicate(timeout=20)[0].split() == ["143", "SIGTERM"]
+    assert all(has_ended(pid) for pid in started)
+
+
+def test_under_nohup_sighup_is_ignored(tmp_path: Path) -> None:
+    code = (
+        "import os, signal as s, sys; s.signal(1, s.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    waits = "import sys, time; open(sys.argv[1], 'w'); time.sleep(1.5)"
+    ours = subprocess.Popen(
+        [sys.executable, "-c", code, sys.executable, "-c", RUN, str(tmp_path / "log"),
+         sys.executable, "-c", waits, str(tmp_path / "started")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    wait_for(tmp_path, "started", 1)
+    os.kill(ours.pid, signal.SIGHUP)
+    assert ours.communicate(timeout=20)[0].split() == ["0", "None"]
+
+
+def accelerate(tmp_path: Path, code: str) -> list[str]:
+    """Return our own command for two processes, with a script of the test's."""
+    recipe = {"model": {"name": "m"}, "data": {"train": "d"}, "parallel": {"processes": 2}}
+    placement = place(Recipe.model_validate(recipe), Machine(gpus=0, cores=2))
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "strategies").symlink_to(ROOT / "launch" / "strategies")
+    (tmp_path / "launch" / "train.py").write_text(code, encoding="utf-8")
+    return worker_command(placement, "train.py", [str(tmp_path)], root=tmp_path, max_restarts=3)
+
+
+UNDER_TORCHRUN = SAVER.replace("sys.argv[2]", "os.environ['RANK']")
+
+
+@pytest.mark.distributed
+def test_workers_under_torchrun_save_and_a_restart_does_not_go_on(tmp_path: Path) -> None:
+    command = accelerate(tmp_path, UNDER_TORCHRUN)
+    ours = start(command, tmp_path / "log", ACCELERATE_USE_CPU="true")
+    wait_for(tmp_path, "?-started-*", 2)
+    os.kill(ours.pid, signal.SIGUSR2)
+    assert ours.communicate(timeout=60)[0].split() == ["140", "SIGUSR2"]
+    saved = sorted(tmp_path.glob("?-saved-*"))
+    assert [file.name[0] for file in saved] == ["0", "1"]
+    assert all(has_ended(pid) for pid in pids(sorted(tmp_path.glob("?-*started-*"))))
+
+
+@pytest.mark.distributed
+def test_workers_save_when_torchrun_is_killed(tmp_path: Path) -> None:
+    command = accelerate(tmp_path, UNDER_TORCHRUN)
+    ours = start(command, tmp_path / "log", ACCELERATE_USE_CPU="true")
+    started = pids(wait_for(tmp_path, "?-started-*", 2))
+    status = Path(f"/proc/{started[0]}/status").read_text(encoding="utf-8")
+    os.kill(int(status.partition("PPid:")[2].split()[0]), signal.SIGKILL)
+    assert ours.communicate(timeout=60)[0].split() == ["137", "None"]
+    saved = sorted(tmp_path.glob("?-saved-*"))
+    assert [file.read_text(encoding="utf-8") for file in saved] == ["SIGTERM 1 0"] * 2
+    assert all(has_ended(pid) for pid in started)

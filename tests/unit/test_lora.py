@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from peft_dist.checkpoint import load_adapter
+from peft_dist.checkpoint.adapter import load_adapter
 from peft_dist.config.method import Lora
 from peft_dist.dist import World
 from peft_dist.errors import RecipeError

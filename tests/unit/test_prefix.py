@@ -10,7 +10,7 @@ from peft.tuners.cartridge.utils import initialize_kv_prefix_from_text
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from peft_dist.checkpoint import ADAPTER_FILE, load_adapter
+from peft_dist.checkpoint.adapter import ADAPTER_FILE, load_adapter
 from peft_dist.config.method import Prefix
 from peft_dist.config.recipe import Recipe
 from peft_dist.dist import World

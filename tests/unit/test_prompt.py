@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_dist.checkpoint import ADAPTER_FILE, load_adapter
+from peft_dist.checkpoint.adapter import ADAPTER_FILE, load_adapter
 from peft_dist.config.recipe import Recipe
 from peft_dist.dist import World
 from peft_dist.errors import DataError, RecipeError

@@ -6,14 +6,15 @@ import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
 from peft_dist.config import Recipe, load_recipe
-from peft_dist.errors import DataError, RunDirError
-from peft_dist.run_dir import RunDir, write_text_atomic
+from peft_dist.errors import DataError, RunDirError, TrainingError
+from peft_dist.run_dir import RunDir, error_in_log, write_text_atomic
 
 
 @pytest.fixture
@@ -86,33 +87,150 @@ def test_a_file_in_the_way_is_named(tmp_path: Path, recipe: Recipe) -> None:
     assert "cannot be written" in refusal(tmp_path / ("x" * 300), recipe)
 
 
-def test_a_run_that_failed_before_its_first_step_may_be_replaced(
-    tmp_path: Path, recipe: Recipe
+def test_a_failure_is_noted_once_with_its_time(tmp_path: Path, recipe: Recipe) -> None:
+    run = RunDir.create(tmp_path / "a", recipe)
+    assert run.verdict() is None
+    run.record_failure(DataError("no rows", where="train.jsonl"))
+    first = run.verdict()
+    run.record_failure(TrainingError("a later one"))
+    assert first is not None
+    assert (first.exit_code, first.error) == (2, "train.jsonl: no rows")
+    assert datetime.fromisoformat(first.time).tzinfo == UTC
+    assert run.verdict() == first
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"exit_code": 3}', '{"exit_code": "x"}'])
+def test_a_damaged_failure_still_asks_for_a_person(
+    tmp_path: Path, recipe: Recipe, text: str
 ) -> None:
     run = RunDir.create(tmp_path / "a", recipe)
-    run.launcher_log.write_text("traceback", encoding="utf-8")
-    run.record_failure(DataError("no rows", where="train.jsonl"))
-    run.record_failure(DataError("a later one"))
-    facts = json.loads(run.failure.read_text(encoding="utf-8"))
-    assert facts == {"exit_code": 2, "error": "train.jsonl: no rows"}
-    again = RunDir.create(tmp_path / "a", recipe)
-    assert not again.failure.exists()
-    assert not again.launcher_log.exists()
+    run.failure.write_text(text, encoding="utf-8")
+    found = run.verdict()
+    assert found is not None
+    assert found.exit_code == 3
+    assert "failure.json cannot be read" in found.error
 
 
-def test_a_run_that_failed_later_is_kept(tmp_path: Path, recipe: Recipe) -> None:
+def test_a_run_is_claimed_again_as_it_was(tmp_path: Path, recipe: Recipe) -> None:
+    run = RunDir.claim(tmp_path / "a", recipe, command=["first"])
+    run.ledger.write_text("{}\n", encoding="utf-8")
+    assert RunDir.claim(tmp_path / "a", recipe, command=["second"]) == run
+    assert json.loads(run.run_facts.read_text(encoding="utf-8"))["command"] == ["first"]
+    assert run.ledger.read_text(encoding="utf-8") == "{}\n"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".a", "a"))] == ["a"]
+
+
+def test_a_finished_run_is_refused_unless_it_is_set_aside(tmp_path: Path, recipe: Recipe) -> None:
+    for number in (1, 2):
+        run = RunDir.claim(tmp_path / "a", recipe)
+        run.result.write_text(str(number), encoding="utf-8")
+        with pytest.raises(RunDirError, match="has finished; choose another folder .* --fresh"):
+            RunDir.claim(tmp_path / "a", recipe)
+        fresh = RunDir.claim(tmp_path / "a", recipe, fresh=True)
+        assert not fresh.is_finished
+        aside = tmp_path / f"a.old-{number}"
+        assert (aside / "result.json").read_text(encoding="utf-8") == str(number)
+
+
+def changed(recipe_file: Path, *overrides: str) -> Recipe:
+    return load_recipe(recipe_file, overrides)
+
+
+def with_checkpoint(path: Path, recipe: Recipe) -> RunDir:
+    run = RunDir.create(path, recipe)
+    (run.checkpoints / "step-00000040").mkdir(parents=True)
+    return run
+
+
+def test_a_run_that_learns_otherwise_is_refused_with_the_difference(
+    tmp_path: Path, recipe: Recipe, recipe_file: Path
+) -> None:
+    run = with_checkpoint(tmp_path / "a", recipe)
+    other = changed(recipe_file, "train.learning_rate=1e-3", "method.rank=9", "train.seed=5")
+    with pytest.raises(RunDirError) as caught:
+        RunDir.claim(run.path, other)
+    line = str(caught.value)
+    assert line.startswith(f"{run.path}: method.rank is not what the run has been trained with: ")
+    assert "9 now (also changed: train.learning_rate, train.seed); put it back" in line
+    assert (
+        "--allow-changed method.rank --allow-changed train.learning_rate --allow-changed train.seed"
+    ) in line
+    assert load_recipe(run.recipe) == recipe
+    with pytest.raises(RunDirError, match="train.seed is not what"):
+        RunDir.claim(run.path, other, allow_changed=["method.rank", "train.learning_rate"])
+    allowed = ["method.rank", "train.learning_rate", "train.seed"]
+    RunDir.claim(run.path, other, allow_changed=allowed)
+    assert load_recipe(run.recipe) == other
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "parallel.strategy=ddp",
+        "parallel.processes=4",
+        "checkpoint.every_steps=3",
+        "data.max_length=77",
+        "train.micro_batch_size=2",
+        "train.activation_checkpointing=true",
+        "train.non_finite=stop",
+        "watchdog.min_s=3",
+        "tracking.wandb.mode=offline",
+    ],
+)
+def test_what_changes_nothing_that_is_learned_may_change(
+    tmp_path: Path, recipe: Recipe, recipe_file: Path, override: str
+) -> None:
+    run = with_checkpoint(tmp_path / "a", recipe)
+    other = changed(recipe_file, override)
+    assert other != recipe
+    RunDir.claim(run.path, other)
+    assert load_recipe(run.recipe) == other
+
+
+def test_a_run_without_a_checkpoint_may_change_in_anything(
+    tmp_path: Path, recipe: Recipe, recipe_file: Path
+) -> None:
     run = RunDir.create(tmp_path / "a", recipe)
-    run.record_failure(DataError("NaN"))
-    run.ledger.write_text('{"step": 1}\n', encoding="utf-8")
-    assert "holds another run" in refusal(run.path, recipe)
-    assert run.ledger.exists()
+    other = changed(recipe_file, "train.seed=5")
+    RunDir.claim(run.path, other)
+    assert load_recipe(run.recipe) == other
 
 
-def test_a_failed_run_with_a_stranger_in_it_is_kept(tmp_path: Path, recipe: Recipe) -> None:
+def test_a_run_whose_recipe_is_gone_is_not_claimed(tmp_path: Path, recipe: Recipe) -> None:
     run = RunDir.create(tmp_path / "a", recipe)
-    run.record_failure(DataError("no rows"))
-    (run.path / "notes.txt").write_text("x", encoding="utf-8")
-    assert "holds another run" in refusal(run.path, recipe)
+    run.recipe.unlink()
+    with pytest.raises(RunDirError, match="recipe.yaml missing"):
+        RunDir.claim(run.path, recipe)
+
+
+def test_a_claim_takes_no_folder_with_something_else(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").write_text("x", encoding="utf-8")
+    for fresh in (False, True):
+        with pytest.raises(RunDirError, match="holds 'thesis.tex' already"):
+            RunDir.claim(tmp_path / "a", recipe, fresh=fresh)
+    for path in (tmp_path / ("x" * 300), "a\0b"):
+        with pytest.raises(RunDirError, match="cannot be written"):
+            RunDir.claim(path, recipe)
+
+
+def test_the_newest_step_is_read_from_the_names(tmp_path: Path, recipe: Recipe) -> None:
+    run = RunDir.create(tmp_path / "a", recipe)
+    assert (run.newest_step(), run.has_checkpoints) == (0, False)
+    unusable = (".step-00000200-a00000001-x", "bad-step-00000300")
+    for name in ("step-00000040", "step-00000120", *unusable):
+        (run.checkpoints / name).mkdir(parents=True)
+    assert (run.newest_step(), run.has_checkpoints) == (120, True)
+
+
+def test_only_the_error_of_this_launch_is_told(tmp_path: Path) -> None:
+    log = tmp_path / "launcher.log"
+    old = "peft-dist: error: of yesterday\n"
+    log.write_text(old, encoding="utf-8")
+    assert error_in_log(log) == "of yesterday"
+    assert error_in_log(log, len(old)) is None
+    log.write_text(f"{old}noise\npeft-dist: error: of today\n", encoding="utf-8")
+    assert error_in_log(log, len(old)) == "of today"
 
 
 def test_of_many_launches_at_once_one_gets_the_folder(tmp_path: Path, recipe: Recipe) -> None:
@@ -126,6 +244,7 @@ def test_of_many_launches_at_once_one_gets_the_folder(tmp_path: Path, recipe: Re
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(attempt, range(8))) == 1
     assert RunDir.open(tmp_path / "a").recipe.is_file()
+    assert not list(tmp_path.glob(".a-making*"))
 
 
 def test_a_folder_without_a_run_is_not_opened(tmp_path: Path) -> None:
@@ -182,7 +301,7 @@ def test_a_full_disk_leaves_no_half_run(tmp_path: Path, recipe_file: Path) -> No
         check=False,
     )
     assert "recipe.yaml: cannot be written: File too large" in done.stderr
-    assert not (tmp_path / "runs" / "a").exists()
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_a_folder_that_may_not_be_written_is_named(recipe: Recipe) -> None:

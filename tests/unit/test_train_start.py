@@ -1,57 +1,210 @@
-"""Which run directory a worker trains in, decided before anything is loaded."""
+"""Which run a worker trains, and whether it may, decided before anything is loaded."""
 
 import argparse
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from peft_dist.config import Recipe
-from peft_dist.errors import LaunchError, RunDirError
+from peft_dist import train
+from peft_dist.attempts import Attempt, latest, record_path
+from peft_dist.config import Recipe, load_recipe
+from peft_dist.errors import DataError, LaunchError, RunDirError, TrainingError
+from peft_dist.fine_tune import _require_trackers
 from peft_dist.run_dir import RunDir
-from peft_dist.train import _prepared_run, _require_trackers
+from peft_dist.stop import LAUNCH_MARK, StopRequests
+from peft_dist.worker import Place
+from tests.processes import ROOT, environment, run
+
+RAW = {"model": {"name": "m"}, "data": {"train": "d"}}
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    recipe = Recipe.model_validate({"model": {"name": "m"}, "data": {"train": "d"}})
-    return RunDir.create(tmp_path / "run", recipe)
+def prepared(tmp_path: Path) -> RunDir:
+    return RunDir.create(tmp_path / "run", Recipe.model_validate(RAW))
 
 
-def started(recipe: Path, *overrides: str, run_dir: Path | None = None) -> argparse.Namespace:
-    return argparse.Namespace(recipe=recipe, overrides=list(overrides), run_dir=run_dir)
+def started(
+    recipe: Path, *overrides: str, run_dir: Path | None = None, fresh: bool = False
+) -> argparse.Namespace:
+    return argparse.Namespace(
+        recipe=recipe, overrides=list(overrides), run_dir=run_dir, fresh=fresh, allow_changed=[]
+    )
 
 
-def test_the_recipe_of_a_prepared_run_trains_in_its_own_folder(run: RunDir) -> None:
-    assert _prepared_run(started(run.recipe)) == run
+def taken(options: argparse.Namespace, **train_section: object) -> Place:
+    """Take a run as rank 0 does, and leave it again."""
+    place = Place()
+    recipe = Recipe.model_validate(RAW | {"train": train_section})
+    try:
+        train._take(options, recipe, place, StopRequests())
+    finally:
+        if place.attempt is not None:
+            place.attempt.end("interrupted")
+    return place
 
 
-@pytest.mark.parametrize("left", ["ledger", "result"])
-def test_a_run_that_has_trained_is_never_trained_over(run: RunDir, left: str) -> None:
-    getattr(run, left).write_text('{"step": 1}\n', encoding="utf-8")
-    with pytest.raises(RunDirError, match="has trained already; name another folder"):
-        _prepared_run(started(run.recipe))
+def verdict_of(options: argparse.Namespace) -> int | None:
+    return train._verdict_of_this_launch(options)
 
 
-def test_an_old_recipe_with_changes_is_the_start_of_another_run(run: RunDir) -> None:
-    run.ledger.write_text('{"step": 1}\n', encoding="utf-8")
-    assert _prepared_run(started(run.recipe, "train.seed=1")) is None
-    assert _prepared_run(started(run.recipe, run_dir=run.path.parent / "b")) is None
+def test_the_recipe_of_a_prepared_run_trains_in_its_own_folder(prepared: RunDir) -> None:
+    place = taken(started(prepared.recipe))
+    assert place.run_dir == prepared
+    assert place.attempt_number == 1
+    assert taken(started(prepared.recipe)).attempt_number == 2
 
 
-def test_any_other_recipe_is_in_no_run(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
+def test_a_run_that_has_finished_is_never_trained_over(prepared: RunDir) -> None:
+    prepared.result.write_text("{}", encoding="utf-8")
+    with pytest.raises(RunDirError, match="has finished; name another folder"):
+        taken(started(prepared.recipe))
+    with pytest.raises(RunDirError, match="has finished; choose another folder"):
+        taken(started(prepared.recipe, run_dir=prepared.path))
+    assert not prepared.attempts.exists()
+
+
+def test_an_old_recipe_with_changes_is_the_start_of_another_run(prepared: RunDir) -> None:
+    assert train._run_of(started(prepared.recipe)) == (prepared, True)
+    _, is_own = train._run_of(started(prepared.recipe, "train.seed=1"))
+    assert not is_own
+    other = prepared.path.parent / "b"
+    assert train._run_of(started(prepared.recipe, run_dir=other)) == (RunDir(other), False)
+
+
+def test_any_other_recipe_is_in_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "mine.yaml"
     recipe.write_text("model: {name: m}\n", encoding="utf-8")
-    assert _prepared_run(started(recipe)) is None
+    assert train._run_of(started(recipe)) == (RunDir(tmp_path / "runs" / "mine"), False)
+
+
+def test_a_worker_of_any_launcher_goes_on_with_the_run_that_is_there(tmp_path: Path) -> None:
+    options = started(tmp_path / "mine.yaml", run_dir=tmp_path / "run")
+    assert [taken(options).attempt_number for _ in range(2)] == [1, 2]
+    place = taken(started(tmp_path / "mine.yaml", run_dir=tmp_path / "run", fresh=True), seed=1)
+    assert place.attempt_number == 1
+    assert (tmp_path / "run.old-1" / "attempts" / "00000002.json").is_file()
+    assert load_recipe(tmp_path / "run" / "recipe.yaml", check_paths=False).train.seed == 1
+
+
+def test_fresh_sets_nothing_aside_when_torchrun_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = started(tmp_path / "mine.yaml", run_dir=tmp_path / "run", fresh=True)
+    taken(options)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert taken(options).attempt_number == 2
+    assert not (tmp_path / "run.old-1").exists()
+
+
+def test_a_run_that_another_process_trains_is_refused(prepared: RunDir) -> None:
+    holder = Attempt.begin(prepared.attempts)
+    try:
+        with pytest.raises(RunDirError, match=f"process {os.getpid()}|pid {os.getpid()}"):
+            taken(started(prepared.recipe))
+        assert (latest(prepared.attempts) or {})["attempt"] == 1
+    finally:
+        holder.end("interrupted")
+
+
+def test_a_fresh_start_after_a_verdict_tries_again(prepared: RunDir) -> None:
+    prepared.record_failure(TrainingError("loss nan"))
+    assert taken(started(prepared.recipe)).attempt_number == 1
+    assert prepared.verdict() is None
+
+
+def test_crashes_without_progress_end_in_a_verdict_and_a_new_start_is_not_held_to_it(
+    prepared: RunDir,
+) -> None:
+    """The verdict of the crash loop is what a run gives up with; a person may overrule it once."""
+    told = ""
+    for _ in range(10):
+        place = Place()
+        try:
+            train._take(started(prepared.recipe), Recipe.model_validate(RAW), place, StopRequests())
+        except TrainingError as error:
+            told = str(error)
+            assert place.attempt is not None
+            prepared.record_failure(error)
+            place.attempt.end("failed")
+            break
+        assert place.attempt is not None
+        place.attempt.end("crashed")  # no outcome that anything knows: it ended by itself
+        record = json.loads(record_path(prepared.attempts, place.attempt_number).read_text())
+        assert record["outcome"] == "crashed"
+    assert "start again once that is mended" in told
+    assert taken(started(prepared.recipe)).run_dir == prepared
+
+
+@pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_start_by_a_machine_honours_what_the_run_came_to(
+    prepared: RunDir, monkeypatch: pytest.MonkeyPatch, count: str
+) -> None:
+    options = started(prepared.recipe)
+    monkeypatch.setenv(count, "0")
+    prepared.record_failure(DataError("no rows"))
+    assert verdict_of(options) is None  # a person's start
+    monkeypatch.setenv(count, "1")
+    assert verdict_of(options) == 2
+    prepared.failure.write_text("half a line", encoding="utf-8")
+    assert verdict_of(options) == 3
+    prepared.result.write_text("{}", encoding="utf-8")
+    assert verdict_of(options) == 0
+
+
+def test_torchrun_does_not_undo_a_stop_and_a_requeue_does(
+    prepared: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(LAUNCH_MARK, raising=False)
+    options = started(prepared.recipe)
+    Attempt.begin(prepared.attempts).end("interrupted", signal="SIGTERM")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert verdict_of(options) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert verdict_of(options) == 75
+    monkeypatch.setenv(LAUNCH_MARK, "x")  # then torchrun must think that all is well
+    assert verdict_of(options) == 0
+
+
+def test_a_worker_that_may_not_run_has_not_imported_torch(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "r.yaml").write_text(
+        "model: {name: model}\ndata: {train: rows.jsonl}\n", encoding="utf-8"
+    )
+    made = RunDir.create(tmp_path / "run", load_recipe(tmp_path / "r.yaml"))
+    made.result.write_text("{}", encoding="utf-8")
+    code = (
+        "import sys\n"
+        "from peft_dist import train\n"
+        "code = train.main(['r.yaml', '--run-dir', 'run'])\n"
+        "print(code, 'torch' in sys.modules)\n"
+    )
+    done = run([sys.executable, "-c", code], cwd=tmp_path, environment=environment(tmp_path))
+    assert done.stdout.split() == ["2", "False"], done.stderr
+    assert "has finished" in done.stderr
+
+
+def test_the_age_of_this_process_counts_its_interpreters_start() -> None:
+    code = "import time; from peft_dist.train import process_age_s; print(process_age_s())"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import time; time.sleep(1); {code}"],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert 1.0 <= float(done.stdout) < 60.0
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    raw = {"model": {"name": "m"}, "data": {"train": "d"}}
-    offline = Recipe.model_validate(raw | {"tracking": {"wandb": {"mode": "offline"}}})
+    offline = Recipe.model_validate(RAW | {"tracking": {"wandb": {"mode": "offline"}}})
     monkeypatch.setattr("sys.path", [])
     monkeypatch.setattr("sys.path_importer_cache", {})
     monkeypatch.delitem(__import__("sys").modules, "wandb", raising=False)
     with pytest.raises(LaunchError, match="tracking.wandb.mode: wandb is not installed"):
         _require_trackers(offline)
-    _require_trackers(Recipe.model_validate(raw))
+    _require_trackers(Recipe.model_validate(RAW))

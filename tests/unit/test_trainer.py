@@ -1,18 +1,24 @@
 """The loop's arithmetic: learning rates, optimizer groups, clipping, and the finite-loss guard."""
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from peft_dist.config.derived import learning_rate
 from peft_dist.config.recipe import Train
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.dist import World
-from peft_dist.errors import TrainingError
+from peft_dist.errors import Interrupted, TrainingError
+from peft_dist.keeper import Keeper
 from peft_dist.model.source import find_base
+from peft_dist.saving import Saver
+from peft_dist.scoring import held_out
 from peft_dist.session import Session, open_session
-from peft_dist.trainer import Trainer, learning_rate, make_optimizer
+from peft_dist.trainer import Trainer, make_optimizer
 from tests.tiny import completion_rows, tiny_model, tiny_recipe, write_jsonl
 
 
@@ -23,7 +29,7 @@ def trainer(folder: Path, world: World, architecture: str = "llama", **sections:
     recipe = tiny_recipe(folder / architecture, rows, **sections)
     session = open_session(recipe, world, find_base(recipe, folder / "cache"))
     tokens = tokenize_rows(recipe, "train", folder / "cache")
-    return Trainer(session, tokens, None, save=lambda step: None)
+    return Trainer(session, tokens, None)
 
 
 class Records(list[dict[str, Any]]):
@@ -152,22 +158,249 @@ def test_a_record_counts_rows_and_real_tokens(tmp_path: Path, alone: World) -> N
     assert all(r["peak_memory_bytes"] > 0 and r["tokens_per_s"] > 0 for r in records)
 
 
-def test_copies_are_saved_when_the_recipe_says(tmp_path: Path, alone: World) -> None:
-    saved: list[int] = []
+def with_keeper(found: Trainer, folder: Path) -> Keeper:
+    """Let a training make checkpoints in a folder."""
+    found.keeper = Keeper(
+        Saver(found.session, found.rows),
+        folder,
+        found.recipe.checkpoint,
+        attempt=1,
+        facts={},
+        may_publish=lambda: None,
+    )
+    return found.keeper
+
+
+def broken_at(found: Trainer, *steps: int, how: str = "loss") -> None:
+    """Make the loss or the gradient of some steps infinite or not a number."""
+    engine, reduce = found.session.engine, found.session.engine.reduce
+
+    def poisoned(riders: torch.Tensor) -> torch.Tensor:
+        summed = reduce(riders)
+        if found.progress.step + 1 in steps:
+            if how == "loss":
+                summed[0] = math.nan
+            else:
+                engine.gradients[3] = math.inf
+        return summed
+
+    engine.reduce = poisoned  # type: ignore[method-assign]
+
+
+def state_of(found: Trainer) -> tuple[bytes, bytes, bytes, int]:
+    """Return weights, both moments and the count of updates, to the bit."""
+    engine, moments = found.session.engine, found.optimizer.moments()
+    weights = engine.flat(engine.adapter_state())
+    parts = (weights, moments.mean, moments.square)
+    a, b, c = (part.numpy().tobytes() for part in parts)
+    return a, b, c, moments.updates
+
+
+def states_after_steps(found: Trainer) -> dict[int, tuple[bytes, bytes, bytes, int]]:
+    """Note the state after every step of the training that follows."""
+    states, after = {0: state_of(found)}, found._after
+
+    def noted(step: int) -> None:
+        states[step] = state_of(found)
+        after(step)
+
+    found._after = noted  # type: ignore[method-assign]
+    return states
+
+
+def test_checkpoints_are_made_when_the_recipe_says(tmp_path: Path, alone: World) -> None:
     found = trainer(
         tmp_path, alone, train={"steps": 7, "global_batch_size": 4}, checkpoint={"every_steps": 3}
     )
-    found.save = saved.append
-    found.run()
-    assert saved == [3, 6]
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path, alone: World) -> None:
-    found = trainer(tmp_path, alone, train={"steps": 50, "learning_rate": 1e30,
-                                            "max_grad_norm": 0.0})  # fmt: skip
+    with_keeper(found, tmp_path / "checkpoints")
     records = Records()
     found.trackers = [records]
-    with pytest.raises(TrainingError, match=r"train: loss .* at step \d+; lower train.learning"):
+    found.run()
+    assert [r["step"] for r in records if r["event"] == "checkpoint"] == [3, 6]
+    assert [r["step"] for r in records if r["event"] == "saved"] == [3, 6]
+
+
+POISONED = {"steps": 6, "global_batch_size": 4, "learning_rate": 1e-2}
+
+
+def test_under_stop_a_loss_that_is_not_finite_ends_the_run_before_the_update(
+    tmp_path: Path, alone: World
+) -> None:
+    found = trainer(
+        tmp_path, alone,
+        train={"steps": 50, "learning_rate": 1e30, "max_grad_norm": 0.0, "non_finite": "stop"},
+    )  # fmt: skip
+    records = Records()
+    found.trackers = [records]
+    told = r"train.non_finite: loss .* at step \d+; lower train.learning_rate"
+    with pytest.raises(TrainingError, match=told) as caught:
         found.run()
+    assert caught.value.exit_code == 3
     assert len(records) < 50
     assert all(torch.isfinite(p).all() for p in found.session.adapter.values())
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(
+    tmp_path: Path, alone: World, how: str
+) -> None:
+    found = trainer(tmp_path, alone, train=POISONED)
+    records = Records()
+    found.trackers = [records]
+    broken_at(found, 3, 5, how=how)
+    states = states_after_steps(found)
+    progress = found.run()
+    for step in (3, 5):
+        assert states[step] == states[step - 1]
+    for step in (1, 2, 4, 6):
+        assert states[step] != states[step - 1]
+    assert [states[step][3] for step in range(1, 7)] == [1, 2, 2, 3, 3, 4]
+    assert [r["event"] for r in records] == ["step", "step", "skipped", "step", "skipped", "step"]
+    skipped = records[2]
+    assert (skipped["step"], skipped["cursor"], skipped["rows"]) == (3, 12, 4)
+    wanted = "loss nan, gradient norm 3." if how == "loss" else "gradient norm inf at step 3"
+    assert wanted in skipped["reason"]
+    json.dumps(records, allow_nan=False)
+    counted = sum(r["tokens"] for r in records if r["event"] == "step")
+    assert progress.tokens == counted < counted + skipped["tokens"]
+    assert progress.skipped_in_a_row == 0
+
+
+def test_a_first_step_that_is_skipped_leaves_adamw_at_its_start(
+    tmp_path: Path, alone: World
+) -> None:
+    found = trainer(tmp_path, alone, train=POISONED)
+    broken_at(found, 1)
+    states = states_after_steps(found)
+    found.run()
+    assert states[1] == states[0]
+    assert states[6][3] == 5
+
+
+def test_a_skipped_step_is_as_if_its_update_had_never_been(tmp_path: Path, alone: World) -> None:
+    """The twin does everything but the update, by other means than the one under test."""
+    found, twin = (trainer(tmp_path, alone, train=POISONED) for _ in range(2))
+    books = [Records(), Records()]
+    found.trackers, twin.trackers = [books[0]], [books[1]]
+    broken_at(found, 3)
+    update = twin.optimizer.step
+
+    def without_one(finite: torch.Tensor) -> None:
+        if twin.progress.step + 1 != 3:
+            update(finite)
+
+    twin.optimizer.step = without_one  # type: ignore[method-assign]
+    found.run()
+    twin.run()
+    assert state_of(found) == state_of(twin)
+    left = [{r["step"]: r["loss"].hex() for r in book if r["event"] == "step"} for book in books]
+    assert left[0].keys() == {1, 2, 4, 5, 6}
+    assert all(left[1][step] == loss for step, loss in left[0].items())
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path, alone: World) -> None:
+    found = trainer(tmp_path, alone, train={**POISONED, "steps": 9, "max_skipped_steps": 2})
+    records = Records()
+    found.trackers = [records]
+    broken_at(found, 2, 3, 5, 6, 7)  # the finite step 4 begins the count anew
+    with pytest.raises(TrainingError, match="at step 7, not finite 3 times in a row; lower"):
+        found.run()
+    skipped = [r["step"] for r in records if r["event"] == "skipped"]
+    assert skipped == [2, 3, 5, 6]
+
+
+def test_a_rollback_goes_back_to_the_newest_checkpoint_and_on_with_later_rows(
+    tmp_path: Path, alone: World
+) -> None:
+    found = trainer(
+        tmp_path,
+        alone,
+        train={**POISONED, "non_finite": "rollback"},
+        checkpoint={"every_steps": 2},
+    )
+    with_keeper(found, tmp_path / "checkpoints")
+    records = Records()
+    found.trackers = [records]
+    broken_at(found, 4)
+    states = states_after_steps(found)
+    found.run()
+    assert states[4] == states[2] != states[3]
+    (told,) = [r for r in records if r["event"] == "rollback"]
+    assert (told["step"], told["back_to"], told["cursor"]) == (4, 2, 16)
+    assert "at step 4" in told["reason"]
+    assert [r["step"] for r in records if r["event"] == "step"] == [1, 2, 3, 5, 6]
+    assert [r["cursor"] for r in records if r["event"] == "step"] == [4, 8, 12, 20, 24]
+    assert states[6][3] == 4
+
+
+def test_a_rollback_without_a_checkpoint_ends_the_run(tmp_path: Path, alone: World) -> None:
+    for keeps in (False, True):
+        found = trainer(tmp_path, alone, train={**POISONED, "non_finite": "rollback"})
+        if keeps:
+            with_keeper(found, tmp_path / "checkpoints")
+        broken_at(found, 2)
+        with pytest.raises(TrainingError, match="there is no checkpoint to roll back to; set ch"):
+            found.run()
+
+
+def test_rollbacks_in_a_row_are_counted_although_they_go_back_to_a_checkpoint(
+    tmp_path: Path, alone: World
+) -> None:
+    found = trainer(
+        tmp_path,
+        alone,
+        train={**POISONED, "non_finite": "rollback", "max_skipped_steps": 2},
+        checkpoint={"every_steps": 1},
+    )
+    with_keeper(found, tmp_path / "checkpoints")
+    broken_at(found, 3, 4, 5)
+    with pytest.raises(TrainingError, match="not finite 3 times in a row"):
+        found.run()
+
+
+class StopDuringEvaluation:
+    """Surroundings in which a signal comes while held-out rows are scored."""
+
+    def __init__(self, step: int) -> None:
+        self.wanted, self.now = ("evaluation", step), ("", 0)
+
+    def stop_requested(self) -> bool:
+        """Say whether it has come."""
+        return self.now == self.wanted
+
+    def phase(self, name: str, step: int) -> None:
+        """Note where the training is."""
+        self.now = (name, step)
+
+
+def test_a_stop_during_an_evaluation_saves_and_the_next_start_evaluates_again(
+    tmp_path: Path, alone: World
+) -> None:
+    write_jsonl(tmp_path / "held.jsonl", completion_rows(9, seed=1))
+    sections: dict[str, Any] = {
+        "data": {"eval": str(tmp_path / "held.jsonl")},
+        "evaluate": {"every_steps": 2, "micro_batch_size": 2},
+        "train": POISONED,
+    }
+
+    def made() -> tuple[Trainer, Keeper, Records]:
+        found = trainer(tmp_path, alone, **sections)
+        tokens = tokenize_rows(found.recipe, "eval", tmp_path / "cache")
+        found.held = held_out(found.recipe, tokens)
+        records = Records()
+        found.trackers = [records]
+        return found, with_keeper(found, tmp_path / "checkpoints"), records
+
+    found, _, first = made()
+    found.surroundings = StopDuringEvaluation(4)
+    with pytest.raises(Interrupted, match="stopped after step 4 of 6"):
+        found.run()
+    assert [r["step"] for r in first if r["event"] == "evaluation"] == [0, 2]
+    after, keeper, rest = made()
+    newest = keeper.newest()
+    assert newest is not None
+    after.resume(newest)
+    progress = after.run()
+    assert [r["step"] for r in rest if r["event"] == "evaluation"] == [4, 6]
+    assert progress.first is not None
+    assert progress.first.loss == first[0]["eval_loss"]

@@ -59,6 +59,26 @@ def load_adapter(
     return method.restored(peft, found, parameters)
 
 
+def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: PeftConfig) -> None:
+    """Write an adapter into a folder that is there, unsynced and unchecked.
+
+    Args:
+        folder: Where.
+        tensors: What the file holds, by the names PEFT reads.
+        config: What stands beside them.
+
+    Raises:
+        OSError, SafetensorError: Where the disk is full; the latter is safetensors' word for it.
+    """
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, set):
+        # A set is written in an order that changes from process to process.
+        setattr(config, "target_modules", sorted(targets))  # noqa: B010 - not every method has it
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
 def write_partial(folder: Path, tensors: Mapping[str, torch.Tensor], config: PeftConfig) -> Path:
     """Write an adapter into a folder of its own, beside the one it is for; return it.
 
@@ -70,21 +90,15 @@ def write_partial(folder: Path, tensors: Mapping[str, torch.Tensor], config: Pef
     Raises:
         TrainingError: Where the disk is full.
     """
-    targets = getattr(config, "target_modules", None)
-    if isinstance(targets, set):
-        # A set is written in an order that changes from process to process.
-        setattr(config, "target_modules", sorted(targets))  # noqa: B010 - not every method has it
     partial: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(whole, partial / ADAPTER_FILE, metadata={"format": "pt"})
-        config.save_pretrained(str(partial))
+        write_adapter(partial, tensors, config)
         for file in partial.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
-    except (OSError, SafetensorError) as error:  # the latter is safetensors' word for a full disk
+    except (OSError, SafetensorError) as error:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
         raise _cannot_write(folder, error) from error
@@ -228,9 +242,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def keep_newest(checkpoints: Path, count: int) -> None:
-    """Remove all but the newest `count` copies."""
-    for old in sorted(checkpoints.glob("step-*"))[:-count]:
-        shutil.rmtree(old, ignore_errors=True)

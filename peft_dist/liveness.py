@@ -1,0 +1,76 @@
+"""Which process wrote a record, and whether it still lives; exact on its own machine only.
+
+Reads the kernel's tables and Slurm's environment. Compares no clocks and sends no signals.
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def this_process() -> dict[str, Any]:
+    """Return what tells this process from every other one, on any machine, at any time."""
+    boot_id = pid_namespace = None
+    with suppress(OSError):  # no Linux
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        pid_namespace = str(Path("/proc/self/ns/pid").readlink())
+    return {
+        "host": os.uname().nodename,
+        "pid": os.getpid(),
+        "start_ticks": _start_ticks(os.getpid()),
+        "boot_id": boot_id,
+        "pid_namespace": pid_namespace,
+    }
+
+
+def slurm_job() -> dict[str, Any]:
+    """Return the Slurm job this process runs in, and how often Slurm has requeued it."""
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+    return {
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "slurm_restart_count": int(restarts) if restarts.isdecimal() else 0,
+    }
+
+
+def is_this_process(record: dict[str, Any]) -> bool:
+    """Say whether this very process wrote a record."""
+    return all(record.get(name) == value for name, value in this_process().items())
+
+
+def is_alive(record: dict[str, Any]) -> bool | None:
+    """Say whether the process that wrote a record lives, or None where that cannot be seen here."""
+    here = this_process()
+    seen = here["pid_namespace"] is not None and all(
+        record.get(name) == here[name] for name in ("boot_id", "pid_namespace")
+    )
+    if not seen or record.get("start_ticks") is None:
+        return None
+    # Pids are used again; with the start time they are not.
+    return bool(_start_ticks(record["pid"]) == record["start_ticks"])
+
+
+def is_requeue_of(record: dict[str, Any]) -> bool:
+    """Say whether Slurm has requeued the record's job as ours: what lives of it is a zombie.
+
+    When slurmd is lost, the job is queued again while its processes may go on.
+    """
+    ours = slurm_job()
+    return (
+        ours["slurm_job_id"] is not None
+        and record.get("slurm_job_id") == ours["slurm_job_id"]
+        and ours["slurm_restart_count"] > record.get("slurm_restart_count", 0)
+    )
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Return when a process started, in ticks since boot; None where it has ended.
+
+    Source: proc_pid_stat(5), fields 3 (state) and 22 (starttime).
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    state, *fields = text.rpartition(")")[2].split()  # the name in parentheses may hold anything
+    return None if state in "ZX" else int(fields[18])  # Z: killed, and not yet waited for

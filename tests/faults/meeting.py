@@ -1,0 +1,23 @@
+"""Faults of the moment at which processes meet: limits that a test can wait for, and late ranks."""
+
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.faults.hooks import Rank
+
+
+def meeting_limit(_here: "Rank", *, seconds: float) -> None:
+    """Let every rank wait so long for the others, instead of `dist.MEETING_TIMEOUT`."""
+    from peft_dist import dist
+
+    assert dist.meet.__kwdefaults__ is not None
+    assert dist.meet.__kwdefaults__["within"] == dist.MEETING_TIMEOUT
+    dist.meet.__kwdefaults__["within"] = timedelta(seconds=seconds)
+
+
+def late_rank(here: "Rank", *, rank: int, seconds: float) -> None:
+    """Let one rank begin so much later than the others."""
+    if here.is_one_of(rank):
+        time.sleep(seconds)
