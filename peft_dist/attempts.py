@@ -139,6 +139,9 @@ class Attempt:
             self._write({**self._record, **facts, "outcome": outcome}, durable=True)
             self._over.set()
         self._heart.join(timeout=HEARTBEAT_S)
+        if not self._superseded:
+            # Of a start that was killed while it took our number; no contender is left by now.
+            _remove_leftovers(self._path.parent, before=self.number + 1)
 
     def _beat(self) -> None:
         while not self._over.wait(HEARTBEAT_S):

@@ -363,7 +363,7 @@ def test_a_stopped_command_saves_and_resume_finishes_as_if_nothing_had_been(
     assert attempts(run_dir) == ["interrupted"]
     resumed = start(project, [*PEFT_DIST, "resume", "run"])
     assert resumed.returncode == 0, resumed.stderr
-    assert f"going on from step {step} (attempt 2)" in resumed.stdout
+    assert f"going on after step {step} (attempt 2)" in resumed.stdout
     assert attempts(run_dir) == ["interrupted", "done"]
     undisturbed = start(project, [*WAYS["peft-dist"], "--run-dir", "whole", LONGER])
     assert undisturbed.returncode == 0, undisturbed.stderr

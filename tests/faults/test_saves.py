@@ -40,7 +40,8 @@ def cuts(short: int, changes: int) -> list[int]:
 
 def changes_of(harness: Harness, project: Project, since: str) -> list[tuple[str, Path]]:
     """Train without being disturbed; return the changes from the first with a text in its path."""
-    book = harness.folder / "changes.jsonl"
+    # Beside what is watched, or writing it down would be a change.
+    book = harness.folder.with_name(f"{harness.folder.name}-changes.jsonl")
     watched = fault("log_file_operations", under=harness.folder, into=book)
     group = harness.start(project, harness.run_dir(), overrides=SHORT, faults=[watched])
     assert group.wait() == [0, 0], group.told()
