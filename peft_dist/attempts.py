@@ -7,9 +7,7 @@ no more has crashed, and `crash_loop` says what follows from that.
 """
 
 import json
-import os
 import re
-import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from peft_dist.errors import RunDirError, Superseded
+from peft_dist.files import make_file, replace_file
 from peft_dist.liveness import is_alive, is_requeue_of, slurm_job, this_process
 
 HEARTBEAT_S = 0.5
@@ -85,7 +84,7 @@ class Attempt:
                 "beat": 0,
             }
             path = record_path(folder, number)
-            if not _make_once(path, record):
+            if not make_file(path, json.dumps(record) + "\n"):
                 _refuse(folder, latest(folder))
             _remove_leftovers(folder, before=number)
         except OSError as error:
@@ -228,22 +227,8 @@ def record_path(folder: Path, number: int) -> Path:
 
 
 def write_json(path: Path, value: object, *, durable: bool = False) -> None:
-    """Replace a private file as a whole.
-
-    Args:
-        path: Which file.
-        value: What it will hold.
-        durable: Whether the file must outlive its machine, and not only its process.
-
-    Raises:
-        OSError: Where it cannot be written; nothing is left then.
-    """
-    temporary = _write_temporary(path, value, durable=durable)
-    try:
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Replace a private file of JSON as a whole; see `files.replace_file`."""
+    replace_file(path, json.dumps(value) + "\n", durable=durable)
 
 
 def _judge(folder: Path, *, watch_s: float) -> tuple[Record | None, bool]:
@@ -285,40 +270,6 @@ def _describe(record: Record) -> str:
         return name
     job = f" (Slurm job {record['slurm_job_id']})" if record.get("slurm_job_id") else ""
     return f"{name}, process {record['pid']} on host {record['host']}{job}"
-
-
-def _make_once(path: Path, record: Record) -> bool:
-    """Make a whole file that is not there yet; return False where somebody else made it."""
-    temporary = _write_temporary(path, record, durable=True)
-    try:
-        os.link(temporary, path)
-        return True
-    except FileExistsError:
-        # NFS may repeat a link whose answer was lost and find its own: see O_EXCL in open(2).
-        return temporary.stat().st_nlink == 2
-    except OSError:  # a file system without links: there the file is empty for a moment
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
-        except FileExistsError:
-            return False
-        temporary.replace(path)
-        return True
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_temporary(path: Path, value: object, *, durable: bool) -> Path:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(value) + "\n")
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return Path(name)
 
 
 def _remove_leftovers(folder: Path, *, before: int) -> None:

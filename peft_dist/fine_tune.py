@@ -17,7 +17,7 @@ from peft_dist import dist, resources
 from peft_dist.attempts import Attempt
 from peft_dist.checkpoint import store
 from peft_dist.config import Recipe
-from peft_dist.config.compare import differences, learning_settings
+from peft_dist.config.compare import differences, learning_settings, refuse_changes
 from peft_dist.config.derived import peak_learning_rate
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.errors import Interrupted, LaunchError, PeftDistError, Superseded
@@ -25,7 +25,7 @@ from peft_dist.keeper import Keeper, read_state
 from peft_dist.memory import peak_device_bytes, peak_rss_bytes
 from peft_dist.model.source import BaseSource, find_base
 from peft_dist.output import say
-from peft_dist.run_dir import LAUNCHED_AT, RunDir, refuse_changes, write_text_atomic
+from peft_dist.run_dir import LAUNCHED_AT, RunDir, write_text_atomic
 from peft_dist.saving import Saver
 from peft_dist.scoring import HeldOut, held_out
 from peft_dist.session import Session, open_session

@@ -5,10 +5,9 @@ Knows no schedule and no process group. Whoever writes (rank 0, the launcher) de
 
 import errno
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,8 +16,9 @@ from typing import NamedTuple, Self
 
 from peft_dist.attempts import latest
 from peft_dist.config import Recipe, load_recipe, render_recipe
-from peft_dist.config.compare import differences, learning_settings
+from peft_dist.config.compare import differences, learning_settings, refuse_changes
 from peft_dist.errors import ERROR_PREFIX, EXIT_DO_NOT_RETRY, PeftDistError, RunDirError
+from peft_dist.files import replace_file
 from peft_dist.run_facts import run_facts
 
 LAUNCHED_AT = "PEFT_DIST_LAUNCHED_AT"
@@ -31,18 +31,9 @@ def write_text_atomic(path: Path, text: str) -> None:
     Raises:
         RunDirError: Where the disk is full or the folder cannot be written.
     """
-    temporary: str | None = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        replace_file(path, text)
     except OSError as error:
-        if temporary is not None:
-            with suppress(OSError):
-                Path(temporary).unlink(missing_ok=True)
         raise _cannot_write(path, error) from error
 
 
@@ -323,31 +314,6 @@ class RunDir:
             self.path.rename(aside)
         except OSError as error:
             raise _cannot_write(aside, error) from error
-
-
-def refuse_changes(changes: Mapping[str, str], allowed: Collection[str], *, where: str) -> None:
-    """Refuse to go on with a run whose recipe, rows or model have changed.
-
-    Args:
-        changes: `OLD before, NEW now` by field.
-        allowed: Fields that may change.
-        where: The run.
-
-    Raises:
-        RunDirError: Naming every other field, and the two values of the first.
-    """
-    refused = {field: change for field, change in changes.items() if field not in allowed}
-    if not refused:
-        return
-    first, change = next(iter(refused.items()))
-    others = "".join(f", {field}" for field in list(refused)[1:])
-    raise RunDirError(
-        f"{first} is not what the run has been trained with: {change}"
-        + (f" (also changed{others.replace(',', ':', 1)})" if others else ""),
-        where=where,
-        remedy="put it back, start anew with --fresh, or go on all the same with "
-        + " ".join(f"--allow-changed {field}" for field in refused),
-    )
 
 
 def _taken(path: Path, held: str) -> RunDirError:

@@ -294,6 +294,7 @@ class Trainer:
         self.progress.evaluated = step
         if self.held is None:
             return
+        self.surroundings.phase("evaluation", step)
         started = time.monotonic()
 
         def wants_stop() -> bool:

@@ -135,7 +135,7 @@ HANGS = [
     Hang("zero2", 1, "rows", 13, "step 13 (phase step)", ELSEWHERE),
     Hang("ddp", 0, "collective", 14, "step 14 (phase step)", ELSEWHERE),
     Hang("fsdp", 1, "evaluation", 20, "step 20 (phase evaluation)", ELSEWHERE, "evaluation_s"),
-    Hang("fsdp", 1, "setup", 0, "phase setup", "{rank}", "setup_s"),
+    Hang("fsdp", 1, "setup", 0, "phase setup", ELSEWHERE, "setup_s"),
     Hang("fsdp", 0, "rows", 1, "step 1 (phase step)", ELSEWHERE, "setup_s"),
     Hang("zero2", 0, "collective", 21, "step 21 (phase step)", ELSEWHERE),
     Hang("ddp", 1, "rows", 30, "step 30 (phase step)", ELSEWHERE),
@@ -202,12 +202,12 @@ def test_a_rank_that_is_only_slow_is_left_alone(
     assert_same_run(run_dir, undisturbed(2, strategy, *SHORT))
 
 
-@pytest.mark.parametrize("stopped_s", [5.0, 12.0][: cases(0, 2)])
+@pytest.mark.parametrize("stopped_s", [4.0, 12.0][: cases(1, 2)])
 def test_a_group_that_was_stopped_as_a_whole_goes_on(
     harness: Harness, project: Project, undisturbed: Undisturbed, stopped_s: float
 ) -> None:
     run_dir = harness.run_dir()
-    group = harness.start(project, run_dir, overrides=[*SHORT, *limits(3.0)])
+    group = harness.start(project, run_dir, overrides=[*SHORT, *limits(2.0)])
     group.wait_for_step(13)
     group.kill_all(signal.SIGSTOP)
     time.sleep(stopped_s)
@@ -217,17 +217,17 @@ def test_a_group_that_was_stopped_as_a_whole_goes_on(
     assert_same_run(run_dir, undisturbed(2, "fsdp", *SHORT))
 
 
-@pytest.mark.parametrize("n", [1, 9][: cases(0, 2)])
+@pytest.mark.parametrize("n", [1, 9][: cases(1, 2)])
 def test_a_checkpoint_that_cannot_be_written_is_a_hang_of_the_next_one(
     harness: Harness, project: Project, undisturbed: Undisturbed, n: int
 ) -> None:
     run_dir = harness.run_dir()
     planted = fault("hang_at_file_operation", n=n, under=run_dir / "checkpoints", since="step-")
     group = harness.start(
-        project, run_dir, overrides=[*SHORT, *limits(3.0, save_s=3.0)], faults=[planted]
+        project, run_dir, overrides=[*SHORT, *limits(2.0, save_s=2.0)], faults=[planted]
     )
     group.wait_for_step(20)
-    wait_for_the_end(group, time.monotonic(), least_s=3.0)
+    wait_for_the_end(group, time.monotonic(), least_s=2.0)
     text = report(group, 0)
     assert text.startswith("rank 0 has been in step 20 (phase save) for "), text
     assert "in _sleep_for_ever" in text

@@ -212,7 +212,7 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(
     assert [record["step"] for record in records(run_dir, event)] == [12, 14, 15]
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "ddp", "zero2"][: cases(0, 3)])
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp", "zero2"][: cases(1, 3)])
 def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(
     harness: Harness, project: Project, strategy: str
 ) -> None:

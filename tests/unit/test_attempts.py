@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from peft_dist import attempts
+from peft_dist import attempts, files
 from peft_dist.attempts import Attempt, latest, record_path, records, refuse_if_held, write_json
 from peft_dist.crash_loop import note_crash
 from peft_dist.errors import EXIT_DO_NOT_RETRY, RunDirError, Superseded
@@ -28,7 +28,7 @@ time.sleep(120)
 CONTEND = """
 import os, sys
 from pathlib import Path
-from peft_dist import attempts
+from peft_dist import attempts, files
 from peft_dist.errors import RunDirError
 if sys.argv[2] == "no links":
     def link(*_):
@@ -401,7 +401,7 @@ def test_a_full_disk_ends_neither_the_heartbeat_nor_training(
 
     attempt = begin()
     with monkeypatch.context() as patched:
-        patched.setattr(attempts, "_write_temporary", full)
+        patched.setattr(files, "_write_temporary", full)
         attempt.note(from_step=40)
         assert note_crash(folder, 1, rank=0, kind="oom", step=1, error="x") is False
         time.sleep(1.5 * attempts.HEARTBEAT_S)
