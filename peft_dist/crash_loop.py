@@ -30,6 +30,8 @@ def note_crash(
 ) -> bool:
     """Leave word of why a rank ends; return False where the disk does not take it.
 
+    Of an attempt that another has taken over, nobody may write any more.
+
     Args:
         folder: The run's folder of attempts.
         attempt: Which attempt the rank belongs to.
@@ -38,6 +40,8 @@ def note_crash(
         step: The optimizer step it was at, where it had begun any.
         error: What happened; folded into one line.
     """
+    if record_path(folder, attempt + 1).exists():
+        return False
     note = {"rank": rank, "kind": kind, "step": step, "error": " ".join(error.split())}
     try:
         write_json(record_path(folder, attempt).with_name(f"{attempt:08d}-rank-{rank}.json"), note)

@@ -30,6 +30,8 @@ SLOWEST_FACTOR = 5.0
 """A step's limit over the 99th percentile of the steps before it."""
 PEERS_WAIT_S = 1.0
 """How long a rank that hangs waits for the other ranks' reports."""
+SPEAKER_WAIT_S = 0.5
+"""How long the others wait for the rank that says whom all wait for."""
 REPORT_S = 10.0
 """A report that takes longer (a dead file system) is given up, and the process with it."""
 
@@ -183,6 +185,9 @@ class Watchdog:
         if self._world_size > 1 and self._rank == min(reports):
             stacks = self._folder / f"hang-a{self.attempt}-rank-*.txt"
             _say(f"{verdict(reports, self._world_size)}; stacks: {stacks}")
+        elif self._world_size > 1:
+            # The speaker's main thread may wait for this rank, and crash as soon as it is gone.
+            time.sleep(SPEAKER_WAIT_S)
         try:
             if self._on_hang is not None:
                 self._on_hang(line)

@@ -100,8 +100,9 @@ def test_a_run_whose_ranks_are_killed_at_random_is_the_undisturbed_one(
     def disturb(group: Group, number: int) -> None:
         kill = kills[number] if number < len(kills) else None
         if kill is None or kill.during != "loading":
-            group.wait_for_step(1)
-            if number > 0:
+            # Killed after the last step's checkpoint, a run has no step left to do.
+            group.wait_until(lambda: group.step() >= 1 or None not in group.codes, "a step")
+            if number > 0 and group.step() >= 1:
                 waits_s.append(time.monotonic() - killed_s[0])
         if kill is not None:
             kill.strike(group)
@@ -115,7 +116,7 @@ def test_a_run_whose_ranks_are_killed_at_random_is_the_undisturbed_one(
     assert_same_run(run_dir, undisturbed(world_size, strategy))
     lost = assert_little_is_lost(run_dir)
     print(f"{kills}: first new step after {waits_s} s, steps lost {lost}")
-    assert max(waits_s) < RESTART_LIMIT_S
+    assert max(waits_s, default=0.0) < RESTART_LIMIT_S
 
 
 def assert_little_is_lost(run_dir: Path) -> list[int]:

@@ -34,6 +34,7 @@ STEPS = 40
 SHORT = (
     f"train.steps={STEPS}",
     "checkpoint.every_steps=10",
+    "checkpoint.background=false",  # where a killed run goes on is then no matter of time
     "checkpoint.keep_last=10",
     "evaluate.every_steps=null",
 )
