@@ -138,8 +138,9 @@ def fine_tune(
         outcome = "interrupted" if isinstance(error, Interrupted) else "failed"
         raise
     finally:
-        watchdog.stop()
+        watchdog.phase("save", trainer.progress.step)
         _end(trainer, outcome)
+        watchdog.stop()
     if world.is_main:
         result = make_result(
             session,
@@ -219,10 +220,14 @@ def _begin(
 
 
 def _end(trainer: Trainer, outcome: str) -> None:
-    """Close every tracker, whatever one of them raises; the ledger says how the attempt ended."""
+    """Close every tracker, whatever one of them raises; the ledger says how the attempt ended.
+
+    A checkpoint that is being written is not given up, whatever else has failed.
+    """
     with ExitStack() as closing:
         for tracker in trainer.trackers:
             closing.callback(tracker.close)
+        trainer.finish_saves()
         trainer.tell({"event": "end", "step": trainer.progress.step, "outcome": outcome})
 
 

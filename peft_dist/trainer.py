@@ -106,10 +106,8 @@ class Trainer:
                 self.session.check_adapters_agree()
             self._after(step)
         self._settle()
-        if self.keeper is not None:
-            self.surroundings.phase("save", total)
-            self.keeper.wait()
-            self._tell_saves()
+        self.surroundings.phase("save", total)
+        self.finish_saves()
         return self.progress
 
     def _step(self, step: int, total: int, ids: RowIds, cursor: int) -> None:
@@ -211,11 +209,16 @@ class Trainer:
             stall = time.monotonic() - started
             self.tell({"event": "checkpoint", "step": step, "stall_s": stall})
         if self._stop:
-            self.keeper.wait()
-            self._tell_saves()
+            self.finish_saves()
             # All end together: torchrun kills within 30 s what outlives the first that ends.
             dist.barrier()
         self._mark = self._saved_at = time.monotonic()
+
+    def finish_saves(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and record it."""
+        if self.keeper is not None:
+            self.keeper.wait()
+            self._tell_saves()
 
     def _tell_saves(self) -> None:
         """Record what became of the checkpoints that were being written."""
