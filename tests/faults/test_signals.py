@@ -167,7 +167,7 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_it(
     sent_s = send(group, whom, signal.SIGTERM)
     assert not records(run_dir, "saved")
     assert_stopped(group, sent_s)
-    assert checkpoint_steps(run_dir)[0] == 10
+    assert records(run_dir, "saved")[0]["step"] == 10
     resume(harness, project, run_dir, undisturbed(2, "fsdp", *SHORT))
 
 
