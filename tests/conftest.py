@@ -1,9 +1,13 @@
 """What unit and distributed tests share: a world of one process, in this one."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
+
+# Under nohup it would be ignored, and so it would by every process that a test starts.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
