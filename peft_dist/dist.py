@@ -102,7 +102,7 @@ def meet(world: World, *, within: timedelta = MEETING_TIMEOUT) -> torch_dist.Sto
     deadline = time.monotonic() + within.total_seconds()
     while True:
         try:
-            store = _connect(host, port, serves, within)
+            store = connect(host, port, serves, within)
             break
         except (torch_dist.DistError, RuntimeError, TimeoutError) as error:
             taken = "EADDRINUSE" in str(error)
@@ -121,7 +121,7 @@ def meet(world: World, *, within: timedelta = MEETING_TIMEOUT) -> torch_dist.Sto
     return meeting
 
 
-def _connect(host: str, port: int, serves: bool, within: timedelta) -> torch_dist.TCPStore:
+def connect(host: str, port: int, serves: bool, within: timedelta) -> torch_dist.TCPStore:
     """Connect to the store, or serve it.
 
     Raises:

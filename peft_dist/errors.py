@@ -62,6 +62,14 @@ class LaunchError(PeftDistError):
     """A launcher whose settings contradict the recipe or the machine."""
 
 
+class ClusterError(PeftDistError):
+    """A cluster file that cannot be used as written."""
+
+
+class SlurmError(PeftDistError):
+    """A command of Slurm that is missing, fails or does not answer."""
+
+
 class TrainingError(PeftDistError):
     """Training that cannot go on: non-finite losses, a broken shard, crashes without progress."""
 

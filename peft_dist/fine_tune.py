@@ -201,14 +201,15 @@ def _begin(
     trainer: Trainer, rows: TokenizedRows, place: Place, *, startup_s: float, load_s: float
 ) -> None:
     """Say, in the lease, in the ledger and to whoever watches, where this attempt begins."""
-    step, session = trainer.progress.step, trainer.session
-    _lease(place).note(from_step=step, world_size=session.world.size)
+    step, steps, session = trainer.progress.step, trainer.plan.total_steps, trainer.session
+    _lease(place).note(from_step=step, steps=steps, world_size=session.world.size)
     _report_rows(rows)
     if step:
         say(f"going on after step {step} (attempt {place.attempt_number})")
     record: Record = {
         "event": "start",
         "step": step,
+        "steps": steps,
         "world_size": session.world.size,
         "strategy": session.strategy,
         "startup_s": startup_s,

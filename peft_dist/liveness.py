@@ -8,6 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+AFTER_JOB = "PEFT_DIST_AFTER"
+"""Environment variable: the Slurm job that is over, and that this one goes on for."""
+
 
 def this_process() -> dict[str, Any]:
     """Return what tells this process from every other one, on any machine, at any time."""
@@ -51,11 +54,14 @@ def is_alive(record: dict[str, Any]) -> bool | None:
 
 
 def is_requeue_of(record: dict[str, Any]) -> bool:
-    """Say whether Slurm has requeued the record's job as ours: what lives of it is a zombie.
+    """Say whether the record's job goes on as ours: what lives of it is a zombie.
 
     When slurmd is lost, the job is queued again while its processes may go on.
     """
     ours = slurm_job()
+    before = os.environ.get(AFTER_JOB)
+    if before is not None and record.get("slurm_job_id") == before:
+        return True
     return (
         ours["slurm_job_id"] is not None
         and record.get("slurm_job_id") == ours["slurm_job_id"]

@@ -3,11 +3,17 @@
 Finds folders; reads and writes nothing.
 """
 
+import json
 import os
 from pathlib import Path
 
 SHARED_FOLDERS = ("launch", "configs", "slurm")
 """Folders at the root of a checkout that the wheel carries as data."""
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+"""What is read of a model's folder."""
+STAGED = "PEFT_DIST_STAGED"
+"""Environment variable: JSON that maps a recipe's `model.name` to this node's own copy of it."""
 
 
 def root() -> Path:
@@ -25,3 +31,16 @@ def cache_dir() -> Path:
     general = os.environ.get("XDG_CACHE_HOME")
     base = Path(general) if general else Path.home() / ".cache"
     return base / "peft-dist"
+
+
+def staged(name: str) -> Path | None:
+    """Return this node's own copy of a model; None where it has none.
+
+    Args:
+        name: The recipe's `model.name`, which files go on to record.
+    """
+    try:
+        folder = json.loads(os.environ.get(STAGED) or "{}").get(name)
+    except (ValueError, AttributeError):
+        return None  # nothing of ours; the model is read where it lies
+    return Path(folder) if isinstance(folder, str) and Path(folder).is_dir() else None

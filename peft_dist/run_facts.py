@@ -33,12 +33,13 @@ def run_facts(command: Sequence[str]) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(command),
         "python": sys.version.split()[0],
-        "versions": _versions(),
+        "versions": versions(),
         "git": _git_state(Path.cwd()),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of the recorded packages that are installed here."""
     found = {}
     for package in RECORDED_PACKAGES:
         with suppress(PackageNotFoundError):

@@ -16,6 +16,8 @@ from peft_dist.attempts import Attempt, end_for
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.crash_loop import verdict
 from peft_dist.errors import EXIT_DONE, RunDirError, TrainingError
+from peft_dist.liveness import AFTER_JOB
+from peft_dist.output import to_rank_log
 from peft_dist.run_dir import RunDir
 from peft_dist.worker import Place, run_worker
 
@@ -23,6 +25,7 @@ from peft_dist.worker import Place, run_worker
 def main(argv: list[str]) -> int:
     """Train one recipe as one process of a world, or go on with it; return the exit code."""
     stop_requests = stop.install()
+    to_rank_log()
     parser = argparse.ArgumentParser(prog="launch/train.py", description=main.__doc__)
     parser.add_argument("recipe", type=Path, help="recipe file, or that of a run directory")
     parser.add_argument("overrides", nargs="*", help="key=value, such as train.steps=10")
@@ -60,7 +63,7 @@ def _is_restart() -> bool:
 
 def _is_requeue() -> bool:
     """Say whether Slurm starts the job again, by itself or because a user asked it to."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" or AFTER_JOB in os.environ
 
 
 def _verdict_of_this_launch(options: argparse.Namespace) -> int | None:

@@ -1,6 +1,7 @@
-"""Say in one line what is wrong with a recipe: field, value, what it may be, nearest valid name.
+"""Say in one line what is wrong with a file: field, value, what it may be, nearest valid name.
 
-Reads the recipe's own models, so a new field or method needs no word here. Loads no file.
+Reads the models of a recipe or a cluster file, so a new field or method needs no word here. Loads
+no file.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,18 +18,21 @@ from peft_dist.errors import RecipeError, nearest
 SectionType: TypeAlias = type[BaseModel]
 
 
-def describe_failure(failure: ValidationError, raw: Mapping[str, Any], where: str) -> RecipeError:
+def describe_failure(
+    failure: ValidationError, raw: Mapping[str, Any], where: str, root: SectionType = Recipe
+) -> RecipeError:
     """Turn pydantic's list of errors into one line about the first field, and a count.
 
     Args:
         failure: What pydantic said.
         raw: The values it was given.
-        where: The recipe's path.
+        where: The file's path.
+        root: The model of the whole file.
     """
     lines: dict[str, tuple[str, str]] = {}
     for error in failure.errors(include_url=False):
-        path, field, section = _locate(error["loc"], raw)
-        dotted = ".".join(path) or "recipe"
+        path, field, section = _locate(error["loc"], raw, root)
+        dotted = ".".join(path) or root.__name__.lower()
         if dotted not in lines:
             lines[dotted] = _sentence(dict(error), path, field, section)
     (dotted, (problem, remedy)), *rest = lines.items()
@@ -37,9 +41,11 @@ def describe_failure(failure: ValidationError, raw: Mapping[str, Any], where: st
     return RecipeError(problem, where=f"{where}: {dotted}", remedy=remedy)
 
 
-def refuse_booleans_as_numbers(raw: Mapping[str, Any], where: str) -> None:
+def refuse_booleans_as_numbers(
+    raw: Mapping[str, Any], where: str, root: SectionType = Recipe
+) -> None:
     """Refuse `rank: true`, which pydantic would read as 1."""
-    for path, field, value in _leaves(raw, Recipe, ()):
+    for path, field, value in _leaves(raw, root, ()):
         if isinstance(value, bool) and not _accepts(field.annotation, bool):
             raise RecipeError(
                 f"got {value!r}", where=f"{where}: {'.'.join(path)}", remedy=_must(field)
@@ -73,7 +79,7 @@ def _sentence(
     if kind == "extra_forbidden":
         return "no such key", nearest(path[-1], section.model_fields)
     if kind == "missing":
-        return "is missing", f"add it to the recipe or give {'.'.join(path)}=VALUE"
+        return "is missing", f"add {'.'.join(path)}"
     if kind == "value_error":  # our own validators say both the fault and the remedy
         return str(error["ctx"]["error"]), ""
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -92,14 +98,14 @@ def _sentence(
 
 
 def _locate(
-    loc: Sequence[int | str], raw: Mapping[str, Any]
+    loc: Sequence[int | str], raw: Mapping[str, Any], root: SectionType
 ) -> tuple[list[str], FieldInfo | None, SectionType]:
     """Follow pydantic's location down to the field it means.
 
     Pydantic adds the tags of unions to a location, and positions in lists; both would only puzzle
     the reader, so the path stops at the field.
     """
-    section: SectionType = Recipe
+    section: SectionType = root
     value: Any = raw
     path: list[str] = []
     field: FieldInfo | None = None

@@ -41,10 +41,7 @@ def load_recipe(
         RecipeError: For anything that cannot be used as written, in one line.
     """
     where = str(path)
-    raw = parse_yaml(_read_text(Path(path)), where=where)
-    if not isinstance(raw, dict):
-        problem = "is empty" if raw is None else f"is not a mapping but {quote(raw)}"
-        raise RecipeError(problem, where=where, remedy="start with model: {name: ...}")
+    raw = read_mapping(path, remedy="start with model: {name: ...}")
     typed = [_apply_override(raw, override, where) for override in overrides]
     refuse_booleans_as_numbers(raw, where)
     try:
@@ -54,15 +51,33 @@ def load_recipe(
     return _resolve_paths(recipe, Path(path), typed, check_paths=check_paths)
 
 
+def read_mapping(path: str | Path, *, remedy: str) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds.
+
+    Raises:
+        RecipeError: For a file that cannot be read or holds something else.
+    """
+    raw = parse_yaml(_read_text(Path(path)), where=str(path))
+    if not isinstance(raw, dict):
+        problem = "is empty" if raw is None else f"is not a mapping but {quote(raw)}"
+        raise RecipeError(problem, where=str(path), remedy=remedy)
+    return raw
+
+
 def render_recipe(recipe: Recipe) -> str:
     """Return a recipe as YAML with every default written out; loading it gives the same recipe."""
+    return render_yaml(recipe.model_dump(mode="python"))
+
+
+def render_yaml(values: Mapping[str, Any]) -> str:
+    """Return plain values as YAML, in their own order."""
     stream = io.StringIO()
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = False
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     writer.width = 100
     writer.allow_unicode = True
-    writer.dump(_plain(recipe.model_dump(mode="python")), stream)
+    writer.dump(_plain(values), stream)
     return stream.getvalue()
 
 
@@ -79,7 +94,9 @@ def _read_text(path: Path) -> str:
             data = file.read(4 * MAX_CHARACTERS + 1)
         return data.decode("utf-8")
     except FileNotFoundError as error:
-        raise RecipeError("no such file", where=where, remedy="name a recipe file") from error
+        raise RecipeError(
+            "no such file", where=where, remedy="name a file that is there"
+        ) from error
     except IsADirectoryError as error:
         raise RecipeError(
             "is a folder", where=where, remedy="name the recipe.yaml inside it"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from peft_dist import resources
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.rows import BadRows, ChatRow, CompletionRow, LabelledRow, Row, Task, TextRow
 from peft_dist.errors import DataError, ModelError
@@ -60,11 +61,12 @@ def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerFast":
     from transformers.utils import logging
 
     name = recipe.model.name
+    folder = str(resources.staged(name) or name)
     remedy = "put tokenizer.json and tokenizer_config.json beside the model"
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=recipe.model.revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=recipe.model.revision or "main")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(
             f"tokenizer cannot be loaded: {error}", where=name, remedy=remedy

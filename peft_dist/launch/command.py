@@ -6,10 +6,27 @@ Pure: runs nothing. Everything that starts training, here or in a job script, us
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from peft_dist import resources
 from peft_dist.launch.placement import Placement
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How the launchers of several nodes find each other; every node runs one.
+
+    In a job script these are the names of variables that each node knows the value of.
+    """
+
+    node: str
+    """Which node this is, from 0."""
+    host: str
+    """Name of node 0, whose launcher serves the rendezvous."""
+    port: str
+    settings: str
+    """torchrun's `rdzv_conf`: whether this node serves, and how long it waits for others."""
 
 
 def worker_command(
@@ -20,8 +37,9 @@ def worker_command(
     python: str = sys.executable,
     root: Path | None = None,
     max_restarts: int = 0,
+    meeting: Meeting | None = None,
 ) -> list[str]:
-    """Return the argv that starts `placement.processes` workers.
+    """Return the argv that starts this node's share of `placement.processes` workers.
 
     Args:
         placement: What `place` decided.
@@ -30,6 +48,7 @@ def worker_command(
         python: The interpreter whose packages the workers use.
         root: Folder that holds `launch/`. Default: this installation's.
         max_restarts: How often torchrun starts all workers again, in place, after one crashed.
+        meeting: Where the nodes meet, where there are several.
     """
     launch = (root or resources.root()) / "launch"
     command = [
@@ -41,6 +60,12 @@ def worker_command(
         "--num_processes",
         str(placement.processes),
     ]
+    if meeting is not None:
+        command += ["--num_machines", str(placement.nodes), "--machine_rank", meeting.node]
+        command += ["--main_process_ip", meeting.host, "--main_process_port", meeting.port]
+        command += ["--rdzv_backend", "c10d", "--rdzv_conf", meeting.settings]
+        if placement.strategy in ("zero2", "zero3"):
+            command += ["--deepspeed_multinode_launcher", "standard"]  # torchrun, not ssh
     if placement.strategy == "hsdp":
         command += [
             "--parallelism_config_dp_replicate_size",

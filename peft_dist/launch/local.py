@@ -41,9 +41,9 @@ class Ended:
 
 
 def run_launcher(
-    command: Sequence[str], *, environment: Mapping[str, str], error_log: Path
+    command: Sequence[str], *, environment: Mapping[str, str], error_log: Path | None
 ) -> Ended:
-    """Run a command to its end with standard error in a file, passing signals on to its workers.
+    """Run a command to its end, passing signals on to its workers.
 
     They save and end in their own time. The launcher itself is only asked to stop while it has no
     workers: torchrun would kill those that need more than 30 s. A second SIGINT kills everything.
@@ -51,7 +51,7 @@ def run_launcher(
     Args:
         command: The argv.
         environment: Variables added to our own.
-        error_log: File that standard error is appended to.
+        error_log: File that standard error is appended to; None leaves it where ours is.
 
     Raises:
         LaunchError: Where the command cannot be started.
@@ -60,7 +60,7 @@ def run_launcher(
     received: list[int] = []
     with _handled(lambda number, _frame: received.append(number)):
         try:
-            with error_log.open("ab") as errors:
+            with error_log.open("ab") if error_log else contextlib.nullcontext() as errors:
                 process = subprocess.Popen(
                     list(command),
                     env={**os.environ, **environment, LAUNCH_MARK: mark},

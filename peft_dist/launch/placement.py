@@ -1,4 +1,4 @@
-"""Decide how many processes run on this machine, under which strategy and with which threads.
+"""Decide how many processes run on one or more machines, under which strategy.
 
 Counts devices without torch: a launcher must not wake the GPU driver in its own process. Starts
 nothing.
@@ -26,18 +26,26 @@ class Machine:
 
 @dataclass(frozen=True)
 class Placement:
-    """Processes on one node."""
+    """Processes on one node, or as many on each of several."""
 
     strategy: Strategy
     processes: int
+    """Processes in all."""
     shard_size: int
     """Processes that hold one copy of the base together; 1 under ddp and zero2."""
     machine: Machine
+    """One node."""
+    nodes: int = 1
 
     @property
     def replicas(self) -> int:
         """Copies of the base over all processes."""
         return self.processes // self.shard_size
+
+    @property
+    def processes_per_node(self) -> int:
+        """Processes on each node."""
+        return self.processes // self.nodes
 
     @property
     def on_gpu(self) -> bool:
@@ -47,7 +55,7 @@ class Placement:
     @property
     def threads_per_process(self) -> int:
         """CPU threads that one process may use without taking another's core."""
-        return max(1, self.machine.cores // self.processes)
+        return max(1, self.machine.cores // self.processes_per_node)
 
 
 def this_machine(
@@ -57,22 +65,40 @@ def this_machine(
     return Machine(gpus=_visible_gpus(environ, device_folder), cores=_cores())
 
 
-def place(recipe: Recipe, machine: Machine) -> Placement:
-    """Place a recipe's processes on one machine.
+def place(recipe: Recipe, machine: Machine, nodes: int = 1, *, per_node: int = 0) -> Placement:
+    """Place a recipe's processes on machines that are alike.
+
+    Args:
+        recipe: What to train.
+        machine: One of them.
+        nodes: How many there are.
+        per_node: Processes on each where the recipe does not say how many in all; by default one
+            per GPU, else one.
 
     Raises:
-        LaunchError: For more processes than GPUs, or processes that shards do not divide.
+        LaunchError: For processes that nodes or shards do not divide, or that have no GPU.
     """
     parallel = recipe.parallel
-    processes = parallel.processes or max(machine.gpus, 1)
-    strategy: Strategy = "fsdp" if parallel.strategy == "auto" else parallel.strategy
-    if 0 < machine.gpus < processes:
+    processes = parallel.processes or nodes * (per_node or max(machine.gpus, 1))
+    if processes % nodes:
         raise LaunchError(
-            f"{processes} processes on {machine.gpus} visible GPUs",
+            f"{processes} processes cannot be shared out evenly over {nodes} nodes",
             where="parallel.processes",
-            remedy=f"set --nproc {machine.gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU",
+            remedy=f"set it to a multiple of {nodes}",
         )
-    shard_size = parallel.shard_size or processes if strategy == "hsdp" else processes
+    on_one = processes // nodes
+    strategy: Strategy = "fsdp" if parallel.strategy == "auto" else parallel.strategy
+    if 0 < machine.gpus < on_one:
+        where = "visible GPUs" if nodes == 1 else "GPUs of a node"
+        raise LaunchError(
+            f"{on_one} processes on {machine.gpus} {where}",
+            where="parallel.processes",
+            remedy=f"set --nproc {machine.gpus}, or CUDA_VISIBLE_DEVICES= to train on the CPU"
+            if nodes == 1
+            else f"set it to {machine.gpus * nodes}, or take more nodes",
+        )
+    # Between nodes of an hsdp run only adapter gradients travel.
+    shard_size = parallel.shard_size or on_one if strategy == "hsdp" else processes
     if strategy in ("ddp", "zero2"):
         shard_size = 1
     if processes % shard_size:
@@ -81,7 +107,7 @@ def place(recipe: Recipe, machine: Machine) -> Placement:
             where="parallel.shard_size",
             remedy=f"set it to a divisor of {processes}",
         )
-    return Placement(strategy, processes, shard_size, machine)
+    return Placement(strategy, processes, shard_size, machine, nodes)
 
 
 def _visible_gpus(environ: Mapping[str, str], device_folder: Path) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from peft_dist import resources
 from peft_dist.errors import ModelError
 
 QUANT_STATE = ".quant_state.bitsandbytes__"
@@ -25,12 +26,12 @@ FLOATS = {
 
 
 def model_folder(name: str, revision: str | None) -> Path:
-    """Return the folder of a model: a local one as it is, a hub id after download.
+    """Return the folder of a model: this node's copy, a local one as it is, a hub id's download.
 
     Raises:
         ModelError: Where there is neither.
     """
-    local = Path(name).expanduser()
+    local = resources.staged(name) or Path(name).expanduser()
     if local.is_dir():
         return local
     from huggingface_hub import snapshot_download
@@ -41,7 +42,7 @@ def model_folder(name: str, revision: str | None) -> Path:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+                allow_patterns=[*resources.MODEL_FILES],
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

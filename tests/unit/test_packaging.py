@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-SHARED = ("launch", "configs")
+SHARED = ("launch", "configs", "slurm")
 
 
 def canonical(requirement: str) -> str:
@@ -114,6 +114,7 @@ def test_the_installed_wheel_works_without_a_checkout(clean_venv: Path, tmp_path
 
 def test_the_base_install_has_no_torch() -> None:
     assert {canonical(line) for line in PROJECT["project"]["dependencies"]} == {
+        "jinja2",
         "pydantic",
         "ruamel-yaml",
     }

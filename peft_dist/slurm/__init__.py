@@ -1,0 +1,1 @@
+"""Hand runs to a Slurm cluster, follow them there, and bring them back."""

@@ -1,0 +1,125 @@
+"""The commands of `peft-dist` that speak to Slurm: their arguments, and the one call of each.
+
+Imports are inside the commands, as in `cli`.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft_dist.errors import EXIT_DONE
+
+Run = Callable[[argparse.Namespace], int]
+
+
+def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) -> None:
+    """Add the Slurm commands.
+
+    Args:
+        command: Makes one, from its name, function and description.
+    """
+    submit = command("submit", _submit, "hand a recipe, or an array of variants, to Slurm")
+    submit.add_argument("recipe", metavar="RECIPE", help="recipe file (YAML)")
+    submit.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
+    )
+    submit.add_argument("--cluster", metavar="FILE", required=True, help="cluster file (YAML)")
+    submit.add_argument(
+        "--run-dir", metavar="DIR", help="folder to make or go on with (default: runs/RECIPE)"
+    )
+    _add_size(submit)
+    submit.add_argument(
+        "--array",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2,...",
+        help="one run per value, of all combinations where given again; or a YAML file of lists",
+    )
+    submit.add_argument("--limit", type=int, metavar="N", help="most elements of an array at once")
+    submit.add_argument("--singleton", action="store_true", help="wait for other jobs of this name")
+    submit.add_argument(
+        "--fresh", action="store_true", help="start anew; a run that is there is renamed"
+    )
+    submit.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the scripts and the command; make and submit nothing",
+    )
+    cancel = command("cancel", _cancel, "end a run's job, after a checkpoint")
+    cancel.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder that submit made")
+    cancel.add_argument("--now", action="store_true", help="without a checkpoint")
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=int, metavar="N", help="nodes of the job")
+    parser.add_argument("--time", metavar="HH:MM:SS", help="time limit of the job, or D-HH:MM:SS")
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from peft_dist.config.cluster import load_cluster
+    from peft_dist.slurm.submit import Request
+
+    request = Request(
+        recipe=arguments.recipe,
+        overrides=arguments.overrides,
+        folder=Path(arguments.run_dir or Path("runs") / Path(arguments.recipe).stem),
+        cluster=load_cluster(arguments.cluster),
+        nodes=1 if arguments.nodes is None else arguments.nodes,
+        time=arguments.time,
+        array=arguments.array,
+        limit=arguments.limit,
+        singleton=arguments.singleton,
+    )
+    return _hand_over(request, dry_run=arguments.dry_run, fresh=arguments.fresh, by="submit")
+
+
+def resume_job(arguments: argparse.Namespace) -> int:
+    """Submit a run once more, or the runs of an array that have not finished."""
+    from peft_dist.slurm.submit import again
+
+    request = again(
+        Path(arguments.run_dir),
+        arguments.overrides,
+        nodes=arguments.nodes,
+        time_limit=arguments.time,
+        cluster=arguments.cluster,
+    )
+    return _hand_over(request, by="resume", allow_changed=arguments.allow_changed)
+
+
+def _hand_over(request: Any, *, dry_run: bool = False, by: str, **options: Any) -> int:
+    from peft_dist.slurm.render import JOB_SCRIPT
+    from peft_dist.slurm.submit import prepare, submit
+
+    submission = prepare(request)
+    for warning in submission.warnings:
+        print(f"peft-dist: {warning}", file=sys.stderr)
+    script = submission.job.folder / JOB_SCRIPT
+    if dry_run:
+        for path, text in submission.files.items():
+            print(f"==> {path} <==\n{text}")
+        print(shlex.join(["sbatch", str(script)]))
+        return EXIT_DONE
+    os.umask(0o077)
+    job = submit(submission, command=sys.argv, by=by, **options)
+    print(f"job {job}: {request.folder}; `peft-dist status {request.folder}` shows how it is")
+    return EXIT_DONE
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    from peft_dist.run_dir import RunDir
+    from peft_dist.slurm.arrays import array_elements
+    from peft_dist.slurm.cancel import cancel
+
+    folders = []
+    for name in arguments.run_dirs:
+        folder = Path(name).absolute()
+        elements = array_elements(folder)
+        runs = [folder / element["run_dir"] for element in elements] or [RunDir.open(folder).path]
+        folders += runs
+    cancel(folders, now=arguments.now, tell=print)
+    return EXIT_DONE

@@ -1,0 +1,296 @@
+"""One node's part of a job: check the node, run its launcher, and say what comes of the run.
+
+`node.sh` starts it on every node. The first one, the head, decides for all and leaves its decision
+in the run directory, where the batch script reads it. Imports no torch.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_dist.attempts import end_for, latest
+from peft_dist.errors import (
+    ERROR_PREFIX,
+    EXIT_CRASHED,
+    EXIT_DO_NOT_RETRY,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    PeftDistError,
+)
+from peft_dist.files import replace_file
+from peft_dist.launch.local import Ended, run_launcher
+from peft_dist.output import RANK_LOGS, say
+from peft_dist.run_dir import LAUNCHED_AT, RunDir, Verdict, error_in_log
+from peft_dist.slurm import jobs
+from peft_dist.slurm.checks import PORT_TAKEN, Report
+from peft_dist.slurm.lead import lead_s
+
+DECISION_WAIT_S = 60.0
+"""How long other nodes wait for the head's decision before they end on their own."""
+LOOK_EVERY_S = 10.0
+"""Seconds between two looks at how much of the job's time is left."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What comes of the run: `done`, `stop`, `again`, `again-without` or `port-taken`."""
+
+    word: str
+    reason: str = ""
+    exit_code: int = EXIT_CRASHED
+
+    def __str__(self) -> str:
+        """Return the line that the batch script reads."""
+        return f"{self.word} {' '.join(self.reason.split())}".strip()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How often a run may start."""
+
+    starts: int
+    without_progress: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run this node's share of a job; return its exit code."""
+    own, launcher = _split(list(sys.argv[1:] if argv is None else argv))
+    parser = argparse.ArgumentParser(prog="peft_dist.slurm.node", description=main.__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--max-starts", type=int, required=True)
+    parser.add_argument("--max-starts-without-progress", type=int, required=True)
+    parser.add_argument("--secrets", type=Path, help="file of mode 0600 with NAME=value lines")
+    parser.add_argument("--no-preflight", action="store_true")
+    parser.add_argument("--devices", type=int, default=0, help="GPUs that the node must have")
+    parser.add_argument("--preflight-timeout-s", type=float, default=60.0)
+    parser.add_argument("--min-free-gb", type=float, default=1.0)
+    parser.add_argument("--max-clock-offset-s", type=float, default=60.0)
+    options = parser.parse_args(own)
+    os.umask(0o077)
+    node = Node(options, launcher)
+    try:
+        decision = node.work()
+    except PeftDistError as error:
+        say(f"{ERROR_PREFIX}{error}", sys.stderr)
+        decision = Decision("stop", str(error), EXIT_USER_ERROR)
+    return node.tell(decision)
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    place = words.index("--")
+    return words[:place], words[place + 1 :]
+
+
+class Node:
+    """This node, in this start of the job."""
+
+    def __init__(self, options: argparse.Namespace, launcher: Sequence[str]) -> None:
+        """Read what the batch script exported."""
+        self.options = options
+        self.launcher = list(launcher)
+        self.run = RunDir(options.run_dir)
+        self.index = int(os.environ["SLURM_NODEID"])
+        self.hosts = os.environ["PEFT_DIST_HOSTS"].split(",")
+        self.port = int(os.environ["PEFT_DIST_PORT"])
+        self.name = os.environ.get("SLURMD_NODENAME", self.hosts[self.index])
+        self.log = Path(os.environ["PEFT_DIST_LOGS"]) / f"{self.name}.log"
+        self.decision_file = options.run_dir / "slurm" / "decision"
+
+    @property
+    def is_head(self) -> bool:
+        """Say whether this node decides."""
+        return self.index == 0
+
+    def work(self) -> Decision:
+        """Check, train, and return what comes of it as far as this node can tell."""
+        run = RunDir.open(self.options.run_dir)
+        environment = {
+            LAUNCHED_AT: repr(time.time()),
+            RANK_LOGS: str(self.log.with_suffix("")),
+            **_secrets(self.options.secrets),
+        }
+        verdict_before = run.verdict()
+        log_start = self.log.stat().st_size if self.log.exists() else 0
+        if self.is_head and len(self.hosts) > 1 and not _is_free(self.hosts[0], self.port):
+            return Decision("port-taken", str(self.port))
+        if not self.options.no_preflight:
+            failed = self._preflight(run)
+            if failed is not None:
+                return failed
+        if self.is_head:
+            threading.Thread(target=_watch_the_clock, args=(run,), daemon=True).start()
+        ended = run_launcher(self.launcher, environment=environment, error_log=None)
+        return self._judge(run, ended, verdict_before, error_in_log(self.log, log_start))
+
+    def tell(self, decision: Decision) -> int:
+        """Leave the head's decision for all; return this node's exit code."""
+        if self.is_head:
+            if decision.word != "port-taken":
+                jobs.record(self.run.path, self._event(decision))
+            replace_file(self.decision_file, f"{decision}\n")
+            say(f"peft-dist: {decision}")
+            return decision.exit_code
+        # Whoever ends first with another code than 0 has srun kill the others, the head among them.
+        deadline = time.monotonic() + DECISION_WAIT_S
+        while not self.decision_file.exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return EXIT_DONE if self.decision_file.exists() else decision.exit_code
+
+    def _event(self, decision: Decision) -> dict[str, Any]:
+        return {
+            "event": "decided",
+            "job": jobs.this_job(),
+            "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            "time": int(time.time()),
+            "step": self.run.newest_step(),
+            "decision": decision.word,
+            "reason": decision.reason,
+        }
+
+    def _preflight(self, run: RunDir) -> Decision | None:
+        """Return what comes of the run where it cannot start on these nodes."""
+        options = self.options
+        command = [
+            *(sys.executable, "-m", "peft_dist.preflight", "--run-dir", str(run.path)),
+            *("--hosts", ",".join(self.hosts), "--index", str(self.index), "--host", self.name),
+            *("--port", str(self.port + 1), "--devices", str(options.devices)),
+            *("--timeout-s", str(options.preflight_timeout_s)),
+            *("--min-free-gb", str(options.min_free_gb)),
+            *("--max-clock-offset-s", str(options.max_clock_offset_s)),
+        ]
+        ended = run_launcher(command, environment={}, error_log=None)
+        if ended.signal_name is not None:
+            return Decision("again", f"stopped by {ended.signal_name}", EXIT_INTERRUPTED)
+        if ended.code == EXIT_DONE:
+            return None
+        if ended.code == PORT_TAKEN:
+            return Decision("port-taken", str(self.port + 1))
+        report = Report.read(run.path)
+        if report is not None and report.common is not None:
+            return Decision("stop", f"pre-flight: {report.common}", EXIT_USER_ERROR)
+        if report is None or not report.bad:
+            return Decision("again", "the pre-flight ended without a verdict")
+        bad = self._exclude(report.bad)
+        return Decision("again-without", f"{','.join(bad)} pre-flight: {report.lines[0]}")
+
+    def _exclude(self, bad: Sequence[str]) -> list[str]:
+        """Remember bad nodes for every later start; return all that are known."""
+        file = self.decision_file.with_name("excluded")
+        known = file.read_text(encoding="utf-8").split() if file.exists() else []
+        everyone = sorted({*known, *bad})
+        if self.is_head:
+            replace_file(file, "".join(f"{name}\n" for name in everyone))
+        return everyone
+
+    def _judge(
+        self, run: RunDir, ended: Ended, verdict_before: Verdict | None, told: str | None
+    ) -> Decision:
+        if run.is_finished:
+            return Decision("done", exit_code=EXIT_DONE)
+        verdict = run.verdict()
+        if verdict is not None and verdict != verdict_before:
+            return Decision("stop", verdict.error, verdict.exit_code)
+        if told is not None:
+            return Decision("stop", told, EXIT_USER_ERROR)
+        if ended.signal_name is not None and self.is_head:
+            end_for(run.attempts, "interrupted", signal=ended.signal_name)
+        if (run.path / "slurm" / "cancelled").exists():
+            return Decision("stop", "cancelled by its user", EXIT_INTERRUPTED)
+        interrupted = ended.signal_name is not None or run.was_interrupted
+        reason = (
+            f"stopped by {ended.signal_name or 'a signal'} after step {run.newest_step()}"
+            if interrupted
+            else f"crashed; goes on after step {run.newest_step()}"
+        )
+        limits = Limits(self.options.max_starts, self.options.max_starts_without_progress)
+        problem = too_many_starts(run, limits)
+        if problem is not None:
+            return Decision("stop", f"{problem}; last: {reason}", EXIT_DO_NOT_RETRY)
+        return Decision("again", reason, EXIT_INTERRUPTED if interrupted else EXIT_CRASHED)
+
+
+def too_many_starts(run: RunDir, limits: Limits) -> str | None:
+    """Return in one line why a run is not started once more, or None where it is.
+
+    Starts before a person last submitted the run do not count.
+    """
+    steps: list[int] = []
+    for event in jobs.events(run.path):
+        if event.get("event") == "submitted" and event.get("by") != "job.sbatch":
+            steps = []
+        elif event.get("event") == "decided":
+            steps.append(event["step"])
+    step = run.newest_step()
+    if len(steps) + 1 >= limits.starts:
+        return f"{limits.starts} starts are all that the cluster file's requeue.max_starts allows"
+    if steps[-limits.without_progress :] == [step] * limits.without_progress:
+        return (
+            f"no progress in {limits.without_progress} starts: each ended at step {step}"
+            " (is the time limit too short?)"
+        )
+    return None
+
+
+def _watch_the_clock(run: RunDir) -> None:
+    """Tell this process to save while there is still time, however long saving has come to take."""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    if not end.isdecimal():
+        return  # an older Slurm; its own --signal comes in any case
+    while (left_s := int(end) - time.time()) > lead_s(run.ledger, least_s=0):
+        time.sleep(max(LOOK_EVERY_S, left_s / 20))
+    if (latest(run.attempts) or {}).get("outcome") is None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def _secrets(file: Path | None) -> dict[str, str]:
+    """Return the variables of a file that nobody else can read.
+
+    Raises:
+        PeftDistError: For a file that is missing, open to others, or no list of NAME=value.
+    """
+    if file is None:
+        return {}
+    try:
+        status = file.stat()
+        if stat.S_IMODE(status.st_mode) & 0o077 or status.st_uid != os.getuid():
+            raise PeftDistError(
+                f"{file} can be read by others", where="secrets_file", remedy=f"chmod 600 {file}"
+            )
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PeftDistError(f"{file} cannot be read: {error}", where="secrets_file") from error
+    found = {}
+    for number, line in enumerate(lines, start=1):
+        name, equals, value = line.partition("=")
+        if not line.strip() or line.startswith("#"):
+            continue
+        if not equals or not name.isidentifier():
+            raise PeftDistError(
+                "is not NAME=value", where=f"{file}:{number}", remedy="write one per line"
+            )  # never the line itself
+        found[name] = value.strip()
+    return found
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
