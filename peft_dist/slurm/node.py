@@ -5,10 +5,10 @@ in the run directory, where the batch script reads it. Imports no torch.
 """
 
 import argparse
+import math
 import os
 import signal
 import socket
-import stat
 import sys
 import threading
 import time
@@ -34,11 +34,13 @@ from peft_dist.run_dir import LAUNCHED_AT, RunDir, Verdict, error_in_log
 from peft_dist.slurm import jobs
 from peft_dist.slurm.checks import PORT_TAKEN, Report
 from peft_dist.slurm.lead import lead_s
+from peft_dist.slurm.peers import Peers
+from peft_dist.slurm.secret_file import read_secrets
 
 DECISION_WAIT_S = 60.0
 """How long other nodes wait for the head's decision before they end on their own."""
-LOOK_EVERY_S = 10.0
-"""Seconds between two looks at how much of the job's time is left."""
+LOOK_EVERY_S = 5.0
+"""Seconds between two looks at how much time is left, and whether the run is cancelled."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Node:
         self.name = os.environ.get("SLURMD_NODENAME", self.hosts[self.index])
         self.log = Path(os.environ["PEFT_DIST_LOGS"]) / f"{self.name}.log"
         self.decision_file = options.run_dir / "slurm" / "decision"
+        self.peers = Peers(self.log.parent, name=self.name, nonce=os.environ["PEFT_DIST_NONCE"])
 
     @property
     def is_head(self) -> bool:
@@ -117,7 +120,7 @@ class Node:
         environment = {
             LAUNCHED_AT: repr(time.time()),
             RANK_LOGS: str(self.log.with_suffix("")),
-            **_secrets(self.options.secrets),
+            **({} if self.options.secrets is None else read_secrets(self.options.secrets)),
         }
         verdict_before = run.verdict()
         log_start = self.log.stat().st_size if self.log.exists() else 0
@@ -128,8 +131,15 @@ class Node:
             if failed is not None:
                 return failed
         if self.is_head:
-            threading.Thread(target=_watch_the_clock, args=(run,), daemon=True).start()
-        ended = run_launcher(self.launcher, environment=environment, error_log=None)
+            threading.Thread(target=_watch, args=(run,), daemon=True).start()
+        ended = run_launcher(
+            self.launcher,
+            environment=environment,
+            error_log=None,
+            is_lost=self.peers.have_lost_one,
+        )
+        if ended.signal_name is None and ended.code != EXIT_DONE:
+            self.peers.say_failed()
         return self._judge(run, ended, verdict_before, error_in_log(self.log, log_start))
 
     def tell(self, decision: Decision) -> int:
@@ -210,7 +220,7 @@ class Node:
         reason = (
             f"stopped by {ended.signal_name or 'a signal'} after step {run.newest_step()}"
             if interrupted
-            else f"crashed; goes on after step {run.newest_step()}"
+            else f"{self.peers.lost or self.name} crashed; goes on after step {run.newest_step()}"
         )
         limits = Limits(self.options.max_starts, self.options.max_starts_without_progress)
         problem = too_many_starts(run, limits)
@@ -241,45 +251,24 @@ def too_many_starts(run: RunDir, limits: Limits) -> str | None:
     return None
 
 
-def _watch_the_clock(run: RunDir) -> None:
-    """Tell this process to save while there is still time, however long saving has come to take."""
-    end = os.environ.get("SLURM_JOB_END_TIME", "")
-    if not end.isdecimal():
-        return  # an older Slurm; its own --signal comes in any case
-    while (left_s := int(end) - time.time()) > lead_s(run.ledger, least_s=0):
-        time.sleep(max(LOOK_EVERY_S, left_s / 20))
+def _watch(run: RunDir) -> None:
+    """Have this process save while there is still time, and when its user has cancelled the run.
+
+    Slurm's own signals reach only a step that has begun, and know nothing of how long a save takes.
+    """
+    end = os.environ.get("SLURM_JOB_END_TIME", "")  # since Slurm 22.05
+    end_s = int(end) if end.isdecimal() else math.inf
+    save_at_s = read_again_s = 0.0
+    while not (run.path / "slurm" / "cancelled").exists():
+        now = time.time()
+        if now >= read_again_s:  # a long ledger takes a while to read
+            save_at_s = end_s - lead_s(run.ledger, least_s=0)
+            read_again_s = now + (save_at_s - now) / 20
+        if now >= save_at_s:
+            break
+        time.sleep(LOOK_EVERY_S)
     if (latest(run.attempts) or {}).get("outcome") is None:
         os.kill(os.getpid(), signal.SIGUSR1)
-
-
-def _secrets(file: Path | None) -> dict[str, str]:
-    """Return the variables of a file that nobody else can read.
-
-    Raises:
-        PeftDistError: For a file that is missing, open to others, or no list of NAME=value.
-    """
-    if file is None:
-        return {}
-    try:
-        status = file.stat()
-        if stat.S_IMODE(status.st_mode) & 0o077 or status.st_uid != os.getuid():
-            raise PeftDistError(
-                f"{file} can be read by others", where="secrets_file", remedy=f"chmod 600 {file}"
-            )
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PeftDistError(f"{file} cannot be read: {error}", where="secrets_file") from error
-    found = {}
-    for number, line in enumerate(lines, start=1):
-        name, equals, value = line.partition("=")
-        if not line.strip() or line.startswith("#"):
-            continue
-        if not equals or not name.isidentifier():
-            raise PeftDistError(
-                "is not NAME=value", where=f"{file}:{number}", remedy="write one per line"
-            )  # never the line itself
-        found[name] = value.strip()
-    return found
 
 
 def _is_free(host: str, port: int) -> bool:
