@@ -122,7 +122,8 @@ class Cluster(Section):
     environment: Variables = Field(default_factory=dict)
     """Variables for every process; no secrets."""
     secrets_file: AbsolutePath | None = None
-    """File of mode 0600 with NAME=value lines such as WANDB_API_KEY, read on each node."""
+    """File of mode 0600 with NAME=value lines such as WANDB_API_KEY, read on each node. Variables
+    of the shell that submits reach the job too, but some sites keep those in their accounting."""
     setup: SetUp = ""
     """Shell lines that run on each node before Python: modules, conda, a virtual environment."""
     python: AbsolutePath | None = None

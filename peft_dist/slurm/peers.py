@@ -24,12 +24,12 @@ class Peers:
         self._look_at_s = 0.0
         self._seen_at_s: float | None = None
         self.lost: str | None = None
-        """The node whose launcher failed while ours went on."""
+        """What another node said, whose launcher failed while ours went on."""
 
-    def say_failed(self) -> None:
-        """Tell the others that this node's launcher has failed."""
+    def say_failed(self, reason: str) -> None:
+        """Tell the others in one line that, and how, this node's launcher has failed."""
         with suppress(OSError):  # then they wait until srun ends them
-            replace_file(self._own, "")
+            replace_file(self._own, reason)
 
     def have_lost_one(self) -> bool:
         """Say whether another node's launcher has failed some time ago."""
@@ -42,5 +42,6 @@ class Peers:
             self._seen_at_s = now_s
         if self._seen_at_s is None or now_s - self._seen_at_s < GRACE_S:
             return False
-        self.lost = failed[0].name.removesuffix(self._suffix) if failed else None
+        if failed:
+            self.lost = failed[0].read_text(encoding="utf-8")
         return self.lost is not None

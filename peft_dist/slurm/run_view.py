@@ -16,7 +16,7 @@ from peft_dist.crash_loop import LOST_PEER, crash_notes
 from peft_dist.errors import RunDirError
 from peft_dist.liveness import is_alive
 from peft_dist.run_dir import RunDir
-from peft_dist.slurm.jobs import Event, candidates, events
+from peft_dist.slurm.jobs import Event, candidates, events, newest_logs
 from peft_dist.slurm.standing import Standing, read_tail, standing
 from peft_dist.slurm.states import UNKNOWN, JobState, is_live, is_over
 
@@ -258,9 +258,9 @@ def _decision(reading: Reading) -> str:
     by_person = newest.get("event") == "submitted" and newest.get("by") in ("submit", "resume")
     if by_person or newest.get("event") == "started":
         return ""
+    logs = newest_logs(reading.run.path, reading.history)
     with suppress(OSError):
-        file = reading.run.path / "slurm" / "decision"
-        text = file.read_text(encoding="utf-8", errors="replace")
+        text = "" if logs is None else (logs / "decision").read_text(errors="replace")
         word, _, reason = " ".join(text.split()).partition(" ")
         if word == "again-without":
             nodes, _, reason = reason.partition(" ")

@@ -313,7 +313,7 @@ def _job_name(name: str) -> str:
 def _make_slurm_folder(run: RunDir, cluster: Cluster) -> None:
     folder = run.path / "slurm"
     folder.mkdir(mode=0o700, exist_ok=True)
-    for name in ("cancelled", "excluded", "undecided", "decision", "successor"):
+    for name in ("cancelled", "excluded", "undecided", "successor"):
         (folder / name).unlink(missing_ok=True)
     write_text_atomic(folder / "cluster.yaml", render_cluster(cluster))
 

@@ -24,6 +24,8 @@ def main() -> int:
     if reason is not None:
         print(reason, file=sys.stderr)
         return 2
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal leaves no files either
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     argv = chosen.command or [os.environ.get("SHELL", "/bin/sh")]
     with tempfile.TemporaryDirectory(prefix="peft-dist-cluster-") as folder:
         base = Path(folder) / "cluster"

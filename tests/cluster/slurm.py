@@ -22,6 +22,8 @@ from tests.cluster.site import Place, Site, write_site
 
 START_S = 60.0
 """Longest wait for a daemon, or for all nodes. A loaded machine needs several times its usual."""
+COMPLETING_S = 15.0
+"""How long the end of a job may take. Slurm asks a node that did not hear it again in a minute."""
 COMMANDS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "sacct", "munged", "mariadbd",
             "mariadb-install-db", "ip", "nsenter", "unshare", "mount")  # fmt: skip
 PACKAGES = "slurmctld slurmd slurmdbd slurm-client munge mariadb-server iproute2"
@@ -201,6 +203,7 @@ class SlurmCluster:
         machine.heal()
         since = ""
         if not machine.is_on() or machine.slurmd() is None:
+            time.sleep(1 - time.time() % 1)  # Slurm tells one start from another by its second
             since = time.strftime("%Y-%m-%dT%H:%M:%S")
             (machine.start_slurmd if machine.is_on() else machine.boot)()
 
@@ -215,28 +218,35 @@ class SlurmCluster:
 
     def restore(self) -> None:
         """End all jobs and bring all nodes back."""
-        for node in self._nodes.values():
+        for name, node in self._nodes.items():
             node.heal()
             if not node.is_on():
-                node.boot()
-            elif node.slurmd() is None:
-                node.start_slurmd()
+                self._give_up(name)  # or Slurm may wait for the end of jobs that are gone
+            if not node.is_on() or node.slurmd() is None:
+                self.start_node(name)
+        started_s = time.monotonic()
 
         def calm() -> bool:
             if self._is_calm():
                 return True
             # Again each time: a job may have been on its way back into the queue.
             self.run(["scancel", "--user", "root"])
+            if time.monotonic() - started_s > COMPLETING_S:
+                for name, state in self.node_states().items():
+                    if state.startswith("completing"):
+                        self._give_up(name)
             self._resume(self.names, "down", "drain")
             return False
 
         self.wait_until(calm, "an empty queue and idle nodes", timeout_s=90, every_s=0.25)
-        for node in self._nodes.values():
+        for name, node in self._nodes.items():
             if node.strays():
                 node.power_off()
-                node.heal()
-                node.boot()
-        self.wait_until(self._is_calm, "idle nodes", timeout_s=START_S)
+                self.start_node(name)
+
+    def _give_up(self, node: str) -> None:
+        """Tell Slurm that a node is down, and with it all that ran there."""
+        self.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=gone"])
 
     def _resume(self, nodes: Sequence[str], *states: str) -> None:
         """Tell Slurm that nodes are well again; by itself it looks after most of a minute."""

@@ -32,7 +32,7 @@ STAND_IN = """#!/bin/bash
 while [ $# -gt 0 ] && [ "$1" != --run-dir ]; do shift; done
 [ $# -gt 1 ] || { echo /share; exit 0; }
 echo called >"$2/called"
-[ "$SLURM_NODEID" != 0 ] || echo done >"$2/slurm/decision"
+[ "$SLURM_NODEID" != 0 ] || echo done >"$PEFT_DIST_LOGS/decision"
 """
 
 

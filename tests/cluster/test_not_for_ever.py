@@ -76,7 +76,7 @@ def test_a_rank_that_runs_out_of_memory_again_and_again_is_ended(
     environment = in_every_process(tmp_path / "site", hog)
     run = runs.submit("some", "checkpoint.every_steps=1000", environment=environment)
     cause = wait_for_failure(run)
-    assert "attempts" in cause, cause
+    assert "no progress in 3 attempts" in cause or "memory" in cause, cause
     assert run.starts <= 3
 
 
@@ -86,5 +86,5 @@ def test_a_job_that_slurm_kills_for_its_memory_is_not_requeued_for_ever(
     require_cgroups(cluster)
     run = runs.submit("some", memory_per_node="150M")
     cause = wait_for_failure(run)
-    assert "starts" in cause
-    assert run.starts == 3
+    assert "memory_per_node" in cause, cause
+    assert run.starts == 2

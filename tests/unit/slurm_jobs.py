@@ -120,7 +120,7 @@ esac
 printf '%s\0' "$@" >"$SEEN/argv-$SLURM_NODEID"
 env -0 >"$SEEN/environment-$SLURM_NODEID"
 while [ "$1" != --run-dir ]; do shift; done
-echo "$STAND_IN_DECISION" >"$2/slurm/decision"
+echo "$STAND_IN_DECISION" >"$PEFT_DIST_LOGS/decision"
 """
 SRUN = r"""
 printf '%s\0' "$@" >"$SEEN/srun"

@@ -334,7 +334,7 @@ def test_changed_settings_of_a_run_with_checkpoints_are_refused(
 
 def test_a_run_goes_on_with_other_nodes_and_what_it_had(desk: Desk) -> None:
     assert desk.submit("train.seed=7", "--nodes", "2", "--time", "2:00:00", "--singleton") == 0
-    for leftover in ("cancelled", "excluded", "undecided", "decision", "successor"):
+    for leftover in ("cancelled", "excluded", "undecided", "successor"):
         (desk.run / "slurm" / leftover).write_text("4711\n")
     desk.job_is("TIMEOUT")
     assert main(["resume", "runs/mine", "--nodes", "4"]) == 0
