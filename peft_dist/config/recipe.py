@@ -207,6 +207,9 @@ class Tracking(Section):
 
     wandb: Wandb = Wandb()
     """Weights & Biases."""
+    system_every_s: NonNegativeFloat | None = 15.0
+    """Seconds between the ledger's records of rank 0's machine: processor, memory, disk, network,
+    GPUs. 0 or null: off."""
 
 
 class Recipe(Section):

@@ -45,9 +45,8 @@ def ledger(
     records = [{**stamp, "at_s": 5.0, "event": "start", "step": first - 1, "steps": total}]
     for step in range(first, last + 1):
         at_s = 5.0 + step_s * (step - first + 1)
-        records.append(
-            {**stamp, "at_s": at_s, "event": "step", "step": step, "loss": 4.0 / step}
-        )  # fmt: skip
+        figures = {"loss": 4.0 / step, "tokens_per_s": 1500.0 + step}
+        records.append({**stamp, "at_s": at_s, "event": "step", "step": step, **figures})
     with (run / "ledger.jsonl").open("a") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 

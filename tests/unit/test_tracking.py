@@ -20,6 +20,7 @@ import pytest
 from peft_dist.config import Recipe
 from peft_dist.errors import RunDirError, TrainingError
 from peft_dist.tracking import Ledger, Record, Terminal
+from peft_dist.tracking.terminal import PLAIN_LINE_EVERY_S
 from tests.processes import environment
 
 STEP: Record = {
@@ -304,6 +305,31 @@ def test_a_resumed_bar_starts_at_its_step_and_follows_a_rollback() -> None:
     assert b"step 900/1000 |" in shown
     assert b"step 902  rolled back: loss nan" in shown
     assert shown.decode().replace("\n", "\r").strip("\r").split("\r")[-1].startswith("step 851/")
+
+
+def test_a_pipe_gets_a_line_every_few_seconds_and_one_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    stream = io.StringIO()
+    terminal = Terminal(100, stream)
+    for step in range(1, 101):  # a second each
+        now_s += 1.0
+        terminal.write(STEP | {"step": step, "loss": 100.0 - step})
+    terminal.close()
+    shown = [line.split()[:4] for line in stream.getvalue().splitlines()]
+    steps = [1, *range(1 + int(PLAIN_LINE_EVERY_S), 101, int(PLAIN_LINE_EVERY_S)), 100]
+    assert shown == [["step", f"{step}/100", "loss", f"{100.0 - step:.4f}"] for step in steps]
+
+
+def test_a_closed_ledger_takes_nothing_more(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l")
+    ledger.write(STEP)
+    ledger.close()
+    with pytest.raises(AssertionError):  # by now its descriptor may be another file's
+        ledger.write(STEP)
+    assert len(read(tmp_path / "l")) == 1
 
 
 def test_mishaps_get_a_line_and_bookkeeping_gets_none() -> None:
