@@ -139,8 +139,7 @@ class Sampler:
         return dist.first_of_all(likeliest).tolist()
 
     def _text(self, tokens: Any) -> str:
-        text: str = self._tokenizer.decode(list(map(int, tokens)), skip_special_tokens=True)
-        return text
+        return str(self._tokenizer.decode(list(map(int, tokens)), skip_special_tokens=True))
 
     @cached_property
     def _tokenizer(self) -> "PreTrainedTokenizerFast":

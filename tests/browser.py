@@ -4,7 +4,8 @@ import base64
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ REQUIRED = "PEFT_DIST_BROWSER"
 SCREENSHOTS = "PEFT_DIST_SCREENSHOTS"
 """Environment variable: a folder to keep the screenshots in."""
 SETTLED_S = 30.0
+"""How long a page may take to come to rest."""
 COUNT_POINTS = """
 return [...document.querySelectorAll(".plot")].map((node) => [
   node.dataset.figure,
@@ -61,6 +63,14 @@ class Browser:
     def run(self, script: str) -> Any:
         """Return what a script in the page returns."""
         return self._driver.execute_script(script)
+
+    def until(self, script: str, fits: Callable[[Any], bool]) -> Any:
+        """Return what a script in the page returns, as soon as it is what is waited for."""
+        deadline = time.monotonic() + SETTLED_S
+        while not fits(found := self.run(script)):
+            assert time.monotonic() < deadline, found
+            time.sleep(0.05)
+        return found
 
     def points(self) -> dict[str, tuple[list[int], int]]:
         """Return, of each figure, the points of its traces and the shapes that are drawn."""

@@ -6,7 +6,16 @@ from typing import Any
 
 from peft_dist.goodput import PHASES
 from peft_dist.report.facts import Run
-from peft_dist.report.panel import Look, Panel, Trace, axis, legend_name, make_panel, thinning_note
+from peft_dist.report.panel import (
+    Look,
+    Panel,
+    Trace,
+    axis,
+    bar_axis,
+    bar_name,
+    legend_name,
+    make_panel,
+)
 from peft_dist.report.series import Series, number, short
 from peft_dist.report.wording import duration, share
 
@@ -15,8 +24,6 @@ PHASE_PLACES = {
     "down": 5, "other": 6,
 }  # fmt: skip
 """Which look each phase has; what counts comes first."""
-TOLD_ABOVE = 0.07
-"""A share of the bar in which its name has room."""
 TIME_UNITS = ((2 * 86400.0, 3600.0, "hours"), (2 * 3600.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
 
 
@@ -30,7 +37,7 @@ def _goodput(runs: Sequence[Run]) -> Panel | None:
     own = [run for run in runs if run.goodput.total_s > 0]
     if not own:
         return None
-    names = [legend_name(run) for run in own]
+    places = list(range(len(own)))
     traces: list[Trace] = []
     for phase, place in PHASE_PLACES.items():
         seconds = [run.goodput.seconds[phase] for run in own]
@@ -39,14 +46,14 @@ def _goodput(runs: Sequence[Run]) -> Panel | None:
         if any(seconds):
             traces.append(
                 {
-                    "type": "bar", "orientation": "h", "y": names, "x": short(shares),
+                    "type": "bar", "orientation": "h", "y": places, "x": short(shares),
                     "name": name, "marker": Look(place).fill,
                     "customdata": [duration(s) for s in seconds],
                     "hovertemplate": f"{name}: %{{customdata}}, %{{x:.1%}}",
-                    "text": [f"{name} {s:.0%}" if s >= TOLD_ABOVE else "" for s in shares],
+                    "text": [f"{name} {s:.0%}" for s in shares],
                     "textposition": "inside", "insidetextanchor": "middle", "textangle": 0,
                     "insidetextfont": {"color": "var(--on-fill)"},
-                    "constraintext": "none",
+                    "constraintext": "inside",
                 }
             )  # fmt: skip
     text = "; ".join(
@@ -61,10 +68,15 @@ def _goodput(runs: Sequence[Run]) -> Panel | None:
         traces,
         layout={
             "barmode": "stack",
-            "height": 150 + 44 * len(own),
+            "uniformtext": {"mode": "hide", "minsize": 12},  # what has no room is left to the table
+            "height": 130 + 44 * len(own),
             "xaxis": axis("share of the time", tickformat=".0%", range=[0, 1]),
-            "yaxis": {"autorange": "reversed", "type": "category", "showticklabels": len(own) > 1},
+            "yaxis": {
+                **bar_axis([bar_name(run) for run in own]),
+                "showticklabels": len(own) > 1,
+            },
             "legend": {"traceorder": "normal"},
+            "margin": {"l": 16, "r": 20},
         },
         head=("phase", "what it is", *(run.name for run in own)),
         rows=[
@@ -94,12 +106,18 @@ def _machine(runs: Sequence[Run]) -> Panel | None:
             continue
         begun = run.records[0]["time"]
         times = [(record["time"] - begun) / unit_s for record in records]
-        for index, (what, values) in enumerate(_percentages(records).items()):
+        of_run: list[tuple[str, Series]] = []
+        for what, values in _percentages(records).items():
             pairs = [(t, v) for t, v in zip(times, values, strict=True) if v is not None]
             if pairs:
-                series = Series([t for t, _ in pairs], [v for _, v in pairs])
-                name = f"{legend_name(run)}: {what}" if len(runs) > 1 else what
-                lines.append((name, index if len(runs) == 1 else place + 2 * index, series))
+                of_run.append((what, Series([t for t, _ in pairs], [v for _, v in pairs])))
+        if len(runs) == 1:
+            lines += [(what, index, series) for index, (what, series) in enumerate(of_run)]
+        else:  # of several runs, only how busy: more lines would not be told apart
+            busy = dict(of_run)
+            what = "GPUs busy" if "GPUs busy" in busy else "processor"
+            if what in busy:
+                lines.append((f"{legend_name(run)}, {what}", place, busy[what]))
     if not lines:
         return None
     traces = [
@@ -113,18 +131,18 @@ def _machine(runs: Sequence[Run]) -> Panel | None:
     means = ", ".join(f"{name} {fmean(series.y):.0f} %" for name, _, series in lines)
     return make_panel(
         "machine",
-        "The machine of rank 0",
+        "The machine of rank 0" if len(runs) == 1 else "How busy the machine of rank 0 was",
         f"Means: {means}.",
         traces,
         layout={
-            "xaxis": axis(f"{unit} since the run began"),
+            "xaxis": axis(f"{unit} since the start"),
             "yaxis": axis("percent", range=[0, 105]),
         },
         head=("line", "mean", "lowest", "highest"),
         rows=[
-            [name, *(f"{v:.0f} %" for v in (fmean(s.y), min(s.y), max(s.y)))] for name, _, s in lines
+            [name, *(f"{v:.0f} %" for v in (fmean(s.y), min(s.y), max(s.y)))]
+            for name, _, s in lines
         ],
-        note=thinning_note([series for _, _, series in lines]),
     )
 
 
@@ -146,5 +164,8 @@ def _of_gpus(record: Mapping[str, Any], name: str | None) -> float | None:
 
 
 def _used(figures: Mapping[str, Any]) -> float | None:
-    used, total = number(figures.get("memory_used_bytes")), number(figures.get("memory_total_bytes"))
+    used, total = (
+        number(figures.get("memory_used_bytes")),
+        number(figures.get("memory_total_bytes")),
+    )
     return None if used is None or not total else 100 * used / total

@@ -78,9 +78,7 @@ def _steps(run: Run) -> str:
     return count(done) if total in (None, done) else f"{count(done)} of {count(total or 0)}"
 
 
-def _last(
-    records: Sequence[Mapping[str, Any]], name: str, shown_as: Callable[[float], str]
-) -> str:
+def _last(records: Sequence[Mapping[str, Any]], name: str, shown_as: Callable[[float], str]) -> str:
     series = Series.of(records, name)
     return shown_as(series.y[-1]) if len(series) else ""
 

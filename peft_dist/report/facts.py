@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,12 @@ class Run:
         """Return the records of these events."""
         return [record for record in self.records if record["event"] in names]
 
-    @property
+    @cached_property
     def steps(self) -> list[Record]:
         """The steps that made the adapter."""
         return [record for record in self.counting if record["event"] == "step"]
 
-    @property
+    @cached_property
     def evaluations(self) -> list[Record]:
         """The evaluations that count."""
         return [record for record in self.counting if record["event"] == "evaluation"]
@@ -125,7 +126,8 @@ class Run:
         """The rows that the model was asked, before the first step and after the last one."""
         rows: dict[tuple[int, str, str], dict[bool, str]] = {}
         for record in self.events("sample"):
-            key = int(record.get("row", 0)), *(str(record.get(n)) for n in ("prompt", "expected"))
+            row, prompt, expected = (record.get(name) for name in ("row", "prompt", "expected"))
+            key = (row if type(row) is int else 0, str(prompt), str(expected))
             rows.setdefault(key, {})[record["step"] > 0] = str(record.get("predicted"))
         return [Sample(*key, said.get(False), said.get(True)) for key, said in rows.items()]
 

@@ -15,10 +15,9 @@ from peft_dist.report.panel import (
     make_panel,
     over_steps_rows,
     restart_marks,
-    thinning_note,
 )
 from peft_dist.report.series import Series, number, short
-from peft_dist.report.wording import figure, share
+from peft_dist.report.wording import figure, rate, share, some
 
 STEP_AXIS = axis("step", rangemode="tozero")
 
@@ -29,7 +28,7 @@ def learning_panels(runs: Sequence[Run]) -> list[Panel]:
         _training_loss(runs),
         _held_out(runs, "eval_loss", "Held-out loss", "loss, nats per token", figure),
         _held_out(runs, "eval_accuracy", "Held-out accuracy", "share of rows right", share),
-        _plain(runs, "lr", "Learning rate", "learning rate"),
+        _learning_rate(runs),
         _gradient_norm(runs),
     ]
     return [panel for panel in found if panel is not None]
@@ -52,27 +51,29 @@ def _training_loss(runs: Sequence[Run]) -> Panel | None:
     if not placed:
         return None
     traces: list[Trace] = []
-    marked = skipped = False
+    restarts: list[Trace] = []
+    left_out: list[Trace] = []
     for (place, run), series in zip(placed, lines, strict=True):
         look, alone = Look(place), len(runs) == 1
         traces += line_over_steps(series, look, name=legend_name(run), alone=alone)
-        marks = restart_marks(run, look, series, shown=not marked)
-        marked = marked or bool(marks)
-        left_out = _left_out(run, look, series, shown=not skipped)
-        skipped = skipped or bool(left_out)
-        traces += marks + left_out
+        restarts += restart_marks(run, look, series, shown=not restarts)
+        left_out += _left_out(run, look, series, shown=not left_out)
     own = [run for _, run in placed]
     return make_panel(
         "loss",
         "Training loss",
-        _words(own, lines, figure),
-        traces,
+        _words_of_loss(own, lines),
+        [*traces, *restarts, *left_out],
         layout={"xaxis": STEP_AXIS, "yaxis": axis("loss, nats per token")},
         head=OVER_STEPS_HEAD,
         rows=over_steps_rows(own, lines, figure),
-        note=thinning_note(lines),
         wide=True,
     )
+
+
+def _words_of_loss(runs: Sequence[Run], lines: Sequence[Series]) -> str:
+    text, restarts = in_words(runs, lines, figure), sum(len(run.restarts) for run in runs)
+    return f"{text} {some('restart', restarts)}." if restarts else text
 
 
 def _left_out(run: Run, look: Look, series: Series, *, shown: bool) -> list[Trace]:
@@ -106,13 +107,14 @@ def _held_out(
         # A mark for every evaluation of a long run would be a smear.
         mode = "lines+markers" if len(series) <= 60 else "lines"
         ends = [shown(y) if i in (0, len(series) - 1) else "" for i, y in enumerate(series.y)]
-        look = Look(place)
+        look, rises = Look(place), len(series) > 1 and series.y[1] > series.y[0]
+        first = "bottom right" if rises else "top right"
         traces.append(
             {
                 "type": "scatter", "mode": mode + ("+text" if len(runs) == 1 else ""),
                 "x": short(series.x), "y": short(series.y), "name": legend_name(run),
                 "line": look.line, "marker": look.marker, "text": ends, "cliponaxis": False,
-                "textposition": ["top right", *["top left"] * (len(series) - 1)],
+                "textposition": [first, *["top left"] * (len(series) - 1)],
                 "hovertemplate": "step %{x}: %{y:.4g}",
             }
         )  # fmt: skip
@@ -122,17 +124,16 @@ def _held_out(
     return make_panel(
         name.replace("_", "-"),
         title,
-        _words(own, lines, shown),
+        in_words(own, lines, shown),
         traces,
         layout={"xaxis": STEP_AXIS, "yaxis": axis(unit, **scale), "showlegend": len(runs) > 1},
         head=OVER_STEPS_HEAD,
         rows=over_steps_rows(own, lines, shown),
-        note=thinning_note(lines),
     )
 
 
-def _plain(runs: Sequence[Run], name: str, title: str, unit: str) -> Panel | None:
-    placed, lines = with_series(runs, name)
+def _learning_rate(runs: Sequence[Run]) -> Panel | None:
+    placed, lines = with_series(runs, "lr")
     if not placed:
         return None
     traces: list[Trace] = []
@@ -146,18 +147,17 @@ def _plain(runs: Sequence[Run], name: str, title: str, unit: str) -> Panel | Non
         )  # fmt: skip
     own = [run for _, run in placed]
     return make_panel(
-        name,
-        title,
-        _words(own, lines, figure),
+        "lr",
+        "Learning rate",
+        in_words(own, lines, rate, highest=True),
         traces,
         layout={
             "xaxis": STEP_AXIS,
-            "yaxis": axis(unit, rangemode="tozero", exponentformat="e"),
+            "yaxis": axis("learning rate", rangemode="tozero", exponentformat="e"),
             "showlegend": len(runs) > 1,
         },
         head=OVER_STEPS_HEAD,
-        rows=over_steps_rows(own, lines, figure),
-        note=thinning_note(lines),
+        rows=over_steps_rows(own, lines, rate),
     )
 
 
@@ -170,7 +170,7 @@ def _gradient_norm(runs: Sequence[Run]) -> Panel | None:
         alone = len(runs) == 1
         traces += line_over_steps(series, Look(place), name=legend_name(run), alone=alone)
     own = [run for _, run in placed]
-    text = _words(own, lines, figure)
+    text = in_words(own, lines, figure, highest=True)
     limits = {number(run.recipe.get("train.max_grad_norm")) for run in own}
     limit = limits.pop() if len(limits) == 1 else None
     if limit:
@@ -192,16 +192,4 @@ def _gradient_norm(runs: Sequence[Run]) -> Panel | None:
         layout={"xaxis": STEP_AXIS, "yaxis": axis("norm", rangemode="tozero")},
         head=OVER_STEPS_HEAD,
         rows=over_steps_rows(own, lines, figure),
-        note=thinning_note(lines),
     )
-
-
-def _words(runs: Sequence[Run], lines: Sequence[Series], shown: Callable[[float], str]) -> str:
-    """Say what a line does; of several runs, which ends lowest and which highest."""
-    if len(runs) == 1:
-        return in_words(runs[0], lines[0], shown)
-    ends = [(series.y[-1], run.name) for run, series in zip(runs, lines, strict=True)]
-    least, most = min(ends), max(ends)
-    if least[0] == most[0]:
-        return f"All end at {shown(least[0])}."
-    return f"Ends lowest in {least[1]} ({shown(least[0])}), highest in {most[1]} ({shown(most[0])})."

@@ -10,11 +10,12 @@ from peft_dist.report.panel import (
     Look,
     Panel,
     Trace,
+    bar_axis,
+    bar_name,
     byte_axis,
     legend_name,
     make_panel,
     over_steps_rows,
-    thinning_note,
 )
 from peft_dist.report.series import Series, number, numbers, short
 from peft_dist.report.wording import size, sizes
@@ -23,6 +24,8 @@ LINES_OF_RANKS = 8
 """Most ranks of one run that get a line each; of more, the fullest and the emptiest do."""
 ADAPTER_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES = 4, 4, 8
 """Per trained parameter: float32 weight, float32 gradient, AdamW's two float32 moments."""
+BARS_OF_RANKS = 16
+"""Most bars of a run; of more ranks, and of several runs, the fullest one gets a bar alone."""
 PARTS = ("base", "adapter", "gradients", "optimizer", "the rest")
 
 
@@ -34,34 +37,41 @@ def memory_panels(runs: Sequence[Run]) -> list[Panel]:
 
 @dataclass(frozen=True)
 class RankBytes:
-    """What the memory of one rank was used for, as far as it is known, in the order of `PARTS`."""
+    """What the memory of one rank was used for, as far as it is known."""
 
+    rank: int
     parts: Sequence[float | None]
+    """In the order of `PARTS`."""
     peak: float | None
+    planned: float | None
 
-    @classmethod
-    def of(cls, run: Run) -> "list[RankBytes]":
-        """Return those of every rank of a run."""
-        base, peaks = run.base_bytes, run.peak_bytes
-        ranks = max(len(base), len(peaks))
-        trained = number(run.result.get("trainable_parameters"))
-        shared = str(run.result.get("strategy", "")).startswith("zero")
-        # A base that waits in the host is no part of what is counted on the GPU.
-        elsewhere = run.result.get("device") == "cuda" and (
-            run.recipe.get("parallel.offload") == "cpu"
-        )
-        found = []
-        for rank in range(ranks):
-            own = [None] * 3 if trained is None else [
-                ADAPTER_BYTES * trained,
-                GRADIENT_BYTES * trained,
-                OPTIMIZER_BYTES * trained / (ranks if shared else 1),
-            ]  # fmt: skip
-            known = [base[rank] if rank < len(base) and not elsewhere else None, *own]
-            peak = peaks[rank] if rank < len(peaks) else None
-            rest = None if peak is None else max(0.0, peak - sum(part or 0.0 for part in known))
-            found.append(cls([*known, rest], peak))
-        return found
+
+def rank_bytes(run: Run) -> list[RankBytes]:
+    """Return what is known of every rank of a run."""
+    base, peaks, planned = run.base_bytes, run.peak_bytes, run.planned_bytes
+    ranks = max(len(base), len(peaks))
+    trained = number(run.result.get("trainable_parameters"))
+    shared = str(run.result.get("strategy", "")).startswith("zero")
+    # A base that waits in the host is no part of what is counted on the GPU.
+    on_gpu = run.result.get("device") == "cuda"
+    elsewhere = on_gpu and run.recipe.get("parallel.offload") == "cpu"
+    found = []
+    for rank in range(ranks):
+        optimizer = OPTIMIZER_BYTES / (ranks if shared else 1)
+        own = [
+            None if trained is None else each * trained
+            for each in (ADAPTER_BYTES, GRADIENT_BYTES, optimizer)
+        ]
+        known = [None if elsewhere else _at(base, rank), *own]
+        peak = _at(peaks, rank)
+        rest = None if peak is None else max(0.0, peak - sum(part or 0.0 for part in known))
+        plan = planned[0] if len(planned) == 1 else _at(planned, rank)
+        found.append(RankBytes(rank, [*known, rest], peak, plan))
+    return found
+
+
+def _at(values: Sequence[float], rank: int) -> float | None:
+    return values[rank] if rank < len(values) else None
 
 
 def _over_steps(runs: Sequence[Run]) -> Panel | None:
@@ -93,13 +103,13 @@ def _over_steps(runs: Sequence[Run]) -> Panel | None:
                 {
                     "type": "scatter", "mode": "lines", "x": steps, "y": [planned, planned],
                     "name": f"planned {legend_name(run)}" if len(runs) > 1 else "planned",
-                    "line": {"color": Look(place).colour if len(runs) > 1 else "var(--soft)",
-                             "dash": "dot", "width": 1.5},
+                    "line": {"color": Look(place).colour if len(runs) > 1 else "var(--ink)",
+                             "dash": "longdashdot", "width": 1.5},
                 }
             )  # fmt: skip
     return make_panel(
         "memory",
-        "Memory",
+        "Peak memory over the steps",
         text,
         traces,
         layout={"xaxis": STEP_AXIS, "yaxis": byte_axis("peak memory")},
@@ -110,7 +120,6 @@ def _over_steps(runs: Sequence[Run]) -> Panel | None:
                 traces, over_steps_rows(labels, lines, size), strict=False
             )  # planned lines come last
         ],
-        note=thinning_note(lines),
     )
 
 
@@ -137,78 +146,83 @@ def _lines_of(run: Run, *, alone: bool) -> list[tuple[str, Series]]:
 
 
 def _bytes(runs: Sequence[Run]) -> Panel | None:
-    of_runs = [(run, RankBytes.of(run)) for run in runs]
-    places = [
-        (f"{legend_name(run)}, rank {rank}" if len(runs) > 1 else f"rank {rank}", found)
-        for run, ranks in of_runs
-        for rank, found in enumerate(ranks)
-    ]
-    if not any(part for _, found in places for part in found.parts):
+    every = [(run, found) for run in runs for found in rank_bytes(run)]
+    if not any(part for _, found in every for part in found.parts):
         return None
-    names = [name for name, _ in places]
+    alone = len(runs) == 1
+    drawn = every
+    if not alone or len(every) > BARS_OF_RANKS:
+        drawn = [(run, found) for run, found in map(_fullest, runs) if found.parts]
+    names = [f"rank {found.rank}" if alone else bar_name(run) for run, found in drawn]
+    places = list(range(len(drawn)))
     traces: list[Trace] = []
     for index, part in enumerate(PARTS):
-        values = [found.parts[index] or 0.0 for _, found in places]
+        values = [found.parts[index] or 0.0 for _, found in drawn]
         if any(values):
             traces.append(
                 {
-                    "type": "bar", "orientation": "h", "y": names, "x": short(values),
+                    "type": "bar", "orientation": "h", "y": places, "x": short(values),
                     "name": part, "marker": Look(index).fill,
                     "hovertemplate": f"{part}: %{{x:.4s}}B",
                 }
             )  # fmt: skip
-    planned = [
-        (f"{legend_name(run)}, rank {rank}" if len(runs) > 1 else f"rank {rank}", value)
-        for run, ranks in of_runs
-        for rank, value in enumerate(_for_each(run.planned_bytes, len(ranks)))
-    ]
-    if planned:
+    planned = [(place, found.planned) for place, (_, found) in enumerate(drawn)]
+    marks = [(place, value) for place, value in planned if value is not None]
+    if marks:
         traces.append(
             {
                 "type": "scatter", "mode": "markers", "name": "planned",
-                "y": [name for name, _ in planned], "x": short(value for _, value in planned),
+                "y": [place for place, _ in marks], "x": short(value for _, value in marks),
                 "marker": {"symbol": "line-ns-open", "size": 18, "color": "var(--ink)",
                            "line": {"width": 3, "color": "var(--ink)"}},
                 "hovertemplate": "planned: %{x:.4s}B",
             }
         )  # fmt: skip
-    rows = [
-        [name, *("" if part is None else size(part) for part in found.parts),
-         "" if found.peak is None else size(found.peak)]
-        for name, found in places
-    ]  # fmt: skip
+    left_out = len(every) - len(drawn)
+    ends = ["peak", "planned"] if marks else ["peak"]
     return make_panel(
         "bytes",
         "Where the bytes are",
-        _bytes_text(of_runs),
+        _bytes_text(runs),
         traces,
         layout={
             "barmode": "stack",
             "bargap": 0.35,
-            "height": 150 + 34 * len(places),
+            "height": 120 + 36 * len(drawn),
             "xaxis": byte_axis("bytes"),
-            "yaxis": {"autorange": "reversed", "type": "category"},
+            "yaxis": bar_axis(names),
             "legend": {"traceorder": "normal"},
         },
-        head=("rank", *PARTS, "peak"),
-        rows=rows,
+        head=("rank", *PARTS, *ends),
+        rows=[
+            [
+                f"rank {found.rank}" if alone else f"{run.name}, rank {found.rank}",
+                *map(_shown, [*found.parts, found.peak, found.planned][: len(PARTS) + len(ends)]),
+            ]
+            for run, found in every
+        ],
+        note="Drawn is the rank that held most; the numbers are of all." if left_out else "",
         wide=True,
     )
 
 
-def _for_each(values: Sequence[float], ranks: int) -> Sequence[float]:
-    return list(values) * ranks if len(values) == 1 else values
+def _fullest(run: Run) -> tuple[Run, RankBytes]:
+    ranks = rank_bytes(run) or [RankBytes(0, [], None, None)]
+    return run, max(ranks, key=lambda found: found.peak or 0.0)
 
 
-def _bytes_text(of_runs: Sequence[tuple[Run, Sequence[RankBytes]]]) -> str:
+def _shown(value: float | None) -> str:
+    return "" if value is None else size(value)
+
+
+def _bytes_text(runs: Sequence[Run]) -> str:
     told = []
-    for run, ranks in of_runs:
-        base = [found.parts[0] for found in ranks if found.parts[0] is not None]
-        if not base:
+    for run in runs:
+        if not run.base_bytes:
             continue
         whole = number(run.result.get("base_bytes_total"))
         of_whole = f" of {size(whole)}" if whole else ""
-        name = f"{run.name}: e" if len(of_runs) > 1 else "E"
-        told.append(f"{name}ach rank holds {sizes(base)}{of_whole} of the base.")
+        name = f"{run.name}: e" if len(runs) > 1 else "E"
+        told.append(f"{name}ach rank holds {sizes(run.base_bytes)}{of_whole} of the base.")
     told.append("The rest is activations, buffers and libraries, up to the peak.")
     return " ".join(told)

@@ -6,6 +6,7 @@ the page, which may load nothing.
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -22,6 +23,7 @@ from peft_dist.report.happenings import happenings
 from peft_dist.report.learning import learning_panels
 from peft_dist.report.memory import memory_panels
 from peft_dist.report.panel import Look, Panel, in_rows
+from peft_dist.report.series import MOST_POINTS, PARTS
 from peft_dist.report.speed import speed_panels
 from peft_dist.report.wording import duration
 
@@ -53,6 +55,7 @@ def render_page(runs: Sequence[Run]) -> str:
     )
     environment.filters["plain"] = lambda text: CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))
     environment.filters["duration"] = duration
+    environment.filters["moment"] = _moment
     sections = [
         ("learning", "Learning", in_rows(learning_panels(runs))),
         ("speed", "Speed", in_rows(speed_panels(runs))),
@@ -61,6 +64,13 @@ def render_page(runs: Sequence[Run]) -> str:
     ]
     text = environment.get_template("page.html.j2").render(context(runs, sections))
     return text.encode("utf-8", "replace").decode("utf-8")  # folders may have any bytes for a name
+
+
+def _moment(text: Any) -> str:
+    """Return a time in ISO 8601 as a person reads it; anything else as it is."""
+    with suppress(ValueError):
+        return f"{datetime.fromisoformat(str(text)).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    return str(text)
 
 
 def context(
@@ -78,13 +88,14 @@ def context(
         "settings": differing_settings(runs) if len(runs) > 1 else [],
         "sections": [part for part in sections if part[2]],
         "figures": {panel.key: panel.figure for panel in panels},
-        "attempts": [(run, *_shown_attempts(run)) for run in runs],
+        "attempts": [(run.name, *_shown_attempts(run)) for run in runs],
         "happenings": told,
         "untold": untold,
         "samples": sample_rows(runs),
         "versions": {run.name: versions(run) for run in runs},
         # Our own script, and plotly's as it is: neither holds a value of a run.
         "plotly": Markup(get_plotlyjs()),
+        "reading": _how_to_read(runs),
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "version": __version__,
         "unknown": UNKNOWN,
@@ -109,6 +120,20 @@ def sample_rows(runs: Sequence[Run]) -> list[SampleRow]:
         SampleRow(*key, [(name, sample.before, sample.after) for name, sample in answers])
         for key, answers in sorted(found.items())
     ]
+
+
+def _how_to_read(runs: Sequence[Run]) -> str:
+    """Say where a line is not every number of the ledger; empty where it is."""
+    told = []
+    if len(runs) > 1:
+        told.append(f"Of several runs, noisy lines are means over a {PARTS}th of each run's steps.")
+    longest = max(len(run.counting) for run in runs)
+    if longest > MOST_POINTS:
+        told.append(
+            f"Lines have {MOST_POINTS:,} points at most, of up to {longest:,}: the lowest and the "
+            "highest of every part, so that no spike is lost."
+        )
+    return " ".join([*told, "Means, texts and tables count every step."] if told else [])
 
 
 def _shown_attempts(run: Run) -> tuple[list[Any], int]:

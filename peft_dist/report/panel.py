@@ -13,15 +13,14 @@ import plotly.graph_objects as go
 
 from peft_dist.report.facts import Run
 from peft_dist.report.series import Series, short
-from peft_dist.report.wording import some
 
 SERIES_COLOURS = 8
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "pentagon", "hexagram")
 PATTERNS = ("", "/", "x", "-", "\\", "+", "|", ".")
 HEIGHT_PX = 300
-SHOWN_NAME = 32
-"""Longest name in a legend."""
+SHOWN_NAME, SHOWN_BEFORE_BAR = 32, 18
+"""Longest name in a legend, and before a bar."""
 
 Trace = Mapping[str, Any]
 
@@ -38,7 +37,7 @@ class Panel:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
-    """What is left out of the figure."""
+    """What is not drawn."""
     wide: bool = False
     """Whether it takes a row of a wide screen for itself."""
 
@@ -67,7 +66,7 @@ class Look:
     @property
     def fill(self) -> dict[str, Any]:
         """Its area in a bar."""
-        pattern = {"shape": PATTERNS[self.place % len(PATTERNS)], "solidity": 0.25, "size": 7}
+        pattern = {"shape": PATTERNS[self.place % len(PATTERNS)], "solidity": 0.13, "size": 8}
         return {
             "color": self.colour,
             "pattern": {**pattern, "fillmode": "overlay", "fgcolor": "var(--surface)"},
@@ -110,7 +109,14 @@ def in_rows(panels: Sequence[Panel]) -> list[Panel]:
 
 def axis(title: str, **settings: Any) -> dict[str, Any]:
     """Return an axis with its title, which names the unit."""
-    return {"title": {"text": title, "standoff": 8}, **settings}
+    return {"title": {"text": title, "standoff": 8, "font": {"size": 13}}, **settings}
+
+
+def bar_axis(names: Sequence[str]) -> dict[str, Any]:
+    """Return an axis of bars, the first on top; names may be alike."""
+    places = list(range(len(names)))
+    shown = [_escaped_text(name) for name in names]
+    return {"autorange": "reversed", "tickvals": places, "ticktext": shown, "showgrid": False}
 
 
 def byte_axis(title: str) -> dict[str, Any]:
@@ -120,8 +126,17 @@ def byte_axis(title: str) -> dict[str, Any]:
 
 def legend_name(run: Run) -> str:
     """Return a run's name, short enough for a legend."""
-    name = run.name
-    return name if len(name) <= SHOWN_NAME else f"{name[: SHOWN_NAME - 16]}…{name[-15:]}"
+    return _shortened(run.name, SHOWN_NAME)
+
+
+def bar_name(run: Run) -> str:
+    """Return a run's name, short enough to stand before a bar on a phone."""
+    return _shortened(run.name, SHOWN_BEFORE_BAR)
+
+
+def _shortened(name: str, most: int) -> str:
+    half = most // 2
+    return name if len(name) <= most else f"{name[: most - half]}…{name[-half + 1 :]}"
 
 
 def line_over_steps(
@@ -140,7 +155,7 @@ def line_over_steps(
         **main, "x": short(whole.x), "y": short(whole.y), "name": "each step", "opacity": 0.35,
         "line": {"color": look.colour, "width": 1}, "legendgroup": "each step",
     }  # fmt: skip
-    return [faint, {**main, "name": f"mean of {series.window} steps"}]
+    return [faint, {**main, "name": f"mean of {series.window:,} steps"}]
 
 
 def restart_marks(run: Run, look: Look, series: Series, *, shown: bool) -> list[Trace]:
@@ -164,18 +179,6 @@ def restart_marks(run: Run, look: Look, series: Series, *, shown: bool) -> list[
     ]  # fmt: skip
 
 
-def thinning_note(all_series: Sequence[Series]) -> str:
-    """Say how many points are not drawn, if any are."""
-    longest = max(all_series, key=len, default=Series([], []))
-    drawn = len(longest.thinned())
-    if drawn == len(longest):
-        return ""
-    return (
-        f"{drawn:,} of {len(longest):,} points of a line are drawn: the lowest and the highest of "
-        "every part of it, so that no spike is lost."
-    )
-
-
 def over_steps_rows(
     runs: Sequence[Run], all_series: Sequence[Series], shown: Callable[[float], str]
 ) -> list[list[str]]:
@@ -189,17 +192,39 @@ def over_steps_rows(
 OVER_STEPS_HEAD = ("run", "first", "last", "lowest", "highest")
 
 
-def in_words(run: Run, series: Series, shown: Callable[[float], str]) -> str:
-    """Say where a line begins and ends."""
+def in_words(
+    runs: Sequence[Run],
+    all_series: Sequence[Series],
+    shown: Callable[[float], str],
+    *,
+    highest: bool = False,
+) -> str:
+    """Say where a line begins and ends and where it is lowest; of several, which end where.
+
+    Args:
+        runs: Whose lines they are.
+        all_series: One for each run.
+        shown: Makes a text of a value.
+        highest: Whether where a line is highest says more.
+    """
+    if len(runs) > 1:
+        ends = [max(s.y) if highest else s.y[-1] for s in all_series]
+        least, most = ends.index(min(ends)), ends.index(max(ends))
+        what = "Highest value" if highest else "Last value"
+        low, high = shown(ends[least]), shown(ends[most])
+        if low == high:
+            return f"{what}: {low} in all."
+        return f"{what}: from {low} in {runs[least].name} to {high} in {runs[most].name}."
+    (series,) = all_series
     if len(series) == 1:
         return f"{shown(series.y[0])} at step {series.x[0]:,.0f}."
-    lowest = min(range(len(series)), key=series.y.__getitem__)
+    extreme = series.y.index(max(series.y) if highest else min(series.y))
     begun, ended = f"step {series.x[0]:,.0f}", f"step {series.x[-1]:,.0f}"
     text = f"From {shown(series.y[0])} at {begun} to {shown(series.y[-1])} at {ended}"
-    if lowest not in (0, len(series) - 1):
-        text += f"; lowest {shown(series.y[lowest])} at step {series.x[lowest]:,.0f}"
-    restarts = len(run.restarts)
-    return text + (f"; {some('restart', restarts)}." if restarts else ".")
+    if extreme not in (0, len(series) - 1):
+        word = "highest" if highest else "lowest"
+        text += f"; {word} {shown(series.y[extreme])} at step {series.x[extreme]:,.0f}"
+    return text + "."
 
 
 def _shared_layout() -> dict[str, Any]:
@@ -218,7 +243,10 @@ def _shared_layout() -> dict[str, Any]:
             "font": {"color": "var(--ink)"}, "namelength": -1,
         },
         "hovermode": "closest",
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "legend": {
+            "orientation": "h", "font": {"size": 12},
+            "xref": "container", "x": 0, "yref": "container", "y": 1, "yanchor": "top",
+        },
         "xaxis": shown_axis,
         "yaxis": shown_axis,
     }  # fmt: skip

@@ -7,27 +7,29 @@ spike is lost.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Self
 
 MOST_POINTS = 1_000
 """Points of one line in a figure; more would not be told apart."""
+NUMBERS = frozenset((int, float))
+"""Types that are numbers in a record; `true` is none."""
 PARTS = 40
 """A mean is taken over this part of a run."""
 
 
 def number(value: Any) -> float | None:
     """Return a finite number as it stands in a record, None for anything else."""
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in NUMBERS or not math.isfinite(value):
         return None
     return float(value)
 
 
 def numbers(value: Any) -> list[float]:
     """Return a list of finite numbers as it stands in a record; empty for anything else."""
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not NUMBERS.issuperset(map(type, value)):
         return []
-    found = [number(item) for item in value]
-    return [] if None in found else [item for item in found if item is not None]
+    return value if all(map(math.isfinite, value)) else []
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,17 @@ class Series:
         return max(1, len(self) // PARTS)
 
     def mean(self) -> Self:
-        """Return the mean of every point and those just before it, `window` of them in all."""
-        total, sums = 0.0, []
-        for index, value in enumerate(self.y):
-            total += value
-            if index >= self.window:
-                total -= self.y[index - self.window]
-            sums.append(total / min(index + 1, self.window))
-        return type(self)(self.x, sums)
+        """Return the mean of every point and its neighbours, `window` of them in all."""
+        if self.window == 1:
+            return self
+        before = (self.window - 1) // 2
+        sums = list(accumulate(self.y, initial=0.0))
+        means = []
+        for index in range(len(self)):
+            begin = max(0, index - before)
+            end = min(len(self), index - before + self.window)
+            means.append((sums[end] - sums[begin]) / (end - begin))
+        return type(self)(self.x, means)
 
     def thinned(self, at_most: int = MOST_POINTS) -> Self:
         """Return at most so many points: the lowest and the highest of equal parts, and the ends.

@@ -1,8 +1,10 @@
-"""Figures of how fast a run went: tokens per second, utilisation, and the ranks beside each other."""
+"""Figures of speed: tokens per second, utilisation, and the ranks beside each other."""
 
+from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
+from peft_dist.goodput import Record
 from peft_dist.report.facts import Run
 from peft_dist.report.learning import STEP_AXIS, with_series
 from peft_dist.report.panel import (
@@ -16,18 +18,26 @@ from peft_dist.report.panel import (
     line_over_steps,
     make_panel,
     over_steps_rows,
-    thinning_note,
 )
 from peft_dist.report.series import Series, numbers, quantile, short
 from peft_dist.report.wording import duration, figure, share
 
+BARS_OF_RANKS = 16
+"""Ranks that get a bar each; of more, each gets a mark."""
 WARM_UP_STEPS = 2
 """The first steps of an attempt pay for everything lazy; no rank is judged by them."""
+
+RankTimes = tuple[int, Run, list[int], list[list[float]]]
+"""A run's place, the run, and the steps that tell each rank's own time, with those times."""
 
 
 def speed_panels(runs: Sequence[Run]) -> list[Panel]:
     """Return the figures of speed, those that the runs have numbers for."""
-    found = [_throughput(runs), _utilisation(runs), _rank_times(runs), _imbalance(runs)]
+    ranks = [(place, run, *rank_times(run)) for place, run in enumerate(runs)]
+    several = [told for told in ranks if told[3] and len(told[3][0]) > 1]
+    found = [_throughput(runs), _utilisation(runs)]
+    if several:
+        found += [_rank_times(runs, several), _imbalance(runs, several)]
     return [panel for panel in found if panel is not None]
 
 
@@ -43,7 +53,7 @@ def rank_times(run: Run) -> tuple[list[int], list[list[float]]]:
     return [step for step, _ in fitting], [times for _, times in fitting]
 
 
-def _warm_steps(run: Run) -> list[dict[str, object]]:
+def _warm_steps(run: Run) -> list[Record]:
     begun = {record["attempt"]: record["step"] for record in run.events("start")}
     return [
         record
@@ -63,10 +73,10 @@ def _throughput(runs: Sequence[Run]) -> Panel | None:
     middles = [median(series.y) for series in lines]
     own = [run for _, run in placed]
     if len(own) == 1:
-        text = f"Half of the steps are faster than {figure(middles[0])} tokens per second."
+        text = f"Median {figure(middles[0])} tokens per second."
     else:
         fastest = max(range(len(own)), key=middles.__getitem__)
-        text = f"{own[fastest].name} is the fastest, with {figure(middles[fastest])} tokens/s."
+        text = f"Fastest: {own[fastest].name}, median {figure(middles[fastest])} tokens/s."
     rows = over_steps_rows(own, lines, figure)
     return make_panel(
         "throughput",
@@ -76,7 +86,6 @@ def _throughput(runs: Sequence[Run]) -> Panel | None:
         layout={"xaxis": STEP_AXIS, "yaxis": axis("tokens per second", rangemode="tozero")},
         head=(*OVER_STEPS_HEAD, "median"),
         rows=[[*row, figure(middle)] for row, middle in zip(rows, middles, strict=True)],
-        note=thinning_note(lines),
     )
 
 
@@ -102,88 +111,84 @@ def _utilisation(runs: Sequence[Run]) -> Panel | None:
         },
         head=OVER_STEPS_HEAD,
         rows=over_steps_rows(own, lines, share),
-        note=thinning_note(lines),
     )
 
 
-def _rank_times(runs: Sequence[Run]) -> Panel | None:
+def _rank_times(runs: Sequence[Run], told: Sequence[RankTimes]) -> Panel:
+    few = max(len(times[0]) for *_, times in told) <= BARS_OF_RANKS
     traces: list[Trace] = []
-    rows, text = [], ""
-    for place, run in enumerate(runs):
-        _, times = rank_times(run)
-        if not times or len(times[0]) < 2:
-            continue
+    rows, words = [], []
+    for place, run, _, times in told:
         by_rank = [list(column) for column in zip(*times, strict=True)]
         middles = [median(column) for column in by_rank]
         highs = [quantile(column, 0.95) for column in by_rank]
-        traces.append(
-            {
-                "type": "bar", "x": list(range(len(middles))), "y": short(middles),
-                "name": legend_name(run), "marker": Look(place).fill,
-                "error_y": {
-                    "type": "data", "symmetric": False, "array": short(
-                        high - middle for high, middle in zip(highs, middles, strict=True)
-                    ), "arrayminus": [0] * len(middles), "color": "var(--soft)", "thickness": 1.5,
-                },
-                "hovertemplate": "rank %{x}: median %{y:.4g} s",
-            }
-        )  # fmt: skip
-        slowest = [0] * len(middles)
-        for step in times:
-            slowest[step.index(max(step))] += 1
+        traces.append(_rank_trace(legend_name(run), Look(place), middles, highs, bars=few))
+        slowest = Counter(step.index(max(step)) for step in times)
         rows += [
-            [run.name, str(rank), duration_of_a_step(middle), duration_of_a_step(high),
+            [run.name, str(rank), step_time(middle), step_time(high),
              share(slowest[rank] / len(times))]
             for rank, (middle, high) in enumerate(zip(middles, highs, strict=True))
         ]  # fmt: skip
         worst = middles.index(max(middles))
-        slower = middles[worst] / median(middles) - 1
-        told = f"rank {worst} has the longest median, {share(slower)} above the middle one"
-        text += f" {run.name}: {told}." if len(runs) > 1 else f" {told[0].upper()}{told[1:]}."
-    if not traces:
-        return None
+        more = share(middles[worst] / median(middles) - 1)
+        of_run = f" of {run.name}" if len(runs) > 1 else ""
+        words.append(f"Rank {worst}{of_run} has the longest, {more} above the middle one.")
     return make_panel(
         "rank-times",
         "Time of a step by rank",
-        f"Each rank's own part of a step, without waiting for others.{text} The whiskers end at "
-        "the 95th percentile.",
+        "Medians of each rank's own part of a step, without waiting for others; whiskers end at "
+        f"the 95th percentile. {' '.join(words)}",
         traces,
         layout={
-            "xaxis": axis("rank", dtick=1 if len(traces[0]["x"]) <= 16 else None),
+            "xaxis": axis("rank", dtick=1 if few else None),
             "yaxis": axis("seconds", rangemode="tozero"),
             "barmode": "group",
-            "showlegend": len(traces) > 1,
+            "showlegend": len(runs) > 1,
         },
         head=("run", "rank", "median", "95th percentile", "slowest in"),
         rows=rows,
     )
 
 
-def duration_of_a_step(seconds: float) -> str:
+def _rank_trace(
+    name: str, look: Look, middles: Sequence[float], highs: Sequence[float], *, bars: bool
+) -> Trace:
+    """Return a bar for every rank or, where they are many, a mark."""
+    drawn = {"type": "bar", "marker": look.fill} if bars else {
+        "type": "scatter", "mode": "markers", "marker": {**look.marker, "size": 6}
+    }  # fmt: skip
+    return {
+        **drawn, "x": list(range(len(middles))), "y": short(middles), "name": name,
+        "error_y": {
+            "type": "data", "symmetric": False, "color": "var(--soft)", "thickness": 1.2,
+            "array": short(high - middle for high, middle in zip(highs, middles, strict=True)),
+            "arrayminus": [0] * len(middles), "width": 3,
+        },
+        "hovertemplate": "rank %{x}: median %{y:.4g} s",
+    }  # fmt: skip
+
+
+def step_time(seconds: float) -> str:
     """Return a short time, in milliseconds where that reads better."""
     return f"{seconds * 1000:.1f} ms" if seconds < 1 else duration(seconds)
 
 
-def _imbalance(runs: Sequence[Run]) -> Panel | None:
+def _imbalance(runs: Sequence[Run], told: Sequence[RankTimes]) -> Panel:
     lines, own, traces = [], [], list[Trace]()
-    for place, run in enumerate(runs):
-        steps, times = rank_times(run)
-        if not times or len(times[0]) < 2:
-            continue
+    for place, run, steps, times in told:
         series = Series(steps, [max(step) / max(median(step), 1e-9) for step in times])
         name, alone = legend_name(run), len(runs) == 1
         traces += line_over_steps(series, Look(place), name=name, alone=alone)
         lines.append(series)
         own.append(run)
-    if not own:
-        return None
     if len(own) == 1:
-        text = in_words(own[0], lines[0], figure)
+        text = in_words(own, lines, figure, highest=True)
     else:
         text = "; ".join(
             f"{run.name}: median {figure(median(series.y))}"
             for run, series in zip(own, lines, strict=True)
         )
+        text += "."
     return make_panel(
         "imbalance",
         "Slowest rank against the middle one",
@@ -192,5 +197,4 @@ def _imbalance(runs: Sequence[Run]) -> Panel | None:
         layout={"xaxis": STEP_AXIS, "yaxis": axis("slowest / median")},
         head=OVER_STEPS_HEAD,
         rows=over_steps_rows(own, lines, figure),
-        note=thinning_note(lines),
     )

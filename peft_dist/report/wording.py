@@ -22,9 +22,14 @@ def figure(value: float) -> str:
     return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 
+def rate(value: float) -> str:
+    """Return a learning rate as people write it."""
+    return f"{value:.3g}"
+
+
 def share(value: float) -> str:
     """Return a share as a percentage."""
-    return f"{value:.1%}".replace("%", " %")
+    return f"{value:.1%}"
 
 
 def size(value: float) -> str:
@@ -38,7 +43,10 @@ def size(value: float) -> str:
 def sizes(values: Sequence[float]) -> str:
     """Return one size where all are shown alike, else the smallest and the largest."""
     least, most = size(min(values)), size(max(values))
-    return least if least == most else f"{least} to {most}"
+    if least == most:
+        return least
+    number, unit = least.split()
+    return f"{number} to {most}" if most.endswith(f" {unit}") else f"{least} to {most}"
 
 
 def duration(seconds: float) -> str:
