@@ -124,11 +124,11 @@ def _machine(runs: Sequence[Run]) -> Panel | None:
         {
             "type": "scatter", "mode": "lines", "name": name, "line": Look(place).line,
             "x": short(series.thinned().x), "y": short(series.thinned().y),
-            "hovertemplate": "%{y:.0f} %",
+            "hovertemplate": "%{y:.0f}%",
         }
         for name, place, series in lines
     ]  # fmt: skip
-    means = ", ".join(f"{name} {fmean(series.y):.0f} %" for name, _, series in lines)
+    means = "; ".join(f"{name} {fmean(series.y):.0f}%" for name, _, series in lines)
     return make_panel(
         "machine",
         "The machine of rank 0" if len(runs) == 1 else "How busy the machine of rank 0 was",
@@ -140,8 +140,7 @@ def _machine(runs: Sequence[Run]) -> Panel | None:
         },
         head=("line", "mean", "lowest", "highest"),
         rows=[
-            [name, *(f"{v:.0f} %" for v in (fmean(s.y), min(s.y), max(s.y)))]
-            for name, _, s in lines
+            [name, *(f"{v:.0f}%" for v in (fmean(s.y), min(s.y), max(s.y)))] for name, _, s in lines
         ],
     )
 

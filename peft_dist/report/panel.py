@@ -19,7 +19,7 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "pentagon", "hexagram")
 PATTERNS = ("", "/", "x", "-", "\\", "+", "|", ".")
 HEIGHT_PX = 300
-SHOWN_NAME, SHOWN_BEFORE_BAR = 32, 18
+SHOWN_NAME, SHOWN_BEFORE_BAR = 32, 14
 """Longest name in a legend, and before a bar."""
 
 Trace = Mapping[str, Any]

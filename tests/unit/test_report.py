@@ -284,7 +284,7 @@ def test_runs_whose_shown_names_are_alike_have_bars_of_their_own(tmp_path: Path)
     found = figures(render_page(runs))
     for key in ("bytes", "goodput"):
         assert found[key]["data"][0]["y"] == [0, 1, 2]
-        assert found[key]["layout"]["yaxis"]["ticktext"] == ["the-same-…same-end"] * 3
+        assert found[key]["layout"]["yaxis"]["ticktext"] == ["the-sam…me-end"] * 3
 
 
 def test_memory_is_held_against_a_plan(tmp_path: Path) -> None:
