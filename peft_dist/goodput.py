@@ -132,7 +132,8 @@ def _check(record: Any) -> None:
 
 def final_steps(records: Iterable[Record]) -> list[Record]:
     """Return the `step` records that made the adapter, in order: each step once, as last done."""
-    return [record for record in _counting(_current(records)) if record["event"] == "step"]
+    counting = counting_records(current_records(records))
+    return [record for record in counting if record["event"] == "step"]
 
 
 def goodput(records: Iterable[Record], *, now: float | None = None) -> Goodput:
@@ -142,8 +143,8 @@ def goodput(records: Iterable[Record], *, now: float | None = None) -> Goodput:
         records: What `read_ledger` returns.
         now: Unix time up to which to count, as `down`; by default up to the last record.
     """
-    current = _current(records)
-    counting = {id(record) for record in _counting(current)}
+    current = current_records(records)
+    counting = {id(record) for record in counting_records(current)}
     attempts = [list(group) for _, group in groupby(current, key=lambda record: record["attempt"])]
     seconds = dict.fromkeys(PHASES, 0.0)
     spans = []
@@ -193,7 +194,7 @@ def render(figures: Goodput) -> str:
     return "\n".join(lines)
 
 
-def _current(records: Iterable[Record]) -> list[Record]:
+def current_records(records: Iterable[Record]) -> list[Record]:
     """Leave out what an attempt wrote after a later one had begun: the run was no longer its own.
 
     Told by the order of the lines, which needs no clock.
@@ -205,7 +206,7 @@ def _current(records: Iterable[Record]) -> list[Record]:
     return kept
 
 
-def _counting(records: Sequence[Record]) -> list[Record]:
+def counting_records(records: Sequence[Record]) -> list[Record]:
     """Return the steps, evaluations and checkpoints whose work is part of the run.
 
     What an attempt did past the step that a later one starts from is lost; so is, within one

@@ -109,6 +109,11 @@ class RunDir:
         return self.logs / "launcher.log"
 
     @property
+    def report(self) -> Path:
+        """The page that `peft-dist report` makes."""
+        return self.path / "report.html"
+
+    @property
     def evaluation(self) -> Path:
         """The last scoring of the finished adapter."""
         return self.path / "evaluation.json"

@@ -5,6 +5,7 @@ Changes no weight and no gradient; knows no schedule.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -90,6 +91,14 @@ def _first(rows: TokenizedRows, count: int | None) -> TokenizedRows:
     )
 
 
+class Scoring(NamedTuple):
+    """An evaluation row by row."""
+
+    score: Score
+    predicted: NDArray[np.int64] | None
+    """[n_rows] the likeliest choice or class of each row; None without choices."""
+
+
 class ScoringStopped(Exception):
     """A process wanted the scoring to stop, and all have."""
 
@@ -97,7 +106,14 @@ class ScoringStopped(Exception):
 def score(
     session: Session, held: HeldOut, *, wants_stop: Callable[[], bool] | None = None
 ) -> Score:
-    """Score the rows. Collective.
+    """Score the rows; see `score_rows`."""
+    return score_rows(session, held, wants_stop=wants_stop).score
+
+
+def score_rows(
+    session: Session, held: HeldOut, *, wants_stop: Callable[[], bool] | None = None
+) -> Scoring:
+    """Score the rows, and say what was predicted for each. Collective.
 
     Args:
         session: The model.
@@ -116,27 +132,29 @@ def score(
         session.model.train(was_training)
 
 
-def _score(session: Session, held: HeldOut, wants_stop: Callable[[], bool] | None) -> Score:
+def _score(session: Session, held: HeldOut, wants_stop: Callable[[], bool] | None) -> Scoring:
     device = session.world.device
     choices = held.choices if held.single_token else ()
     choice_ids = torch.tensor(np.concatenate(choices), device=device) if choices else None
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # nll, correct rows
+    total = torch.zeros(1, dtype=torch.float64, device=device)
+    predicted = torch.zeros(held.rows.n_rows, dtype=torch.int64, device=device)
     for ids, batch in _batches(session, held.rows, wants_stop):
         losses = session.model(batch, choice_ids)
         if not len(ids):
             continue
-        totals[0] += losses.nll.sum()
-        if losses.choice_logits is not None and held.truth is not None:
-            truth = torch.from_numpy(held.truth[ids]).to(device)
-            totals[1] += (losses.choice_logits.argmax(dim=1) == truth).sum()
-    nll, correct = dist.sum_over(totals).tolist()
-    if held.truth is not None and held.choices and not held.single_token:
-        correct = _correct_by_likelihood(session, held, wants_stop)
-    return Score(
-        loss=nll / int(held.rows.predicted_counts.sum()),
-        accuracy=None if held.truth is None else correct / held.rows.n_rows,
-        rows=held.rows.n_rows,
-    )
+        total += losses.nll.sum()
+        if losses.choice_logits is not None:
+            predicted[torch.from_numpy(ids).to(device)] = losses.choice_logits.argmax(dim=1)
+    loss = dist.sum_over(total).item() / int(held.rows.predicted_counts.sum())
+    if held.truth is None:
+        return Scoring(Score(loss, None, held.rows.n_rows), None)
+    if held.choices and not held.single_token:
+        best = _likeliest(session, held, wants_stop)
+    else:
+        best = dist.sum_over(predicted)  # every row is one process's
+    found = best.cpu().numpy()
+    accuracy = float((found == held.truth).mean())
+    return Scoring(Score(loss, accuracy, held.rows.n_rows), found)
 
 
 def _batches(
@@ -154,10 +172,10 @@ def _batches(
         yield ids, session.pack(rows, ids).to(session.world.device)
 
 
-def _correct_by_likelihood(
+def _likeliest(
     session: Session, held: HeldOut, wants_stop: Callable[[], bool] | None
-) -> float:
-    """Count rows whose own choice has the highest likelihood, each choice scored as a row."""
+) -> torch.Tensor:
+    """Return the likeliest choice of each row, each choice scored as a row."""
     crossed = _every_choice(held)
     scores = torch.zeros(crossed.n_rows, dtype=torch.float64, device=session.world.device)
     for ids, batch in _batches(session, crossed, wants_stop):
@@ -165,8 +183,7 @@ def _correct_by_likelihood(
         if len(ids):
             rows = torch.from_numpy(ids).to(scores.device)[batch.target_rows]
             scores.index_add_(0, rows, -losses.nll.double())
-    best = dist.sum_over(scores).reshape(held.rows.n_rows, len(held.choices)).argmax(dim=1)
-    return float((best.cpu().numpy() == held.truth).sum())
+    return dist.sum_over(scores).reshape(held.rows.n_rows, len(held.choices)).argmax(dim=1)
 
 
 def _every_choice(held: HeldOut) -> TokenizedRows:

@@ -77,6 +77,14 @@ class Session:
         """Return the rows `ids` as one micro-batch of this model."""
         return pack(rows, ids, packing=self.packing, virtual_tokens=self.method.virtual_tokens)
 
+    @property
+    def places(self) -> int | None:
+        """Most tokens of a row, where the model has a table of positions; None where it has not."""
+        config = self.peft.get_base_model().config
+        if config.model_type not in architectures.LEARNED_POSITIONS:
+            return None
+        return int(config.max_position_embeddings) - self.method.learned_positions
+
     def check_lengths(self, rows: TokenizedRows) -> None:
         """Compare the longest row with the positions that the model has.
 
@@ -85,8 +93,8 @@ class Session:
         """
         config = self.peft.get_base_model().config
         longest, learned = int(rows.lengths.max()), self.method.learned_positions
-        places = config.max_position_embeddings - learned
-        if config.model_type in architectures.LEARNED_POSITIONS and longest > places:
+        places = self.places
+        if places is not None and longest > places:
             raise DataError(
                 f"a row has {longest} tokens, but {config.model_type} has places for {places}"
                 + (f" behind {learned} learned ones" if learned else ""),

@@ -19,7 +19,8 @@ from peft_dist.figures import Figures, FiguresReader, make_riders
 from peft_dist.keeper import Keeper
 from peft_dist.memory import peak_memory_bytes
 from peft_dist.progress import Alone, Progress, Surroundings
-from peft_dist.scoring import HeldOut, ScoringStopped, score
+from peft_dist.samples import Sampler
+from peft_dist.scoring import HeldOut, ScoringStopped, score_rows
 from peft_dist.session import Session
 from peft_dist.shard.optimizer import AdapterOptimizer
 from peft_dist.tracking import Record, Tracker
@@ -319,8 +320,13 @@ class Trainer:
             self.surroundings.phase("evaluation", step)
             return self.surroundings.stop_requested()
 
+        samples: list[Record] = []
         try:
-            result = score(self.session, self.held, wants_stop=wants_stop)
+            result, predicted = score_rows(self.session, self.held, wants_stop=wants_stop)
+            seconds = time.monotonic() - started
+            if step in (0, self.plan.total_steps):
+                sampler = Sampler(self.session, self.held)
+                samples = sampler.records(step, predicted, wants_stop=wants_stop)
         except ScoringStopped:
             self.progress.evaluated, self._stop = -1, True
             return
@@ -340,9 +346,11 @@ class Trainer:
                 "step": step,
                 "eval_loss": result.loss,
                 "eval_accuracy": result.accuracy,
-                "eval_seconds": self._mark - started,
+                "eval_seconds": seconds,
             }
         )
+        for sample in samples:
+            self.tell(sample)
 
     def tell(self, record: Record) -> None:
         """Pass a record on to every tracker."""

@@ -111,6 +111,13 @@ class Evaluate(Section):
     whose own completion is the most likely of them. Empty: loss only."""
     max_rows: PositiveInt | None = None
     """Rows to score. Default: all."""
+    samples: Annotated[int, Field(ge=0, le=100)] = 4
+    """Held-out rows, evenly spaced, whose prediction is noted before the first step and after the
+    last one: the likeliest choice or class, or what the model writes on. They are rows of yours:
+    they stay in the run directory and in its report, and are never sent to W&B. 0: off."""
+    sample_tokens: Annotated[int, Field(ge=1, le=1024)] = 24
+    """Most tokens that the model writes on; each costs a pass over the `samples` rows. Nothing is
+    written where there are choices or classes."""
     micro_batch_size: PositiveInt = 16
     """Rows per process and pass."""
 

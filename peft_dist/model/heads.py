@@ -18,6 +18,8 @@ LOGIT_BYTES_PER_CHUNK = 256 << 20
 """Float32 logits that stand in memory at once."""
 CAST_BYTES = 4 << 20
 """Bytes of the head that are cast at once where it is stored narrower than it computes."""
+ALL_TOKENS = slice(None)
+"""As choices: the whole vocabulary, without a copy of the head."""
 
 
 class Losses(NamedTuple):
@@ -150,7 +152,7 @@ class CausalLM(nn.Module):
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self._attention = config._attn_implementation
 
-    def forward(self, batch: Any, choice_ids: torch.Tensor | None = None) -> Losses:
+    def forward(self, batch: Any, choice_ids: torch.Tensor | slice | None = None) -> Losses:
         """Score a `Batch`, and its rows' first targets against single-token choices [C]."""
         model = self.peft.get_base_model()
         prefix = _prefix(self.peft, batch.position_ids.device)
@@ -207,7 +209,7 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         self.peft = peft_model
 
-    def forward(self, batch: Any, choice_ids: torch.Tensor | None = None) -> Losses:
+    def forward(self, batch: Any, choice_ids: torch.Tensor | slice | None = None) -> Losses:
         """Score a `Batch`; the choices are always all classes."""
         model = self.peft.get_base_model()
         inputs = _inputs(self.peft, batch)

@@ -117,6 +117,12 @@ def _cases() -> dict[str, Case]:
             (SINGLE, FSDP),
             nf4 | {"train": {"global_batch_size": None, "global_batch_tokens": 90}},
         ),
+        "written": Case(
+            "llama",
+            (SINGLE, *MATRIX_ENGINES),
+            nf4 | {"evaluate": {"choices": [], "sample_tokens": 5}},
+            steps=20,
+        ),
         "repeated": Case("llama", (SINGLE, *MATRIX_ENGINES), nf4),
         "repeated-again": Case("llama", (SINGLE, *MATRIX_ENGINES), nf4),
         "own-dropout": Case("gpt2-dropout", (SINGLE,), none),
@@ -199,7 +205,10 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: dist.Wor
         },
     }
     if kind == "completion":
-        sections["evaluate"] = {"choices": [" cat", " dog"]}
+        sections["evaluate"] = {
+            "choices": [" cat", " dog"],
+            **case.sections.get("evaluate", {}),
+        }
     recipe = tiny_recipe(folder / "models" / case.model, folder / f"{kind}.jsonl", **sections)
     # Caches are not shared between numbers of processes, so that what they hold can be compared.
     cache = folder / f"cache-{world.size}"
@@ -235,6 +244,7 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: dist.Wor
     facts = {
         "losses": [r["loss"] for r in recorder.records if r["event"] == "step"],
         "first": [outcome.first.loss, outcome.first.accuracy] if outcome.first else None,
+        "samples": [r for r in recorder.records if r["event"] == "sample"],
         "last": [outcome.last.loss, outcome.last.accuracy] if outcome.last else None,
         "base_bytes_total": session.base_bytes_total,
         "base_bytes_by_rank": session.base_bytes_by_rank,

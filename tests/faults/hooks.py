@@ -175,7 +175,7 @@ def hang_at(
     elif where == "evaluation":
         from peft_dist import scoring
 
-        replace_function(scoring.score, functools.partial(around, scoring.score))
+        replace_function(scoring.score_rows, functools.partial(around, scoring.score_rows))
 
 
 def slow_rank(here: Rank, *, rank: int, seconds: float, from_step: int = 1) -> None:

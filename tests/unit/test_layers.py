@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "wandb",
-         "datasets", "numpy")  # fmt: skip
+         "datasets", "numpy", "plotly")  # fmt: skip
 HELP_LIMIT_S = 0.4
 SUBMIT_LIMIT_S = 0.6
 """Of processor time: how long it takes besides is the load of the machine."""

@@ -84,6 +84,7 @@ def test_the_wheel_holds_every_file_and_no_rubbish(wheel: Path) -> None:
             if path.is_file() and "__pycache__" not in path.parts:
                 assert f"peft_dist/_share/{path.relative_to(ROOT)}" in names
     assert "peft_dist/py.typed" in names
+    assert {f"peft_dist/report/page.{kind}" for kind in ("html.j2", "css", "js")} <= names
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
     tops = {name.split("/")[0] for name in names}
     assert len(tops) == 2  # peft_dist and its dist-info: no top-level `launch` or `configs`

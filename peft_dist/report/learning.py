@@ -1,0 +1,195 @@
+"""Figures of what was learned: loss, held-out loss and accuracy, learning rate, gradient norm."""
+
+from collections.abc import Callable, Sequence
+
+from peft_dist.report.facts import Run
+from peft_dist.report.panel import (
+    OVER_STEPS_HEAD,
+    Look,
+    Panel,
+    Trace,
+    axis,
+    in_words,
+    legend_name,
+    line_over_steps,
+    make_panel,
+    over_steps_rows,
+    restart_marks,
+)
+from peft_dist.report.series import Series, number, short
+from peft_dist.report.wording import figure, rate, share, some
+
+STEP_AXIS = axis("step", rangemode="tozero")
+
+
+def learning_panels(runs: Sequence[Run]) -> list[Panel]:
+    """Return the figures of what was learned, those that the runs have numbers for."""
+    found = [
+        _training_loss(runs),
+        _held_out(runs, "eval_loss", "Held-out loss", "loss, nats per token", figure),
+        _held_out(runs, "eval_accuracy", "Held-out accuracy", "share of rows right", share),
+        _learning_rate(runs),
+        _gradient_norm(runs),
+    ]
+    return [panel for panel in found if panel is not None]
+
+
+def with_series(
+    runs: Sequence[Run], name: str, event: str = "step"
+) -> tuple[list[tuple[int, Run]], list[Series]]:
+    """Return the runs whose records have a figure, each with its place, and their series."""
+    pairs = []
+    for place, run in enumerate(runs):
+        series = Series.of(run.steps if event == "step" else run.evaluations, name)
+        if len(series):
+            pairs.append(((place, run), series))
+    return [placed for placed, _ in pairs], [series for _, series in pairs]
+
+
+def _training_loss(runs: Sequence[Run]) -> Panel | None:
+    placed, lines = with_series(runs, "loss")
+    if not placed:
+        return None
+    traces: list[Trace] = []
+    restarts: list[Trace] = []
+    left_out: list[Trace] = []
+    for (place, run), series in zip(placed, lines, strict=True):
+        look, alone = Look(place), len(runs) == 1
+        traces += line_over_steps(series, look, name=legend_name(run), alone=alone)
+        restarts += restart_marks(run, look, series, shown=not restarts)
+        left_out += _left_out(run, look, series, shown=not left_out)
+    own = [run for _, run in placed]
+    return make_panel(
+        "loss",
+        "Training loss",
+        _words_of_loss(own, lines),
+        [*traces, *restarts, *left_out],
+        layout={"xaxis": STEP_AXIS, "yaxis": axis("loss, nats per token")},
+        head=OVER_STEPS_HEAD,
+        rows=over_steps_rows(own, lines, figure),
+        wide=True,
+    )
+
+
+def _words_of_loss(runs: Sequence[Run], lines: Sequence[Series]) -> str:
+    text, restarts = in_words(runs, lines, figure), sum(len(run.restarts) for run in runs)
+    return f"{text} {some('restart', restarts)}." if restarts else text
+
+
+def _left_out(run: Run, look: Look, series: Series, *, shown: bool) -> list[Trace]:
+    """Return a mark for each step whose loss or gradient was not finite."""
+    records = run.events("skipped", "rollback")
+    if not records:
+        return []
+    words = {"skipped": "skipped", "rollback": "rolled back"}
+    return [
+        {
+            "type": "scatter", "mode": "markers", "name": "skipped or rolled back",
+            "x": [record["step"] for record in records],
+            "y": short(series.at(record["step"]) or series.y[0] for record in records),
+            "text": [f"step {record['step']} {words[record['event']]}" for record in records],
+            "hovertemplate": "%{text}<extra></extra>", "showlegend": shown,
+            "marker": {"symbol": "x-open", "size": 11, "color": look.colour,
+                       "line": {"width": 2, "color": look.colour}},
+        }
+    ]  # fmt: skip
+
+
+def _held_out(
+    runs: Sequence[Run], name: str, title: str, unit: str, shown: Callable[[float], str]
+) -> Panel | None:
+    placed, lines = with_series(runs, name, "evaluation")
+    if not placed:
+        return None
+    traces: list[Trace] = []
+    for (place, run), whole in zip(placed, lines, strict=True):
+        series = whole.thinned()
+        # A mark for every evaluation of a long run would be a smear.
+        mode = "lines+markers" if len(series) <= 60 else "lines"
+        ends = [shown(y) if i in (0, len(series) - 1) else "" for i, y in enumerate(series.y)]
+        look, rises = Look(place), len(series) > 1 and series.y[1] > series.y[0]
+        first = "bottom right" if rises else "top right"
+        traces.append(
+            {
+                "type": "scatter", "mode": mode + ("+text" if len(runs) == 1 else ""),
+                "x": short(series.x), "y": short(series.y), "name": legend_name(run),
+                "line": look.line, "marker": look.marker, "text": ends, "cliponaxis": False,
+                "textposition": [first, *["top left"] * (len(series) - 1)],
+                "hovertemplate": "step %{x}: %{y:.4g}",
+            }
+        )  # fmt: skip
+    accuracy = name == "eval_accuracy"
+    scale = {"tickformat": ".0%", "range": [0, 1.05]} if accuracy else {}
+    own = [run for _, run in placed]
+    return make_panel(
+        name.replace("_", "-"),
+        title,
+        in_words(own, lines, shown),
+        traces,
+        layout={"xaxis": STEP_AXIS, "yaxis": axis(unit, **scale), "showlegend": len(runs) > 1},
+        head=OVER_STEPS_HEAD,
+        rows=over_steps_rows(own, lines, shown),
+    )
+
+
+def _learning_rate(runs: Sequence[Run]) -> Panel | None:
+    placed, lines = with_series(runs, "lr")
+    if not placed:
+        return None
+    traces: list[Trace] = []
+    for (place, run), whole in zip(placed, lines, strict=True):
+        series = whole.thinned()
+        traces.append(
+            {
+                "type": "scatter", "mode": "lines", "x": short(series.x), "y": short(series.y),
+                "name": legend_name(run), "line": Look(place).line,
+            }
+        )  # fmt: skip
+    own = [run for _, run in placed]
+    return make_panel(
+        "lr",
+        "Learning rate",
+        in_words(own, lines, rate, highest=True),
+        traces,
+        layout={
+            "xaxis": STEP_AXIS,
+            "yaxis": axis("learning rate", rangemode="tozero", exponentformat="e"),
+            "showlegend": len(runs) > 1,
+        },
+        head=OVER_STEPS_HEAD,
+        rows=over_steps_rows(own, lines, rate),
+    )
+
+
+def _gradient_norm(runs: Sequence[Run]) -> Panel | None:
+    placed, lines = with_series(runs, "grad_norm")
+    if not placed:
+        return None
+    traces: list[Trace] = []
+    for (place, run), series in zip(placed, lines, strict=True):
+        alone = len(runs) == 1
+        traces += line_over_steps(series, Look(place), name=legend_name(run), alone=alone)
+    own = [run for _, run in placed]
+    text = in_words(own, lines, figure, highest=True)
+    limits = {number(run.recipe.get("train.max_grad_norm")) for run in own}
+    limit = limits.pop() if len(limits) == 1 else None
+    if limit:
+        steps = [min(series.x[0] for series in lines), max(series.x[-1] for series in lines)]
+        traces.append(
+            {
+                "type": "scatter", "mode": "lines", "x": steps, "y": [limit, limit],
+                "name": f"clipped to {limit:g}",
+                "line": {"color": "var(--soft)", "dash": "dot", "width": 1.5},
+            }
+        )  # fmt: skip
+        above = sum(y > limit for series in lines for y in series.y)
+        text += f" Clipped to {limit:g} in {share(above / sum(map(len, lines)))} of the steps."
+    return make_panel(
+        "grad-norm",
+        "Gradient norm before clipping",
+        text,
+        traces,
+        layout={"xaxis": STEP_AXIS, "yaxis": axis("norm", rangemode="tozero")},
+        head=OVER_STEPS_HEAD,
+        rows=over_steps_rows(own, lines, figure),
+    )

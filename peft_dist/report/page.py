@@ -1,0 +1,145 @@
+"""The page: what it shows of which runs, put into its template. Reads and writes no file of a run.
+
+Every value passes the template's escaping; plotly.js and the numbers of the figures are part of
+the page, which may load nothing.
+"""
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from peft_dist import __version__
+from peft_dist.report.clock import clock_panels
+from peft_dist.report.differences import UNKNOWN, differing_settings, outcomes, versions
+from peft_dist.report.facts import Run, Sample
+from peft_dist.report.happenings import happenings
+from peft_dist.report.learning import learning_panels
+from peft_dist.report.memory import memory_panels
+from peft_dist.report.panel import Look, Panel, in_rows
+from peft_dist.report.series import MOST_POINTS, PARTS
+from peft_dist.report.speed import speed_panels
+from peft_dist.report.wording import duration
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that no text shows: a model that has not learned yet writes them."""
+MOST_ATTEMPTS = 50
+"""Attempts of a run in its table; the first and the last of more."""
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One held-out row, and what each run answered to it: before, after, and which of them fit."""
+
+    row: int
+    prompt: str
+    expected: str
+    answers: Sequence[tuple[str, str | None, str | None]]
+    """Of each run that was asked: its name, and what it said before and after training."""
+
+
+def render_page(runs: Sequence[Run]) -> str:
+    """Return the page about some runs as HTML."""
+    environment = Environment(
+        loader=PackageLoader("peft_dist", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["plain"] = lambda text: CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))
+    environment.filters["duration"] = duration
+    environment.filters["moment"] = _moment
+    sections = [
+        ("learning", "Learning", in_rows(learning_panels(runs))),
+        ("speed", "Speed", in_rows(speed_panels(runs))),
+        ("memory", "Memory", in_rows(memory_panels(runs))),
+        ("time", "Time", in_rows(clock_panels(runs))),
+    ]
+    text = environment.get_template("page.html.j2").render(context(runs, sections))
+    return text.encode("utf-8", "replace").decode("utf-8")  # folders may have any bytes for a name
+
+
+def _moment(text: Any) -> str:
+    """Return a time in ISO 8601 as a person reads it; anything else as it is."""
+    with suppress(ValueError):
+        return f"{datetime.fromisoformat(str(text)).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    return str(text)
+
+
+def context(
+    runs: Sequence[Run], sections: Sequence[tuple[str, str, Sequence[Panel]]]
+) -> dict[str, Any]:
+    """Return what the template is filled with."""
+    told, untold = happenings(runs)
+    panels = [panel for _, _, some in sections for panel in some]
+    return {
+        "title": ", ".join(run.name for run in runs),
+        "runs": runs,
+        "alone": len(runs) == 1,
+        "looks": [Look(place) for place in range(len(runs))],
+        "outcomes": outcomes_table(runs),
+        "settings": differing_settings(runs) if len(runs) > 1 else [],
+        "sections": [part for part in sections if part[2]],
+        "figures": {panel.key: panel.figure for panel in panels},
+        "attempts": [(run.name, *_shown_attempts(run)) for run in runs],
+        "happenings": told,
+        "untold": untold,
+        "samples": sample_rows(runs),
+        "versions": {run.name: versions(run) for run in runs},
+        # Our own script, and plotly's as it is: neither holds a value of a run.
+        "plotly": Markup(get_plotlyjs()),
+        "reading": _how_to_read(runs),
+        "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "version": __version__,
+        "unknown": UNKNOWN,
+    }
+
+
+def outcomes_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Return what came out, a row per figure that any run has, with a text for each run."""
+    of_runs = [outcomes(run) for run in runs]
+    rows = [(name, [found[name] for found in of_runs]) for name in of_runs[0]]
+    return [(name, [text or UNKNOWN for text in texts]) for name, texts in rows if any(texts)]
+
+
+def sample_rows(runs: Sequence[Run]) -> list[SampleRow]:
+    """Return the held-out rows that any run was asked, each with all answers to it."""
+    found: dict[tuple[int, str, str], list[tuple[str, Sample]]] = {}
+    for run in runs:
+        for sample in run.samples:
+            key = (sample.row, sample.prompt, sample.expected)
+            found.setdefault(key, []).append((run.name, sample))
+    return [
+        SampleRow(*key, [(name, sample.before, sample.after) for name, sample in answers])
+        for key, answers in sorted(found.items())
+    ]
+
+
+def _how_to_read(runs: Sequence[Run]) -> str:
+    """Say where a line is not every number of the ledger; empty where it is."""
+    told = []
+    if len(runs) > 1:
+        told.append(f"Of several runs, noisy lines are means over a {PARTS}th of each run's steps.")
+    longest = max(len(run.counting) for run in runs)
+    if longest > MOST_POINTS:
+        told.append(
+            f"Lines have {MOST_POINTS:,} points at most, of up to {longest:,}: the lowest and the "
+            "highest of every part, so that no spike is lost."
+        )
+    return " ".join([*told, "Means, texts and tables count every step."] if told else [])
+
+
+def _shown_attempts(run: Run) -> tuple[list[Any], int]:
+    spans = run.goodput.attempts
+    left_out = len(spans) - MOST_ATTEMPTS
+    if left_out <= 0:
+        return spans, 0
+    half = MOST_ATTEMPTS // 2
+    return [*spans[:half], *spans[-half:]], left_out
