@@ -18,9 +18,9 @@ from peft_dist.config.cluster import render_cluster as cluster_text
 from peft_dist.config.derived import batch_shape
 from peft_dist.errors import ClusterError, LaunchError, RecipeError, RunDirError
 from peft_dist.launch.placement import Machine, place
-from peft_dist.run_dir import RunDir, write_text_atomic
+from peft_dist.run_dir import ARRAY_FILE, RunDir, write_text_atomic
 from peft_dist.slurm import client, jobs
-from peft_dist.slurm.arrays import ARRAY_FILE, array_elements, grid, make_array
+from peft_dist.slurm.arrays import array_elements, grid, make_array
 from peft_dist.slurm.lead import lead_s
 from peft_dist.slurm.render import JOB_SCRIPT, Array, Job, render_job, scripts
 from peft_dist.slurm.states import is_live, is_over, job_states
