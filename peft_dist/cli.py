@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from peft_dist import wandb_commands
 from peft_dist.errors import (
     ERROR_PREFIX,
     EXIT_CRASHED,
@@ -144,6 +145,7 @@ def _build_parser() -> _Parser:
     goodput.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     goodput.add_argument("--json", action="store_true", help="print every figure as JSON")
     add_commands(command)
+    wandb_commands.add_commands(command)
     init = command("init", _init, "copy recipes and strategies into a folder of your own")
     init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
     return parser

@@ -264,7 +264,9 @@ class Stub:
     def _on_commitartifact(self, variables: Json) -> Json:
         artifact = self._artifact(variables["artifactID"])
         artifact["state"] = "COMMITTED"
-        return {"commitArtifact": {"artifact": {"id": artifact["id"], "digest": artifact["digest"]}}}
+        return {
+            "commitArtifact": {"artifact": {"id": artifact["id"], "digest": artifact["digest"]}}
+        }
 
     def _on_organizationcoreweaveorganizationid(self, _variables: Json) -> Json:
         return {"entity": None}

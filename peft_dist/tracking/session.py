@@ -4,25 +4,19 @@ Whoever uses this runs beside training or after it, never in it. No code, consol
 environment, git state or host name is uploaded, and W&B cannot stop the run.
 """
 
-import fcntl
-import json
-import os
-import socket
 import time
-import urllib.request
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.errors import PeftDistError
-from peft_dist.files import make_file, replace_file
+from peft_dist.files import replace_file
 from peft_dist.run_dir import RunDir
 from peft_dist.run_facts import versions
 from peft_dist.tracking.base import Record
+from peft_dist.tracking.identity import folder_of, identity, text_of
 from peft_dist.tracking.rows import STEP, Row
 
 INIT_TIMEOUT_S = 4.5
@@ -34,13 +28,6 @@ CONFIRM_S = 2.0
 """Seconds in which the server should have counted the rows that it has taken."""
 SEND_EVERY_S = 5.0
 """Seconds between two requests with rows."""
-DEFAULT_URL = "https://api.wandb.ai"
-
-_REACHING = (
-    "API_KEY", "BASE_URL", "CACHE_DIR", "CONFIG_DIR", "CREDENTIALS_FILE", "DATA_DIR", "ENTITY",
-    "HTTP_PROXY", "HTTPS_PROXY", "HTTP_TIMEOUT", "IDENTITY_TOKEN_FILE", "INSECURE_DISABLE_SSL",
-)  # fmt: skip
-"""W&B's variables that are heeded: how its server is reached. What is logged the recipe says."""
 
 
 class Unreachable(Exception):
@@ -51,86 +38,9 @@ class NotAllowed(PeftDistError):
     """There is no key, or not one that W&B takes."""
 
 
-def wandb_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment in which W&B's SDK is used."""
-    kept = {
-        name: value
-        for name, value in environ.items()
-        if not name.startswith("WANDB_") or name.removeprefix("WANDB_") in _REACHING
-    }
-    # Neither chatter on our streams nor reports about us to the makers of the SDK.
-    return kept | {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
-
-
-def folder_of(run: RunDir) -> Path:
-    """Return where everything of W&B lies in a run directory."""
-    return run.path / "wandb"
-
-
-def identity(run: RunDir) -> dict[str, str]:
-    """Return `id`, the W&B run that a run directory is for good, and `url` once it was online.
-
-    Raises:
-        OSError: Where it cannot be kept; then no run may be made that nobody would find again.
-    """
-    file = folder_of(run) / "run.json"
-    file.parent.mkdir(mode=0o700, exist_ok=True)
-    if not file.exists():
-        make_file(file, _json({"id": uuid.uuid4().hex[:16]}))
-    known: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-    return known
-
-
-def known_url(run: RunDir) -> str | None:
-    """Return where a run was last seen online."""
-    with suppress(OSError, ValueError):
-        return identity(run).get("url")
-    return None
-
-
 def recipe_of(run: RunDir) -> Recipe:
     """Return the recipe of a run, whose files may be gone by now."""
     return load_recipe(run.recipe, check_paths=False)
-
-
-def reachable() -> bool:
-    """Say whether anything answers where W&B's server, or the proxy before it, is."""
-    url = urlsplit(os.environ.get("WANDB_BASE_URL", DEFAULT_URL))
-    proxy = urllib.request.getproxies().get(url.scheme)
-    if proxy and not urllib.request.proxy_bypass(url.hostname or ""):
-        url = urlsplit(proxy)
-    port = url.port or (80 if url.scheme == "http" else 443)
-    try:
-        socket.create_connection((url.hostname or "", port), timeout=2.0).close()
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-@contextmanager
-def only_writer(run: RunDir, wait_s: float) -> Iterator[bool]:
-    """Hold the lock of those that send a run to W&B; yield False where another one has it.
-
-    Two would do no harm to the rows, which are the same whoever sends them, but one would say that
-    the run is over while the other still sends.
-    """
-    folder = folder_of(run)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    with os.fdopen(os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600), "w") as file:
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    yield False
-                    return
-                time.sleep(0.2)
-                continue
-            except OSError:  # a file system without locks
-                pass
-            yield True
-            return
 
 
 class Session:
@@ -188,14 +98,14 @@ class Session:
             self._path = f"{self._run.entity}/{self._run.project}/{self._run.id}"
         except Exception as error:
             self._tear_down()
-            raise _explained(error) from error
+            raise explained(error) from error
         self.url: str | None = self._run.url if online else None
         """Where the run is to be seen."""
         self.first_row: int = self._run.starting_step if online else first_row
         """How many rows of the run there are already."""
         if online and known.get("url") != self.url:
             with suppress(OSError):
-                replace_file(folder_of(run) / "run.json", _json(known | {"url": self.url}))
+                replace_file(folder_of(run) / "run.json", text_of(known | {"url": self.url}))
 
     def log(self, row: Row) -> None:
         """Queue one row.
@@ -298,10 +208,6 @@ def _sdk() -> Iterator[None]:
         raise Unreachable(_first_line(error)) from error
 
 
-def _json(value: object) -> str:
-    return json.dumps(value) + "\n"
-
-
 def _nothing() -> None:
     """Do nothing."""
 
@@ -330,7 +236,7 @@ def _config(recipe: Recipe, start: Record) -> dict[str, Any]:
     }
 
 
-def _explained(error: Exception) -> Exception:
+def explained(error: Exception) -> Exception:
     """Tell a server that cannot be reached from one that will not have us."""
     line, kind = _first_line(error), type(error).__name__
     if kind == "UsageError" and "API key" in line:

@@ -17,16 +17,9 @@ from peft_dist.errors import PeftDistError
 from peft_dist.run_dir import RunDir
 from peft_dist.tracking.alerts import ALERT_EVERY_S, Alert, alert_of, crashed
 from peft_dist.tracking.base import Record
+from peft_dist.tracking.identity import only_writer, reachable, wandb_environment
 from peft_dist.tracking.rows import LedgerRows, Numbered
-from peft_dist.tracking.session import (
-    NotAllowed,
-    Session,
-    Unreachable,
-    only_writer,
-    reachable,
-    recipe_of,
-    wandb_environment,
-)
+from peft_dist.tracking.session import NotAllowed, Session, Unreachable, recipe_of
 
 log = logging.getLogger(__name__)
 

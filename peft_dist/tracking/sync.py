@@ -15,8 +15,9 @@ from peft_dist.errors import ERROR_PREFIX, EXIT_CRASHED, EXIT_DONE, PeftDistErro
 from peft_dist.output import say
 from peft_dist.run_dir import RunDir
 from peft_dist.tracking.base import Record
+from peft_dist.tracking.identity import only_writer, wandb_environment
 from peft_dist.tracking.rows import LedgerRows
-from peft_dist.tracking.session import Session, Unreachable, only_writer, wandb_environment
+from peft_dist.tracking.session import Session, Unreachable
 
 UPLOAD_TIMEOUT_S = 600.0
 """Seconds in which the rows of a run, and then its adapter, must be there."""

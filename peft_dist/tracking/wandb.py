@@ -15,7 +15,7 @@ from contextlib import suppress
 from peft_dist.output import say
 from peft_dist.run_dir import RunDir
 from peft_dist.tracking.base import Record
-from peft_dist.tracking.session import known_url
+from peft_dist.tracking.identity import known_url
 from peft_dist.tracking.sidecar import EXIT_OFFLINE, EXIT_SENT
 
 log = logging.getLogger(__name__)
