@@ -15,9 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from peft_dist.files import make_file
+from peft_dist.files import make_file, replace_file
 from peft_dist.run_dir import RunDir
 
+PROBE_BYTES = 1 << 16
+"""As much as the SDK holds back before it writes."""
 DEFAULT_URL = "https://api.wandb.ai"
 
 _REACHING = (
@@ -55,6 +57,19 @@ def identity(run: RunDir) -> dict[str, str]:
         make_file(file, text_of({"id": uuid.uuid4().hex[:16]}))
     known: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
     return known
+
+
+def prove_room(run: RunDir) -> None:
+    """See that the folder can be written: the SDK loses rows without a word where it cannot.
+
+    Raises:
+        OSError: Where it cannot.
+    """
+    probe = folder_of(run) / "probe"
+    try:
+        replace_file(probe, " " * PROBE_BYTES)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def known_url(run: RunDir) -> str | None:

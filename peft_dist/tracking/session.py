@@ -19,7 +19,7 @@ from peft_dist.tracking.base import Record
 from peft_dist.tracking.identity import folder_of, identity, text_of
 from peft_dist.tracking.rows import STEP, Row
 
-INIT_TIMEOUT_S = 4.5
+INIT_TIMEOUT_S = 4.0
 """Seconds after which a server that does not answer is done without; with what the SDK does besides
 an `init` takes less than 5."""
 FINISH_TIMEOUT_S = 7.0

@@ -17,7 +17,7 @@ from peft_dist.errors import PeftDistError
 from peft_dist.run_dir import RunDir
 from peft_dist.tracking.alerts import ALERT_EVERY_S, Alert, alert_of, crashed
 from peft_dist.tracking.base import Record
-from peft_dist.tracking.identity import only_writer, reachable, wandb_environment
+from peft_dist.tracking.identity import only_writer, prove_room, reachable, wandb_environment
 from peft_dist.tracking.rows import LedgerRows, Numbered
 from peft_dist.tracking.session import NotAllowed, Session, Unreachable, recipe_of
 
@@ -144,6 +144,8 @@ class SideCar:
         except Unreachable as error:
             log.warning("W&B may lack rows: %s", error)
             return EXIT_INCOMPLETE
+        if not session.is_online:
+            prove_room(self._run)
         return EXIT_INCOMPLETE if self._may_go_online else EXIT_OFFLINE
 
 
