@@ -85,12 +85,14 @@ class Stub:
         return self.runs[name]
 
     def refuse(self) -> None:
-        """Stop listening: connections are refused from now on."""
+        """Stop listening: connections are refused from now on, and open ones broken off."""
+        self.fault = "reset"
         self._server.shutdown()
         self._server.server_close()
 
     def listen_again(self) -> None:
         """Undo `refuse`."""
+        self.fault = None
         self._server = self._listen(self.port)
 
     def close(self) -> None:
@@ -218,7 +220,8 @@ class Stub:
         known = [one for one in run.artifacts if one["digest"] == asked["digest"]]
         if not known:
             name, kind = asked["artifactCollectionName"], asked["artifactTypeName"]
-            known = [{"id": f"A{len(run.artifacts)}", "name": name, "type": kind,
+            number = sum(len(one.artifacts) for one in self.runs.values())
+            known = [{"id": f"A{number}", "name": name, "type": kind,
                       "digest": asked["digest"], "state": "PENDING", "files": {}}]  # fmt: skip
             run.artifacts += known
         sequence = {"latestArtifact": None}
@@ -267,6 +270,23 @@ class Stub:
         return {
             "commitArtifact": {"artifact": {"id": artifact["id"], "digest": artifact["digest"]}}
         }
+
+    def _on_view(self, variables: Json) -> Json:
+        wanted = [view for view in self.views if view["name"] == variables["viewName"]]
+        nodes = [{k: view[k] for k in ("id", "displayName", "spec")} for view in wanted]
+        if variables["name"] not in {run.project for run in self.runs.values()}:
+            return {"project": None}
+        return {"project": {"allViews": {"edges": [{"node": node} for node in nodes]}}}
+
+    def _on_upsertview2(self, variables: Json) -> Json:
+        if variables.get("id"):
+            (view,) = [view for view in self.views if view["id"] == variables["id"]]
+            view |= variables
+        else:
+            view = {**variables, "id": f"W{len(self.views)}"}
+            self.views.append(view)
+        shown = {"id": view["id"], "name": view["name"]}
+        return {"upsertView": {"view": shown, "inserted": not variables.get("id")}}
 
     def _on_organizationcoreweaveorganizationid(self, _variables: Json) -> Json:
         return {"entity": None}

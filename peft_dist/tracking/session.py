@@ -241,8 +241,8 @@ def explained(error: Exception) -> Exception:
     line, kind = _first_line(error), type(error).__name__
     if kind == "UsageError" and "API key" in line:
         return NotAllowed("no key", where="W&B", remedy="set WANDB_API_KEY, or run `wandb login`")
-    refused = any(word in line for word in ("401", "403", "ermission denied", "not logged in"))
-    if kind == "AuthenticationError" or refused:
+    # An AuthenticationError may also say that the server was too slow to check the key.
+    if any(word in line for word in ("error 401", "error 403", "ermission denied", "invalid")):
         return NotAllowed(f"refuses the key: {line}", where="W&B", remedy="set WANDB_API_KEY")
     return Unreachable(line)
 

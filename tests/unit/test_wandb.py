@@ -68,7 +68,8 @@ def spoil(stub: Stub, fault: str) -> None:
 def mend(stub: Stub, fault: str) -> None:
     if fault == "refuse":
         stub.listen_again()
-    stub.fault = None
+    else:
+        stub.fault = None
 
 
 def test_two_thousand_steps_arrive_row_for_row(
