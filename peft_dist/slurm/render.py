@@ -24,6 +24,7 @@ NODE_SCRIPT = "node.sh"
 PASSED_ON = (
     "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "HOME", "LANG", "LC_ALL", "LOGNAME", "MODULEPATH",
     "PATH", "PEFT_DIST_AFTER", "PEFT_DIST_CACHE", "SHELL", "USER", "WANDB_API_KEY",
+    "WANDB_BASE_URL",
 )  # fmt: skip
 """What a job takes along from the shell that submits it; the cluster file names everything else."""
 MEETING = Meeting(
