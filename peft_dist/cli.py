@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from peft_dist import wandb_commands
 from peft_dist.errors import (
     ERROR_PREFIX,
     EXIT_CRASHED,
@@ -155,6 +156,7 @@ def _build_parser() -> _Parser:
         "--open", choices=("yes", "no"), default="no", help="show it in a browser (default: no)"
     )
     add_commands(command)
+    wandb_commands.add_commands(command)
     init = command("init", _init, "copy recipes and strategies into a folder of your own")
     init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
     return parser

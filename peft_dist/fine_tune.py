@@ -34,6 +34,7 @@ from peft_dist.session import Session, open_session
 from peft_dist.stop import StopRequests
 from peft_dist.summary import make_result, summary
 from peft_dist.tracking import Ledger, Record, SystemSampler, Terminal, Tracker
+from peft_dist.tracking.wandb import WandbSideCar
 from peft_dist.trainer import Trainer
 from peft_dist.watchdog import Limits, Watchdog
 from peft_dist.worker import Place
@@ -332,11 +333,9 @@ def _report_rows(rows: TokenizedRows) -> None:
 
 
 def _trackers(ledger: Ledger, run: RunDir, trainer: Trainer) -> list[Tracker]:
+    """Return the views of a run, in the order in which they get a record; closed in the other."""
+    trackers: list[Tracker] = [ledger]
+    if trainer.recipe.tracking.wandb.mode != "disabled":
+        trackers.append(WandbSideCar(run))
     terminal = Terminal(trainer.plan.total_steps, first_step=trainer.progress.step)
-    trackers: list[Tracker] = [ledger, terminal]
-    recipe = trainer.recipe
-    if recipe.tracking.wandb.mode != "disabled":
-        from peft_dist.tracking.wandb import WandbTracker
-
-        trackers.append(WandbTracker(recipe, run.path))
-    return trackers
+    return [*trackers, terminal]

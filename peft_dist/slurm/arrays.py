@@ -12,10 +12,8 @@ from typing import Any
 
 from peft_dist.config.load import read_mapping
 from peft_dist.errors import RecipeError, RunDirError
-from peft_dist.run_dir import RunDir, write_text_atomic
+from peft_dist.run_dir import ARRAY_FILE, RunDir, write_text_atomic
 
-ARRAY_FILE = "array.json"
-"""In the folder of an array: which runs it has."""
 MAX_ELEMENTS = 1000
 """Elements of an array, which are numbered with three digits; Slurm's own MaxArraySize is 1001."""
 

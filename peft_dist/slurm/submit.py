@@ -17,10 +17,9 @@ from peft_dist.config.cluster import Cluster, load_cluster, render_cluster
 from peft_dist.config.duration import duration_s, duration_text
 from peft_dist.errors import LaunchError, RecipeError, RunDirError
 from peft_dist.launch.placement import Machine, place
-from peft_dist.run_dir import RunDir, write_text_atomic
+from peft_dist.run_dir import ARRAY_FILE, RunDir, write_text_atomic
 from peft_dist.slurm import client, jobs, refusals
 from peft_dist.slurm.arrays import (
-    ARRAY_FILE,
     Element,
     array_elements,
     array_limit,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from peft_dist.errors import RecipeError, RunDirError
+from peft_dist.run_dir import ARRAY_FILE
 from peft_dist.slurm.arrays import (
-    ARRAY_FILE,
     MAX_ELEMENTS,
     array_elements,
     array_limit,

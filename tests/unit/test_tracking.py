@@ -1,4 +1,4 @@
-"""The ledger, the terminal and W&B as views of one run."""
+"""The ledger and the terminal as views of one run."""
 
 import contextlib
 import errno
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.config import Recipe
 from peft_dist.errors import RunDirError, TrainingError
 from peft_dist.tracking import Ledger, Record, Terminal
 from peft_dist.tracking.terminal import PLAIN_LINE_EVERY_S
@@ -31,11 +30,6 @@ EVALUATION: Record = {
     "event": "evaluation", "step": 1, "time": 0.0,
     "eval_loss": 1.25, "eval_accuracy": 0.5, "eval_seconds": 3.0,
 }  # fmt: skip
-
-
-def recipe(**wandb: str) -> Recipe:
-    raw = {"model": {"name": "m"}, "data": {"train": "d"}, "tracking": {"wandb": wandb}}
-    return Recipe.model_validate(raw)
 
 
 def read(path: Path) -> list[Record]:
@@ -406,68 +400,3 @@ def test_a_bar_whose_terminal_breaks_does_not_end_training(
     gc.collect()  # a bar that is not closed shows itself once more
     assert late == []
     assert caplog.text.count("progress is no longer shown: No space left on device") == 1
-
-
-def test_rows_of_the_user_never_reach_wandb(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("wandb")
-    from peft_dist.tracking.wandb import WandbTracker
-
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    tracker = WandbTracker(recipe(mode="offline"), tmp_path)
-    texts = {"prompt": "a private question", "expected": "a private answer", "predicted": "another"}
-    tracker.write({"event": "sample", "step": 0, "row": 1, **texts})
-    tracker.write(STEP)
-    tracker.close()
-    deadline = time.monotonic() + 30  # W&B's own process may write a little after the end
-    while b"train/loss" not in b"".join(_files(tmp_path)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert b"private" not in b"".join(_files(tmp_path))
-
-
-def _files(folder: Path) -> list[bytes]:
-    return [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
-
-
-def test_wandb_keeps_the_records_of_an_offline_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("wandb")
-    from peft_dist.tracking.wandb import WandbTracker
-
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    tracker = WandbTracker(recipe(mode="offline"), tmp_path)
-    tracker.write(STEP)
-    tracker.write(EVALUATION)
-    tracker.close()
-    (kept,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    keys = (b"train/step", b"train/loss", b"evaluation/eval_accuracy")
-    deadline = time.monotonic() + 30  # W&B's own process may write a little after the end
-    while not all(key in kept.read_bytes() for key in keys):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_wandb_without_its_server_is_one_warning_within_seconds(tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
-    code = (
-        "import json, sys, time; from pathlib import Path\n"
-        "from peft_dist.config import Recipe\n"
-        "from peft_dist.tracking.wandb import WandbTracker\n"
-        "begun = time.monotonic()\n"
-        "tracker = WandbTracker(Recipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]))\n"
-        "tracker.write({'event': 'step', 'step': 1, 'loss': 1.0})\n"
-        "tracker.close()\n"
-        "print(time.monotonic() - begun)\n"
-    )
-    settings = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
-    done = subprocess.run(
-        [sys.executable, "-c", code, recipe(mode="online").model_dump_json(), str(tmp_path)],
-        env=environment(tmp_path, WANDB_SILENT="true", **settings),
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("W&B is off for the rest of the run") == 1
-    assert float(done.stdout) < 20
