@@ -1,5 +1,5 @@
 #!/bin/bash
-# Made by peft-dist VERSION; job.sbatch beside it starts this once on each node of the job.
+# Made by peft-dist VERSION; job.sbatch starts it once on each node of the job.
 # shellcheck disable=SC1090,SC1091 # what the set-up reads is on the cluster
 # shellcheck disable=SC2016 # a value that holds a dollar sign is text
 set -eo pipefail
