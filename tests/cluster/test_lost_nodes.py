@@ -1,6 +1,5 @@
 """Nodes that die, that are cut off and live on, or that should not take part."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -80,17 +79,3 @@ def test_a_node_that_differs_from_the_others_is_left_out_of_the_next_start(
     assert "node2" not in run.events("started")[-1]["nodes"]
     assert run.job != first  # the nodes of a job are fixed
     cluster.execute("node2", ["rm", "-r", odd])
-
-
-def test_a_job_whose_nodes_do_not_answer_in_time_is_not_taken_for_finished(
-    cluster: SlurmCluster, runs: Runs
-) -> None:
-    run = runs.submit("some", "train.steps=10")
-    run.wait_for_end()
-    row = run.row()
-    assert row["state"] == "COMPLETED"
-    gone = dict(runs.environment, SLURM_CONF="/nonexistent/slurm.conf")
-    started = time.monotonic()
-    told = cluster.run(["env", f"SLURM_CONF={gone['SLURM_CONF']}", "squeue"], check=False)
-    assert told.returncode != 0
-    assert time.monotonic() - started < 30
