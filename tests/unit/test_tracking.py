@@ -382,29 +382,6 @@ def test_a_bar_whose_terminal_breaks_does_not_end_training(
     assert caplog.text.count("progress is no longer shown: No space left on device") == 1
 
 
-def test_rows_of_the_user_never_reach_wandb(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("wandb")
-    from peft_dist.tracking.wandb import WandbTracker
-
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    tracker = WandbTracker(recipe(mode="offline"), tmp_path)
-    texts = {"prompt": "a private question", "expected": "a private answer", "predicted": "another"}
-    tracker.write({"event": "sample", "step": 0, "row": 1, **texts})
-    tracker.write(STEP)
-    tracker.close()
-    deadline = time.monotonic() + 30  # W&B's own process may write a little after the end
-    while b"train/loss" not in b"".join(_files(tmp_path)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert b"private" not in b"".join(_files(tmp_path))
-
-
-def _files(folder: Path) -> list[bytes]:
-    return [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
-
-
 def test_wandb_keeps_the_records_of_an_offline_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
