@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINNED := $(PIP) install --quiet -c configs/constraints.txt
 
-.PHONY: help install quickstart methods check test test-fast faults clean
+.PHONY: help install quickstart methods check test test-fast faults cluster clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -39,7 +39,11 @@ test-fast: $(VENV)/.installed-all ## tests that take seconds
 	$(BIN)/python -m pytest -m "not slow and not distributed"
 
 faults: $(VENV)/.installed-all ## the tests of faults with many more cases; more than an hour
-	PEFT_DIST_FAULTS=long $(BIN)/python -m pytest --timeout 3600 tests/faults
+	PEFT_DIST_FAULTS=long $(BIN)/python -m pytest --timeout 3600 tests/faults \
+		tests/unit/test_script_fuzz.py tests/cluster/test_hostile_names.py
+
+cluster: $(VENV)/.installed-all ## a shell in a real Slurm of four nodes; CMD=... runs that instead
+	$(BIN)/python -m tests.cluster $(CMD)
 
 clean: ## remove the environment and what builds and tools left; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

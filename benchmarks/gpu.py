@@ -36,7 +36,7 @@ from peft_dist.model.base import fill_base, materialize, plan_base
 from peft_dist.model.heads import CausalLM
 from peft_dist.model.weights import Stored, WeightFiles
 from peft_dist.shard import ENGINES, Group
-from peft_dist.shard.engine import RIDERS
+from peft_dist.utilisation import FLOPS_PER_TOKEN_AND_PARAMETER, peak_flops
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-8b": {
@@ -56,8 +56,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 512,
     },
 }
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
-"""Dense bf16 peak of SXM cards, from their data sheets."""
 SETTLING_STEPS = 3
 """First steps left out of the timing: kernels are chosen and memory pools grow in them."""
 
@@ -211,7 +209,7 @@ def train(
         with autocast:
             loss = model(batch).nll.mean() / world.size
         loss.backward()
-        engine.reduce(torch.zeros(RIDERS, device=world.device))
+        engine.reduce(torch.zeros(engine.riders, device=world.device))
         engine.clip(1.0)
         optimizer.step()
         engine.zero_gradients()
@@ -229,13 +227,14 @@ def figures(
     shape = SHAPES[args.shape]
     step_s = median(seconds[SETTLING_STEPS:])
     tokens_per_s = args.rows * args.length / step_s
-    base_flops = 4 * counted["base_parameters"]
+    base_flops = FLOPS_PER_TOKEN_AND_PARAMETER * counted["base_parameters"]
     # QK^T and PV, each 2 * length * hidden FLOPs a token and layer, half of it under the causal
     # mask; once forward, twice backward.
     attention_flops = 6 * args.length * shape["hidden_size"] * shape["num_hidden_layers"]
     result = {"step_s": step_s, "tokens_per_s_per_gpu": tokens_per_s}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    peak = args.peak_tflops or next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
+    listed = peak_flops(name)
+    peak = args.peak_tflops or (None if listed is None else listed / 1e12)
     if peak is not None:
         result["mfu_4n"] = tokens_per_s * base_flops / (peak * 1e12)
         result["mfu_4n_and_attention"] = (

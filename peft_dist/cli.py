@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from peft_dist import wandb_commands
 from peft_dist.errors import (
     ERROR_PREFIX,
     EXIT_CRASHED,
@@ -113,7 +114,8 @@ def _build_parser() -> _Parser:
         "--here", action="store_true", help="on this machine, although it was submitted to Slurm"
     )
     _add_recipe(command("validate", _validate, "check a recipe; needs no torch"))
-    command("schema", _schema, "print the JSON Schema of a recipe, for editors")
+    schema = command("schema", _schema, "print the JSON Schema of a recipe, for editors")
+    schema.add_argument("--cluster", action="store_true", help="of a cluster file instead")
     evaluate = command("evaluate", _evaluate, "score the adapter of a finished run")
     evaluate.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     _add_overrides(evaluate, "such as data.eval=other.jsonl")
@@ -154,6 +156,7 @@ def _build_parser() -> _Parser:
         "--open", choices=("yes", "no"), default="no", help="show it in a browser (default: no)"
     )
     add_commands(command)
+    wandb_commands.add_commands(command)
     init = command("init", _init, "copy recipes and strategies into a folder of your own")
     init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
     return parser
@@ -264,10 +267,11 @@ def _validate(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _schema(_arguments: argparse.Namespace) -> int:
+def _schema(arguments: argparse.Namespace) -> int:
+    from peft_dist.config.cluster import cluster_schema
     from peft_dist.config.load import recipe_schema
 
-    print(recipe_schema())
+    print(cluster_schema() if arguments.cluster else recipe_schema())
     return EXIT_DONE
 
 

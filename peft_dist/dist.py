@@ -39,6 +39,17 @@ class World:
         """Say whether this is the one process that writes files and talks."""
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        """Return the name of the GPU, or `cpu`."""
+        on_gpu = self.device.type == "cuda"
+        return str(torch.cuda.get_device_name(self.device)) if on_gpu else "cpu"
+
+    def gpu_uuids(self) -> list[str]:
+        """Return what tells the GPUs that this process sees from all others; none on a CPU."""
+        count = torch.cuda.device_count() if self.device.type == "cuda" else 0
+        return [str(torch.cuda.get_device_properties(index).uuid) for index in range(count)]
+
 
 def _env_int(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))

@@ -22,16 +22,19 @@ from peft_dist.config.derived import peak_learning_rate
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.errors import Interrupted, LaunchError, PeftDistError, Superseded
 from peft_dist.keeper import Keeper, read_state
+from peft_dist.liveness import slurm_job
 from peft_dist.memory import peak_device_bytes, peak_rss_bytes
 from peft_dist.model.source import BaseSource, find_base
 from peft_dist.output import say
 from peft_dist.run_dir import LAUNCHED_AT, RunDir, write_text_atomic
+from peft_dist.run_facts import versions
 from peft_dist.saving import Saver
 from peft_dist.scoring import HeldOut, held_out
 from peft_dist.session import Session, open_session
 from peft_dist.stop import StopRequests
 from peft_dist.summary import make_result, summary
-from peft_dist.tracking import Ledger, Record, Terminal, Tracker
+from peft_dist.tracking import Ledger, Record, SystemSampler, Terminal, Tracker
+from peft_dist.tracking.wandb import WandbSideCar
 from peft_dist.trainer import Trainer
 from peft_dist.watchdog import Limits, Watchdog
 from peft_dist.worker import Place
@@ -111,14 +114,17 @@ def fine_tune(
     saver = Saver(session, data.rows)
     saver.prove()
     trainer = _trainer(saver, data, place, process, allow_changed)
+    hosts = dist.gather_objects(os.uname().nodename)
     load_s = time.monotonic() - zero_s - startup_s
+    sampler = None
     if world.is_main:
         lease = _lease(place)
         ledger = Ledger(
             _run(place).ledger, attempt=lease.number, clock_zero=zero_s, check=lease.check
         )
         trainer.trackers = _trackers(ledger, _run(place), trainer)
-        _begin(trainer, data.rows, place, startup_s=startup_s, load_s=load_s)
+        _begin(trainer, data.rows, place, startup_s=startup_s, load_s=load_s, hosts=hosts)
+        sampler = _sampler(ledger, _run(place), trainer)
     stop_requests.begin_training()
     outcome = "crashed"
     try:
@@ -139,6 +145,8 @@ def fine_tune(
         raise
     finally:
         watchdog.phase("save", trainer.progress.step)
+        if sampler is not None:
+            sampler.stop()
         _end(trainer, outcome)
         watchdog.stop()
     if world.is_main:
@@ -197,10 +205,8 @@ def _trainer(
     return trainer
 
 
-def _begin(
-    trainer: Trainer, rows: TokenizedRows, place: Place, *, startup_s: float, load_s: float
-) -> None:
-    """Say, in the lease, in the ledger and to whoever watches, where this attempt begins."""
+def _begin(trainer: Trainer, rows: TokenizedRows, place: Place, **facts: Any) -> None:
+    """Say, in the lease, in the ledger (with these facts) and aloud where this attempt begins."""
     step, steps, session = trainer.progress.step, trainer.plan.total_steps, trainer.session
     _lease(place).note(from_step=step, steps=steps, world_size=session.world.size)
     _report_rows(rows)
@@ -212,12 +218,32 @@ def _begin(
         "steps": steps,
         "world_size": session.world.size,
         "strategy": session.strategy,
-        "startup_s": startup_s,
-        "load_s": load_s,
+        **facts,
+        "device": session.world.device_name,
+        "base_parameters": session.base_parameters,
+        "base_bytes_per_rank": session.base_bytes_by_rank,
+        "versions": versions(),
     }
+    job = slurm_job()
+    if job["slurm_job_id"] is not None:
+        record |= job
     if LAUNCHED_AT in os.environ:
         record["launched"] = float(os.environ[LAUNCHED_AT])
     trainer.tell(record)
+
+
+def _sampler(ledger: Ledger, run: RunDir, trainer: Trainer) -> SystemSampler | None:
+    """Return what watches this machine from now on, where the recipe wants it."""
+    every_s = trainer.recipe.tracking.system_every_s
+    if not every_s:
+        return None
+    return SystemSampler(
+        ledger.write,
+        every_s=every_s,
+        folder=run.path,
+        step=lambda: trainer.progress.step,
+        gpu_uuids=trainer.world.gpu_uuids(),
+    )
 
 
 def _end(trainer: Trainer, outcome: str) -> None:
@@ -307,11 +333,9 @@ def _report_rows(rows: TokenizedRows) -> None:
 
 
 def _trackers(ledger: Ledger, run: RunDir, trainer: Trainer) -> list[Tracker]:
+    """Return the views of a run, in the order in which they get a record; closed in the other."""
+    trackers: list[Tracker] = [ledger]
+    if trainer.recipe.tracking.wandb.mode != "disabled":
+        trackers.append(WandbSideCar(run))
     terminal = Terminal(trainer.plan.total_steps, first_step=trainer.progress.step)
-    trackers: list[Tracker] = [ledger, terminal]
-    recipe = trainer.recipe
-    if recipe.tracking.wandb.mode != "disabled":
-        from peft_dist.tracking.wandb import WandbTracker
-
-        trackers.append(WandbTracker(recipe, run.path))
-    return trackers
+    return [*trackers, terminal]

@@ -101,19 +101,30 @@ def read_ledger(path: Path) -> list[Record]:
             where=str(path),
             remedy="name the folder of a run that has begun to train",
         ) from error
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            record = json.loads(line)
-            _check(record)
-        except ValueError as error:
-            raise RunDirError(
-                f"{line[:60].decode(errors='replace')!r} is no record: {error}",
-                where=f"{path}:{number}",
-                remedy="remove this line",
-            ) from error
-        records.append(record)
-    return records
+    whole = enumerate(lines[:-1], start=1)
+    return [parse_record(line, where=f"{path}:{number}") for number, line in whole]
+
+
+def parse_record(line: bytes, *, where: str) -> Record:
+    """Return the record that a line of a ledger holds.
+
+    Args:
+        line: The line, without its end.
+        where: Which line of which file this is, for the error.
+
+    Raises:
+        RunDirError: Where it is no record.
+    """
+    try:
+        record: Record = json.loads(line)
+        _check(record)
+    except ValueError as error:
+        raise RunDirError(
+            f"{line[:60].decode(errors='replace')!r} is no record: {error}",
+            where=where,
+            remedy="remove this line",
+        ) from error
+    return record
 
 
 def _check(record: Any) -> None:

@@ -21,6 +21,8 @@ from peft_dist.errors import ERROR_PREFIX, EXIT_DO_NOT_RETRY, PeftDistError, Run
 from peft_dist.files import replace_file
 from peft_dist.run_facts import run_facts
 
+ARRAY_FILE = "array.json"
+"""In the folder of an array: which runs it has."""
 LAUNCHED_AT = "PEFT_DIST_LAUNCHED_AT"
 """Environment variable with the unix time at which the launcher of a process was started."""
 
@@ -127,6 +129,11 @@ class RunDir:
     def attempts(self) -> Path:
         """One file per attempt to train the run; the newest is its holder's lease."""
         return self.path / "attempts"
+
+    @property
+    def array(self) -> Path | None:
+        """The folder of the array that the run belongs to, if it does."""
+        return self.path.parent if (self.path.parent / ARRAY_FILE).is_file() else None
 
     @property
     def is_finished(self) -> bool:

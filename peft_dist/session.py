@@ -29,6 +29,7 @@ from peft_dist.methods.method import base_name_in
 from peft_dist.model import architectures, attention, base
 from peft_dist.model.base import BasePlan
 from peft_dist.model.heads import CausalLM, SequenceClassifier
+from peft_dist.model.nf4 import WEIGHTS_PER_BYTE
 from peft_dist.model.source import BaseSource
 from peft_dist.shard import ENGINES, Engine, Group
 from peft_dist.shard.launched import resolve
@@ -63,6 +64,14 @@ class Session:
         """Say whether the rows of a micro-batch are laid end to end."""
         packing = self.recipe.data.packing
         return self.recipe.model.task == "causal-lm" if packing is None else packing
+
+    @property
+    def base_parameters(self) -> int:
+        """Return how many parameters the base has, however they are stored."""
+        return sum(
+            self.engine.shape(parameter).numel() * WEIGHTS_PER_BYTE.get(name.rpartition(".")[2], 1)
+            for name, parameter in self.base.items()
+        )
 
     def pack(self, rows: TokenizedRows, ids: RowIds) -> Batch:
         """Return the rows `ids` as one micro-batch of this model."""

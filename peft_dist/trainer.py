@@ -15,16 +15,16 @@ from peft_dist.config.derived import learning_rate, peak_learning_rate
 from peft_dist.data.order import RowIds, StepPlan, assign
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.errors import Interrupted, TrainingError
-from peft_dist.figures import Figures, FiguresReader
+from peft_dist.figures import Figures, FiguresReader, make_riders
 from peft_dist.keeper import Keeper
 from peft_dist.memory import peak_memory_bytes
 from peft_dist.progress import Alone, Progress, Surroundings
 from peft_dist.samples import Sampler
 from peft_dist.scoring import HeldOut, ScoringStopped, score_rows
 from peft_dist.session import Session
-from peft_dist.shard.engine import RIDERS
 from peft_dist.shard.optimizer import AdapterOptimizer
 from peft_dist.tracking import Record, Tracker
+from peft_dist.utilisation import Utilisation
 
 
 def make_optimizer(session: Session) -> torch.optim.AdamW:
@@ -78,8 +78,10 @@ class Trainer:
         self.progress = Progress()
         self._reader = FiguresReader(self.world.device)
         self._stop = self._save_due = self._give_up = False
-        self._saved_at, self._saved_step = time.monotonic(), -1
-        self._mark = time.monotonic()
+        self._saved_step = -1
+        self._saved_at = self._mark = time.monotonic()
+        name, count = self.world.device_name, self.world.size
+        self._utilisation = Utilisation.of(session.base_parameters, device_name=name, devices=count)
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint of the keeper's. Collective."""
@@ -97,7 +99,7 @@ class Trainer:
         """
         total, first = self.plan.total_steps, self.progress.step + 1
         self.session.model.train()
-        self._mark = self._saved_at = time.monotonic()
+        self._saved_at = self._go_on()
         self._after(self.progress.step)  # an evaluation may be due, before the first step or after
         plan = self.plan.steps(step=self.progress.step, cursor=self.progress.cursor)
         for step, cursor, ids in plan:
@@ -105,11 +107,18 @@ class Trainer:
             self._step(step, total, ids, cursor)
             if step == first:
                 self.session.check_adapters_agree()
+                self.session.engine.own_time.begin()  # that was waiting for others
             self._after(step)
         self._settle()
         self.surroundings.phase("save", total)
         self.finish_saves()
         return self.progress
+
+    def _go_on(self) -> float:
+        """Begin to time a step, after whatever was no part of one; return the time."""
+        self._mark = time.monotonic()
+        self.session.engine.own_time.begin()
+        return self._mark
 
     def _step(self, step: int, total: int, ids: RowIds, cursor: int) -> None:
         """Train on the rows of one step and update the adapter once."""
@@ -133,20 +142,24 @@ class Trainer:
                 nll_sum = self.session.model(batch).nll.sum()
             (nll_sum / predictions).backward()
             loss += nll_sum.detach()
+        engine.own_time.end()
         # What the processes want to tell each other travels with the gradients.
-        riders = torch.zeros(RIDERS, device=device)
-        riders[0] = loss
-        for index, wanted in enumerate(self._told(), start=1):
-            if wanted:  # a fill on the device, where a copy to it would wait for it
-                riders[index] = 1.0
+        riders = make_riders(
+            self.world,
+            loss,
+            told=self._told(),
+            step_s=engine.own_time.latest_s(),
+            memory_bytes=peak_memory_bytes(device),
+        )
         summed = engine.reduce(riders)
         norm = engine.clip(self.recipe.train.max_grad_norm)
-        figures = torch.stack([summed[0] / predictions, norm.float(), *summed[1:]])
+        figures = torch.cat([torch.stack([summed[0] / predictions, norm.float()]), summed[1:]])
         rate = learning_rate(self.recipe.train, step, total, peak=self.peak_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
         self.optimizer.step(torch.isfinite(figures[:2]).all())
         engine.zero_gradients()
+        engine.own_time.begin()
         self.progress.step, self.progress.cursor = step, cursor
         record: Record = {
             "event": "step",
@@ -213,7 +226,7 @@ class Trainer:
             self.finish_saves()
             # All end together: torchrun kills within 30 s what outlives the first that ends.
             dist.barrier()
-        self._mark = self._saved_at = time.monotonic()
+        self._saved_at = self._go_on()
 
     def finish_saves(self) -> None:
         """Wait for the checkpoint that is being written, if there is one, and record it."""
@@ -249,12 +262,13 @@ class Trainer:
             self.progress.step_seconds += seconds
             self.progress.tokens += record["tokens"]
             self.progress.final_loss = figures.loss
+            tokens_per_s = record["tokens"] / seconds
             self.tell(
                 record
+                | figures.facts()
                 | {
-                    "loss": figures.loss,
-                    "grad_norm": figures.norm,
-                    "tokens_per_s": record["tokens"] / seconds,
+                    "tokens_per_s": tokens_per_s,
+                    "mfu": self._utilisation.mfu(tokens_per_s),
                     "peak_memory_bytes": peak_memory_bytes(self.world.device),
                 }
             )
@@ -287,6 +301,7 @@ class Trainer:
                     remedy="set checkpoint.every_steps, or non_finite: skip",
                 )
             told["back_to"] = self.keeper.load(newest, self.optimizer)["step"]
+            self.session.engine.own_time.begin()
         self.tell({"event": event, "reason": reason, **told})
 
     def _settle(self) -> None:
@@ -324,7 +339,7 @@ class Trainer:
         self.progress.last = result
         if step == 0:
             self.progress.first = result
-        self._mark = time.monotonic()
+        self._go_on()
         self.tell(
             {
                 "event": "evaluation",

@@ -1,113 +1,34 @@
 """The cluster file: where runs are submitted to, and what a job may ask for there.
 
-Every value ends up in a script, so each has a pattern of what it may be; `setup` alone is shell
-text. The docstring under a field is its text in the JSON Schema.
+Every value ends up in a script; `cluster_values.py` says what it may be, and `setup` alone is
+shell text. The docstring under a field is its text in the JSON Schema.
 """
 
-import re
+import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    model_validator,
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from peft_dist.config.cluster_values import (
+    AbsolutePath,
+    Constraint,
+    Duration,
+    Gres,
+    Image,
+    Interface,
+    Memory,
+    Mount,
+    Name,
+    SetUp,
+    Variables,
 )
-
-from peft_dist.config.explain import describe_failure, quote, refuse_booleans_as_numbers
+from peft_dist.config.duration import duration_s
+from peft_dist.config.explain import describe_failure, refuse_booleans_as_numbers
 from peft_dist.config.load import read_mapping, render_yaml
 from peft_dist.config.section import NonNegativeFloat, PositiveFloat, Section
 from peft_dist.errors import ClusterError, RecipeError
-
-SECRET_NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
-"""What the name of a variable that is nobody else's business holds."""
-TIME = re.compile(
-    r"(?:(?P<days>\d{1,4})-)?(?P<hours>\d{1,4})(?::(?P<minutes>[0-5]?\d):(?P<seconds>[0-5]?\d))?"
-)
-
-
-def _allow(pattern: str, words: str) -> AfterValidator:
-    def check(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"got {quote(text)}; must be {words}")
-        return text
-
-    return AfterValidator(check)
-
-
-def duration_s(text: str, *, where: str = "") -> int:
-    """Return the seconds of `HH:MM:SS`, `D-HH:MM:SS` or `D-HH`.
-
-    Raises:
-        ClusterError: For anything else; a bare number would be minutes to Slurm, and seconds to
-            many readers.
-    """
-    found = TIME.fullmatch(text)
-    if found is None or (found["days"] is None and found["minutes"] is None):
-        raise ClusterError(
-            f"{quote(text)} is no time", where=where, remedy="write HH:MM:SS or D-HH:MM:SS"
-        )
-    days, hours, minutes, seconds = (
-        int(found[name] or 0) for name in ("days", "hours", "minutes", "seconds")
-    )
-    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    if total == 0:
-        raise ClusterError(f"{quote(text)} is no time", where=where, remedy="write more than 0")
-    return total
-
-
-def duration_text(seconds: int) -> str:
-    """Return seconds as Slurm reads them: HH:MM:SS, or D-HH:MM:SS."""
-    minutes, rest = divmod(seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    clock = f"{hours:02d}:{minutes:02d}:{rest:02d}"
-    return f"{days}-{clock}" if days else clock
-
-
-def _check_duration(text: str) -> str:
-    try:
-        duration_s(text)
-    except ClusterError as error:
-        raise ValueError(str(error)) from None
-    return text
-
-
-def _check_path(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError(f"got {quote(text)}; must be a path without control characters")
-    path = Path(text).expanduser()
-    if not path.is_absolute():
-        raise ValueError(f"got {quote(text)}; must be an absolute path")
-    return str(path)
-
-
-Name = Annotated[str, _allow(r"[A-Za-z0-9_.,+-]{1,128}", "letters, digits and _ . , + -")]
-Constraint = Annotated[
-    str,
-    _allow(r"[A-Za-z0-9_.,:*&|()\[\]-]{1,128}", "features joined by & | * ( ) [ ]"),
-]
-Gres = Annotated[
-    str,
-    _allow(r"[A-Za-z0-9_.,:=-]*(\{gpus\}[A-Za-z0-9_.,:=-]*)?", "a request like gpu:a100:{gpus}"),
-]
-Memory = Annotated[str, _allow(r"\d{1,12}[KMGT]?", "a size like 480G, or 0 for all of a node")]
-Interface = Annotated[str, _allow(r"[A-Za-z0-9_.:^=,-]{1,64}", "an interface name like ib0")]
-VariableName = Annotated[str, _allow(r"[A-Za-z_][A-Za-z0-9_]{0,127}", "a variable's name")]
-Value = Annotated[
-    str, _allow(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]*", "text without control characters")
-]
-Duration = Annotated[str, AfterValidator(_check_duration)]
-AbsolutePath = Annotated[str, AfterValidator(_check_path)]
-Image = Annotated[str, _allow(r"[A-Za-z0-9_./:@#+-]{1,512}", "a path or reference of an image")]
-Mount = Annotated[
-    str,
-    _allow(r"/[^\s:,\x00-\x1f]*(:/[^\s:,\x00-\x1f]*)?(:ro|:rw)?", "/folder or /here:/there"),
-]
 
 
 class Requeue(Section):
@@ -129,7 +50,14 @@ class Container(Section):
     image: Image
     """Image file, or reference such as docker://... (pyxis: registry#name)."""
     mounts: tuple[Mount, ...] = ()
-    """Folders to see inside besides the run directory: /scratch, or /here:/there."""
+    """Folders to see inside besides the run directory, such as those of models, rows and caches:
+    /scratch, or /here:/there."""
+
+    @property
+    def folders_inside(self) -> tuple[Path, ...]:
+        """What the mounts are called inside."""
+        parts = [mount.removesuffix(":ro").removesuffix(":rw").split(":") for mount in self.mounts]
+        return tuple(Path(names[-1]) for names in parts)
 
 
 class Stage(Section):
@@ -169,8 +97,8 @@ class Cluster(Section):
     """Most nodes of one job."""
     gpus_per_node: NonNegativeInt = 0
     """GPUs of a node; 0 trains on CPUs."""
-    gres: Gres = "gpu:{gpus}"
-    """How GPUs are asked for, such as gpu:a100:{gpus}."""
+    gres: Gres | None = "gpu:{gpus}"
+    """How GPUs are asked for, such as gpu:a100:{gpus}. null where a node comes with its GPUs."""
     processes_per_node: PositiveInt | None = None
     """Processes of a node. Default: one per GPU, else one."""
     cpus_per_gpu: PositiveInt | None = None
@@ -178,7 +106,7 @@ class Cluster(Section):
     cpus_per_node: PositiveInt | None = None
     """CPUs of a node to ask for, instead."""
     memory_per_node: Memory | None = None
-    """Memory of a node to ask for, such as 480G; 0: all of it. Off: Slurm's default."""
+    """Memory of a node to ask for, such as 480G; "0": all of it. Off: Slurm's default."""
     exclusive: bool = False
     """Whether to share no node with other jobs."""
     max_time: Duration | None = None
@@ -191,13 +119,14 @@ class Cluster(Section):
     """Least seconds before the time limit at which a run saves; raised by what saving takes."""
     interface: Interface | None = None
     """Network interface for NCCL and gloo."""
-    environment: dict[VariableName, Value] = Field(default_factory=dict)
+    environment: Variables = Field(default_factory=dict)
     """Variables for every process; no secrets."""
     secrets_file: AbsolutePath | None = None
-    """File of mode 0600 with NAME=value lines such as WANDB_API_KEY, read on each node."""
-    setup: str = ""
+    """File of mode 0600 with NAME=value lines such as WANDB_API_KEY, read on each node. Variables
+    of the shell that submits reach the job too, but some sites keep those in their accounting."""
+    setup: SetUp = ""
     """Shell lines that run on each node before Python: modules, conda, a virtual environment."""
-    python: AbsolutePath = ""
+    python: AbsolutePath | None = None
     """Interpreter on the nodes. Default: the one that submits; in a container python3."""
     container: Container | None = None
     """Image that everything runs in."""
@@ -211,36 +140,54 @@ class Cluster(Section):
     @property
     def cpus_of_a_node(self) -> int | None:
         """CPUs of a node to ask for; None leaves it to Slurm."""
-        if self.cpus_per_node is not None or self.cpus_per_gpu is None:
-            return self.cpus_per_node
-        return self.cpus_per_gpu * max(1, self.gpus_per_node)
+        if self.cpus_per_gpu is not None:
+            return self.cpus_per_gpu * self.gpus_per_node
+        return self.cpus_per_node
 
     @property
     def interpreter(self) -> str:
         """The interpreter on the nodes."""
-        if self.python:
-            return self.python
-        return "python3" if self.container is not None else sys.executable
+        return self.python or ("python3" if self.container is not None else sys.executable)
 
     @property
     def gres_request(self) -> str | None:
-        """What `--gres` asks for; None without GPUs."""
-        return self.gres.format(gpus=self.gpus_per_node) if self.gpus_per_node else None
+        """What `--gres` asks for; None where there is nothing to ask for."""
+        if self.gres is None or not self.gpus_per_node:
+            return None
+        return self.gres.format(gpus=self.gpus_per_node)
 
     @model_validator(mode="after")
-    def _no_secrets_in_the_open(self) -> Self:
-        for name in self.environment:
-            if SECRET_NAMES.search(name):
-                raise ValueError(
-                    f"environment.{name} looks like a secret, and would stand in a script; "
-                    "put it in secrets_file"
-                )
+    def _one_number_of_cpus(self) -> Self:
+        if self.cpus_per_gpu is not None and self.cpus_per_node is not None:
+            raise ValueError("cpus_per_gpu and cpus_per_node are both given; keep one of them")
+        if self.cpus_per_gpu is not None and self.gpus_per_node == 0:
+            raise ValueError("cpus_per_gpu is given without gpus_per_node; set that too")
         return self
 
     @model_validator(mode="after")
-    def _setup_is_text(self) -> Self:
-        if "\x00" in self.setup:
-            raise ValueError("setup holds a NUL character; remove it")
+    def _a_gpu_for_each_process(self) -> Self:
+        if 0 < self.gpus_per_node < (self.processes_per_node or 0):
+            raise ValueError(
+                f"processes_per_node {self.processes_per_node} is more than gpus_per_node "
+                f"{self.gpus_per_node}; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _default_time_is_allowed(self) -> Self:
+        times = [text for text in (self.default_time, self.max_time) if text is not None]
+        if len(times) == 2 and duration_s(times[0]) > duration_s(times[1]):
+            raise ValueError(f"default_time {times[0]} is more than max_time {times[1]}; lower it")
+        return self
+
+    @model_validator(mode="after")
+    def _staged_models_are_seen_inside(self) -> Self:
+        if self.stage is None or self.container is None:
+            return self
+        if not any(map(Path(self.stage.folder).is_relative_to, self.container.folders_inside)):
+            raise ValueError(
+                f"stage.folder {self.stage.folder} is in none of container.mounts; add it there"
+            )
         return self
 
 
@@ -250,17 +197,61 @@ def load_cluster(path: str | Path) -> Cluster:
     Raises:
         ClusterError: For anything that cannot be used as written, in one line.
     """
-    where = str(path)
+    if Path(path).is_dir():
+        raise ClusterError("is a folder", where=str(path), remedy="name a cluster file")
     try:
         raw = read_mapping(path, remedy="start with partition: NAME")
+    except RecipeError as error:
+        raise ClusterError(str(error)) from error
+    if {"model", "data"} <= raw.keys():
+        raise ClusterError("is a recipe", where=str(path), remedy="name a cluster file")
+    return check_cluster(raw, where=str(path))
+
+
+def check_cluster(raw: dict[str, Any], *, where: str) -> Cluster:
+    """Return the cluster that plain values describe.
+
+    Raises:
+        ClusterError: For anything that cannot be used as written, in one line.
+    """
+    try:
         refuse_booleans_as_numbers(raw, where, Cluster)
-        return Cluster.model_validate(raw)
+        return _without_tildes(Cluster.model_validate(raw))
     except ValidationError as failure:
         raise ClusterError(str(describe_failure(failure, raw, where, Cluster))) from failure
     except RecipeError as error:
         raise ClusterError(str(error)) from error
+    except RuntimeError as error:  # of `expanduser`
+        raise ClusterError(f"{error}", where=where, remedy="write paths without ~") from error
 
 
 def render_cluster(cluster: Cluster) -> str:
-    """Return a cluster file with every default written out; loading it gives the same cluster."""
-    return render_yaml(cluster.model_dump(mode="python") | {"python": cluster.interpreter})
+    """Return a cluster file with every default written out; loading it gives the same cluster.
+
+    The interpreter is written out too: whoever submits again may use another one.
+    """
+    python = cluster.python if cluster.container is not None else cluster.interpreter
+    return render_yaml(cluster.model_dump(mode="python") | {"python": python})
+
+
+def cluster_schema() -> str:
+    """Return the JSON Schema of a cluster file, for editors."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return json.dumps(schema | Cluster.model_json_schema(), indent=2)
+
+
+def _without_tildes(cluster: Cluster) -> Cluster:
+    """Return the cluster with `~/` replaced: the nodes' home may be another one's."""
+
+    def full(text: str | None) -> str | None:
+        return None if text is None else str(Path(text).expanduser())
+
+    stage = cluster.stage
+    return cluster.model_copy(
+        update={
+            "secrets_file": full(cluster.secrets_file),
+            "python": full(cluster.python),
+            "shared": tuple(map(full, cluster.shared)),
+            "stage": stage and stage.model_copy(update={"folder": full(stage.folder)}),
+        }
+    )

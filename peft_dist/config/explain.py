@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from peft_dist.config.recipe import Recipe
+from peft_dist.config.section import Matches
 from peft_dist.errors import RecipeError, nearest
 
 SectionType: TypeAlias = type[BaseModel]
@@ -207,8 +208,12 @@ def _describe(annotation: Any, limits: Sequence[Any] = ()) -> str:
     if origin is tuple:
         size = "" if arguments[-1] is ... else f" of {len(arguments)}"
         return f"a list{size}{_bounds(limits)}, each item {_describe(arguments[0])}"
+    if origin is dict:
+        return f"a section of names, each with {_describe(arguments[1])}"
     if annotation is str:
-        return "text that is not empty" if limits else "text"
+        words = [limit.words for limit in limits if isinstance(limit, Matches)]
+        not_empty = any(isinstance(limit, MinLen) for limit in limits)
+        return words[0] if words else "text that is not empty" if not_empty else "text"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"a section with any of {', '.join(sorted(annotation.model_fields))}"
     words_of = {bool: "true or false", int: "a whole number", float: "a number"}

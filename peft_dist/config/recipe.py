@@ -199,14 +199,19 @@ class Watchdog(Section):
 
 
 class Wandb(Section):
-    """Weights & Biases, a view of the ledger that never stops training."""
+    """Weights & Biases, a view of the ledger that a process beside training sends."""
 
-    mode: Literal["disabled", "offline", "online"] = "disabled"
-    """Whether and how to log."""
+    mode: Literal["disabled", "auto", "offline", "online"] = "disabled"
+    """Whether and how to log. auto: online where there is a key and the server answers, else into
+    files in the run directory. offline: into files. `peft-dist sync` sends what W&B lacks."""
     project: Text = "peft-dist"
     """W&B project."""
     entity: Text | None = None
     """W&B team or user. Off: the account's default."""
+    group: Text | None = None
+    """Group of runs. Default: the array that the run belongs to, if it does."""
+    tags: tuple[Text, ...] = ()
+    """Words to find the run by."""
 
 
 class Tracking(Section):
@@ -214,6 +219,9 @@ class Tracking(Section):
 
     wandb: Wandb = Wandb()
     """Weights & Biases."""
+    system_every_s: NonNegativeFloat | None = 15.0
+    """Seconds between the ledger's records of rank 0's machine: processor, memory, disk, network,
+    GPUs. 0 or null: off."""
 
 
 class Recipe(Section):

@@ -88,6 +88,13 @@ def merge_command(run_dir: Path, out: Path, *, python: str = sys.executable) -> 
     return [python, "-m", "peft_dist.merge", str(run_dir), "--out", str(out)]
 
 
+def tracking_command(
+    module: str, arguments: Sequence[str], *, python: str = sys.executable
+) -> list[str]:
+    """Return the argv of a process that speaks to W&B: `sync` or `dashboard`."""
+    return [python, "-m", f"peft_dist.tracking.{module}", *arguments]
+
+
 def launch_environment(placement: Placement, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables to add to `environ` for the launcher."""
     extra = worker_environment()

@@ -23,6 +23,9 @@ RESCAN_S = 0.2
 """How often the launcher is looked at, and after a signal its workers."""
 SURVIVOR_GRACE_S = 30.0
 """How long workers that outlived their launcher may take to save and end before they are killed."""
+IDLE_GRACE_S = 2.0
+"""How long a launcher without workers may take to end once it is told: torchrun can wait for the
+launchers of other nodes inside C++, where Python hears no signal, for five minutes."""
 KILL_WAIT_S = 5.0
 """How long killed processes may take to go; one in a dead file system never does."""
 
@@ -41,7 +44,11 @@ class Ended:
 
 
 def run_launcher(
-    command: Sequence[str], *, environment: Mapping[str, str], error_log: Path | None
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    error_log: Path | None,
+    is_lost: Callable[[], bool] = lambda: False,
 ) -> Ended:
     """Run a command to its end, passing signals on to its workers.
 
@@ -52,6 +59,7 @@ def run_launcher(
         command: The argv.
         environment: Variables added to our own.
         error_log: File that standard error is appended to; None leaves it where ours is.
+        is_lost: Asked again and again; once it is true everything is killed, as in a crash.
 
     Raises:
         LaunchError: Where the command cannot be started.
@@ -72,7 +80,7 @@ def run_launcher(
         except OSError as error:
             raise LaunchError(f"cannot be started: {error}", where=command[0]) from error
         try:
-            code = _supervise(process, mark, received)
+            code = _supervise(process, mark, received, is_lost)
         finally:
             _end_survivors(mark, received)
     if received:
@@ -103,25 +111,33 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
             signal.signal(number, old)
 
 
-def _supervise(process: subprocess.Popen[bytes], mark: str, received: Sequence[int]) -> int:
+def _supervise(
+    process: subprocess.Popen[bytes],
+    mark: str,
+    received: Sequence[int],
+    is_lost: Callable[[], bool],
+) -> int:
     """Wait for the launcher, passing on what we receive; return its exit code."""
     passed_on: dict[int, int] = {}  # worker -> how many of the signals it has had
-    launcher_asked = False
+    launcher_asked_s: float | None = None
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=RESCAN_S)
-        if not received:
+        lost = is_lost()
+        if not received and not lost:
             continue
-        if _is_killed(received):
+        if lost or _is_killed(received):
             _send(signal.SIGKILL, _marked(mark))
             continue
         workers = _workers(mark, process.pid)
         # Once those that were told have ended, new ones are a restart by torchrun, which takes
         # every exit code but 0 for a crash. They have nothing to save yet.
-        if not launcher_asked and not passed_on.keys() & workers and (passed_on or not workers):
-            launcher_asked = True
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+        if launcher_asked_s is None:
+            if not passed_on.keys() & workers and (passed_on or not workers):
+                launcher_asked_s = time.monotonic()
+                _send_group(signal.SIGTERM, process.pid)
+        elif not workers and time.monotonic() - launcher_asked_s > IDLE_GRACE_S:
+            _send_group(signal.SIGKILL, process.pid)
         for pid in workers:
             for number in received[passed_on.get(pid, 0) :]:
                 _send(number, [pid])
@@ -183,6 +199,11 @@ def _marked(mark: str) -> dict[int, int]:
                 status = (folder / "stat").read_text(encoding="utf-8", errors="replace")
                 found[int(folder.name)] = int(status.rpartition(")")[2].split()[1])
     return found
+
+
+def _send_group(number: int, group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
 
 
 def _send(number: int, pids: Iterable[int]) -> None:

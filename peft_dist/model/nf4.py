@@ -13,6 +13,9 @@ from torch import nn
 BLOCK_SIZES = (64, 32)
 """Values per scale, in order of preference. A block must not cross a row, or rows cannot shard."""
 
+WEIGHTS_PER_BYTE = {"packed": 2, "absmax": 0}
+"""Weights of the model in each element of a layer's tensors; in those of any other, 1."""
+
 
 def block_size_for(in_features: int) -> int | None:
     """Return the block size that tiles one row exactly, or None where NF4 is impossible."""

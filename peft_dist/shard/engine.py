@@ -17,9 +17,13 @@ from peft_dist.dist import Shard, World, gather_objects, sum_over
 from peft_dist.model import base
 from peft_dist.model.fingerprint import fingerprint_piece, fingerprint_rows, wrap_int64
 from peft_dist.shard.optimizer import AdapterOptimizer
+from peft_dist.shard.own_time import OwnTime
 
-RIDERS = 4
-"""Figures that travel with the gradients: the loss, and what processes want to tell each other."""
+SHARED_RIDERS = 4
+"""Figures that travel with the gradients, one for all processes: the loss, and what they want to
+tell each other."""
+RANK_RIDERS = 2
+"""Figures that travel with them for each process: its own time, and its memory."""
 
 
 class Group(NamedTuple):
@@ -37,6 +41,8 @@ class Engine(ABC):
     Attributes:
         shard: Which rows of every base tensor this process reads.
         sharded: Whether it keeps those rows alone.
+        riders: How many figures travel with the gradients.
+        own_time: Times this process's own part of a step.
     """
 
     shard: Shard
@@ -53,6 +59,8 @@ class Engine(ABC):
         self.world = world
         self.shard_size = shard_size
         self.offload = offload
+        self.riders = SHARED_RIDERS + RANK_RIDERS * world.size
+        self.own_time = OwnTime(world.device)
 
     @abstractmethod
     def wrap(
@@ -85,7 +93,7 @@ class Engine(ABC):
         self._shapes = {name: parameter.shape for name, parameter in ordered}
         sizes = [parameter.numel() for _, parameter in ordered]
         self._values = torch.empty(sum(sizes), device=self.world.device)
-        self._reduced = torch.zeros(sum(sizes) + RIDERS, device=self.world.device)
+        self._reduced = torch.zeros(sum(sizes) + self.riders, device=self.world.device)
         values, gradients = self._values.split(sizes), self.gradients.split(sizes)
         for (_, parameter), value, gradient in zip(ordered, values, gradients, strict=True):
             assert parameter.dtype == torch.float32, parameter.dtype
@@ -113,10 +121,10 @@ class Engine(ABC):
         return AdapterOptimizer(optimizer)
 
     def reduce(self, riders: torch.Tensor) -> torch.Tensor:
-        """Sum gradients and `riders`, float32 [RIDERS]; return the summed riders. Collective."""
-        self._reduced[-RIDERS:] = riders
+        """Sum gradients and `riders`, float32 [riders]; return the summed riders. Collective."""
+        self._reduced[-self.riders :] = riders
         sum_over(self._reduced)
-        return self._reduced[-RIDERS:].clone()
+        return self._reduced[-self.riders :].clone()
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale gradients to a global norm of at most `max_norm` (0: leave); return the norm."""
@@ -128,7 +136,7 @@ class Engine(ABC):
     @property
     def gradients(self) -> torch.Tensor:
         """The flat gradient, [trained parameters]."""
-        return self._reduced[:-RIDERS]
+        return self._reduced[: -self.riders]
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the last step; the buffer stays."""

@@ -5,15 +5,30 @@ Accelerate's own FSDP2 wrapping leaves 4-bit weights out of sharding and is plai
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 
 from peft_dist.dist import Shard, World
 from peft_dist.model import base
 from peft_dist.shard.engine import Engine
+from peft_dist.shard.own_time import OwnTime
+
+
+class _TimedAllGather(DefaultAllGather):
+    """FSDP2's own all-gather, whose time is not this process's."""
+
+    def __init__(self, own_time: OwnTime) -> None:
+        super().__init__()
+        self._own_time = own_time
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._own_time.gathering():
+            return super().__call__(*args, **kwargs)
 
 
 class FSDP2Engine(Engine):
@@ -44,6 +59,10 @@ class FSDP2Engine(Engine):
         for block in blocks:
             shard(block, reshard_after_forward=True)
         shard(model)
+        gather = _TimedAllGather(self.own_time)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(gather)
 
     def materialize(self, model: nn.Module) -> None:
         """Give every parameter memory, in the host where the base is offloaded."""

@@ -237,6 +237,8 @@ class ZeRO3Engine(Engine):
                     if not parameter.requires_grad:
                         self._deepspeed.zero.register_external_parameter(model, parameter)
         self._hooks = _initialize(self._deepspeed, self._zero, model=model)
+        coordinator = self._hooks.optimizer.get_param_coordinator()
+        coordinator.fetch_sub_module = self.own_time.gathering()(coordinator.fetch_sub_module)
 
     def share_optimizer(self, optimizer: torch.optim.AdamW) -> AdapterOptimizer:
         """Give the optimizer to ZeRO stage 2. Collective."""

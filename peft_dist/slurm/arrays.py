@@ -5,16 +5,15 @@ Makes the list of runs and reads it back; knows nothing of Slurm.
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_dist.config.yaml_text import parse_yaml
+from peft_dist.config.load import read_mapping
 from peft_dist.errors import RecipeError, RunDirError
-from peft_dist.run_dir import write_text_atomic
+from peft_dist.run_dir import ARRAY_FILE, RunDir, write_text_atomic
 
-ARRAY_FILE = "array.json"
-"""In the folder of an array: which runs it has."""
 MAX_ELEMENTS = 1000
 """Elements of an array, which are numbered with three digits; Slurm's own MaxArraySize is 1001."""
 
@@ -33,16 +32,16 @@ def grid(specifications: Sequence[str]) -> list[tuple[str, ...]]:
     """
     axes: dict[str, list[str]] = {}
     for specification in specifications:
-        key, equals, values = specification.partition("=")
-        found = {key: values.split(",")} if equals else _grid_file(specification)
-        for name, texts in found.items():
-            if name in axes or not name or not all(texts):
+        key, equals, text = specification.partition("=")
+        found = {key: _values(text)} if equals else _grid_file(specification)
+        for name, values in found.items():
+            if name in axes or len(set(values)) < len(values):
                 raise RecipeError(
-                    f"{specification!r} gives {name!r} twice or without a value",
+                    f"{specification!r} gives {name!r}, or one of its values, twice",
                     where="--array",
                     remedy="write it like train.seed=1,2,3",
                 )
-            axes[name] = texts
+            axes[name] = values
     runs = [
         tuple(f"{key}={value}" for key, value in zip(axes, values, strict=True))
         for values in itertools.product(*axes.values())
@@ -51,7 +50,7 @@ def grid(specifications: Sequence[str]) -> list[tuple[str, ...]]:
         raise RecipeError(
             f"makes {len(runs)} runs", where="--array", remedy=f"at most {MAX_ELEMENTS} at once"
         )
-    return runs if axes else []
+    return runs
 
 
 def array_elements(folder: Path) -> list[Element]:
@@ -60,51 +59,81 @@ def array_elements(folder: Path) -> list[Element]:
     Raises:
         RunDirError: Where the list cannot be read.
     """
+    return list(_read(folder)["elements"])
+
+
+def array_limit(folder: Path) -> int | None:
+    """Return how many elements of an array run at once; None for all.
+
+    Raises:
+        RunDirError: As `array_elements`.
+    """
+    limit: int | None = _read(folder)["limit"]
+    return limit
+
+
+def refuse_another_array(folder: Path, elements: Sequence[Element]) -> None:
+    """Refuse a folder that holds a run, or an array of other elements.
+
+    Raises:
+        RunDirError: As `array_elements` too.
+    """
+    held = "a run" if RunDir(folder).run_facts.exists() else "another array"
+    if held == "a run" or array_elements(folder) not in ([], list(elements)):
+        raise RunDirError(
+            f"holds {held}", where=str(folder), remedy="choose another folder with --run-dir"
+        )
+
+
+def write_array(folder: Path, elements: Sequence[Element], limit: int | None) -> None:
+    """Write an array's list of runs.
+
+    Raises:
+        RunDirError: Where it cannot be written.
+    """
+    text = json.dumps({"elements": list(elements), "limit": limit}, indent=2) + "\n"
+    write_text_atomic(folder / ARRAY_FILE, text)
+
+
+def _read(folder: Path) -> dict[str, Any]:
     file = folder / ARRAY_FILE
     try:
-        elements = json.loads(file.read_text(encoding="utf-8"))["elements"]
-        if not all(isinstance(element["run_dir"], str) for element in elements):
-            raise TypeError("run_dir must be a text")
+        read = json.loads(file.read_text(encoding="utf-8"))
+        for element in read["elements"]:
+            if Path(element["run_dir"]).name != element["run_dir"]:
+                raise ValueError(f"{element['run_dir']!r} is no folder in it")
+            if not all(isinstance(setting, str) for setting in element["settings"]):
+                raise ValueError("settings must be texts")
+        limit = read.get("limit")
+        return {"elements": read["elements"], "limit": None if limit is None else int(limit)}
     except FileNotFoundError:
-        return []
+        return {"elements": [], "limit": None}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunDirError(
             f"is no list of an array's runs: {error}", where=str(file), remedy="submit it anew"
         ) from error
-    return list(elements)
 
 
-def make_array(folder: Path, elements: Sequence[Element], limit: int | None) -> None:
-    """Make an array's folder with its list of runs, or see that it is there.
-
-    Raises:
-        RunDirError: Where another array is, or the folder cannot be made.
-    """
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunDirError(f"cannot be made: {error.strerror}", where=str(folder)) from error
-    file = folder / ARRAY_FILE
-    if file.exists() and array_elements(folder) != list(elements):
-        raise RunDirError(
-            "holds another array", where=str(folder), remedy="choose another folder with --run-dir"
+def _values(text: str) -> list[str]:
+    values = text.split(",")
+    if not all(values) or re.search(r"[][{}\"']", text):
+        raise RecipeError(
+            f"cannot tell the values of {text!r} apart",
+            where="--array",
+            remedy="write train.seed=1,2,3, or a YAML file of lists for any other value",
         )
-    text = json.dumps({"elements": list(elements), "limit": limit}, indent=2) + "\n"
-    write_text_atomic(file, text)
+    return values
 
 
 def _grid_file(path: str) -> dict[str, list[str]]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+    if not Path(path).is_file():
         raise RecipeError(
-            f"{path!r} is neither key=v1,v2,... nor a file that can be read",
+            f"{path!r} is neither key=v1,v2,... nor a file",
             where="--array",
             remedy="write it like train.seed=1,2,3",
-        ) from error
-    raw = parse_yaml(text, where=path)
-    if not isinstance(raw, dict) or not all(isinstance(v, list) and v for v in raw.values()):
-        raise RecipeError(
-            "is no mapping of keys to lists", where=path, remedy="write train.seed: [1, 2, 3]"
         )
+    remedy = "write train.seed: [1, 2, 3]"
+    raw = read_mapping(path, remedy=remedy)
+    if not all(isinstance(values, list) and values for values in raw.values()):
+        raise RecipeError("is no mapping of keys to lists", where=path, remedy=remedy)
     return {key: [json.dumps(value) for value in values] for key, values in raw.items()}

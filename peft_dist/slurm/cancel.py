@@ -9,7 +9,7 @@ from peft_dist.files import replace_file
 from peft_dist.run_dir import RunDir
 from peft_dist.slurm import client, jobs
 from peft_dist.slurm.lead import lead_s
-from peft_dist.slurm.states import is_live, is_over, job_states
+from peft_dist.slurm.states import JobState, is_live, is_over, job_states
 
 LOOK_EVERY_S = 1.0
 LEAST_WAIT_S = 120
@@ -31,42 +31,47 @@ def cancel(folders: Sequence[Path], *, now: bool, tell: Callable[[str], None]) -
         RunDirError: Where none of them has a job.
         SlurmError: Where Slurm cannot be asked or refuses.
     """
-    newest = {folder: job for folder in folders if (job := jobs.newest_job(folder)) is not None}
-    if not newest:
+    wanted = {folder: jobs.candidates(folder, jobs.events(folder)) for folder in folders}
+    if not any(wanted.values()):
         raise RunDirError(
             "has no Slurm job",
             where=str(folders[0]),
             remedy="press Ctrl-C where it runs, or send SIGTERM to its processes",
         )
-    for folder in newest:
-        # Whatever is queued of it from here on ends as soon as it starts.
-        replace_file(folder / "slurm" / "cancelled", f"{int(time.time())}\n")
-        successor = folder / "slurm" / "successor"
-        if successor.exists():
-            client.scancel(
-                [successor.read_text(encoding="utf-8").strip()], options=["--state=PENDING"]
-            )
-    states = job_states(list(newest.values()))
-    live = {folder: job for folder, job in newest.items() if not is_over(states[job].state)}
-    running = [job for job in live.values() if states[job].state == "RUNNING"]
-    waiting = [job for job in live.values() if job not in running]
-    if waiting or (now and running):
-        client.scancel(waiting + (running if now else []))
+    for folder, names in wanted.items():
+        if names:  # whatever is queued of it from here on ends as soon as it starts
+            replace_file(folder / "slurm" / "cancelled", f"{int(time.time())}\n")
+    states = job_states([job for names in wanted.values() for job in names])
+    live = [job for job, state in states.items() if is_live(state.state)]
+    running = [job for job in live if states[job].state == "RUNNING"]
+    ended_now = live if now else [job for job in live if job not in running]
+    if ended_now:
+        client.scancel(ended_now)
     if running and not now:
         client.scancel(running, options=["--signal=USR1"])
         tell(f"job {' '.join(running)}: told to save and end")
-    wait_s = max([LEAST_WAIT_S, *(lead_s(RunDir(folder).ledger, 0) for folder in live)])
+    wait_s = max([LEAST_WAIT_S, *(lead_s(RunDir(folder).ledger, 0) for folder in wanted)])
     deadline = time.monotonic() + wait_s
-    while left := _live(list(live.values())):
+    while live and (left := _live(live)):
         if time.monotonic() > deadline:
             tell(f"job {' '.join(left)}: not over after {wait_s} s; ended by Slurm")
             client.scancel(left)
             break
         time.sleep(LOOK_EVERY_S)
-    for folder, job in newest.items():
-        step = RunDir(folder).newest_step()
-        over = "cancelled" if folder in live else "was over already"
-        tell(f"job {job}: {over}; `peft-dist resume {folder}` goes on after step {step}")
+    for folder, names in wanted.items():
+        for job in names:
+            tell(f"job {job}: {_outcome(states[job], was_live=job in live)}")
+        if names:
+            step = RunDir(folder).newest_step()
+            tell(f"{folder}: `peft-dist resume {folder}` goes on after step {step}")
+
+
+def _outcome(state: JobState, *, was_live: bool) -> str:
+    if was_live:
+        return "cancelled"
+    if is_over(state.state):
+        return "was over already"
+    return f"cannot tell whether it is over: {state.reason}"
 
 
 def _live(wanted: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft_dist.errors import SlurmError
+from peft_dist.liveness import AFTER_JOB
 
 
 def run_slurm(
@@ -88,5 +89,5 @@ def submitting_environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SBATCH_"))
+        if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SBATCH_", AFTER_JOB))
     }

@@ -49,6 +49,12 @@ def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) ->
         action="store_true",
         help="print the scripts and the command; make and submit nothing",
     )
+    cluster = command("cluster", _probe, "write a first cluster file from what Slurm says")
+    actions = cluster.add_subparsers(metavar="probe", required=True)
+    text = "ask sinfo and scontrol, and print a cluster file"
+    probe = actions.add_parser("probe", help=text, description=text, allow_abbrev=False)
+    probe.add_argument("--partition", metavar="NAME", help="partition (default: Slurm's own)")
+    probe.add_argument("--out", metavar="FILE", help="file to make; none is overwritten")
     cancel = command("cancel", _cancel, "end a run's job, after a checkpoint")
     cancel.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder that submit made")
     cancel.add_argument("--now", action="store_true", help="without a checkpoint")
@@ -108,6 +114,12 @@ def _hand_over(request: Any, *, dry_run: bool = False, by: str, **options: Any) 
     job = submit(submission, command=sys.argv, by=by, **options)
     print(f"job {job}: {request.folder}; `peft-dist status {request.folder}` shows how it is")
     return EXIT_DONE
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from peft_dist.slurm.probe import probe_here
+
+    return probe_here(arguments.partition, Path(arguments.out) if arguments.out else None)
 
 
 def _cancel(arguments: argparse.Namespace) -> int:

@@ -57,6 +57,9 @@ def record(run_path: Path, event: Event) -> None:
 def events(run_path: Path) -> list[Event]:
     """Return all events, the oldest first; lines that are none, such as a half one, are left out.
 
+    So is what a start of a job wrote after another one had begun: a node that was given up may
+    live on.
+
     Raises:
         RunDirError: Where the file is there and cannot be read.
     """
@@ -69,7 +72,15 @@ def events(run_path: Path) -> list[Event]:
         raise RunDirError(
             f"cannot be read: {error.strerror}", where=str(path), remedy="mend its permissions"
         ) from error
-    return [event for line in lines if (event := _parse(line)) is not None]
+    found: list[Event] = []
+    current = None
+    for event in (event for line in lines if (event := _parse(line)) is not None):
+        start = (event["job"], event.get("restart"))
+        if event["event"] == "started":
+            current = start
+        if event["event"] in ("submitted", "started") or current in (None, start):
+            found.append(event)
+    return found
 
 
 def newest_job(run_path: Path) -> str | None:
@@ -116,6 +127,19 @@ def _parse(line: bytes) -> Event | None:
         return None
     fits = isinstance(event.get("event"), str) and isinstance(event.get("job"), str)
     return event if fits else None
+
+
+def newest_logs(run_path: Path, history: Sequence[Event]) -> Path | None:
+    """Return the folder of what the newest start of a job left beside its logs.
+
+    Args:
+        run_path: The run directory.
+        history: Its `events`.
+    """
+    starts = [event for event in history if event["event"] == "started"]
+    if not starts:
+        return None
+    return run_path / "logs" / f"{starts[-1]['job']}-{starts[-1].get('restart', 0)}"
 
 
 def this_job() -> str:

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from peft_dist.errors import EXIT_DONE, RunDirError
 from peft_dist.output import say
-from peft_dist.run_dir import RunDir
-from peft_dist.slurm.arrays import ARRAY_FILE
+from peft_dist.run_dir import ARRAY_FILE, RunDir
 from peft_dist.slurm.jobs import newest_job
 from peft_dist.slurm.run_view import CRASHED, NOT_STARTED, read_run, view
 from peft_dist.slurm.states import UNKNOWN, is_live, job_states

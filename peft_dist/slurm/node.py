@@ -1,14 +1,14 @@
 """One node's part of a job: check the node, run its launcher, and say what comes of the run.
 
 `node.sh` starts it on every node. The first one, the head, decides for all and leaves its decision
-in the run directory, where the batch script reads it. Imports no torch.
+beside the logs of this start, where the batch script reads it. Imports no torch.
 """
 
 import argparse
+import math
 import os
 import signal
 import socket
-import stat
 import sys
 import threading
 import time
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_dist.attempts import end_for, latest
+from peft_dist import liveness
+from peft_dist.attempts import end_for, latest, records
 from peft_dist.errors import (
     ERROR_PREFIX,
     EXIT_CRASHED,
@@ -31,19 +32,27 @@ from peft_dist.files import replace_file
 from peft_dist.launch.local import Ended, run_launcher
 from peft_dist.output import RANK_LOGS, say
 from peft_dist.run_dir import LAUNCHED_AT, RunDir, Verdict, error_in_log
-from peft_dist.slurm import jobs
+from peft_dist.slurm import jobs, out_of_memory
 from peft_dist.slurm.checks import PORT_TAKEN, Report
 from peft_dist.slurm.lead import lead_s
+from peft_dist.slurm.peers import Peers
+from peft_dist.slurm.secret_file import read_secrets
 
 DECISION_WAIT_S = 60.0
 """How long other nodes wait for the head's decision before they end on their own."""
-LOOK_EVERY_S = 10.0
-"""Seconds between two looks at how much of the job's time is left."""
+LOOK_EVERY_S = 5.0
+"""Seconds between two looks at how much time is left, and whether the run is cancelled."""
+
+
+OUT_OF_MEMORY = "ran out of the memory it had asked for"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What comes of the run: `done`, `stop`, `again`, `again-without` or `port-taken`."""
+    """What comes of the run.
+
+    One of `done`, `stop`, `again`, `again-without`, `port-taken` and `superseded`.
+    """
 
     word: str
     reason: str = ""
@@ -104,7 +113,8 @@ class Node:
         self.port = int(os.environ["PEFT_DIST_PORT"])
         self.name = os.environ.get("SLURMD_NODENAME", self.hosts[self.index])
         self.log = Path(os.environ["PEFT_DIST_LOGS"]) / f"{self.name}.log"
-        self.decision_file = options.run_dir / "slurm" / "decision"
+        self.decision_file = self.log.with_name("decision")
+        self.peers = Peers(self.log.parent, name=self.name, nonce=os.environ["PEFT_DIST_NONCE"])
 
     @property
     def is_head(self) -> bool:
@@ -117,7 +127,7 @@ class Node:
         environment = {
             LAUNCHED_AT: repr(time.time()),
             RANK_LOGS: str(self.log.with_suffix("")),
-            **_secrets(self.options.secrets),
+            **({} if self.options.secrets is None else read_secrets(self.options.secrets)),
         }
         verdict_before = run.verdict()
         log_start = self.log.stat().st_size if self.log.exists() else 0
@@ -128,14 +138,26 @@ class Node:
             if failed is not None:
                 return failed
         if self.is_head:
-            threading.Thread(target=_watch_the_clock, args=(run,), daemon=True).start()
-        ended = run_launcher(self.launcher, environment=environment, error_log=None)
-        return self._judge(run, ended, verdict_before, error_in_log(self.log, log_start))
+            threading.Thread(target=_watch, args=(run,), daemon=True).start()
+        ended = run_launcher(
+            self.launcher,
+            environment=environment,
+            error_log=None,
+            is_lost=self.peers.have_lost_one,
+        )
+        failure = None
+        if ended.signal_name is None and ended.code != EXIT_DONE:
+            failure = self.peers.lost or self._failure()
+            self.peers.say_failed(failure)
+        told = error_in_log(self.log, log_start)
+        return self._judge(run, ended, verdict_before, told=told, failure=failure)
 
     def tell(self, decision: Decision) -> int:
         """Leave the head's decision for all; return this node's exit code."""
         if self.is_head:
-            if decision.word != "port-taken":
+            if self._is_superseded():
+                decision = Decision("superseded", "the run is another start's", EXIT_DO_NOT_RETRY)
+            elif decision.word != "port-taken":
                 jobs.record(self.run.path, self._event(decision))
             replace_file(self.decision_file, f"{decision}\n")
             say(f"peft-dist: {decision}")
@@ -145,6 +167,13 @@ class Node:
         while not self.decision_file.exists() and time.monotonic() < deadline:
             time.sleep(0.2)
         return EXIT_DONE if self.decision_file.exists() else decision.exit_code
+
+    def _is_superseded(self) -> bool:
+        """Say whether another start has taken over the run that this one had."""
+        own = liveness.slurm_job()
+        history = records(self.run.attempts)
+        of_ours = [own.items() <= record.items() for record in history]
+        return any(of_ours) and not of_ours[-1]
 
     def _event(self, decision: Decision) -> dict[str, Any]:
         return {
@@ -185,15 +214,27 @@ class Node:
 
     def _exclude(self, bad: Sequence[str]) -> list[str]:
         """Remember bad nodes for every later start; return all that are known."""
-        file = self.decision_file.with_name("excluded")
+        file = self.run.path / "slurm" / "excluded"
         known = file.read_text(encoding="utf-8").split() if file.exists() else []
         everyone = sorted({*known, *bad})
         if self.is_head:
             replace_file(file, "".join(f"{name}\n" for name in everyone))
         return everyone
 
+    def _failure(self) -> str:
+        """Return in a few words how this node's launcher has failed."""
+        if out_of_memory.kills():
+            return f"{self.name} {OUT_OF_MEMORY} (raise memory_per_node in the cluster file)"
+        return f"{self.name} crashed"
+
     def _judge(
-        self, run: RunDir, ended: Ended, verdict_before: Verdict | None, told: str | None
+        self,
+        run: RunDir,
+        ended: Ended,
+        verdict_before: Verdict | None,
+        *,
+        told: str | None,
+        failure: str | None,
     ) -> Decision:
         if run.is_finished:
             return Decision("done", exit_code=EXIT_DONE)
@@ -206,80 +247,69 @@ class Node:
             end_for(run.attempts, "interrupted", signal=ended.signal_name)
         if (run.path / "slurm" / "cancelled").exists():
             return Decision("stop", "cancelled by its user", EXIT_INTERRUPTED)
-        interrupted = ended.signal_name is not None or run.was_interrupted
+        step = run.newest_step()
+        interrupted = failure is None or run.was_interrupted
         reason = (
-            f"stopped by {ended.signal_name or 'a signal'} after step {run.newest_step()}"
+            f"stopped by {ended.signal_name or 'a signal'} after step {step}"
             if interrupted
-            else f"crashed; goes on after step {run.newest_step()}"
+            else f"{failure}; goes on after step {step}"
         )
         limits = Limits(self.options.max_starts, self.options.max_starts_without_progress)
-        problem = too_many_starts(run, limits)
+        problem = too_many_starts(run, limits, reason)
         if problem is not None:
             return Decision("stop", f"{problem}; last: {reason}", EXIT_DO_NOT_RETRY)
         return Decision("again", reason, EXIT_INTERRUPTED if interrupted else EXIT_CRASHED)
 
 
-def too_many_starts(run: RunDir, limits: Limits) -> str | None:
+def too_many_starts(run: RunDir, limits: Limits, reason: str) -> str | None:
     """Return in one line why a run is not started once more, or None where it is.
 
     Starts before a person last submitted the run do not count.
+
+    Args:
+        run: The run.
+        limits: What the cluster file allows.
+        reason: Why the present start has ended.
     """
-    steps: list[int] = []
+    ends: list[tuple[int, str]] = []
     for event in jobs.events(run.path):
-        if event.get("event") == "submitted" and event.get("by") != "job.sbatch":
-            steps = []
-        elif event.get("event") == "decided":
-            steps.append(event["step"])
-    step = run.newest_step()
-    if len(steps) + 1 >= limits.starts:
+        if event["event"] == "submitted":
+            ends = []
+        elif event["event"] == "decided":
+            ends.append((event["step"], event["reason"]))
+    ends.append((run.newest_step(), reason))
+    if len(ends) >= limits.starts:
         return f"{limits.starts} starts are all that the cluster file's requeue.max_starts allows"
-    if steps[-limits.without_progress :] == [step] * limits.without_progress:
+    out_of_memory_at = [step for step, told in ends[-2:] if OUT_OF_MEMORY in told]
+    if len(out_of_memory_at) == 2 and len(set(out_of_memory_at)) == 1:
+        return f"out of memory twice after step {out_of_memory_at[0]}"
+    steps = [step for step, _ in ends[-limits.without_progress :]]
+    if len(steps) == limits.without_progress and len(set(steps)) == 1:
         return (
-            f"no progress in {limits.without_progress} starts: each ended at step {step}"
+            f"no progress in {limits.without_progress} starts: each ended at step {steps[0]}"
             " (is the time limit too short?)"
         )
     return None
 
 
-def _watch_the_clock(run: RunDir) -> None:
-    """Tell this process to save while there is still time, however long saving has come to take."""
-    end = os.environ.get("SLURM_JOB_END_TIME", "")
-    if not end.isdecimal():
-        return  # an older Slurm; its own --signal comes in any case
-    while (left_s := int(end) - time.time()) > lead_s(run.ledger, least_s=0):
-        time.sleep(max(LOOK_EVERY_S, left_s / 20))
+def _watch(run: RunDir) -> None:
+    """Have this process save while there is still time, and when its user has cancelled the run.
+
+    Slurm's own signals reach only a step that has begun, and know nothing of how long a save takes.
+    """
+    end = os.environ.get("SLURM_JOB_END_TIME", "")  # since Slurm 22.05
+    end_s = int(end) if end.isdecimal() else math.inf
+    save_at_s = read_again_s = 0.0
+    while not (run.path / "slurm" / "cancelled").exists():
+        now = time.time()
+        if now >= read_again_s:  # a long ledger takes a while to read
+            save_at_s = end_s - lead_s(run.ledger, least_s=0)
+            read_again_s = now + (save_at_s - now) / 20
+        if now >= save_at_s:
+            break
+        time.sleep(LOOK_EVERY_S)
     if (latest(run.attempts) or {}).get("outcome") is None:
         os.kill(os.getpid(), signal.SIGUSR1)
-
-
-def _secrets(file: Path | None) -> dict[str, str]:
-    """Return the variables of a file that nobody else can read.
-
-    Raises:
-        PeftDistError: For a file that is missing, open to others, or no list of NAME=value.
-    """
-    if file is None:
-        return {}
-    try:
-        status = file.stat()
-        if stat.S_IMODE(status.st_mode) & 0o077 or status.st_uid != os.getuid():
-            raise PeftDistError(
-                f"{file} can be read by others", where="secrets_file", remedy=f"chmod 600 {file}"
-            )
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PeftDistError(f"{file} cannot be read: {error}", where="secrets_file") from error
-    found = {}
-    for number, line in enumerate(lines, start=1):
-        name, equals, value = line.partition("=")
-        if not line.strip() or line.startswith("#"):
-            continue
-        if not equals or not name.isidentifier():
-            raise PeftDistError(
-                "is not NAME=value", where=f"{file}:{number}", remedy="write one per line"
-            )  # never the line itself
-        found[name] = value.strip()
-    return found
 
 
 def _is_free(host: str, port: int) -> bool:

@@ -1,36 +1,30 @@
 """Write the two scripts of a job: `job.sbatch` for its first node, `node.sh` for each.
 
-Pure: the same job gives the same bytes. Nothing reaches a script but through a filter that quotes
-it or refuses it; the set-up lines of the cluster file alone are shell text.
+Pure: the same job gives the same bytes. `template` quotes what gets in or refuses it.
 """
 
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from peft_dist import __version__, resources
-from peft_dist.config.cluster import Cluster, duration_text
+from peft_dist import __version__
+from peft_dist.config.cluster import Cluster, Container
+from peft_dist.config.duration import duration_text
 from peft_dist.errors import ClusterError
 from peft_dist.launch.command import Meeting, launch_environment, worker_command
 from peft_dist.launch.placement import Placement
+from peft_dist.slurm.template import fill
 
 JOB_SCRIPT = "job.sbatch"
 NODE_SCRIPT = "node.sh"
-PASSED_ON = (
-    "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "HOME", "LANG", "LC_ALL", "LOGNAME", "MODULEPATH",
-    "PATH", "PEFT_DIST_AFTER", "PEFT_DIST_CACHE", "SHELL", "USER", "WANDB_API_KEY",
-)  # fmt: skip
-"""What a job takes along from the shell that submits it; the cluster file names everything else."""
 MEETING = Meeting(
     node="$SLURM_NODEID", host="$PEFT_DIST_HEAD", port="$PEFT_DIST_PORT", settings="$rendezvous"
 )
-VARIABLES = {MEETING.node, MEETING.host, MEETING.port, MEETING.settings}
-"""Arguments that each node fills in; every other one is text."""
+SHARE = Path("$share")
+"""Where `launch/` is for the interpreter on the nodes: it may be another one's, or an image's."""
+FIND_SHARE = "from peft_dist import resources; print(resources.root())"
 
 
 @dataclass(frozen=True)
@@ -70,13 +64,13 @@ def render_job(job: Job) -> str:
     container = job.cluster.container
     srun_options = []
     if container is not None and container.runtime == "pyxis":
-        mounts = [_mount(folder) for folder in (*container.mounts, str(job.folder))]
         srun_options = [
             ("container-image", container.image),
-            ("container-mounts", ",".join(mounts)),
+            ("container-mounts", ",".join(_mounts(job, container))),
         ]
-    return _render(
+    return fill(
         "job.sbatch.j2",
+        version=__version__,
         directives=_directives(job),
         array_root=str(job.folder) if job.array else None,
         run=str(job.folder),
@@ -100,29 +94,35 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
     """
     cluster, placement = job.cluster, job.placement
     environment = {
-        **launch_environment(placement, {"OMP_NUM_THREADS": ""}),
+        **launch_environment(placement, {"OMP_NUM_THREADS": ""}),  # each node counts its CPUs
         **_interfaces(cluster),
-        **cluster.environment,
+        # What is installed in a home must not hide what is in the image.
+        **({} if cluster.container is None else {"PYTHONNOUSERSITE": "1"}),
+        **{name: str(value) for name, value in cluster.environment.items()},
     }
     launcher = worker_command(
         placement,
         "train.py",
         [str(run_dir / "recipe.yaml")],
         python=cluster.interpreter,
+        root=SHARE,
         max_restarts=job.max_restarts,
         meeting=MEETING if placement.nodes > 1 else None,
     )
     stage = None
     if cluster.stage is not None and model is not None:
-        stage = [cluster.interpreter, "-m", "peft_dist.slurm.stage", model, cluster.stage.folder]
-    return _render(
+        stage = ["-m", "peft_dist.slurm.stage", model, cluster.stage.folder]
+    return fill(
         "node.sh.j2",
+        version=__version__,
         setup=cluster.setup,
         environment=sorted(environment.items()),
         processes_per_node=placement.processes_per_node,
         several_nodes=placement.nodes > 1,
+        python=[*_container(job), cluster.interpreter],
+        find_share=FIND_SHARE,
         stage=stage,
-        supervisor=[*_container(job), *_supervisor(job, run_dir)],
+        supervisor=_supervisor(job, run_dir),
         launcher=launcher,
     )
 
@@ -148,7 +148,9 @@ def _directives(job: Job) -> list[tuple[str, str | None]]:
         ("dependency", "singleton" if job.singleton else None),
         ("open-mode", "append"),
         ("output", _log_path(job)),
-        ("export", ",".join(PASSED_ON)),
+        # A list of names would have Slurm run the user's profile on the node as well, and hold the
+        # job where that is slow: "user env retrieval failed requeued held".
+        ("export", "ALL"),
     ]
     flags = ["requeue" if cluster.requeue.allowed else "no-requeue"]
     if cluster.exclusive:
@@ -176,17 +178,38 @@ def _interfaces(cluster: Cluster) -> dict[str, str]:
 
 
 def _container(job: Job) -> list[str]:
+    """Return what a node puts before a command that runs in the image."""
     container = job.cluster.container
     if container is None or container.runtime != "apptainer":
         return []
-    mounts = [word for folder in container.mounts for word in ("--bind", folder)]
+    mounts = [word for mount in _mounts(job, container) for word in ("--bind", mount)]
     gpus = ["--nv"] if job.placement.on_gpu else []
-    return ["apptainer", "exec", *gpus, *mounts, "--bind", str(job.folder), container.image]
+    return ["apptainer", "exec", *gpus, *mounts, container.image]
+
+
+def _mounts(job: Job, container: Container) -> list[str]:
+    """Return what the image sees of the node, as OUTSIDE:INSIDE or OUTSIDE:INSIDE:MODE."""
+    mounts = []
+    for mount in container.mounts:
+        folder, *rest = mount.split(":")
+        inside = [] if rest and rest[0].startswith("/") else [folder]
+        mounts.append(":".join([folder, *inside, *rest]))
+    own = {"--run-dir": str(job.folder), "secrets_file": job.cluster.secrets_file}
+    for where, path in own.items():
+        if path is not None and re.search("[:,]", path):
+            raise ClusterError(
+                f"{path!r} cannot be seen in a container",
+                where=where,
+                remedy="choose a name without : and ,",
+            )
+        if path is not None:
+            mounts.append(f"{path}:{path}")
+    return mounts
 
 
 def _supervisor(job: Job, run_dir: Path) -> list[str]:
     cluster = job.cluster
-    words = [cluster.interpreter, "-m", "peft_dist.slurm.node", "--run-dir", str(run_dir)]
+    words = ["-m", "peft_dist.slurm.node", "--run-dir", str(run_dir)]
     words += ["--max-starts", str(cluster.requeue.max_starts)]
     limit = cluster.requeue.max_starts_without_progress
     words += ["--max-starts-without-progress", str(limit)]
@@ -194,95 +217,12 @@ def _supervisor(job: Job, run_dir: Path) -> list[str]:
         words += ["--secrets", cluster.secrets_file]
     if cluster.preflight.enabled:
         words += ["--devices", str(cluster.gpus_per_node)]
-        words += ["--preflight-timeout-s", f"{cluster.preflight.timeout_s:g}"]
-        words += ["--min-free-gb", f"{cluster.preflight.min_free_gb:g}"]
-        words += ["--max-clock-offset-s", f"{cluster.preflight.max_clock_offset_s:g}"]
+        words += ["--preflight-timeout-s", f"{cluster.preflight.timeout_s:.12g}"]
+        words += ["--min-free-gb", f"{cluster.preflight.min_free_gb:.12g}"]
+        words += ["--max-clock-offset-s", f"{cluster.preflight.max_clock_offset_s:.12g}"]
     else:
         words += ["--no-preflight"]
     return words
-
-
-def _mount(folder: str) -> str:
-    return folder if ":" in folder else f"{folder}:{folder}"
-
-
-class _Safe(str):
-    """Text that has passed a filter."""
-
-    __slots__ = ()
-
-
-def _render(template: str, **values: Any) -> str:
-    templates = resources.root() / "slurm" / "templates"
-    environment = Environment(
-        loader=FileSystemLoader(templates),
-        undefined=StrictUndefined,
-        autoescape=False,  # no HTML; `_only_safe` sees that everything is quoted for the shell
-        finalize=_only_safe,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        comment_start_string="<#",  # for {# is bash's
-        comment_end_string="#>",
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(
-        command=_command,
-        comment=lambda text: _Safe(_printable(text)),
-        directive=_directive,
-        lines=lambda text: _Safe(text.strip("\n")),
-        number=lambda number: _Safe(int(number)),
-        sh=_shell,
-        word=_word,
-    )
-    return environment.get_template(template).render(version=__version__, **values)
-
-
-def _only_safe(value: Any) -> Any:
-    # What stands in a template itself comes as plain text too, and is no output of an expression.
-    assert isinstance(value, _Safe), f"{value!r} is put into a script unquoted"
-    return value
-
-
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise ClusterError(
-            f"{text!r} holds a control character",
-            where="job script",
-            remedy="choose names without it",
-        )
-    return text
-
-
-def _shell(text: str) -> _Safe:
-    return _Safe(shlex.quote(_printable(text)))
-
-
-def _command(words: Sequence[str]) -> _Safe:
-    """Quote an argv, a line for each option."""
-    quoted = [f'"{word}"' if word in VARIABLES else _shell(word) for word in words]
-    starts_line = [word.startswith("--") or word.endswith(".py") for word in words]
-    return _Safe(
-        "".join(
-            (" \\\n  " if starts else " ") + text
-            for text, starts in zip(quoted, starts_line, strict=True)
-        ).lstrip()
-    )
-
-
-def _word(text: str) -> _Safe:
-    assert re.fullmatch(r"[A-Za-z0-9_.-]+", text), text
-    return _Safe(text)
-
-
-def _directive(text: str) -> _Safe:
-    """Quote a value as sbatch reads it: double quotes, in which a backslash escapes."""
-    if "\\" in _printable(text):  # Slurm takes one in a path as "expand no %"
-        raise ClusterError(
-            f"{text!r} holds a backslash", where="job script", remedy="choose a name without it"
-        )
-    if re.fullmatch(r"[A-Za-z0-9_.,:@%/+=-]+", text):
-        return _Safe(text)
-    return _Safe('"' + text.replace('"', '\\"') + '"')
 
 
 def scripts(job: Job, runs: Sequence[tuple[Path, str | None]]) -> dict[Path, str]:

@@ -7,7 +7,7 @@ Asks Slurm nothing itself, and writes nothing.
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from peft_dist.crash_loop import LOST_PEER, crash_notes
 from peft_dist.errors import RunDirError
 from peft_dist.liveness import is_alive
 from peft_dist.run_dir import RunDir
-from peft_dist.slurm.jobs import Event, candidates, events
+from peft_dist.slurm.jobs import Event, candidates, events, newest_logs
 from peft_dist.slurm.standing import Standing, read_tail, standing
 from peft_dist.slurm.states import UNKNOWN, JobState, is_live, is_over
 
@@ -49,6 +49,8 @@ class RunView:
     step: int | None
     steps: int | None
     loss: float | None
+    tokens_per_s: float | None
+    """Of its last step; None where nothing is at work."""
     eta_s: float | None
     heartbeat_s: float | None
     """Age of the last sign of life."""
@@ -90,8 +92,7 @@ def read_run(path: Path) -> Reading:
     # The ledger's end may lie long after its start.
     known = [attempt["steps"] for attempt in attempts if type(attempt.get("steps")) is int]
     steps = known[-1] if known else found.steps
-    where = Standing(found.step, steps, found.loss, found.step_s)
-    return Reading(run, history, record, where, jobs)
+    return Reading(run, history, record, replace(found, steps=steps), jobs)
 
 
 def view(reading: Reading, answers: Mapping[str, JobState], *, name: str, now: float) -> RunView:
@@ -122,6 +123,7 @@ def view(reading: Reading, answers: Mapping[str, JobState], *, name: str, now: f
         step=found.step,
         steps=found.steps,
         loss=found.loss,
+        tokens_per_s=found.tokens_per_s if state == "RUNNING" else None,
         eta_s=_left_s(found) if state == "RUNNING" else None,
         heartbeat_s=heartbeat_s,
         cause=cause,
@@ -258,9 +260,9 @@ def _decision(reading: Reading) -> str:
     by_person = newest.get("event") == "submitted" and newest.get("by") in ("submit", "resume")
     if by_person or newest.get("event") == "started":
         return ""
+    logs = newest_logs(reading.run.path, reading.history)
     with suppress(OSError):
-        file = reading.run.path / "slurm" / "decision"
-        text = file.read_text(encoding="utf-8", errors="replace")
+        text = "" if logs is None else (logs / "decision").read_text(errors="replace")
         word, _, reason = " ".join(text.split()).partition(" ")
         if word == "again-without":
             nodes, _, reason = reason.partition(" ")

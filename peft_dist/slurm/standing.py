@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 TAIL_BYTES = 65_536
-"""How much of a ledger's end is read: some hundred steps."""
+"""How much of a ledger's end is read: some hundred steps; of a thousand processes, a few."""
 RECENT_STEPS = 50
 """Over so many steps the time of one is taken, evaluations and saves between them included."""
 
@@ -26,6 +26,9 @@ class Standing:
     steps: int | None = None
     """Steps of the whole run."""
     loss: float | None = None
+    """Of the last step, as its record has it."""
+    tokens_per_s: float | None = None
+    """Likewise."""
     step_s: float | None = None
     """Seconds that a step takes of late."""
 
@@ -46,7 +49,7 @@ def read_tail(path: Path, limit: int = TAIL_BYTES) -> list[Record]:
 
 def standing(records: Sequence[Record]) -> Standing:
     """Return where the newest attempt among these records stands."""
-    step = steps = loss = None
+    step = steps = loss = tokens_per_s = None
     attempt = 0
     rows: list[list[float]] = [[]]  # of steps done one after another: seconds since their attempt
     for record in records:
@@ -61,9 +64,10 @@ def standing(records: Sequence[Record]) -> Standing:
         if event == "step":
             rows[-1].append(record["at_s"])
             loss = _number(record.get("loss"))
+            tokens_per_s = _number(record.get("tokens_per_s"))
         if event in ("start", "step", "rollback"):
             step = record.get("back_to", record["step"])
-    return Standing(step, steps, loss, _step_s(rows))
+    return Standing(step, steps, loss, tokens_per_s, _step_s(rows))
 
 
 def _step_s(rows: Sequence[Sequence[float]]) -> float | None:

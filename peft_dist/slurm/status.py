@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_dist.errors import EXIT_DONE
-from peft_dist.run_dir import RunDir
-from peft_dist.slurm.arrays import ARRAY_FILE, array_elements
+from peft_dist.run_dir import ARRAY_FILE, RunDir
+from peft_dist.slurm.arrays import array_elements
 from peft_dist.slurm.run_view import Reading, RunView, read_run, result_of, view
 from peft_dist.slurm.states import JobState, job_states
 from peft_dist.slurm.table import ArrayView, render

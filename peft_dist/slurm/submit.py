@@ -1,9 +1,9 @@
 """Hand a run, or an array of runs, to Slurm; everything is checked before anything is made.
 
-Decides what is submitted; `render` writes it, `client` speaks to Slurm. Runs nothing itself.
+Decides what is submitted; `refusals` says what cannot be, `render` writes it, `client` speaks to
+Slurm. Runs nothing itself.
 """
 
-import os
 import re
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -13,20 +13,23 @@ from typing import Any
 
 from peft_dist.attempts import refuse_if_held
 from peft_dist.config import Recipe, load_recipe
-from peft_dist.config.cluster import Cluster, duration_s, duration_text, load_cluster
-from peft_dist.config.cluster import render_cluster as cluster_text
-from peft_dist.config.derived import batch_shape
-from peft_dist.errors import ClusterError, LaunchError, RecipeError, RunDirError
+from peft_dist.config.cluster import Cluster, load_cluster, render_cluster
+from peft_dist.config.duration import duration_s, duration_text
+from peft_dist.errors import LaunchError, RecipeError, RunDirError
 from peft_dist.launch.placement import Machine, place
-from peft_dist.run_dir import RunDir, write_text_atomic
-from peft_dist.slurm import client, jobs
-from peft_dist.slurm.arrays import ARRAY_FILE, array_elements, grid, make_array
+from peft_dist.run_dir import ARRAY_FILE, RunDir, write_text_atomic
+from peft_dist.slurm import client, jobs, refusals
+from peft_dist.slurm.arrays import (
+    Element,
+    array_elements,
+    array_limit,
+    grid,
+    refuse_another_array,
+    write_array,
+)
 from peft_dist.slurm.lead import lead_s
-from peft_dist.slurm.render import JOB_SCRIPT, Array, Job, render_job, scripts
+from peft_dist.slurm.render import JOB_SCRIPT, Array, Job, scripts
 from peft_dist.slurm.states import is_live, is_over, job_states
-
-NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
-"""Folders that each node has for itself, nearly everywhere."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Request:
     """`key=v1,v2,...` or a YAML file that maps keys to lists of values; all combinations."""
     limit: int | None = None
     singleton: bool = False
-    allow_changed: Collection[str] = ()
+    elements: Sequence[Element] = ()
+    """An array that has been submitted before; each of its runs has a recipe of its own."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,9 @@ class Submission:
 
     job: Job
     runs: Sequence[Run]
+    files: Mapping[Path, str]
+    """Every script, by where it belongs."""
     warnings: Sequence[str]
-
-    @property
-    def files(self) -> dict[Path, str]:
-        """Every script, by where it belongs."""
-        return scripts(self.job, [(run.folder, _local_model(run.recipe)) for run in self.runs])
 
 
 def prepare(request: Request) -> Submission:
@@ -77,45 +78,35 @@ def prepare(request: Request) -> Submission:
         PeftDistError: For a recipe or request that cannot run on the cluster.
     """
     cluster, folder = request.cluster, request.folder.absolute()
-    settings_of_runs = grid(request.array)
-    runs = [
-        Run(
-            folder / f"{index:03d}" if settings_of_runs else folder,
-            load_recipe(request.recipe, [*request.overrides, *settings]),
-            settings,
-        )
-        for index, settings in enumerate(settings_of_runs or [()])
-    ]
+    _check_numbers(request)
+    refusals.check_folder(folder)
+    runs = _runs(request, folder)
+    recipes = [run.recipe for run in runs]
+    refusals.check_alike(recipes)
+    refusals.check_processes(cluster, request.nodes, recipes[0])
     machine = Machine(gpus=cluster.gpus_per_node, cores=cluster.cpus_of_a_node or 1)
-    placements = [
-        place(run.recipe, machine, request.nodes, per_node=cluster.processes_per_node or 0)
-        for run in runs
-    ]
-    if any(placement != placements[0] for placement in placements):
-        raise RecipeError(
-            "elements of one array differ in strategy or processes",
-            where="--array",
-            remedy="submit them one by one",
-        )
-    if request.limit is not None and not settings_of_runs:
-        raise RecipeError("is for arrays", where="--limit", remedy="give --array too")
+    per_node = cluster.processes_per_node or 0
+    placement = place(recipes[0], machine, request.nodes, per_node=per_node)
+    time_limit, time_from = _time_limit(request)
     job = Job(
         name=_job_name(folder.name),
         folder=folder,
         cluster=cluster,
-        placement=placements[0],
-        time_s=_time_limit_s(request),
+        placement=placement,
+        time_s=None if time_limit is None else duration_s(time_limit, where=time_from),
         lead_s=max(lead_s(RunDir(run.folder).ledger, cluster.signal_lead_s) for run in runs),
-        max_restarts=runs[0].recipe.parallel.max_restarts,
-        array=Array(len(runs), request.limit) if settings_of_runs else None,
+        max_restarts=recipes[0].parallel.max_restarts,
+        array=Array(len(runs), request.limit) if _is_array(request) else None,
         singleton=request.singleton,
     )
-    _check_limits(request, job)
+    refusals.check_limits(job, time_from=time_from)
+    refusals.check_cluster_files(cluster)
+    warnings = []
     for run in runs:
-        _check_shared(cluster, request.nodes, run)
-    _check_files(cluster)
-    processes = job.placement.processes
-    return Submission(job, runs, _check_batches(runs, processes))
+        warnings += refusals.check_paths(cluster, request.nodes, run.folder, run.recipe)
+        warnings += refusals.check_batch(run.recipe, placement.processes)
+    files = scripts(job, [(run.folder, refusals.local_model(run.recipe)) for run in runs])
+    return Submission(job, runs, files, list(dict.fromkeys(warnings)))
 
 
 def submit(
@@ -139,31 +130,36 @@ def submit(
         PeftDistError: Where Slurm refuses, or a run is live; then nothing has been made.
     """
     job = submission.job
-    open_runs = [index for index, run in enumerate(submission.runs) if not _is_done(run, fresh)]
-    if not open_runs:
+    wanted = {
+        index: run
+        for index, run in enumerate(submission.runs)
+        if fresh or not RunDir(run.folder).is_finished
+    }
+    if not wanted:
         raise RunDirError(
             "has finished", where=str(job.folder), remedy="start it anew with --fresh"
         )
-    refuse_if_live([run.folder for run in submission.runs])
-    client.check_script(render_job(job))
+    elements = [
+        {"run_dir": run.folder.name, "settings": [*run.settings]} for run in submission.runs
+    ]
+    script = job.folder / JOB_SCRIPT
     if job.array:
-        elements = [
-            {"run_dir": run.folder.name, "settings": list(run.settings)} for run in submission.runs
-        ]
-        make_array(job.folder, elements, job.array.limit)
-    for index in open_runs:
-        run = submission.runs[index]
+        refuse_another_array(job.folder, elements)
+    refuse_if_live([run.folder for run in wanted.values()], script)
+    client.check_script(submission.files[script])
+    for run in wanted.values():
         made = RunDir.claim(
             run.folder, run.recipe, command=command, fresh=fresh, allow_changed=allow_changed
         )
         _make_slurm_folder(made, job.cluster)
+    if job.array:
+        write_array(job.folder, elements, job.array.limit)
     job.folder.joinpath("logs").mkdir(mode=0o700, exist_ok=True)
     for path, text in submission.files.items():
-        if path.parent.is_dir():
-            write_text_atomic(path, text)
-    options = [f"--array={_elements(open_runs, job.array)}"] if job.array else []
-    job_id = client.sbatch(job.folder / JOB_SCRIPT, options)
-    for index in open_runs:
+        write_text_atomic(path, text)
+    options = [f"--array={_indexes(wanted, job.array)}"] if job.array else []
+    job_id = client.sbatch(script, options)
+    for index, run in wanted.items():
         event = {
             "event": "submitted",
             "job": f"{job_id}_{index}" if job.array else job_id,
@@ -173,7 +169,7 @@ def submit(
             "time_limit": None if job.time_s is None else duration_text(job.time_s),
             "singleton": job.singleton,
         }
-        jobs.record(submission.runs[index].folder, event)
+        jobs.record(run.folder, event)
     return job_id
 
 
@@ -195,10 +191,10 @@ def again(
         cluster: Another cluster file.
 
     Raises:
-        RunDirError: Where the folder was never submitted.
+        RunDirError: Where the folder holds no run, or was never submitted.
     """
     elements = array_elements(folder)
-    first = folder / elements[0]["run_dir"] if elements else folder
+    first = RunDir.open(folder / elements[0]["run_dir"] if elements else folder).path
     before = [event for event in jobs.events(first) if "nodes" in event and "by" in event]
     own_cluster = first / "slurm" / "cluster.yaml"
     if cluster is None and not own_cluster.is_file():
@@ -206,14 +202,17 @@ def again(
             "was not submitted to Slurm", where=str(folder), remedy="name a cluster with --cluster"
         )
     last: Mapping[str, Any] = before[-1] if before else {}
+    # Another cluster has limits of its own.
     return Request(
         recipe=str(first / "recipe.yaml"),
         overrides=overrides,
         folder=folder,
         cluster=load_cluster(cluster or own_cluster),
         nodes=nodes or int(last.get("nodes", 1)),
-        time=time_limit or last.get("time_limit"),
+        time=time_limit or (None if cluster else last.get("time_limit")),
+        limit=array_limit(folder) if elements else None,
         singleton=bool(last.get("singleton", False)),
+        elements=elements,
     )
 
 
@@ -222,15 +221,24 @@ def was_submitted(folder: Path) -> bool:
     return (folder / ARRAY_FILE).is_file() or (folder / "slurm" / "cluster.yaml").is_file()
 
 
-def refuse_if_live(folders: Sequence[Path]) -> None:
+def refuse_if_live(folders: Sequence[Path], script: Path) -> None:
     """Refuse runs that wait, run, or may do so.
+
+    Args:
+        folders: The runs.
+        script: What can be submitted by hand where nobody knows.
 
     Raises:
         RunDirError: Naming the job.
     """
-    newest = {job: folder for folder in folders if (job := jobs.newest_job(folder)) is not None}
-    states = job_states(list(newest)) if newest else {}
-    for job, folder in newest.items():
+    histories = {folder: jobs.events(folder) for folder in folders}
+    may_live = {
+        job: folder
+        for folder, history in histories.items()
+        for job in jobs.candidates(folder, history)
+    }
+    states = job_states(list(may_live)) if may_live else {}
+    for job, folder in may_live.items():
         state = states[job]
         if is_live(state.state):
             raise RunDirError(
@@ -238,125 +246,77 @@ def refuse_if_live(folders: Sequence[Path]) -> None:
                 where=str(folder),
                 remedy=f"wait for it, or `peft-dist cancel {folder}`",
             )
-        if not is_over(state.state):
+        if not is_over(state.state) and not _has_said_its_last(job, histories[folder]):
             raise RunDirError(
                 f"cannot tell whether job {job} is over: {state.reason}",
                 where=str(folder),
-                remedy="try again when Slurm answers",
+                remedy=f"try again when Slurm answers, or `sbatch {script}` where it surely is: "
+                "two jobs never train one run at once",
             )
     for folder in folders:
-        if folder not in newest.values():
+        if folder not in may_live.values():
             refuse_if_held(RunDir(folder).attempts)
+
+
+def _has_said_its_last(job: str, history: Sequence[jobs.Event]) -> bool:
+    """Say whether a job's script wrote that it ends for good; Slurm forgets jobs in minutes."""
+    own = [event for event in history if event["job"] == job]
+    return bool(own) and own[-1]["event"] == "ended" and own[-1].get("decision") != "again"
+
+
+def _check_numbers(request: Request) -> None:
+    for option, number in (("--nodes", request.nodes), ("--limit", request.limit)):
+        if number is not None and number < 1:
+            raise LaunchError(f"got {number}", where=option, remedy="must be at least 1")
+    if request.limit is not None and not _is_array(request):
+        raise RecipeError("is for arrays", where="--limit", remedy="give --array too")
+
+
+def _is_array(request: Request) -> bool:
+    return bool(request.array or request.elements)
+
+
+def _runs(request: Request, folder: Path) -> list[Run]:
+    if request.elements:
+        folders = [folder / element["run_dir"] for element in request.elements]
+        return [
+            Run(own, load_recipe(own / "recipe.yaml", request.overrides), element["settings"])
+            for own, element in zip(folders, request.elements, strict=True)
+        ]
+    if request.array:
+        return [
+            Run(
+                folder / f"{index:03d}",
+                load_recipe(request.recipe, [*request.overrides, *settings]),
+                settings,
+            )
+            for index, settings in enumerate(grid(request.array))
+        ]
+    return [Run(folder, load_recipe(request.recipe, request.overrides), ())]
+
+
+def _time_limit(request: Request) -> tuple[str | None, str]:
+    """Return the time limit, and where it was given."""
+    if request.time is not None:
+        return request.time, "--time"
+    if request.cluster.default_time is not None:
+        return request.cluster.default_time, "default_time"
+    return request.cluster.max_time, "max_time"
 
 
 def _job_name(name: str) -> str:
     """Return a name that is safe in a path, in a table and in a script."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", name)[:64] or "run"
-
-
-def _time_limit_s(request: Request) -> int | None:
-    text = request.time or request.cluster.default_time or request.cluster.max_time
-    return None if text is None else duration_s(text, where="--time" if request.time else "cluster")
-
-
-def _check_limits(request: Request, job: Job) -> None:
-    cluster = request.cluster
-    if cluster.max_nodes is not None and request.nodes > cluster.max_nodes:
-        raise LaunchError(
-            f"{request.nodes} nodes of the {cluster.max_nodes} that a job may have",
-            where="--nodes",
-            remedy="ask for fewer, or mend max_nodes in the cluster file",
-        )
-    longest = None if cluster.max_time is None else duration_s(cluster.max_time)
-    if job.time_s is not None and longest is not None and job.time_s > longest:
-        raise LaunchError(
-            f"{duration_text(job.time_s)} is more than the {cluster.max_time} a job may take",
-            where="--time",
-            remedy="ask for less: the run goes on by itself in the next job",
-        )
-    if job.time_s is not None and job.time_s <= 2 * job.lead_s:
-        raise LaunchError(
-            f"{duration_text(job.time_s)} leaves no time to train: "
-            f"saving begins {job.lead_s} s before the end",
-            where="--time",
-            remedy="ask for more, or lower signal_lead_s in the cluster file",
-        )
-
-
-def _check_shared(cluster: Cluster, nodes: int, run: Run) -> None:
-    """Refuse paths that the nodes surely do not share."""
-    recipe = run.recipe
-    paths = {
-        "--run-dir": str(run.folder),
-        "model.name": _local_model(recipe),
-        "data.train": recipe.data.train,
-        "data.eval": recipe.data.eval,
-    }
-    for field, text in paths.items():
-        if text is None or not text.startswith("/"):
-            continue
-        path = Path(os.path.realpath(text))
-        if cluster.shared:
-            if not any(path.is_relative_to(os.path.realpath(root)) for root in cluster.shared):
-                raise LaunchError(
-                    f"{text} is in none of {', '.join(cluster.shared)}",
-                    where=field,
-                    remedy="put it in one of them, or mend shared: in the cluster file",
-                )
-        elif nodes > 1 and any(path.is_relative_to(root) for root in NODE_LOCAL):
-            raise LaunchError(
-                f"{text} is on a disk that each node has for itself",
-                where=field,
-                remedy="put it elsewhere, or name it under shared: in the cluster file",
-            )
-
-
-def _check_files(cluster: Cluster) -> None:
-    """Refuse a secrets file that is open to others, before it is ever used."""
-    path = Path(cluster.secrets_file or os.devnull)
-    if path.is_file() and path.stat().st_mode & 0o077:
-        raise ClusterError(
-            f"{path} can be read by others", where="secrets_file", remedy=f"chmod 600 {path}"
-        )
-
-
-def _check_batches(runs: Sequence[Run], processes: int) -> list[str]:
-    """Refuse steps with fewer rows than processes; return what is only worth a word."""
-    warnings = []
-    for run in runs:
-        shape = batch_shape(run.recipe, processes)
-        if shape is None:
-            continue
-        if shape.rows_per_step < processes:
-            raise RecipeError(
-                f"{shape.rows_per_step} rows for {processes} processes",
-                where="train.global_batch_size",
-                remedy=f"set it to {processes} or more, or take fewer nodes",
-            )
-        if shape.rows_per_step % processes:
-            warnings.append(
-                f"train.global_batch_size: {shape.rows_per_step} rows are not shared out evenly "
-                f"over {processes} processes; some wait for others in every step"
-            )
-    return sorted(set(warnings))
-
-
-def _local_model(recipe: Recipe) -> str | None:
-    return recipe.model.name if Path(recipe.model.name).is_dir() else None
-
-
-def _is_done(run: Run, fresh: bool) -> bool:
-    return RunDir(run.folder).is_finished and not fresh
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-")[:64] or "run"
 
 
 def _make_slurm_folder(run: RunDir, cluster: Cluster) -> None:
     folder = run.path / "slurm"
     folder.mkdir(mode=0o700, exist_ok=True)
-    for name in ("cancelled", "excluded", "undecided", "decision"):
+    for name in ("cancelled", "excluded", "undecided", "successor"):
         (folder / name).unlink(missing_ok=True)
-    write_text_atomic(folder / "cluster.yaml", cluster_text(cluster))
+    write_text_atomic(folder / "cluster.yaml", render_cluster(cluster))
 
 
-def _elements(indexes: Sequence[int], array: Array) -> str:
+def _indexes(indexes: Collection[int], array: Array) -> str:
     limit = "" if array.limit is None else f"%{array.limit}"
     return ",".join(map(str, indexes)) + limit

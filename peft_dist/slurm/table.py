@@ -1,7 +1,7 @@
 """Runs as a table of plain text, as wide as its terminal.
 
-Pure: rows in, lines out. Where a terminal is narrow, node lists and reasons share a column as in
-squeue, and what is too long still ends in a `+`.
+Pure: rows in, lines out. Where a terminal is narrow, the speed is left out, node lists and
+reasons share a column as in squeue, and what is too long still ends in a `+`.
 """
 
 import textwrap
@@ -68,13 +68,10 @@ class ArrayView:
 WHO = (Column("run", cut=2), Column("job"), Column("state"))
 PLACE = (Column("reason"), Column("nodes"))
 NARROW_PLACE = (Column("nodes/reason", cut=1),)
-HOW_FAR = (
-    Column("try", right=True),
-    Column("step", right=True),
-    Column("loss", right=True),
-    Column("eta", right=True),
-    Column("beat", right=True),
+HOW_FAR = tuple(
+    Column(title, right=True) for title in ("try", "step", "loss", "tok/s", "eta", "beat")
 )
+NARROW_HOW_FAR = tuple(column for column in HOW_FAR if column.title != "tok/s")
 
 
 def render(views: Sequence[RunView | ArrayView], width: int | None) -> list[str]:
@@ -87,7 +84,7 @@ def render(views: Sequence[RunView | ArrayView], width: int | None) -> list[str]
     columns: Sequence[Column] = (*WHO, *PLACE, *HOW_FAR)
     rows = _rows(views)
     if width is not None and _total(_widths(columns, rows), GAPS[0]) > width:
-        columns, rows = (*WHO, *NARROW_PLACE, *HOW_FAR), _rows(views, narrow=True)
+        columns, rows = (*WHO, *NARROW_PLACE, *NARROW_HOW_FAR), _rows(views, narrow=True)
     lines = lay_out(columns, rows, width)
     for entry in views:
         if isinstance(entry, ArrayView) and entry.is_over and any(entry.results):
@@ -169,6 +166,7 @@ def _run_rows(view: RunView, *, narrow: bool, indent: str = "") -> list[Cells | 
     if narrow:
         reason = f"({view.reason})" if view.reason else ""
         place = [" ".join(filter(None, (view.nodes, reason))) or NO_VALUE]
+    speed = NO_VALUE if view.tokens_per_s is None else f"{view.tokens_per_s:,.0f}"
     row = [
         indent + view.run,
         view.job or NO_VALUE,
@@ -177,6 +175,7 @@ def _run_rows(view: RunView, *, narrow: bool, indent: str = "") -> list[Cells | 
         str(view.attempt) if view.attempt else NO_VALUE,
         _progress(view),
         NO_VALUE if view.loss is None else f"{view.loss:.4f}",
+        *([] if narrow else [speed]),
         NO_VALUE if view.eta_s is None else duration(view.eta_s),
         NO_VALUE if view.heartbeat_s is None else duration(view.heartbeat_s),
     ]

@@ -90,6 +90,7 @@ class Ledger:
             PeftDistError: Whatever `check` raises.
         """
         with self._lock:
+            assert not self._closed, "its file is closed, and the number may be another's"
             if self._check is not None:
                 self._check()
             stamp = {

@@ -1,72 +1,84 @@
-"""Weights & Biases as a view of the ledger: whatever happens to it, training goes on."""
+"""Weights & Biases beside a run: rank 0 starts a process that reads the ledger, and no more.
+
+Training imports no wandb. Whatever becomes of that process, training goes on, and its exit code is
+its own; what W&B lacks afterwards, `peft-dist sync` sends.
+"""
 
 import logging
-from pathlib import Path
-from typing import Any
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 
-from peft_dist.config import Recipe
+from peft_dist.output import say
+from peft_dist.run_dir import RunDir
 from peft_dist.tracking.base import Record
+from peft_dist.tracking.identity import known_url
+from peft_dist.tracking.sidecar import EXIT_OFFLINE, EXIT_SENT
 
 log = logging.getLogger(__name__)
 
-INIT_TIMEOUT_S = 5.0
-"""Seconds after which a server that does not answer is done without; training waits meanwhile."""
-FINISH_TIMEOUT_S = 10.0
-"""Seconds that the end of a run may wait for uploads; by default W&B retries for days."""
+WAIT_S = 10.0
+"""Seconds that the end of training waits for the last rows to be sent."""
+KILLED_S = 1.0
+"""How long a killed process may take to go."""
 
 
-class WandbTracker:
-    """Logs every record under `train/step`; the first failure ends logging with one warning."""
+class WandbSideCar:
+    """A tracker that leaves the records to a process of its own."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        """Start a run; files lie in `folder`."""
-        import wandb
-
-        settings = recipe.tracking.wandb
-        self._run: Any = None
-        try:
-            self._run = wandb.init(
-                project=settings.project,
-                entity=settings.entity,
-                mode=settings.mode,
-                dir=str(folder),
-                name=folder.name,
-                config=recipe.model_dump(mode="json"),
-                settings=wandb.Settings(
-                    x_disable_meta=True,
-                    x_disable_stats=True,
-                    console="off",
-                    disable_code=True,
-                    save_code=False,
-                    init_timeout=INIT_TIMEOUT_S,
-                    finish_timeout=FINISH_TIMEOUT_S,
-                ),
-            )
-            self._run.define_metric("train/step")
-            self._run.define_metric("*", step_metric="train/step")
-        except Exception as error:
-            self._give_up(error)
+    def __init__(self, run: RunDir) -> None:
+        """Prepare; the process is started with the first record, which the ledger then has."""
+        self._run = run
+        self._process: subprocess.Popen[bytes] | None = None
+        self._begun = False
 
     def write(self, record: Record) -> None:
-        """Log one record of a step or an evaluation; the others are the ledger's alone."""
-        prefix = {"step": "train", "evaluation": "evaluation"}.get(record["event"])
-        if self._run is None or prefix is None:
-            return
-        figures = {f"{prefix}/{k}": v for k, v in record.items() if k not in ("event", "step")}
-        try:
-            self._run.log({"train/step": record["step"], **figures})
-        except Exception as error:
-            self._give_up(error)
+        """Take no record; all of them are in the ledger."""
+        if not self._begun:
+            self._begun = True
+            self._begin()
 
     def close(self) -> None:
-        """Finish the run, waiting at most `FINISH_TIMEOUT_S` seconds."""
-        if self._run is None:
+        """Tell the process that no more will come, and wait for it at most `WAIT_S` seconds."""
+        process, self._process = self._process, None
+        if process is None:
             return
+        assert process.stdin is not None
+        with suppress(OSError):
+            process.stdin.close()
         try:
-            self._run.finish()
-        except Exception as error:
-            self._give_up(error)
+            code = process.wait(timeout=WAIT_S)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):  # one in a dead file system never goes
+                process.wait(timeout=KILLED_S)
+            code = -signal.SIGKILL
+        say(_farewell(self._run, code))
 
-    def _give_up(self, error: Exception) -> None:
-        self._run = None
-        log.warning("W&B is off for the rest of the run: %s", str(error).split("\n")[0])
+    def _begin(self) -> None:
+        # Safe path: a folder `wandb/` in the current one would else be taken for the library. The
+        # command line names the run directory alone; the key, if any, is in the environment.
+        command = [sys.executable, "-P", "-m", "peft_dist.tracking.sidecar", str(self._run.path)]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                cwd=self._run.path,
+                start_new_session=True,
+            )
+        except OSError as error:
+            log.warning("W&B is off: its process cannot be started: %s", error.strerror or error)
+
+
+def _farewell(run: RunDir, code: int) -> str:
+    sync = f"`peft-dist sync {shlex.quote(str(run.path))}`"
+    if code == EXIT_SENT:
+        return f"W&B: {known_url(run)}; {sync} adds the adapter"
+    if code == EXIT_OFFLINE:
+        return f"W&B: offline; {sync} sends the run"
+    return f"W&B lacks rows of this run; {sync} sends them"

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_dist import train
+from peft_dist.goodput import goodput, read_ledger
+from peft_dist.run_facts import versions
 from peft_dist.stop import StopRequests
 from tests.processes import ROOT, environment, error_lines, run, torchrun
 from tests.tiny import completion_rows, labelled_rows, tiny_model, write_jsonl
@@ -138,19 +140,61 @@ def test_the_run_directory_holds_what_is_promised(runs: Path, way: str) -> None:
         assert found["eval"][which].keys() >= {"loss", "accuracy"}
     steps = ledger(folder, "step")
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
-    wanted = {"step", "loss", "lr", "tokens", "tokens_per_s", "peak_memory_bytes"}
+    wanted = {"step", "loss", "lr", "tokens", "tokens_per_s", "peak_memory_bytes", "grad_norm"}
     assert all(record.keys() >= wanted for record in steps)
+    for record in steps:
+        assert len(record["rank_step_s"]) == len(record["rank_memory_bytes"]) == processes
+        assert min(record["rank_step_s"]) > 0 and min(record["rank_memory_bytes"]) > 50e6
+        assert record["mfu"] is None
     assert [record["step"] for record in ledger(folder, "evaluation")] == [0, 2, 4]
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {
         "step-00000003",
         "step-00000004",
     }
     assert [record["step"] for record in ledger(folder, "saved")] == [1, 2, 3, 4]
-    assert [record["world_size"] for record in ledger(folder, "start")] == [processes]
+    (begun,) = ledger(folder, "start")
+    assert begun["world_size"] == processes
+    assert begun["hosts"] == [os.uname().nodename] * processes
+    assert (begun["device"], begun["versions"]) == ("cpu", versions())
+    assert begun["base_bytes_per_rank"] == found["base_bytes_per_rank"]
+    assert begun["base_parameters"] > 10_000
+    assert "slurm_job_id" not in begun
     assert [record["outcome"] for record in ledger(folder, "end")] == ["done"]
     assert attempts(folder) == ["done"]
     assert not (folder / "failure.json").exists()
     assert all(path.stat().st_mode & 0o077 == 0 for path in (folder, *folder.rglob("*")))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_progress_into_a_pipe_is_plain_lines_with_the_ledgers_figures(runs: Path, way: str) -> None:
+    text = (runs / f"{way}.out").read_text(encoding="utf-8")
+    assert all(character.isprintable() or character == "\n" for character in text)
+    shown = [line for line in text.splitlines() if line.startswith("step ") and "tok/s" in line]
+    steps = ledger(runs / "runs" / way, "step")
+    expected = [
+        f"step {r['step']}/{STEPS}  loss {r['loss']:.4f}  {r['tokens_per_s']:,.0f} tok/s"
+        for r in steps
+        if r["step"] in (1, STEPS)
+    ]
+    assert [line.partition(" tok/s")[0] + " tok/s" for line in shown] == expected
+
+
+def test_the_machine_and_the_job_of_a_run_stand_in_its_ledger(project: Path) -> None:
+    command = [*WAYS["python"], "tracking.system_every_s=0.1", LONGER, "evaluate.every_steps=30"]
+    done = start(project, command, SLURM_JOB_ID="4711", SLURM_RESTART_COUNT="0")
+    assert done.returncode == 0, done.stderr[-4000:]
+    folder = project / "runs" / "recipe"
+    (begun,) = ledger(folder, "start")
+    assert (begun["slurm_job_id"], begun["slurm_restart_count"]) == ("4711", 0)
+    machine = ledger(folder, "system")
+    assert machine
+    assert all(0 <= record["cpu_percent"] <= 100 for record in machine)
+    assert all(0 <= record["step"] <= 60 for record in machine)
+    records = read_ledger(folder / "ledger.jsonl")
+    assert [record["event"] for record in (records[0], records[-1])] == ["start", "end"]
+    figures = goodput(records)
+    lasted_s = records[-1]["time"] - (records[0]["time"] - records[0]["at_s"])
+    assert figures.total_s == pytest.approx(lasted_s, rel=0.01)
 
 
 def test_the_end_says_what_came_of_it(runs: Path) -> None:

@@ -20,11 +20,15 @@ Record = dict[str, Any]
 
 
 def records(run_dir: Path, event: str | None = None) -> list[Record]:
-    """Return the whole lines of a run's ledger, of one event or of all, in the order written."""
+    """Return the whole lines of a run's ledger, of one event or of all, in the order written.
+
+    All but those of the machine, which come whenever their time has come.
+    """
     path = run_dir / "ledger.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     found = [json.loads(line) for line in lines]
-    return [record for record in found if event in (None, record["event"])]
+    wanted = [record for record in found if event or record["event"] != "system"]
+    return [record for record in wanted if event in (None, record["event"])]
 
 
 def last_step(run_dir: Path) -> int:

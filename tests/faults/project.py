@@ -36,7 +36,8 @@ def make_project(folder: Path) -> Project:
         "data: {train: rows.jsonl, eval: held.jsonl}\n"
         "train: {steps: 200, global_batch_size: 4, micro_batch_size: 2, learning_rate: 5e-3}\n"
         "evaluate: {every_steps: 100}\n"
-        "checkpoint: {every_steps: 20}\n",
+        "checkpoint: {every_steps: 20}\n"
+        "tracking: {system_every_s: 0.2}\n",
         encoding="utf-8",
     )
     return Project(folder)

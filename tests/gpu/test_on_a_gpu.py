@@ -17,7 +17,10 @@ from peft_dist.model.nf4 import dequantize, quantize_rows
 from peft_dist.model.source import find_base
 from peft_dist.model.weights import WeightFiles
 from peft_dist.session import Session, open_session
+from peft_dist.shard.own_time import OwnTime
 from peft_dist.trainer import Trainer
+from peft_dist.utilisation import peak_flops
+from tests.distributed.cases import Recorder
 from tests.tiny import tiny_model, tiny_recipe, write_jsonl
 
 pytestmark = [
@@ -102,6 +105,36 @@ def test_the_packed_base_is_byte_exact_after_a_wrap_and_some_steps(
         assert torch.equal(before[name], local(parameter)), name
     moved = session.engine.adapter_state()
     assert any(not torch.equal(adapter[name], moved[name]) for name in adapter)
+
+
+def test_the_time_of_a_step_is_the_devices_and_is_not_waited_for() -> None:
+    own, cycles = OwnTime(torch.device("cuda")), 200_000_000  # about 0.1 s
+    own.begin()
+    torch.cuda._sleep(cycles)
+    with own.gathering():
+        torch.cuda._sleep(5 * cycles)
+    own.end()
+    assert own.latest_s() is None, "the device has not come to it"
+    torch.cuda.synchronize()
+    found_s = own.latest_s()
+    assert found_s is not None
+    assert 0.05 < found_s < 0.3
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_records_have_time_memory_and_mfu_of_the_device(
+    tmp_path: Path, world: dist.World, strategy: str
+) -> None:
+    session, rows, _ = opened(tmp_path, world, strategy=strategy, quantization="nf4")
+    trainer, records = Trainer(session, rows, None), Recorder()
+    trainer.trackers = [records]
+    trainer.run()
+    assert [len(record["rank_memory_bytes"]) for record in records.records] == [1] * 5
+    peak = torch.cuda.max_memory_allocated()
+    assert records.records[-1]["rank_memory_bytes"][0] <= 1.001 * peak
+    assert all(record["rank_step_s"][0] > 0 for record in records.records[3:])
+    known = peak_flops(world.device_name) is not None
+    assert all((record["mfu"] is not None) == known for record in records.records)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.slurm_desk import Desk
+
 MINIMAL = "model: {name: ./model}\ndata: {train: train.jsonl}\n"
 
 
@@ -26,3 +28,12 @@ def write_recipe(tmp_path: Path) -> Callable[[str], Path]:
 def recipe_file(write_recipe: Callable[[str], Path]) -> Path:
     """Return a minimal valid recipe."""
     return write_recipe(MINIMAL)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """Return a login node, with nothing else in its PATH that knows Slurm."""
+    made = Desk(tmp_path)
+    monkeypatch.setenv("PATH", f"{made.slurm}:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    return made

@@ -45,9 +45,8 @@ def ledger(
     records = [{**stamp, "at_s": 5.0, "event": "start", "step": first - 1, "steps": total}]
     for step in range(first, last + 1):
         at_s = 5.0 + step_s * (step - first + 1)
-        records.append(
-            {**stamp, "at_s": at_s, "event": "step", "step": step, "loss": 4.0 / step}
-        )  # fmt: skip
+        figures = {"loss": 4.0 / step, "tokens_per_s": 1500.0 + step}
+        records.append({**stamp, "at_s": at_s, "event": "step", "step": step, **figures})
     with (run / "ledger.jsonl").open("a") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
@@ -64,10 +63,15 @@ def submitted(run: Path, job: str, *, started: bool = True, restarts: int = 0) -
 
 
 def ended(run: Path, job: str, decision: str, code: int = 3) -> None:
-    """Note how a job's start ended: `decision` as in slurm/decision."""
-    replace_file(run / "slurm" / "decision", decision + "\n")
+    """Note how a job's newest start ended: `decision` as in the file beside its logs."""
+    starts = [event for event in jobs.events(run) if event["event"] == "started"]
+    restart = starts[-1]["restart"]
+    logs = run / "logs" / f"{job}-{restart}"
+    logs.mkdir(parents=True, exist_ok=True)
+    replace_file(logs / "decision", decision + "\n")
     word = decision.partition(" ")[0]
-    jobs.record(run, {"event": "ended", "job": job, "code": code, "decision": word})
+    told = {"event": "ended", "job": job, "restart": restart, "code": code, "decision": word}
+    jobs.record(run, told)
 
 
 def failure(run: Path, error: str) -> None:

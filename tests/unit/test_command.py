@@ -8,7 +8,7 @@ import pytest
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.derived import batch_shape
 from peft_dist.errors import LaunchError
-from peft_dist.launch.command import launch_environment, shell_line, worker_command
+from peft_dist.launch.command import Meeting, launch_environment, shell_line, worker_command
 from peft_dist.launch.placement import Machine, place, this_machine
 
 CPU = Machine(gpus=0, cores=8)
@@ -118,6 +118,48 @@ def test_hsdp_passes_its_mesh() -> None:
     line = " ".join(worker_command(placement, "train.py", ["r.yaml"]))
     assert "--parallelism_config_dp_replicate_size 2" in line
     assert "--parallelism_config_dp_shard_size 2" in line
+
+
+MEETING = Meeting(node="1", host="node1", port="20120", settings="is_host=0,join_timeout=120")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp", "zero2", "zero3"])
+def test_the_launchers_of_several_nodes_meet_where_they_are_told(strategy: str) -> None:
+    placement = place(recipe(strategy=strategy), Machine(gpus=4, cores=8), 2)
+    command = worker_command(placement, "train.py", ["r"], root=Path("/r"), meeting=MEETING)
+    options = dict(zip(command[3:-2:2], command[4:-2:2], strict=True))
+    expected = {
+        "--config_file": f"/r/launch/strategies/{strategy}.yaml",
+        "--num_processes": "8",
+        "--num_machines": "2",
+        "--machine_rank": "1",
+        "--main_process_ip": "node1",
+        "--main_process_port": "20120",
+        "--rdzv_backend": "c10d",
+        "--rdzv_conf": "is_host=0,join_timeout=120",
+    }
+    if strategy in ("zero2", "zero3"):
+        expected["--deepspeed_multinode_launcher"] = "standard"
+    if strategy == "hsdp":
+        expected["--parallelism_config_dp_replicate_size"] = "2"
+        expected["--parallelism_config_dp_shard_size"] = "4"
+    assert options == expected
+
+
+def test_one_node_meets_nobody() -> None:
+    command = worker_command(place(recipe(processes=2), CPU), "train.py", ["r"])
+    assert not {"--num_machines", "--machine_rank", "--rdzv_backend"} & set(command)
+
+
+def test_accelerate_knows_every_option_that_it_is_given() -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    for strategy in ("ddp", "hsdp", "zero3"):
+        placement = place(recipe(strategy=strategy), Machine(gpus=4, cores=8), 2)
+        command = worker_command(placement, "train.py", ["r"], max_restarts=3, meeting=MEETING)
+        parsed = launch_command_parser().parse_args(command[3:])
+        assert (parsed.num_machines, parsed.num_processes, parsed.machine_rank) == (2, 8, 1)
+        assert parsed.training_script_args == ["r"]
 
 
 def test_the_environment_says_cpu_only_where_there_is_no_gpu() -> None:

@@ -87,6 +87,20 @@ def test_every_second_of_a_run_that_was_killed_twice_has_its_phase() -> None:
     ]  # fmt: skip
 
 
+def test_records_of_the_machine_between_two_others_move_no_time() -> None:
+    run = killed_twice()
+    expected = seconds(goodput(run.records))
+    watched = []
+    for record, after in zip(run.records, run.records[1:], strict=False):
+        watched.append(record)
+        if record["attempt"] == after["attempt"]:
+            between = {name: (record[name] + after[name]) / 2 for name in ("time", "at_s")}
+            watched.append(record | between | {"event": "system"})
+    watched.append(run.records[-1])
+    assert seconds(goodput(watched)) == expected
+    assert final_steps(watched) == final_steps(run.records)
+
+
 def test_a_jump_of_the_wall_clock_within_an_attempt_changes_nothing() -> None:
     run = killed_twice()
     expected = seconds(goodput(run.records))
@@ -205,7 +219,8 @@ def histories(draw: st.DrawFn) -> Run:
         launched = {} if draw(st.booleans()) else {"launched": run.now}
         run.start(step, down_s=draw(length), **launched)
         for event in draw(st.lists(st.sampled_from(
-            ["step", "step", "evaluation", "checkpoint", "saved", "skipped", "rollback", "end"]
+            ["step", "step", "evaluation", "checkpoint", "saved", "skipped", "rollback", "end",
+             "system"]
         ), max_size=12)):  # fmt: skip
             if event == "rollback":
                 step = draw(st.integers(0, step))

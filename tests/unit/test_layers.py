@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "wandb",
          "datasets", "numpy", "plotly")  # fmt: skip
 HELP_LIMIT_S = 0.4
+SUBMIT_LIMIT_S = 0.6
+"""Of processor time: how long it takes besides is the load of the machine."""
 
 
 def test_every_import_goes_down_the_layers() -> None:
@@ -51,6 +53,36 @@ def test_help_starts_at_once() -> None:
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(5)) < HELP_LIMIT_S
+
+
+def test_what_speaks_to_slurm_imports_nothing_heavy_and_costs_little(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    cluster = ROOT / "slurm" / "clusters" / "single-node.yaml"
+    words = ["submit", str(recipe_file), "--cluster", str(cluster), "--dry-run"]
+    code = (
+        "import resource, sys\n"
+        "from peft_dist import cli\n"
+        "assert cli.main(sys.argv[1:]) == 0\n"
+        "from peft_dist.slurm import arrays, cancel, logs, node, probe, status, submit\n"
+        f"heavy = [name for name in {HEAVY} if name in sys.modules]\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(used.ru_utime + used.ru_stime, heavy, file=sys.stderr)\n"
+    )
+    seconds = []
+    for _ in range(5):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        used_s, heavy = done.stderr.split(maxsplit=1)
+        assert heavy.strip() == "[]"
+        assert done.stdout.startswith("==> ")
+        seconds.append(float(used_s))
+    assert min(seconds) < SUBMIT_LIMIT_S
 
 
 def test_nothing_in_launch_is_named_after_a_library() -> None:

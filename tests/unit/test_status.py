@@ -1,6 +1,7 @@
 """`peft-dist status`: what is said of a run, from its directory and from Slurm."""
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -23,6 +24,7 @@ from peft_dist.slurm.standing import TAIL_BYTES, Standing, read_tail, standing
 from peft_dist.slurm.states import JobState
 from peft_dist.slurm.status import gather, newest_runs
 from peft_dist.slurm.table import ArrayView, Column, Span, duration, lay_out, render
+from peft_dist.tracking import Terminal
 from tests.unit.run_folders import (
     array,
     ended,
@@ -76,7 +78,7 @@ def seen(path: Path, **jobs: str) -> RunView:
 
 def test_a_ledgers_end_tells_step_loss_and_speed(run: Path) -> None:
     ledger(run, 40, step_s=2.0, total=100)
-    assert standing(read_tail(run / "ledger.jsonl")) == Standing(40, 100, 0.1, 2.0)
+    assert standing(read_tail(run / "ledger.jsonl")) == Standing(40, 100, 0.1, 1540.0, 2.0)
 
 
 def test_of_a_long_ledger_only_the_end_is_read_and_half_lines_are_left_out(run: Path) -> None:
@@ -92,7 +94,7 @@ def test_of_a_long_ledger_only_the_end_is_read_and_half_lines_are_left_out(run: 
 def test_a_resumed_run_stands_where_its_newest_attempt_does(run: Path) -> None:
     ledger(run, 30, step_s=2.0)
     ledger(run, 20, first=21, attempt=2)  # it has begun, and done no step
-    assert standing(read_tail(run / "ledger.jsonl")) == Standing(20, 100, 4 / 30, 2.0)
+    assert standing(read_tail(run / "ledger.jsonl")) == Standing(20, 100, 4 / 30, 1530.0, 2.0)
     ledger(run, 60, attempt=1)  # a zombie goes on writing
     assert standing(read_tail(run / "ledger.jsonl")).step == 20
 
@@ -468,6 +470,30 @@ def test_json_has_every_figure(
     assert many["counts"]["done"] == 1
     assert many["elements"][0]["settings"] == ["train.seed=1"]
     assert many["elements"][0]["result"]["final_loss"] == 0.5
+
+
+def test_the_table_and_the_progress_line_show_the_ledgers_own_figures(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lease(run, here=True)
+    ledger(run, 7, total=9)
+    last = read_tail(run / "ledger.jsonl")[-1]
+    assert main(["status", str(run)]) == 0
+    titles, row = (line.split() for line in capsys.readouterr().out.splitlines())
+    shown = dict(zip(titles, row, strict=True))
+    assert (shown["step"], shown["loss"], shown["tok/s"]) == ("7/9", "0.5714", "1,507")
+    stream = io.StringIO()
+    Terminal(9, stream).write(last)
+    assert stream.getvalue() == "step 7/9  loss 0.5714  1,507 tok/s\n"
+
+
+def test_records_of_the_machine_move_no_run(run: Path) -> None:
+    ledger(run, 7)
+    before = standing(read_tail(run / "ledger.jsonl"))
+    machine = {"attempt": 1, "time": 0.0, "at_s": 500.0, "event": "system", "step": 6}
+    with (run / "ledger.jsonl").open("a") as file:
+        file.write(json.dumps(machine) + "\n")
+    assert standing(read_tail(run / "ledger.jsonl")) == before
 
 
 def test_watch_prints_plain_tables_into_a_pipe_until_it_is_interrupted(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""The ledger, the terminal and W&B as views of one run."""
+"""The ledger and the terminal as views of one run."""
 
 import contextlib
 import errno
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.config import Recipe
 from peft_dist.errors import RunDirError, TrainingError
 from peft_dist.tracking import Ledger, Record, Terminal
+from peft_dist.tracking.terminal import PLAIN_LINE_EVERY_S
 from tests.processes import environment
 
 STEP: Record = {
@@ -30,11 +30,6 @@ EVALUATION: Record = {
     "event": "evaluation", "step": 1, "time": 0.0,
     "eval_loss": 1.25, "eval_accuracy": 0.5, "eval_seconds": 3.0,
 }  # fmt: skip
-
-
-def recipe(**wandb: str) -> Recipe:
-    raw = {"model": {"name": "m"}, "data": {"train": "d"}, "tracking": {"wandb": wandb}}
-    return Recipe.model_validate(raw)
 
 
 def read(path: Path) -> list[Record]:
@@ -306,6 +301,31 @@ def test_a_resumed_bar_starts_at_its_step_and_follows_a_rollback() -> None:
     assert shown.decode().replace("\n", "\r").strip("\r").split("\r")[-1].startswith("step 851/")
 
 
+def test_a_pipe_gets_a_line_every_few_seconds_and_one_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    stream = io.StringIO()
+    terminal = Terminal(100, stream)
+    for step in range(1, 101):  # a second each
+        now_s += 1.0
+        terminal.write(STEP | {"step": step, "loss": 100.0 - step})
+    terminal.close()
+    shown = [line.split()[:4] for line in stream.getvalue().splitlines()]
+    steps = [1, *range(1 + int(PLAIN_LINE_EVERY_S), 101, int(PLAIN_LINE_EVERY_S)), 100]
+    assert shown == [["step", f"{step}/100", "loss", f"{100.0 - step:.4f}"] for step in steps]
+
+
+def test_a_closed_ledger_takes_nothing_more(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l")
+    ledger.write(STEP)
+    ledger.close()
+    with pytest.raises(AssertionError):  # by now its descriptor may be another file's
+        ledger.write(STEP)
+    assert len(read(tmp_path / "l")) == 1
+
+
 def test_mishaps_get_a_line_and_bookkeeping_gets_none() -> None:
     stream = io.StringIO()
     terminal = Terminal(9, stream)
@@ -380,45 +400,3 @@ def test_a_bar_whose_terminal_breaks_does_not_end_training(
     gc.collect()  # a bar that is not closed shows itself once more
     assert late == []
     assert caplog.text.count("progress is no longer shown: No space left on device") == 1
-
-
-def test_wandb_keeps_the_records_of_an_offline_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("wandb")
-    from peft_dist.tracking.wandb import WandbTracker
-
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    tracker = WandbTracker(recipe(mode="offline"), tmp_path)
-    tracker.write(STEP)
-    tracker.write(EVALUATION)
-    tracker.close()
-    (kept,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    keys = (b"train/step", b"train/loss", b"evaluation/eval_accuracy")
-    deadline = time.monotonic() + 30  # W&B's own process may write a little after the end
-    while not all(key in kept.read_bytes() for key in keys):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_wandb_without_its_server_is_one_warning_within_seconds(tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
-    code = (
-        "import json, sys, time; from pathlib import Path\n"
-        "from peft_dist.config import Recipe\n"
-        "from peft_dist.tracking.wandb import WandbTracker\n"
-        "begun = time.monotonic()\n"
-        "tracker = WandbTracker(Recipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]))\n"
-        "tracker.write({'event': 'step', 'step': 1, 'loss': 1.0})\n"
-        "tracker.close()\n"
-        "print(time.monotonic() - begun)\n"
-    )
-    settings = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
-    done = subprocess.run(
-        [sys.executable, "-c", code, recipe(mode="online").model_dump_json(), str(tmp_path)],
-        env=environment(tmp_path, WANDB_SILENT="true", **settings),
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("W&B is off for the rest of the run") == 1
-    assert float(done.stdout) < 20

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from peft_dist.config.derived import learning_rate
 from peft_dist.config.recipe import Train
@@ -156,6 +157,30 @@ def test_a_record_counts_rows_and_real_tokens(tmp_path: Path, alone: World) -> N
     assert sum(r["tokens"] for r in records) == outcome.tokens == len(found.rows.tokens)
     assert outcome.final_loss == records[-1]["loss"]
     assert all(r["peak_memory_bytes"] > 0 and r["tokens_per_s"] > 0 for r in records)
+
+
+def test_a_record_has_time_and_memory_of_the_one_process_there_is(
+    tmp_path: Path, alone: World
+) -> None:
+    found = trainer(tmp_path, alone, train={"steps": 4, "global_batch_size": 4})
+    records = Records()
+    found.trackers = [records]
+    found.run()
+    for record in records:
+        (own_s,), (memory,) = record["rank_step_s"], record["rank_memory_bytes"]
+        assert 0 < own_s < 1.05 * record["tokens"] / record["tokens_per_s"] + 0.01
+        assert memory == pytest.approx(record["peak_memory_bytes"], rel=0.2)
+        assert memory > 50e6
+        assert record["mfu"] is None
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_parameters_of_the_base_are_counted_however_they_are_stored(
+    tmp_path: Path, alone: World, quantization: str
+) -> None:
+    session = trainer(tmp_path, alone, quantization=quantization).session
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    assert session.base_parameters == sum(p.numel() for p in plain.parameters())
 
 
 def with_keeper(found: Trainer, folder: Path) -> Keeper:

@@ -1,0 +1,75 @@
+"""What ends a job before its run has ended, and that the run comes back by itself."""
+
+import pytest
+
+from peft_dist.goodput import goodput, read_ledger
+from tests.cluster.slurm import SlurmCluster
+from tests.cluster.submitted import Run, Runs
+from tests.faults.oracles import assert_same_run, records
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def assert_one_run(run: Run, attempts: int) -> None:
+    """See that the ledger holds one run with so many attempts, whose times sum to the clock's."""
+    starts = records(run.path, "start")
+    assert [record["attempt"] for record in starts] == list(range(1, attempts + 1))
+    assert run.row()["attempt"] == attempts
+    found = goodput(read_ledger(run.path / "ledger.jsonl"))
+    ledger = records(run.path)
+    assert found.total_s >= ledger[-1]["time"] - ledger[0]["time"]
+
+
+def test_a_run_that_is_signalled_requeued_and_preempted_is_the_undisturbed_one(
+    cluster: SlurmCluster, runs: Runs, reference
+) -> None:
+    run = runs.submit("some", partition="low")
+    run.wait_for_step(20)
+    cluster.run(["scancel", "--signal=USR1", run.job])
+    run.wait_until(lambda: run.starts == 2, "a second start")
+    run.wait_for_step(45)
+    cluster.run(["scontrol", "requeue", run.job])
+    run.wait_until(lambda: run.starts == 3, "a third start")
+    run.wait_for_step(70)
+    other = cluster.run(["sbatch", "--parsable", "-p", "high", "-N4", "--exclusive",
+                         "-o", "/dev/null", "--wrap", "sleep 3"]).stdout.strip()  # fmt: skip
+    cluster.wait_for_job(other, "RUNNING", "COMPLETED")
+    run.wait_until(lambda: run.starts == 4, "a fourth start")
+    run.wait_for_end()
+    assert_same_run(run.path, reference)
+    assert_one_run(run, attempts=4)
+    outcomes = [record["outcome"] for record in records(run.path, "end")]
+    assert outcomes == ["interrupted"] * 3 + ["done"]
+    assert {event["job"] for event in run.events("started")} == {run.job}
+
+
+def test_a_run_that_comes_to_its_time_limit_saves_and_goes_on(runs: Runs, reference) -> None:
+    run = runs.submit("long", options=["--time", "00:01:00"])
+    run.wait_until(lambda: run.starts == 2, "a second start", timeout_s=150)
+    (first,) = run.events("decided")
+    assert first["decision"] == "again"
+    assert "stopped by SIGUSR1" in first["reason"]
+    assert first["step"] > 0
+    run.wait_for_end()
+    assert_same_run(run.path, reference)
+    # What was saved is where the second attempt begins: nothing was done twice.
+    assert records(run.path, "start")[1]["step"] == first["step"]
+
+
+def test_a_site_that_forbids_requeueing_gets_a_chain_of_jobs(
+    cluster: SlurmCluster, runs: Runs, reference
+) -> None:
+    run = runs.submit("chain", requeue={"allowed": False})
+    first = run.job
+    run.wait_for_step(30)
+    successor = (run.path / "slurm" / "successor").read_text(encoding="utf-8").strip()
+    assert cluster.jobs()[successor].state == "PENDING"
+    cluster.run(["scancel", "--signal=USR1", first])
+    run.wait_until(lambda: run.starts == 2, "the successor")
+    assert run.job == successor != first
+    assert run.row()["job"] in cluster.jobs()
+    run.wait_for_end()
+    assert_same_run(run.path, reference)
+    assert_one_run(run, attempts=2)
+    # The last job's own successor is not left in the queue.
+    run.wait_until(lambda: not cluster.run(["squeue", "-h"]).stdout, "an empty queue", timeout_s=30)

@@ -1,0 +1,96 @@
+"""Nodes that die, that are cut off and live on, or that should not take part."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm import SlurmCluster
+from tests.cluster.submitted import Runs
+from tests.faults.oracles import assert_same_run, records, sha256
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def test_a_run_goes_on_without_the_node_that_died(
+    cluster: SlurmCluster, runs: Runs, reference: Path
+) -> None:
+    run = runs.submit("some")
+    run.wait_for_step(45)
+    first, second = run.events("started")[0]["nodes"], cluster.jobs()[run.job].nodes
+    assert first == second == "node[1-2]"
+    cluster.power_off("node2")
+    run.wait_until(lambda: run.starts == 2, "a second start")
+    assert "node2" not in run.events("started")[1]["nodes"]
+    run.wait_for_end()
+    assert_same_run(run.path, reference)
+
+
+def test_a_node_that_was_cut_off_and_lives_on_publishes_nothing(
+    cluster: SlurmCluster, runs: Runs
+) -> None:
+    # One process each, which goes on training for as long as it is let.
+    here = runs.train_here("here", "parallel.strategy=ddp", nproc=1)
+    run = runs.submit("some", "parallel.strategy=ddp", nodes=1)
+    run.wait_for_step(25)
+    cluster.cut("node1")
+    run.wait_until(lambda: len(records(run.path, "start")) == 2, "a second attempt")
+    taken_over_at = len(records(run.path))
+    checkpoints = run.path / "checkpoints"
+    seen = {path.name: sha256(path / "manifest.json") for path in checkpoints.glob("step-*")}
+    # The zombie has noticed, and has ended: nothing of it is left on its node.
+    run.wait_until(lambda: not processes_on(cluster, "node1"), "the end of the zombie")
+    later = records(run.path)[taken_over_at:]
+    assert {record["attempt"] for record in later} <= {2}
+    for path in checkpoints.glob("step-*"):
+        assert seen.get(path.name, sha256(path / "manifest.json")) == sha256(path / "manifest.json")
+    run.wait_for_end()
+    assert_same_run(run.path, here)
+    assert [record["attempt"] for record in records(run.path, "end")][-1] == 2
+
+
+def processes_on(cluster: SlurmCluster, node: str) -> str:
+    """Return the processes of ours that run on a node."""
+    return cluster.execute(node, ["pgrep", "-f", "launch/train.py"], check=False).stdout
+
+
+def test_a_node_that_differs_from_the_others_is_left_out_of_the_next_start(
+    cluster: SlurmCluster, runs: Runs
+) -> None:
+    # A folder that is another one on each node holds, on one of them, another version of a package.
+    for node in ("node1", "node2", "node3", "node4"):
+        cluster.execute(node, ["mkdir", "-p", f"{cluster.local_disk}/site"])
+    odd = f"{cluster.local_disk}/site/safetensors-99.0.dist-info"
+    cluster.execute("node2", ["mkdir", odd])
+    metadata = r"Metadata-Version: 2.1\nName: safetensors\nVersion: 99.0\n"
+    cluster.execute("node2", ["bash", "-c", f"printf '{metadata}' >{odd}/METADATA"])
+    run = runs.submit(
+        "some", "train.steps=5", preflight={"enabled": True, "min_free_gb": 0.01},
+        environment={
+            "PEFT_DIST_CACHE": str(runs.project.cache),
+            "PYTHONPATH": f"{cluster.local_disk}/site",
+        },
+        nodes=3,
+    )  # fmt: skip
+    first = run.job
+    run.wait_for_end()
+    decision = run.events("decided")[0]
+    assert decision["decision"] == "again-without"
+    assert decision["reason"].startswith("node2 pre-flight: node2: safetensors 99.0, node1 has ")
+    assert "node2" not in run.events("started")[-1]["nodes"]
+    assert run.job != first  # the nodes of a job are fixed
+    cluster.execute("node2", ["rm", "-r", odd])
+
+
+def test_a_job_whose_nodes_do_not_answer_in_time_is_not_taken_for_finished(
+    cluster: SlurmCluster, runs: Runs
+) -> None:
+    run = runs.submit("some", "train.steps=10")
+    run.wait_for_end()
+    row = run.row()
+    assert row["state"] == "COMPLETED"
+    gone = dict(runs.environment, SLURM_CONF="/nonexistent/slurm.conf")
+    started = time.monotonic()
+    told = cluster.run(["env", f"SLURM_CONF={gone['SLURM_CONF']}", "squeue"], check=False)
+    assert told.returncode != 0
+    assert time.monotonic() - started < 30

@@ -1,0 +1,38 @@
+#!/bin/bash
+# Made by peft-dist VERSION; job.sbatch starts it once on each node of the job.
+# shellcheck disable=SC1090,SC1091 # what the set-up reads is on the cluster
+# shellcheck disable=SC2016 # a value that holds a dollar sign is text
+set -eo pipefail
+umask 077
+
+set -u
+threads=$((SLURM_CPUS_ON_NODE / 2))
+export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+export ACCELERATE_USE_CPU=true
+export DS_ACCELERATOR=cpu
+export PYTHONSAFEPATH=1
+python=(/opt/venv/bin/python)
+share=$("${python[@]}" -c 'from peft_dist import resources; print(resources.root())')
+export PET_RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$PEFT_DIST_NONCE
+rendezvous=is_host=$((SLURM_NODEID == 0)),join_timeout=120
+
+exec "${python[@]}" -m peft_dist.slurm.node \
+  --run-dir /scratch/alice/runs/first \
+  --max-starts 100 \
+  --max-starts-without-progress 5 \
+  --devices 0 \
+  --preflight-timeout-s 60 \
+  --min-free-gb 1 \
+  --max-clock-offset-s 60 -- \
+  /opt/venv/bin/python -m accelerate.commands.launch \
+  --config_file "$share/launch/strategies/zero3.yaml" \
+  --num_processes 4 \
+  --num_machines 2 \
+  --machine_rank "$SLURM_NODEID" \
+  --main_process_ip "$PEFT_DIST_HEAD" \
+  --main_process_port "$PEFT_DIST_PORT" \
+  --rdzv_backend c10d \
+  --rdzv_conf "$rendezvous" \
+  --deepspeed_multinode_launcher standard \
+  --max_restarts 3 \
+  "$share/launch/train.py" /scratch/alice/runs/first/recipe.yaml
