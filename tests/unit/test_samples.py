@@ -15,6 +15,8 @@ from peft_dist.model.source import find_base
 from peft_dist.samples import Sampler, shortened, split
 from peft_dist.scoring import HeldOut, ScoringStopped, held_out, score_rows
 from peft_dist.session import Session, open_session
+from peft_dist.tracking import Ledger
+from peft_dist.tracking.rows import LedgerRows
 from peft_dist.trainer import Trainer
 from tests.tiny import (
     completion_rows,
@@ -221,3 +223,13 @@ def test_a_stop_among_samples_saves_and_the_next_start_samples_again(
     told = [r for r in whole if r["event"] == "sample"]
     assert [r for r in [*first, *rest] if r["event"] == "sample"] == told
     assert len(told) == 8
+
+
+def test_what_wandb_is_sent_of_a_sample_has_none_of_its_texts(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    texts = dict.fromkeys(("prompt", "expected", "predicted"), "a private text")
+    ledger.write({"event": "sample", "step": 0, "row": 1, **texts})
+    ledger.close()
+    (numbered,) = LedgerRows(tmp_path / "ledger.jsonl").new()
+    assert numbered.row["event"] == "sample"
+    assert "private" not in str(numbered.row)
