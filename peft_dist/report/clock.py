@@ -98,7 +98,7 @@ def _goodput(runs: Sequence[Run]) -> Panel | None:
 def _machine(runs: Sequence[Run]) -> Panel | None:
     lines: list[tuple[str, int, Series]] = []
     spans = [run.records[-1]["time"] - run.records[0]["time"] for run in runs if run.records]
-    longest = max(spans, default=0.0)
+    longest = max([0.0, *spans])  # a clock may have been set back
     unit_s, unit = next((unit_s, unit) for above, unit_s, unit in TIME_UNITS if longest >= above)
     for place, run in enumerate(runs):
         records = run.events("system")

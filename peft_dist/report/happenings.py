@@ -12,6 +12,7 @@ from peft_dist.report.wording import duration, some
 
 UNTOLD = {"cut off": ("bad", "cut off"), "unfinished": ("notice", "last heard of")}
 """Outcomes of attempts that did not tell one, with kind and words."""
+LAST_TIME_S = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 MOST_SHOWN = 200
 """Happenings on a page; of more, the first and the last are shown."""
 
@@ -108,7 +109,7 @@ def _begun(run: Run) -> float:
 def _happening(
     run: Run, record: Mapping[str, Any], begun: float, kind: str, what: str, detail: str
 ) -> Happening:
-    when = datetime.fromtimestamp(record["time"], UTC)
+    when = datetime.fromtimestamp(min(record["time"], LAST_TIME_S), UTC)
     return Happening(
         run=run.name,
         time=f"{when:%Y-%m-%d %H:%M:%S}",

@@ -116,7 +116,13 @@ def bar_axis(names: Sequence[str]) -> dict[str, Any]:
     """Return an axis of bars, the first on top; names may be alike."""
     places = list(range(len(names)))
     shown = [_escaped_text(name) for name in names]
-    return {"autorange": "reversed", "tickvals": places, "ticktext": shown, "showgrid": False}
+    return {
+        "autorange": "reversed",
+        "tickvals": places,
+        "ticktext": shown,
+        "showgrid": False,
+        "zeroline": False,
+    }
 
 
 def byte_axis(title: str) -> dict[str, Any]:
@@ -148,8 +154,10 @@ def line_over_steps(
         "type": "scatter", "mode": "lines", "x": short(mean.x), "y": short(mean.y),
         "line": look.line, "name": name, "legendgroup": name, **settings,
     }  # fmt: skip
-    if not alone or series.window == 1:
+    if not alone:
         return [main]
+    if series.window == 1:
+        return [{**main, "name": "each step"}]
     whole = series.thinned()
     faint = {
         **main, "x": short(whole.x), "y": short(whole.y), "name": "each step", "opacity": 0.35,

@@ -5,6 +5,7 @@ spike is lost.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -89,12 +90,8 @@ class Series:
 
     def at(self, step: float) -> float | None:
         """Return the last value up to a step."""
-        found = None
-        for x, y in zip(self.x, self.y, strict=True):
-            if x > step:
-                break
-            found = y
-        return found
+        place = bisect_right(self.x, step)
+        return self.y[place - 1] if place else None
 
 
 def short(values: Iterable[float]) -> list[float]:

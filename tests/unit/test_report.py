@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from peft_dist.cli import main
+from peft_dist.goodput import PHASES
 from peft_dist.report import wording
+from peft_dist.report.clock import PHASE_PLACES
 from peft_dist.report.facts import Run, read_runs
 from peft_dist.report.happenings import MOST_SHOWN, happenings, of_run
 from peft_dist.report.page import render_page
@@ -63,6 +65,19 @@ def test_an_eventful_run_shows_every_figure_and_each_has_points(tmp_path: Path) 
         for axis in ("xaxis", "yaxis"):
             if key not in ("bytes", "goodput") or axis == "xaxis":
                 assert figure["layout"][axis]["title"]["text"], (key, axis)
+
+
+def test_every_phase_of_goodput_has_a_place_in_the_bar() -> None:
+    assert set(PHASE_PLACES) == set(PHASES)
+    assert len(set(PHASE_PLACES.values())) == len(PHASES)
+
+
+def test_a_clock_that_was_set_back_or_is_absurd_is_no_obstacle(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", Story(steps=50, ranks=2))
+    records = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    records[0]["time"], records[-1]["time"] = 1e18, 5.0
+    (run / "ledger.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "9999-12-31" in render_page(read_runs([run]))
 
 
 def test_what_an_older_ledger_lacks_is_left_out(tmp_path: Path) -> None:

@@ -9,11 +9,14 @@ import torch
 
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.dist import World
+from peft_dist.errors import Interrupted
+from peft_dist.keeper import Keeper
 from peft_dist.model.source import find_base
 from peft_dist.samples import Sampler, shortened, split
 from peft_dist.scoring import HeldOut, ScoringStopped, held_out, score_rows
 from peft_dist.session import Session, open_session
-from peft_dist.tracking import Record
+from peft_dist.tracking import Ledger
+from peft_dist.tracking.rows import LedgerRows
 from peft_dist.trainer import Trainer
 from tests.tiny import (
     completion_rows,
@@ -23,6 +26,7 @@ from tests.tiny import (
     tokenised,
     write_jsonl,
 )
+from tests.unit.test_trainer import Records, with_keeper
 
 
 def prepared(
@@ -146,7 +150,7 @@ def test_a_process_that_is_told_to_stop_writes_nothing_more(tmp_path: Path, alon
 
 
 def test_samples_leave_the_run_as_it_is_to_the_bit(tmp_path: Path, alone: World) -> None:
-    books: list[list[Record]] = []
+    books = []
     adapters = []
     write_jsonl(tmp_path / "held.jsonl", completion_rows(9, seed=1))
     for samples in (0, 4):
@@ -158,8 +162,8 @@ def test_samples_leave_the_run_as_it_is_to_the_bit(tmp_path: Path, alone: World)
             train={"steps": 6, "global_batch_size": 4, "learning_rate": 1e-2},
         )  # fmt: skip
         trainer = Trainer(session, held.rows, held)
-        book: list[Record] = []
-        trainer.trackers = [_Book(book)]
+        book = Records()
+        trainer.trackers = [book]
         trainer.run()
         books.append(book)
         adapters.append({name: p.detach().clone() for name, p in session.adapter.items()})
@@ -172,16 +176,60 @@ def test_samples_leave_the_run_as_it_is_to_the_bit(tmp_path: Path, alone: World)
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
 
 
-class _Book:
-    """A tracker that keeps the records."""
+class StopAtLast:
+    """Surroundings in which a signal comes after so many looks for one, in the last evaluation."""
 
-    def __init__(self, records: list[Record]) -> None:
-        """Keep them in this list."""
-        self._records = records
+    def __init__(self, step: int, looks: int) -> None:
+        self._last, self._looks, self._now = ("evaluation", step), looks, ("", 0)
 
-    def write(self, record: Record) -> None:
-        """Keep one."""
-        self._records.append(record)
+    def stop_requested(self) -> bool:
+        """Say whether it has come."""
+        if self._now == self._last:
+            self._looks -= 1
+        return self._looks < 0
 
-    def close(self) -> None:
-        """Nothing is held back."""
+    def phase(self, name: str, step: int) -> None:
+        """Note where the training is."""
+        self._now = (name, step)
+
+
+@pytest.mark.parametrize("looks", [3, 5])  # of which two come before the micro-batches scored
+def test_a_stop_among_samples_saves_and_the_next_start_samples_again(
+    tmp_path: Path, alone: World, looks: int
+) -> None:
+    def made() -> tuple[Trainer, Keeper, Records]:
+        session, held = prepared(
+            tmp_path, alone,
+            evaluate={"sample_tokens": 8},
+            train={"steps": 4, "global_batch_size": 4},
+        )  # fmt: skip
+        found = Trainer(session, held.rows, held)
+        records = Records()
+        found.trackers = [records]
+        return found, with_keeper(found, tmp_path / "checkpoints"), records
+
+    found, keeper, first = made()
+    found.surroundings = StopAtLast(4, looks)
+    with pytest.raises(Interrupted, match="stopped after step 4 of 4"):
+        found.run()
+    assert {r["step"] for r in first if r["event"] in ("sample", "evaluation")} == {0}
+    after, keeper, rest = made()
+    newest = keeper.newest()
+    assert newest is not None
+    after.resume(newest)
+    after.run()
+    undisturbed, _, whole = made()
+    undisturbed.run()
+    told = [r for r in whole if r["event"] == "sample"]
+    assert [r for r in [*first, *rest] if r["event"] == "sample"] == told
+    assert len(told) == 8
+
+
+def test_what_wandb_is_sent_of_a_sample_has_none_of_its_texts(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    texts = dict.fromkeys(("prompt", "expected", "predicted"), "a private text")
+    ledger.write({"event": "sample", "step": 0, "row": 1, **texts})
+    ledger.close()
+    (numbered,) = LedgerRows(tmp_path / "ledger.jsonl").new()
+    assert numbered.row["event"] == "sample"
+    assert "private" not in str(numbered.row)
