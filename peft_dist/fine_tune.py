@@ -170,7 +170,7 @@ def _share_run(place: Place) -> None:
     """Tell every process which attempt of which run this is. Collective."""
     path = "" if place.run_dir is None else str(place.run_dir.path)
     path, place.attempt_number = dist.broadcast_object([path, place.attempt_number])
-    place.run_dir = RunDir.open(path)
+    place.run_dir, place.has_met = RunDir.open(path), True
 
 
 def _trainer(

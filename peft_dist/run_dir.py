@@ -17,6 +17,7 @@ from typing import NamedTuple, Self
 from peft_dist.attempts import latest
 from peft_dist.config import Recipe, load_recipe, render_recipe
 from peft_dist.config.compare import differences, learning_settings, refuse_changes
+from peft_dist.crash_loop import was_stopped
 from peft_dist.errors import ERROR_PREFIX, EXIT_DO_NOT_RETRY, PeftDistError, RunDirError
 from peft_dist.files import replace_file
 from peft_dist.run_facts import run_facts
@@ -261,7 +262,8 @@ class RunDir:
     @property
     def was_interrupted(self) -> bool:
         """Say whether the newest attempt was told to stop."""
-        return (latest(self.attempts) or {}).get("outcome") == "interrupted"
+        newest = latest(self.attempts)
+        return newest is not None and was_stopped(self.attempts, newest)
 
     def newest_step(self) -> int:
         """Return the step of the newest checkpoint, whole or not; 0 where there is none."""
@@ -278,11 +280,16 @@ class RunDir:
         except (OSError, ValueError, KeyError, TypeError) as error:
             return Verdict(EXIT_DO_NOT_RETRY, f"{self.failure} cannot be read: {error}", "")
 
-    def record_failure(self, error: PeftDistError) -> None:
-        """Note what must change before the run can go on; the first note stays."""
+    def record_failure(self, error: PeftDistError, *, by: str = "") -> None:
+        """Note what must change before the run can go on; the first note stays.
+
+        Args:
+            error: What it is.
+            by: Who says so, where others may not have found the same.
+        """
         if not self.failure.exists():
             now = datetime.now(UTC).isoformat()
-            facts = {"exit_code": error.exit_code, "error": str(error), "time": now}
+            facts = {"exit_code": error.exit_code, "error": f"{by}{error}", "time": now}
             write_text_atomic(self.failure, json.dumps(facts) + "\n")
 
     def remove_leftovers(self) -> None:

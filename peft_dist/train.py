@@ -80,14 +80,19 @@ def _verdict_of_this_launch(options: argparse.Namespace) -> int | None:
     found = run.verdict()
     if found is not None:
         return found.exit_code
-    return stop.interrupted_code() if _is_restart() and run.was_interrupted else None
+    if _is_restart() and run.was_interrupted:
+        end_for(run.attempts, "interrupted")  # where its ranks were told while they loaded
+        return stop.interrupted_code()
+    return None
 
 
 def _train(options: argparse.Namespace, place: Place, stop_requests: stop.StopRequests) -> None:
     zero_s = time.monotonic() - process_age_s()
+    place.run_dir = _run_of(options)[0]
+    stop_requests.on_setup_stop = place.stopped_in_setup
     recipe = load_recipe(options.recipe, options.overrides)
     if place.rank == 0:
-        _take(options, recipe, place, stop_requests)
+        _take(options, recipe, place)
     # Only now, for it takes seconds: torch, transformers and all that stands on them.
     from peft_dist.fine_tune import fine_tune
     from peft_dist.shard.launched import deepspeed_exports
@@ -98,18 +103,13 @@ def _train(options: argparse.Namespace, place: Place, stop_requests: stop.StopRe
         recipe,
         place,
         stop_requests,
-        logs=_run_of(options)[0].logs,
+        logs=place.run_dir.logs,
         zero_s=zero_s,
         allow_changed=options.allow_changed,
     )
 
 
-def _take(
-    options: argparse.Namespace,
-    recipe: Recipe,
-    place: Place,
-    stop_requests: stop.StopRequests,
-) -> None:
+def _take(options: argparse.Namespace, recipe: Recipe, place: Place) -> None:
     """Take the run directory for this attempt, as rank 0.
 
     Raises:
@@ -133,22 +133,14 @@ def _take(
         )
     # A person who starts again after a verdict has done something about it.
     after_verdict = run.verdict() is not None
-    attempt = Attempt.begin(run.attempts, after_verdict=after_verdict)
+    attempt = Attempt.begin(run.attempts, after_verdict=after_verdict, world_size=place.size)
     place.run_dir, place.attempt, place.attempt_number = run, attempt, attempt.number
-    stop_requests.on_setup_stop = lambda name: _stopped_in_setup(attempt, name)
     run.remove_leftovers()
     if after_verdict:
         run.failure.unlink(missing_ok=True)
     problem = verdict(run.attempts, run.newest_step())
     if problem is not None:
         raise TrainingError(problem, where=str(run.path), remedy="start again once that is mended")
-
-
-def _stopped_in_setup(attempt: Attempt, signal_name: str) -> None:
-    # torchrun sends SIGTERM to the other processes of one that has crashed, and then starts all of
-    # them again: no stop. Of a real one `peft-dist`, which was told as well, leaves word.
-    if signal_name != "SIGTERM" or "TORCHELASTIC_RUN_ID" not in os.environ:
-        attempt.end("interrupted", signal=signal_name)
 
 
 def process_age_s() -> float:

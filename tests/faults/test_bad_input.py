@@ -183,6 +183,26 @@ def test_a_bad_row_is_told_by_every_rank_with_its_line(
     assert not records(group.run_dir)
 
 
+def test_rows_that_one_machine_lacks_burn_no_restart(harness: Harness, project: Project) -> None:
+    planted = [
+        fault("without_rows", rank=1),
+        fault("slow", rank=0, where="loading", seconds=60.0),
+    ]
+    group = harness.start(project, harness.run_dir(), overrides=SHORT, faults=planted)
+    assert group.wait_for_end_of(1) == 2, group.told()
+    (line,) = [x for x in group.errors(1).splitlines() if "peft-dist: error: " in x]
+    assert "peft-dist: error: rank 1: " in line and "absent/rows.jsonl" in line
+    group.kill_all(signal.SIGTERM)  # as torchrun does, before it starts all of them again
+    group.wait()
+    failure = json.loads((group.run_dir / "failure.json").read_text(encoding="utf-8"))
+    assert failure["exit_code"] == 2
+    assert failure["error"].startswith("rank 1 on host ")
+    assert "absent/rows.jsonl" in failure["error"]
+    again = harness.start(project, group.run_dir, overrides=SHORT, restart_count=1)
+    assert again.wait() == [2, 2], again.told()
+    assert len(list((group.run_dir / "attempts").glob("????????.json"))) == 1
+
+
 @pytest.mark.parametrize("seed", range(cases(1, 10)))
 def test_left_out_rows_change_nothing_for_the_others_before_and_after_a_restart(
     harness: Harness, project: Project, undisturbed: Undisturbed, tmp_path: Path, seed: int

@@ -196,6 +196,28 @@ def test_a_signal_to_the_command_saves_and_resume_finishes(
     assert_undisturbed(run, undisturbed)
 
 
+IN_SETUP = [(1, signal.SIGTERM), (0, signal.SIGTERM), (1, signal.SIGUSR1), (0, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize(("rank", "number"), IN_SETUP[: cases(2, 4)])
+def test_a_signal_to_one_rank_that_loads_stops_the_command(
+    run: Run, rank: int, number: signal.Signals
+) -> None:
+    command = run.start()
+    command.wait_until(lambda: bool(run.outcomes()) and len(run.ranks()) == 2, "lease")
+    time.sleep(0.5)  # rank 1 may be a little behind; both import torch for seconds
+    assert not records(run.path)
+    told_at_s = time.monotonic()
+    os.kill(run.ranks()[rank], number)
+    assert command.wait() == 75, command.told()
+    print(
+        f"\n{number.name} to rank {rank} in setup: ended {time.monotonic() - told_at_s:.1f} s after"
+    )
+    assert "stopped by a signal; `peft-dist resume " in command.told()
+    assert run.outcomes() == ["interrupted"]
+    assert not records(run.path)
+
+
 def test_workers_whose_launcher_is_killed_save_and_end_and_train_goes_on(
     run: Run, undisturbed: Undisturbed
 ) -> None:

@@ -15,7 +15,7 @@ from peft_dist.config import Recipe, load_recipe
 from peft_dist.errors import DataError, LaunchError, RunDirError, TrainingError
 from peft_dist.fine_tune import _require_trackers
 from peft_dist.run_dir import RunDir
-from peft_dist.stop import LAUNCH_MARK, StopRequests
+from peft_dist.stop import LAUNCH_MARK
 from peft_dist.worker import Place
 from tests.processes import ROOT, environment, run
 
@@ -40,7 +40,7 @@ def taken(options: argparse.Namespace, **train_section: object) -> Place:
     place = Place()
     recipe = Recipe.model_validate(RAW | {"train": train_section})
     try:
-        train._take(options, recipe, place, StopRequests())
+        train._take(options, recipe, place)
     finally:
         if place.attempt is not None:
             place.attempt.end("interrupted")
@@ -125,7 +125,7 @@ def test_crashes_without_progress_end_in_a_verdict_and_a_new_start_is_not_held_t
     for _ in range(10):
         place = Place()
         try:
-            train._take(started(prepared.recipe), Recipe.model_validate(RAW), place, StopRequests())
+            train._take(started(prepared.recipe), Recipe.model_validate(RAW), place)
         except TrainingError as error:
             told = str(error)
             assert place.attempt is not None
