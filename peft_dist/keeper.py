@@ -79,6 +79,7 @@ class Keeper:
         # Some methods save what their tensors amount to; these must be kept as well then.
         self._file_restores = method.of_saved(method.settings) == method.settings
         self._writer: threading.Thread | None = None
+        self._writing_since_s = 0.0
         self._superseded: Superseded | None = None
         self._results: list[Facts] = []
 
@@ -124,15 +125,18 @@ class Keeper:
                 **self._facts,
             },
         )
+        self._writing_since_s = time.monotonic()
         self._writer = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self._writer.start()
         if not self._settings.background:
             self.wait()
 
     @property
-    def busy(self) -> bool:
-        """Say whether a checkpoint is being written. Rank 0 alone knows."""
-        return self._writer is not None and self._writer.is_alive()
+    def busy_s(self) -> float | None:
+        """Return how long a checkpoint is being written by now, if one is. Rank 0 alone knows."""
+        if self._writer is None or not self._writer.is_alive():
+            return None
+        return time.monotonic() - self._writing_since_s
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written, or has failed.

@@ -164,8 +164,10 @@ class Trainer:
         if self.keeper is not None and self.world.is_main:
             settings = self.recipe.checkpoint
             since = time.monotonic() - self._saved_at
-            due = settings.every_seconds is not None and since >= settings.every_seconds
-            save = due and not self.keeper.busy
+            save = settings.every_seconds is not None and since >= settings.every_seconds
+            if (busy_s := self.keeper.busy_s) is not None:
+                # The next save waits for this one; where that hangs, the watchdog sees it then.
+                save = busy_s > self.recipe.watchdog.save_s
             give_up = self.keeper.failed_in_a_row >= settings.max_failed_saves
         return self.surroundings.stop_requested(), save, give_up
 

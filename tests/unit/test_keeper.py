@@ -302,7 +302,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
     state = trainer.session.engine.adapter_state()
     trainer.progress.step = 1
     keeper.take(dataclasses.asdict(trainer.progress), trainer.optimizer)
-    assert keeper.busy
+    assert keeper.busy_s is not None
     assert keeper.results() == []
     with torch.no_grad():  # the copy in flight is a copy
         trainer.session.engine._values.add_(1.0)
@@ -331,7 +331,7 @@ def test_a_checkpoint_in_the_foreground_is_there_when_the_step_goes_on(
     keeper = trainer.keeper
     assert keeper is not None
     keeper.take(dataclasses.asdict(trainer.progress), trainer.optimizer)
-    assert not keeper.busy
+    assert keeper.busy_s is None
     assert names(tmp_path / "checkpoints") == ["step-00000000"]
 
 
