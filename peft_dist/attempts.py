@@ -188,16 +188,22 @@ def records(folder: Path) -> list[Record]:
     return [_read(folder, number) for number in _numbers(folder)]
 
 
-def refuse_if_held(folder: Path) -> None:
-    """Refuse a run that is seen to be held, in less than two seconds; for launchers.
+def refuse_if_held(folder: Path, *, fresh: bool = False) -> None:
+    """Refuse a run that is seen to be held, before anything of it is touched.
 
-    A holder on another machine that shows no beat in this time is left for `Attempt.begin`.
+    Takes less than two seconds: a holder on another machine that shows no beat in this time is
+    left for `Attempt.begin`. A run that is to be set aside has none, so it takes as long as that.
+
+    Args:
+        folder: The run's folder of attempts.
+        fresh: Whether the run is to be set aside.
 
     Raises:
         RunDirError: Where another process holds the run, or the folder cannot be read.
     """
     try:
-        record, held = _judge(folder, watch_s=SEEN_ALIVE_WITHIN_S)
+        watch_s = STALE_AFTER_S if fresh else SEEN_ALIVE_WITHIN_S
+        record, held = _judge(folder, watch_s=watch_s)
     except OSError as error:
         raise RunDirError(
             f"cannot be read: {error.strerror}",

@@ -20,7 +20,7 @@ from peft_dist.config import Recipe
 from peft_dist.config.compare import differences, learning_settings, refuse_changes
 from peft_dist.config.derived import peak_learning_rate
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
-from peft_dist.errors import Interrupted, LaunchError, PeftDistError, Superseded
+from peft_dist.errors import Interrupted, LaunchError, PeftDistError, RunDirError, Superseded
 from peft_dist.keeper import Keeper, read_state
 from peft_dist.memory import peak_device_bytes, peak_rss_bytes
 from peft_dist.model.source import BaseSource, find_base
@@ -192,8 +192,16 @@ def _trainer(
     trainer = Trainer(session, data.rows, data.held, keeper=keeper, surroundings=process)
     newest = keeper.newest()
     if newest is not None:
-        _refuse_another_run(read_state(newest), facts, allow_changed, where=str(run.path))
+        try:
+            _refuse_another_run(read_state(newest), facts, allow_changed, where=str(run.path))
+        except RunDirError:
+            if session.world.is_main:
+                run.drop_next_recipe()
+            raise
         trainer.resume(newest)
+    if session.world.is_main:
+        _lease(place).check(now=True)
+        run.accept_recipe()
     return trainer
 
 

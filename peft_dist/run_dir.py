@@ -75,6 +75,15 @@ class RunDir:
         return self.path / "recipe.yaml"
 
     @property
+    def next_recipe(self) -> Path:
+        """The recipe that the next start is to go on by, until that has found nothing against it.
+
+        Whether rows and model are still those of the checkpoints is known on the machine that
+        trains; until then `recipe.yaml` says what they were made by.
+        """
+        return self.path / "recipe.next.yaml"
+
+    @property
     def run_facts(self) -> Path:
         """When, with which versions and by which command the run was made; written last."""
         return self.path / "run.json"
@@ -194,7 +203,7 @@ class RunDir:
         Args:
             path: Where.
             recipe: What to train. It replaces the run's own recipe, which may differ in what does
-                not change what is learned.
+                not change what is learned; where there are checkpoints, by `accept_recipe`.
             command: The command line to record in a new run.
             fresh: Set a run that is there aside, and make a new one.
             allow_changed: Fields that may differ all the same.
@@ -220,13 +229,17 @@ class RunDir:
             )
         cls.open(path)  # raises where its recipe is gone
         text = render_recipe(recipe)
-        if text != run.recipe.read_text(encoding="utf-8"):
-            if run.has_checkpoints:
-                old = learning_settings(load_recipe(run.recipe, check_paths=False))
-                refuse_changes(
-                    differences(old, learning_settings(recipe)), allow_changed, where=str(run.path)
-                )
+        is_changed = text != run.recipe.read_text(encoding="utf-8")
+        if is_changed and run.has_checkpoints:
+            old = learning_settings(load_recipe(run.recipe, check_paths=False))
+            refuse_changes(
+                differences(old, learning_settings(recipe)), allow_changed, where=str(run.path)
+            )
+            write_text_atomic(run.next_recipe, text)
+            return run
+        if is_changed:
             write_text_atomic(run.recipe, text)
+        run.drop_next_recipe()
         return run
 
     @classmethod
@@ -258,6 +271,15 @@ class RunDir:
         path = Path(recipe_path).absolute()
         run = cls(path.parent)
         return run if path.name == run.recipe.name and run.run_facts.is_file() else None
+
+    def accept_recipe(self) -> None:
+        """Let the recipe that this start goes on by be the run's own."""
+        with suppress(FileNotFoundError):
+            self.next_recipe.replace(self.recipe)
+
+    def drop_next_recipe(self) -> None:
+        """Forget a recipe that the run does not go on by."""
+        self.next_recipe.unlink(missing_ok=True)
 
     @property
     def was_interrupted(self) -> bool:
@@ -299,7 +321,10 @@ class RunDir:
         """
         names = [
             ".adapter-",
-            *(f".{file.name}." for file in (self.recipe, self.result, self.failure)),
+            *(
+                f".{file.name}."
+                for file in (self.recipe, self.next_recipe, self.result, self.failure)
+            ),
         ]
         begun = [path for path in self.path.iterdir() if path.name.startswith(tuple(names))]
         # Whoever still makes this run comes too late.

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from peft_dist import stop
-from peft_dist.attempts import Attempt, end_for
+from peft_dist.attempts import Attempt, end_for, refuse_if_held
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.crash_loop import verdict
 from peft_dist.errors import EXIT_DONE, RunDirError, TrainingError
@@ -56,6 +56,12 @@ def _run_of(options: argparse.Namespace) -> tuple[RunDir, bool]:
     return RunDir((options.run_dir or Path("runs") / options.recipe.stem).absolute()), False
 
 
+def _recipe_of(options: argparse.Namespace) -> Path:
+    """Return the recipe file to train by: of a prepared run the changed one, where there is one."""
+    run, prepared = _run_of(options)
+    return run.next_recipe if prepared and run.next_recipe.exists() else options.recipe
+
+
 def _is_restart() -> bool:
     """Say whether torchrun starts the processes again, after one of them has ended early."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -90,7 +96,7 @@ def _train(options: argparse.Namespace, place: Place, stop_requests: stop.StopRe
     zero_s = time.monotonic() - process_age_s()
     place.run_dir = _run_of(options)[0]
     stop_requests.on_setup_stop = place.stopped_in_setup
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = load_recipe(_recipe_of(options), options.overrides)
     if place.rank == 0:
         _take(options, recipe, place)
     # Only now, for it takes seconds: torch, transformers and all that stands on them.
@@ -118,11 +124,13 @@ def _take(options: argparse.Namespace, recipe: Recipe, place: Place) -> None:
     """
     run, prepared = _run_of(options)
     if not prepared:
+        fresh = options.fresh and not _is_restart()
+        refuse_if_held(run.attempts, fresh=fresh)
         run = RunDir.claim(
             run.path,
             recipe,
             command=sys.argv,
-            fresh=options.fresh and not _is_restart(),
+            fresh=fresh,
             allow_changed=options.allow_changed,
         )
     elif run.is_finished:

@@ -77,7 +77,7 @@ def train_here(start: Start, *, fresh: bool = False) -> int:
     Raises:
         RunDirError: Where another process holds the run, or it has finished, or learns otherwise.
     """
-    refuse_if_held(start.run.attempts)
+    refuse_if_held(start.run.attempts, fresh=fresh)
     run = RunDir.claim(
         start.run.path,
         start.recipe,

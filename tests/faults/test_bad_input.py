@@ -283,6 +283,26 @@ def test_rows_or_a_model_that_changed_between_attempts_are_refused_unless_allowe
     assert records(run, "start")[-1]["step"] in (20, 30)
 
 
+def test_a_start_with_other_rows_that_is_refused_leaves_the_recipe_as_it_was(
+    harness: Harness, project: Project, tmp_path: Path
+) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", completion_rows(300, seed=7))
+    run = RunDir(killed_run(harness, project))
+    before = run.recipe.read_bytes()
+    changed = [*SHORT, f"data.train={other}", "checkpoint.keep_last=3"]
+    refused = harness.start(project, run.path, overrides=changed)
+    assert_refused(refused, "data.train")
+    refused.kill_all()
+    assert run.recipe.read_bytes() == before
+    assert not run.next_recipe.exists()
+    allowed = ["--allow-changed", "data.train"]
+    group = harness.start(project, run.path, overrides=changed, arguments=allowed)
+    assert group.wait() == [0, 0], group.told()
+    now = load_recipe(run.recipe)
+    assert (now.data.train, now.checkpoint.keep_last) == (str(other), 3)
+    assert not run.next_recipe.exists()
+
+
 @pytest.mark.parametrize(
     ("override", "values"),
     [

@@ -75,6 +75,16 @@ def test_an_old_recipe_with_changes_is_the_start_of_another_run(prepared: RunDir
     assert train._run_of(started(prepared.recipe, run_dir=other)) == (RunDir(other), False)
 
 
+def test_a_prepared_run_goes_on_by_the_recipe_it_was_claimed_with(
+    prepared: RunDir, tmp_path: Path
+) -> None:
+    assert train._recipe_of(started(prepared.recipe)) == prepared.recipe
+    prepared.next_recipe.write_bytes(prepared.recipe.read_bytes())
+    assert train._recipe_of(started(prepared.recipe)) == prepared.next_recipe
+    other = started(prepared.recipe, run_dir=tmp_path / "another")
+    assert train._recipe_of(other) == prepared.recipe
+
+
 def test_any_other_recipe_is_in_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "mine.yaml"
@@ -107,6 +117,20 @@ def test_a_run_that_another_process_trains_is_refused(prepared: RunDir) -> None:
         with pytest.raises(RunDirError, match=f"process {os.getpid()}|pid {os.getpid()}"):
             taken(started(prepared.recipe))
         assert (latest(prepared.attempts) or {})["attempt"] == 1
+    finally:
+        holder.end("interrupted")
+
+
+def test_a_run_that_another_process_trains_is_not_set_aside_or_changed(prepared: RunDir) -> None:
+    (prepared.checkpoints / "step-00000002").mkdir(parents=True)
+    holder = Attempt.begin(prepared.attempts)
+    before = prepared.recipe.read_bytes()
+    try:
+        for fresh in (False, True):
+            with pytest.raises(RunDirError, match="is in use by attempt 1"):
+                taken(started(Path("mine.yaml"), run_dir=prepared.path, fresh=fresh), steps=7)
+        assert prepared.recipe.read_bytes() == before
+        assert not prepared.next_recipe.exists()
     finally:
         holder.end("interrupted")
 
