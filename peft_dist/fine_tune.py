@@ -254,7 +254,7 @@ def _facts(session: Session, rows: TokenizedRows, held: HeldOut | None) -> dict[
     """Return what every checkpoint of a run says besides its progress."""
     recipe = session.recipe
     settings = learning_settings(recipe)
-    base = json.dumps(session.base_fingerprint, sort_keys=True).encode()
+    base = json.dumps(session.released_fingerprint, sort_keys=True).encode()
     return {
         "recipe": settings,
         "recipe_sha256": _sha256(json.dumps(settings, sort_keys=True).encode()),

@@ -200,6 +200,7 @@ class Keeper:
         if trained is None:
             adapter = folder / ADAPTER_FOLDER
             trained = load_adapter(adapter, session.method, session.peft, session.adapter)
+            session.note_base()
         session.engine.load_adapter_state(trained)
         flat = session.engine.flat
         moments = Moments(flat(parts["exp_avg"]), flat(parts["exp_avg_sq"]), state["updates"])
