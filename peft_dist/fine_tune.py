@@ -126,9 +126,7 @@ def fine_tune(
         process.phase("save", trainer.progress.step)
         train_s = time.monotonic() - zero_s - startup_s - load_s
         session.check_integrity()
-        if world.is_main:
-            _lease(place).check(now=True)
-        saver.save(_run(place).adapter)
+        saver.save(_run(place).adapter, may_publish=lambda: _lease(place).check(now=True))
         peaks = dist.gather_objects((peak_rss_bytes(), peak_device_bytes(world.device)))
         outcome = "done"
     except Superseded:

@@ -76,11 +76,7 @@ class RunDir:
 
     @property
     def next_recipe(self) -> Path:
-        """The recipe that the next start is to go on by, until that has found nothing against it.
-
-        Whether rows and model are still those of the checkpoints is known on the machine that
-        trains; until then `recipe.yaml` says what they were made by.
-        """
+        """What a start is to go on by, until its rows and model are seen to fit the checkpoints."""
         return self.path / "recipe.next.yaml"
 
     @property
@@ -303,12 +299,7 @@ class RunDir:
             return Verdict(EXIT_DO_NOT_RETRY, f"{self.failure} cannot be read: {error}", "")
 
     def record_failure(self, error: PeftDistError, *, by: str = "") -> None:
-        """Note what must change before the run can go on; the first note stays.
-
-        Args:
-            error: What it is.
-            by: Who says so, where others may not have found the same.
-        """
+        """Note what must change (and who says so) before the run can go on; the first stays."""
         if not self.failure.exists():
             now = datetime.now(UTC).isoformat()
             facts = {"exit_code": error.exit_code, "error": f"{by}{error}", "time": now}
@@ -319,13 +310,8 @@ class RunDir:
 
         `checkpoints/` and `attempts/` are not looked at.
         """
-        names = [
-            ".adapter-",
-            *(
-                f".{file.name}."
-                for file in (self.recipe, self.next_recipe, self.result, self.failure)
-            ),
-        ]
+        files = (self.recipe, self.next_recipe, self.result, self.failure)
+        names = [".adapter-", *(f".{file.name}." for file in files)]
         begun = [path for path in self.path.iterdir() if path.name.startswith(tuple(names))]
         # Whoever still makes this run comes too late.
         making = f".{self.path.name}-making-"
