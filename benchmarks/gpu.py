@@ -169,7 +169,7 @@ def build(args: argparse.Namespace, world: dist.World) -> tuple[Any, CausalLM, d
     now = dict(adapted.named_parameters())
     base = {plain: now[name] for name, plain in wrapped_name.items()}
     fill_base(base, plan, files, engine.shard, device=world.device)
-    nothing_to_read = Start(engine.whole, engine.put, lambda _: [], lambda _: None)
+    nothing_to_read = Start(engine.whole, engine.put, lambda _: None, lambda _: [], lambda _: None)
     method.initialise(adapted, nothing_to_read)
     adapter = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     engine.hold_adapter(adapter, lambda _: Group(decays=True, rate_factor=1.0))

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Self
 
 from peft_dist.errors import RunDirError, Superseded
 from peft_dist.files import make_file, replace_file
-from peft_dist.liveness import is_alive, is_requeue_of, slurm_job, this_process
+from peft_dist.liveness import is_alive, is_requeue_of, slurm_job, this_group, this_process
 
 HEARTBEAT_S = 0.5
 """Seconds between two beats of a holder."""
@@ -56,7 +56,9 @@ class Attempt:
         self._heart.start()
 
     @classmethod
-    def begin(cls, folder: Path, *, after_verdict: bool = False) -> Self:
+    def begin(
+        cls, folder: Path, *, after_verdict: bool = False, world_size: int | None = None
+    ) -> Self:
         """Take the next attempt of a run, where nobody holds it any more.
 
         Takes no time, but up to `STALE_AFTER_S` where the attempt before ended without a word on
@@ -66,6 +68,7 @@ class Attempt:
             folder: The run's folder of attempts; made where it is missing.
             after_verdict: Whether a person starts again after a crash loop was told; crashes
                 before that count no more.
+            world_size: How many processes there are, where that is known.
 
         Raises:
             RunDirError: Where another process holds the run, or the folder cannot be used.
@@ -80,6 +83,8 @@ class Attempt:
                 "attempt": number,
                 **this_process(),
                 **slurm_job(),
+                "group": this_group(),
+                "world_size": world_size,
                 "counts_from": after_verdict,
                 "beat": 0,
             }
@@ -183,16 +188,22 @@ def records(folder: Path) -> list[Record]:
     return [_read(folder, number) for number in _numbers(folder)]
 
 
-def refuse_if_held(folder: Path) -> None:
-    """Refuse a run that is seen to be held, in less than two seconds; for launchers.
+def refuse_if_held(folder: Path, *, fresh: bool = False) -> None:
+    """Refuse a run that is seen to be held, before anything of it is touched.
 
-    A holder on another machine that shows no beat in this time is left for `Attempt.begin`.
+    Takes less than two seconds: a holder on another machine that shows no beat in this time is
+    left for `Attempt.begin`. A run that is to be set aside has none, so it takes as long as that.
+
+    Args:
+        folder: The run's folder of attempts.
+        fresh: Whether the run is to be set aside.
 
     Raises:
         RunDirError: Where another process holds the run, or the folder cannot be read.
     """
     try:
-        record, held = _judge(folder, watch_s=SEEN_ALIVE_WITHIN_S)
+        watch_s = STALE_AFTER_S if fresh else SEEN_ALIVE_WITHIN_S
+        record, held = _judge(folder, watch_s=watch_s)
     except OSError as error:
         raise RunDirError(
             f"cannot be read: {error.strerror}",

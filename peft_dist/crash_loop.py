@@ -1,7 +1,7 @@
-"""Whether starting a run again can help: what its attempts before say of their crashes.
+"""Whether starting a run again can help: what its attempts before say of their ends.
 
-A crash leaves an attempt without outcome; what ranks could still say is in their crash notes.
-Holds no lease and ends nothing.
+A crash leaves an attempt without outcome; what ranks could still say is in their notes. Holds no
+lease and ends nothing.
 """
 
 import json
@@ -20,6 +20,9 @@ ATTEMPTS_OUT_OF_MEMORY = 2
 
 LOST_PEER = "lost peer"
 """The kind of a crash that only follows from another rank's."""
+
+STOPPED = "stopped"
+"""The kind of an end that a signal asked for while the rank set itself up; the error names it."""
 
 CrashNote = dict[str, Any]
 """What a rank said before it ended: `rank`, `kind`, `step`, `error`."""
@@ -61,6 +64,27 @@ def crash_notes(folder: Path, attempt: int) -> list[CrashNote]:
     return sorted(notes, key=lambda note: int(note["rank"]))
 
 
+def was_stopped(folder: Path, record: Record) -> bool:
+    """Say whether an attempt was told to stop: by its own word, or by its ranks' while they loaded.
+
+    Where a rank has crashed, a launcher sends SIGTERM to the others. The one that crashed has left
+    no word of a signal, so that of SIGTERM counts only where every rank has had it, or has lost
+    one that had.
+
+    Args:
+        folder: The run's folder of attempts.
+        record: The attempt's.
+    """
+    if "outcome" in record:
+        return bool(record["outcome"] == "interrupted")
+    notes = crash_notes(folder, record["attempt"])
+    signals = [note["error"] for note in notes if note["kind"] == STOPPED]
+    followed = [note for note in notes if note["kind"] in (STOPPED, LOST_PEER)]
+    return any(name != "SIGTERM" for name in signals) or (
+        bool(signals) and len(followed) == record.get("world_size")
+    )
+
+
 def verdict(folder: Path, step: int) -> str | None:
     """Return in one line why starting again cannot help, or None where it may.
 
@@ -73,7 +97,7 @@ def verdict(folder: Path, step: int) -> str | None:
     Raises:
         OSError: Where the folder cannot be read.
     """
-    row = _crashes_in_a_row(records(folder))
+    row = _crashes_in_a_row(folder)
     return _out_of_memory(folder, row) or _no_progress(folder, row, step)
 
 
@@ -88,14 +112,14 @@ def out_of_memory_again(folder: Path) -> str | None:
     Raises:
         OSError: Where the folder cannot be read.
     """
-    return _out_of_memory(folder, _crashes_in_a_row(records(folder), with_ours=True))
+    return _out_of_memory(folder, _crashes_in_a_row(folder, with_ours=True))
 
 
-def _crashes_in_a_row(history: Sequence[Record], *, with_ours: bool = False) -> list[Record]:
+def _crashes_in_a_row(folder: Path, *, with_ours: bool = False) -> list[Record]:
     """Return the attempts that crashed one after another, the newest first."""
     row = []
-    for record in reversed(history):
-        if record.get("outcome") in ("done", "interrupted"):
+    for record in reversed(records(folder)):
+        if record.get("outcome") == "done" or was_stopped(folder, record):
             break
         if with_ours or "outcome" in record or not is_this_process(record):
             row.append(record)

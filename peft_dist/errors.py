@@ -1,4 +1,7 @@
-"""The faults that belong to the user, and the exit codes the program promises.
+"""The faults that belong to the user, and the exit codes the program promises for a training.
+
+What keeps no state (scoring, merging, quantizing) ends with 128 + N where signal N stopped it, so
+with 130 for Ctrl-C, as a shell has it.
 
 A `PeftDistError` is one line a person can act on. Our own broken invariants are `assert`s and
 keep their traceback, because those are bugs to report.
@@ -17,7 +20,8 @@ EXIT_USER_ERROR = 2
 EXIT_DO_NOT_RETRY = 3
 """Training itself cannot go on, and would not after a restart: a person has to look."""
 EXIT_INTERRUPTED = 75
-"""A signal stopped the run, which saved; the same command goes on. (EX_TEMPFAIL of sysexits.h)"""
+"""A signal stopped the run; it has saved, or says what it could not save. The same command goes on.
+(EX_TEMPFAIL of sysexits.h)"""
 
 ERROR_PREFIX = "peft-dist: error: "
 """Begins the line on standard error that tells a fault."""

@@ -20,7 +20,7 @@ from peft_dist.config import Recipe
 from peft_dist.config.compare import differences, learning_settings, refuse_changes
 from peft_dist.config.derived import peak_learning_rate
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
-from peft_dist.errors import Interrupted, LaunchError, PeftDistError, Superseded
+from peft_dist.errors import Interrupted, LaunchError, PeftDistError, RunDirError, Superseded
 from peft_dist.keeper import Keeper, read_state
 from peft_dist.liveness import slurm_job
 from peft_dist.memory import peak_device_bytes, peak_rss_bytes
@@ -132,9 +132,7 @@ def fine_tune(
         process.phase("save", trainer.progress.step)
         train_s = time.monotonic() - zero_s - startup_s - load_s
         session.check_integrity()
-        if world.is_main:
-            _lease(place).check(now=True)
-        saver.save(_run(place).adapter)
+        saver.save(_run(place).adapter, may_publish=lambda: _lease(place).check(now=True))
         peaks = dist.gather_objects((peak_rss_bytes(), peak_device_bytes(world.device)))
         outcome = "done"
     except Superseded:
@@ -178,7 +176,7 @@ def _share_run(place: Place) -> None:
     """Tell every process which attempt of which run this is. Collective."""
     path = "" if place.run_dir is None else str(place.run_dir.path)
     path, place.attempt_number = dist.broadcast_object([path, place.attempt_number])
-    place.run_dir = RunDir.open(path)
+    place.run_dir, place.has_met = RunDir.open(path), True
 
 
 def _trainer(
@@ -200,8 +198,16 @@ def _trainer(
     trainer = Trainer(session, data.rows, data.held, keeper=keeper, surroundings=process)
     newest = keeper.newest()
     if newest is not None:
-        _refuse_another_run(read_state(newest), facts, allow_changed, where=str(run.path))
+        try:
+            _refuse_another_run(read_state(newest), facts, allow_changed, where=str(run.path))
+        except RunDirError:
+            if session.world.is_main:
+                run.drop_next_recipe()
+            raise
         trainer.resume(newest)
+    if session.world.is_main:
+        _lease(place).check(now=True)
+        run.accept_recipe()
     return trainer
 
 
@@ -272,7 +278,7 @@ def _facts(session: Session, rows: TokenizedRows, held: HeldOut | None) -> dict[
     """Return what every checkpoint of a run says besides its progress."""
     recipe = session.recipe
     settings = learning_settings(recipe)
-    base = json.dumps(session.base_fingerprint, sort_keys=True).encode()
+    base = json.dumps(session.released_fingerprint, sort_keys=True).encode()
     return {
         "recipe": settings,
         "recipe_sha256": _sha256(json.dumps(settings, sort_keys=True).encode()),

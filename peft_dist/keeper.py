@@ -24,7 +24,7 @@ from peft_dist.checkpoint import store
 from peft_dist.checkpoint.adapter import check_file, load_adapter, write_adapter
 from peft_dist.checkpoint.manifest import seal, step_name
 from peft_dist.config.recipe import Checkpoint
-from peft_dist.errors import Superseded, TrainingError
+from peft_dist.errors import RunDirError, Superseded, TrainingError
 from peft_dist.saving import Saver
 from peft_dist.shard.optimizer import AdapterOptimizer, Moments
 
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 Facts = dict[str, Any]
 ADAPTER_FOLDER = "adapter"
+FORMAT = 1
+"""Of what a checkpoint holds, and how."""
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 
@@ -73,12 +75,15 @@ class Keeper:
         self.session = saver.session
         self.failed_in_a_row = 0
         """Checkpoints that could not be written since the last one that could."""
+        self.newest_step = 0
+        """Of the newest checkpoint that was written, or gone on from; rank 0 alone knows."""
         self._saver, self._folder, self._settings = saver, checkpoints, settings
         self._attempt, self._facts, self._may_publish = attempt, facts, may_publish
         method = self.session.method
         # Some methods save what their tensors amount to; these must be kept as well then.
         self._file_restores = method.of_saved(method.settings) == method.settings
         self._writer: threading.Thread | None = None
+        self._writing_since_s = 0.0
         self._superseded: Superseded | None = None
         self._results: list[Facts] = []
 
@@ -117,13 +122,14 @@ class Keeper:
             config=session.method.saved_config(session.peft),
             optimizer=tensors,
             state={
-                "format": 1,
+                "format": FORMAT,
                 **progress,
                 "updates": moments.updates,
                 "attempt": self._attempt,
                 **self._facts,
             },
         )
+        self._writing_since_s = time.monotonic()
         self._writer = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self._writer.start()
         if not self._settings.background:
@@ -133,6 +139,28 @@ class Keeper:
     def busy(self) -> bool:
         """Say whether a checkpoint is being written. Rank 0 alone knows."""
         return self._writer is not None and self._writer.is_alive()
+
+    def is_due(self, since_s: float, *, hangs_after_s: float) -> bool:
+        """Say whether a checkpoint is due by time. Rank 0 alone knows.
+
+        The next one waits for one that is being written. It is put off for that, but not where
+        that takes too long: the watchdog sees only what the steps wait for.
+
+        Args:
+            since_s: Seconds since the last one was taken.
+            hangs_after_s: More than writing one may take.
+        """
+        if self.busy:
+            return time.monotonic() - self._writing_since_s > hangs_after_s
+        every_s = self._settings.every_seconds
+        return every_s is not None and since_s >= every_s
+
+    def told_unless_saved(self, step: int) -> str:
+        """Return what is to be said of a stop whose checkpoint could not be written."""
+        if self.newest_step == step or not self.session.world.is_main:
+            return ""
+        on = f"goes on after step {self.newest_step}" if self.newest_step else "begins anew"
+        return f"; that could not be saved, and the run {on}"
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written, or has failed.
@@ -183,6 +211,7 @@ class Keeper:
             TrainingError: Where it holds other tensors than the session trains.
         """
         session, state = self.session, read_state(folder)
+        self.newest_step = state["step"]
         tensors = load_file(folder / OPTIMIZER_FILE)
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
@@ -196,6 +225,7 @@ class Keeper:
         if trained is None:
             adapter = folder / ADAPTER_FOLDER
             trained = load_adapter(adapter, session.method, session.peft, session.adapter)
+            session.note_base()
         session.engine.load_adapter_state(trained)
         flat = session.engine.flat
         moments = Moments(flat(parts["exp_avg"]), flat(parts["exp_avg_sq"]), state["updates"])
@@ -208,7 +238,7 @@ class Keeper:
         started = time.monotonic()
         try:
             record = {"event": "saved", "step": snapshot.step, "bytes": self._publish(snapshot)}
-            self.failed_in_a_row = 0
+            self.failed_in_a_row, self.newest_step = 0, snapshot.step
         except Superseded as error:
             self._superseded = error
             return
@@ -245,8 +275,18 @@ class Keeper:
 
 
 def read_state(folder: Path) -> Facts:
-    """Return all that a checkpoint says besides its tensors."""
+    """Return all that a checkpoint says besides its tensors.
+
+    Raises:
+        RunDirError: Where another version has written it, in another form.
+    """
     state: Facts = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    if state.get("format") != FORMAT:
+        raise RunDirError(
+            f"is of format {state.get('format')}, and this version reads format {FORMAT}",
+            where=str(folder / STATE_FILE),
+            remedy="go on with the version that made it, or start --fresh",
+        )
     return state
 
 
@@ -256,7 +296,7 @@ def held_out_loss(folder: Path) -> float | None:
         state = read_state(folder)
         if state["evaluated"] == state["step"] and state["last"] is not None:
             return float(state["last"]["loss"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RunDirError):
         log.warning("%s cannot be read; its checkpoint is not among the best", folder / STATE_FILE)
     return None
 

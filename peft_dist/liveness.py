@@ -27,6 +27,21 @@ def this_process() -> dict[str, Any]:
     }
 
 
+def this_group() -> str:
+    """Return what all processes of one start have in common, and those of no other start.
+
+    They meet at one address, and a launcher that starts them again counts that.
+    """
+    names = (
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "TORCHELASTIC_RUN_ID",
+        "TORCHELASTIC_RESTART_COUNT",
+        "SLURM_RESTART_COUNT",
+    )
+    return " ".join(os.environ.get(name, "-") for name in names)
+
+
 def slurm_job() -> dict[str, Any]:
     """Return the Slurm job this process runs in, and how often Slurm has requeued it."""
     restarts = os.environ.get("SLURM_RESTART_COUNT", "")

@@ -17,6 +17,7 @@ from typing import NamedTuple, Self
 from peft_dist.attempts import latest
 from peft_dist.config import Recipe, load_recipe, render_recipe
 from peft_dist.config.compare import differences, learning_settings, refuse_changes
+from peft_dist.crash_loop import was_stopped
 from peft_dist.errors import ERROR_PREFIX, EXIT_DO_NOT_RETRY, PeftDistError, RunDirError
 from peft_dist.files import replace_file
 from peft_dist.run_facts import run_facts
@@ -74,6 +75,11 @@ class RunDir:
     def recipe(self) -> Path:
         """The resolved recipe: every default written out, local paths absolute."""
         return self.path / "recipe.yaml"
+
+    @property
+    def next_recipe(self) -> Path:
+        """What a start is to go on by, until its rows and model are seen to fit the checkpoints."""
+        return self.path / "recipe.next.yaml"
 
     @property
     def run_facts(self) -> Path:
@@ -205,7 +211,7 @@ class RunDir:
         Args:
             path: Where.
             recipe: What to train. It replaces the run's own recipe, which may differ in what does
-                not change what is learned.
+                not change what is learned; where there are checkpoints, by `accept_recipe`.
             command: The command line to record in a new run.
             fresh: Set a run that is there aside, and make a new one.
             allow_changed: Fields that may differ all the same.
@@ -231,13 +237,17 @@ class RunDir:
             )
         cls.open(path)  # raises where its recipe is gone
         text = render_recipe(recipe)
-        if text != run.recipe.read_text(encoding="utf-8"):
-            if run.has_checkpoints:
-                old = learning_settings(load_recipe(run.recipe, check_paths=False))
-                refuse_changes(
-                    differences(old, learning_settings(recipe)), allow_changed, where=str(run.path)
-                )
+        is_changed = text != run.recipe.read_text(encoding="utf-8")
+        if is_changed and run.has_checkpoints:
+            old = learning_settings(load_recipe(run.recipe, check_paths=False))
+            refuse_changes(
+                differences(old, learning_settings(recipe)), allow_changed, where=str(run.path)
+            )
+            write_text_atomic(run.next_recipe, text)
+            return run
+        if is_changed:
             write_text_atomic(run.recipe, text)
+        run.drop_next_recipe()
         return run
 
     @classmethod
@@ -270,10 +280,20 @@ class RunDir:
         run = cls(path.parent)
         return run if path.name == run.recipe.name and run.run_facts.is_file() else None
 
+    def accept_recipe(self) -> None:
+        """Let the recipe that this start goes on by be the run's own."""
+        with suppress(FileNotFoundError):
+            self.next_recipe.replace(self.recipe)
+
+    def drop_next_recipe(self) -> None:
+        """Forget a recipe that the run does not go on by."""
+        self.next_recipe.unlink(missing_ok=True)
+
     @property
     def was_interrupted(self) -> bool:
         """Say whether the newest attempt was told to stop."""
-        return (latest(self.attempts) or {}).get("outcome") == "interrupted"
+        newest = latest(self.attempts)
+        return newest is not None and was_stopped(self.attempts, newest)
 
     def newest_step(self) -> int:
         """Return the step of the newest checkpoint, whole or not; 0 where there is none."""
@@ -290,11 +310,11 @@ class RunDir:
         except (OSError, ValueError, KeyError, TypeError) as error:
             return Verdict(EXIT_DO_NOT_RETRY, f"{self.failure} cannot be read: {error}", "")
 
-    def record_failure(self, error: PeftDistError) -> None:
-        """Note what must change before the run can go on; the first note stays."""
+    def record_failure(self, error: PeftDistError, *, by: str = "") -> None:
+        """Note what must change (and who says so) before the run can go on; the first stays."""
         if not self.failure.exists():
             now = datetime.now(UTC).isoformat()
-            facts = {"exit_code": error.exit_code, "error": str(error), "time": now}
+            facts = {"exit_code": error.exit_code, "error": f"{by}{error}", "time": now}
             write_text_atomic(self.failure, json.dumps(facts) + "\n")
 
     def remove_leftovers(self) -> None:
@@ -302,10 +322,8 @@ class RunDir:
 
         `checkpoints/` and `attempts/` are not looked at.
         """
-        names = [
-            ".adapter-",
-            *(f".{file.name}." for file in (self.recipe, self.result, self.failure)),
-        ]
+        files = (self.recipe, self.next_recipe, self.result, self.failure)
+        names = [".adapter-", *(f".{file.name}." for file in files)]
         begun = [path for path in self.path.iterdir() if path.name.startswith(tuple(names))]
         # Whoever still makes this run comes too late.
         making = f".{self.path.name}-making-"

@@ -7,7 +7,7 @@ ignores with a warning: all of them have cost people a training. The file format
 import copy
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,11 +73,17 @@ class Saver:
                 problem = str(error)
         _agree(problem)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, may_publish: Callable[[], None] | None = None) -> None:
         """Write the adapter folder in one step, once it has passed every check. Collective.
+
+        Args:
+            folder: Where.
+            may_publish: Raises where another attempt has taken over. Asked on rank 0 alone, just
+                before the folder gets its name.
 
         Raises:
             TrainingError: On every process; an older folder is as it was then.
+            Superseded: On rank 0.
         """
         # PEFT may run a part of the model to name what it saves, and DeepSpeed wants that of all.
         session, now = self.session, self._trained()
@@ -95,12 +101,14 @@ class Saver:
             _agree(problem)
             self._check_probe(found, {name: tensor.shape for name, tensor in now.items()})
             if partial is not None:
+                if may_publish is not None:
+                    may_publish()
                 try:
                     adapter_file.put_in_place(partial, folder)
                 except TrainingError as error:
                     problem = str(error)
             _agree(problem)
-        except TrainingError:
+        except (TrainingError, OSError):
             if partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
             raise

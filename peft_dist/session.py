@@ -7,6 +7,7 @@ then read the rows that belong here. Trains nothing.
 import logging
 import os
 import time
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.order import RowIds
 from peft_dist.data.pack import Batch, pack, unlabelled
 from peft_dist.data.tokenize import TokenizedRows
-from peft_dist.errors import DataError, ModelError, RecipeError, TrainingError
+from peft_dist.errors import DataError, RecipeError, TrainingError
 from peft_dist.methods import METHODS, Method, Start
 from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
@@ -33,6 +34,7 @@ from peft_dist.model.nf4 import WEIGHTS_PER_BYTE
 from peft_dist.model.source import BaseSource
 from peft_dist.shard import ENGINES, Engine, Group
 from peft_dist.shard.launched import resolve
+from peft_dist.shard.proof import prove_sharded
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ class Session:
     adapter: dict[str, nn.Parameter]
     base_bytes_total: int
     base_bytes_by_rank: list[int]
+    released_fingerprint: dict[str, int]
+    """Of the base as its files have it; that it trains with may be changed by the method."""
     base_fingerprint: dict[str, int]
     packed_base: Path | None
     load_seconds: float
@@ -106,6 +110,11 @@ class Session:
         """Return the context every pass runs in: adapters are float32, the base may be less."""
         device = self.world.device.type
         return torch.autocast(device, torch.bfloat16, self.compute_dtype == torch.bfloat16)
+
+    def note_base(self) -> None:
+        """Take the base for right as it is, once an adapter was read. Collective."""
+        if self.method.changes_base:
+            self.base_fingerprint = self.engine.fingerprint(self.base)
 
     def check_integrity(self) -> None:
         """Hash the base again and compare, and the adapter over processes. Collective.
@@ -223,9 +232,12 @@ def open_session(
     frozen, trained = _split(peft)
     packed = _load_base(peft, frozen, trained, plan, source, engine)
     _fill_fresh_heads({**frozen, **trained}, plan, peft, engine, seed=recipe.train.seed)
-    method.initialise(peft, _start(recipe, source, engine, model))
+    released = engine.fingerprint(frozen)
+    by_name = {base_name_in(peft, name): parameter for name, parameter in frozen.items()}
+    start = _start(recipe, source, plan, by_name, engine, model)
+    method.initialise(peft, start)
     engine.hold_adapter(trained, lambda n: Group(trained[n].dim() > 1, method.rate_factor(n)))
-    total, by_rank = _prove_sharded(engine, frozen, trained, launched.strategy)
+    total, by_rank = prove_sharded(engine, frozen, trained, launched.strategy)
     session = Session(
         recipe=recipe,
         world=world,
@@ -239,7 +251,8 @@ def open_session(
         adapter=trained,
         base_bytes_total=total,
         base_bytes_by_rank=by_rank,
-        base_fingerprint=engine.fingerprint(frozen),
+        released_fingerprint=released,
+        base_fingerprint=engine.fingerprint(frozen) if method.changes_base else released,
         packed_base=packed,
         load_seconds=time.monotonic() - started,
     )
@@ -296,8 +309,20 @@ def _fill_fresh_heads(
             engine.put(parameter, full)
 
 
-def _start(recipe: Recipe, source: BaseSource, engine: Engine, model: nn.Module) -> Start:
+def _start(
+    recipe: Recipe,
+    source: BaseSource,
+    plan: BasePlan,
+    base_by_name: dict[str, nn.Parameter],
+    engine: Engine,
+    model: nn.Module,
+) -> Start:
     """Return what the method may use to fill its adapter."""
+
+    def release(parameters: Collection[nn.Parameter]) -> None:
+        wanted = {id(parameter) for parameter in parameters}
+        few = {name: p for name, p in base_by_name.items() if id(p) in wanted}
+        source.fill(few, plan.of(few), engine.shard, world=engine.world, put=engine.put)
 
     def tokenize(text: str) -> list[int]:
         tokenizer = load_tokenizer(recipe)
@@ -308,38 +333,4 @@ def _start(recipe: Recipe, source: BaseSource, engine: Engine, model: nn.Module)
         with torch.no_grad():
             model(unlabelled(ids).to(engine.world.device))
 
-    return Start(engine.whole, engine.put, tokenize, read)
-
-
-def _prove_sharded(
-    engine: Engine,
-    frozen: dict[str, nn.Parameter],
-    trained: dict[str, nn.Parameter],
-    strategy: str,
-) -> tuple[int, list[int]]:
-    """Count the bytes every rank holds and refuse to train where they are not what they must be.
-
-    Silent replication is how sharded fine-tuning usually fails: finite loss, no error, no memory
-    saved. Collective.
-    """
-    for name, parameter in {**frozen, **trained}.items():
-        sharded = engine.sharded and name in frozen
-        if parameter.is_meta or engine.is_shard(parameter) != sharded:
-            raise TrainingError(
-                f"{name} is not placed as strategy {strategy} says",
-                where="parallel.strategy",
-                remedy="please report this",
-            )
-    expected = dist.gather_objects(engine.expected_bytes(frozen))
-    held = dist.gather_objects(engine.held_bytes(frozen))
-    wrong = [rank for rank, (e, h) in enumerate(zip(expected, held, strict=True)) if e != h]
-    if wrong:
-        rank = wrong[0]
-        raise TrainingError(
-            f"rank {rank} holds {held[rank]} bytes of the base, {expected[rank]} expected",
-            where="parallel.strategy",
-            remedy="please report this",
-        )
-    if not trained:
-        raise ModelError("nothing to train", where="method", remedy="choose other targets")
-    return engine.total_bytes(frozen), held
+    return Start(engine.whole, engine.put, release, tokenize, read)

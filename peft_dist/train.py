@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from peft_dist import stop
-from peft_dist.attempts import Attempt, end_for
+from peft_dist.attempts import Attempt, end_for, refuse_if_held
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.crash_loop import verdict
 from peft_dist.errors import EXIT_DONE, RunDirError, TrainingError
@@ -56,6 +56,12 @@ def _run_of(options: argparse.Namespace) -> tuple[RunDir, bool]:
     return RunDir((options.run_dir or Path("runs") / options.recipe.stem).absolute()), False
 
 
+def _recipe_of(options: argparse.Namespace) -> Path:
+    """Return the recipe file to train by: of a prepared run the changed one, where there is one."""
+    run, prepared = _run_of(options)
+    return run.next_recipe if prepared and run.next_recipe.exists() else options.recipe
+
+
 def _is_restart() -> bool:
     """Say whether torchrun starts the processes again, after one of them has ended early."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -80,14 +86,19 @@ def _verdict_of_this_launch(options: argparse.Namespace) -> int | None:
     found = run.verdict()
     if found is not None:
         return found.exit_code
-    return stop.interrupted_code() if _is_restart() and run.was_interrupted else None
+    if _is_restart() and run.was_interrupted:
+        end_for(run.attempts, "interrupted")  # where its ranks were told while they loaded
+        return stop.interrupted_code()
+    return None
 
 
 def _train(options: argparse.Namespace, place: Place, stop_requests: stop.StopRequests) -> None:
     zero_s = time.monotonic() - process_age_s()
-    recipe = load_recipe(options.recipe, options.overrides)
+    place.run_dir = _run_of(options)[0]
+    stop_requests.on_setup_stop = place.stopped_in_setup
+    recipe = load_recipe(_recipe_of(options), options.overrides)
     if place.rank == 0:
-        _take(options, recipe, place, stop_requests)
+        _take(options, recipe, place)
     # Only now, for it takes seconds: torch, transformers and all that stands on them.
     from peft_dist.fine_tune import fine_tune
     from peft_dist.shard.launched import deepspeed_exports
@@ -98,18 +109,13 @@ def _train(options: argparse.Namespace, place: Place, stop_requests: stop.StopRe
         recipe,
         place,
         stop_requests,
-        logs=_run_of(options)[0].logs,
+        logs=place.run_dir.logs,
         zero_s=zero_s,
         allow_changed=options.allow_changed,
     )
 
 
-def _take(
-    options: argparse.Namespace,
-    recipe: Recipe,
-    place: Place,
-    stop_requests: stop.StopRequests,
-) -> None:
+def _take(options: argparse.Namespace, recipe: Recipe, place: Place) -> None:
     """Take the run directory for this attempt, as rank 0.
 
     Raises:
@@ -118,11 +124,13 @@ def _take(
     """
     run, prepared = _run_of(options)
     if not prepared:
+        fresh = options.fresh and not _is_restart()
+        refuse_if_held(run.attempts, fresh=fresh)
         run = RunDir.claim(
             run.path,
             recipe,
             command=sys.argv,
-            fresh=options.fresh and not _is_restart(),
+            fresh=fresh,
             allow_changed=options.allow_changed,
         )
     elif run.is_finished:
@@ -133,22 +141,14 @@ def _take(
         )
     # A person who starts again after a verdict has done something about it.
     after_verdict = run.verdict() is not None
-    attempt = Attempt.begin(run.attempts, after_verdict=after_verdict)
+    attempt = Attempt.begin(run.attempts, after_verdict=after_verdict, world_size=place.size)
     place.run_dir, place.attempt, place.attempt_number = run, attempt, attempt.number
-    stop_requests.on_setup_stop = lambda name: _stopped_in_setup(attempt, name)
     run.remove_leftovers()
     if after_verdict:
         run.failure.unlink(missing_ok=True)
     problem = verdict(run.attempts, run.newest_step())
     if problem is not None:
         raise TrainingError(problem, where=str(run.path), remedy="start again once that is mended")
-
-
-def _stopped_in_setup(attempt: Attempt, signal_name: str) -> None:
-    # torchrun sends SIGTERM to the other processes of one that has crashed, and then starts all of
-    # them again: no stop. Of a real one `peft-dist`, which was told as well, leaves word.
-    if signal_name != "SIGTERM" or "TORCHELASTIC_RUN_ID" not in os.environ:
-        attempt.end("interrupted", signal=signal_name)
 
 
 def process_age_s() -> float:

@@ -134,7 +134,7 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float32, device=device)
         for index, micro in enumerate(groups):
             batch = self.session.pack(self.rows, micro)
-            if self._reader.is_late:
+            if device.type == "cuda":
                 batch = batch.pin_memory()
             batch = batch.to(device)
             self._seed_dropout(step, index)
@@ -170,17 +170,17 @@ class Trainer:
             "tokens": int(self.rows.lengths[ids].sum()),
         }
         self._reader.put(record, figures)
-        self._publish(keep=1 if self._reader.is_late else 0)
+        # To roll back a step later would undo one that was sound, and is in the records.
+        waits = not self._reader.is_late or self.recipe.train.non_finite == "rollback"
+        self._publish(keep=0 if waits else 1)
 
     def _told(self) -> tuple[bool, bool, bool]:
         """Return what this process has to tell the others at the end of a step."""
         save = give_up = False
         if self.keeper is not None and self.world.is_main:
-            settings = self.recipe.checkpoint
-            since = time.monotonic() - self._saved_at
-            due = settings.every_seconds is not None and since >= settings.every_seconds
-            save = due and not self.keeper.busy
-            give_up = self.keeper.failed_in_a_row >= settings.max_failed_saves
+            save_s, since_s = self.recipe.watchdog.save_s, time.monotonic() - self._saved_at
+            save = self.keeper.is_due(since_s, hangs_after_s=save_s)
+            give_up = self.keeper.failed_in_a_row >= self.recipe.checkpoint.max_failed_saves
         return self.surroundings.stop_requested(), save, give_up
 
     def _after(self, step: int) -> None:
@@ -190,7 +190,9 @@ class Trainer:
         evaluate_due = self.progress.evaluated != step and (
             step in (0, total) or bool(evaluate and step % evaluate == 0)
         )
-        save_due = self._saved_step != step and bool(step and save and step % save == 0)
+        may_be_best = evaluate_due and self.recipe.checkpoint.keep_best > 0
+        save_due = may_be_best or bool(save and step % save == 0)
+        save_due &= step not in (0, self._saved_step)
         if evaluate_due or save_due or self._save_due or self._stop:
             self._settle()
         self._tell_saves()
@@ -206,7 +208,8 @@ class Trainer:
         if self._stop:
             if step:
                 self._save(step)
-            raise Interrupted(f"stopped after step {step} of {total}")
+            lost = "" if self.keeper is None else self.keeper.told_unless_saved(step)
+            raise Interrupted(f"stopped after step {step} of {total}{lost}")
         if save_due or self._save_due:
             self._save(step)
 
@@ -218,7 +221,8 @@ class Trainer:
         started = time.monotonic()
         self.surroundings.phase("save", step)
         if self._saved_step != step:
-            self.keeper.take(asdict(self.progress), self.optimizer)
+            facts = {**asdict(self.progress), "epoch": self.progress.cursor // self.rows.n_rows}
+            self.keeper.take(facts, self.optimizer)
             self._saved_step = step
             stall = time.monotonic() - started
             self.tell({"event": "checkpoint", "step": step, "stall_s": stall})

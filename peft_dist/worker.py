@@ -6,15 +6,16 @@ Does no work of its own, and imports torch no sooner than the work does.
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peft_dist import output
-from peft_dist.attempts import Attempt
-from peft_dist.crash_loop import note_crash, out_of_memory_again
+from peft_dist.attempts import STALE_AFTER_S, Attempt, latest
+from peft_dist.crash_loop import LOST_PEER, STOPPED, note_crash, out_of_memory_again
 from peft_dist.errors import (
     ERROR_PREFIX,
     EXIT_CRASHED,
@@ -25,9 +26,18 @@ from peft_dist.errors import (
     Superseded,
     TrainingError,
 )
+from peft_dist.liveness import this_group
 from peft_dist.output import say
 from peft_dist.run_dir import RunDir
 from peft_dist.stop import interrupted_code
+
+LEASE_WAIT_S = STALE_AFTER_S + 5.0
+"""How long after its start a rank with a fault to tell still waits for rank 0 to take the run."""
+STOP_WAIT_S = 1.0
+"""How long a rank waits for that which was told to stop; rank 0 may never get the run."""
+SAME_FAULT_S = 2.0
+"""How long rank 0 may take to find the fault that another rank has found; it tells it best."""
+LOOK_EVERY_S = 0.05
 
 
 @dataclass
@@ -37,13 +47,18 @@ class Place:
     rank: int = 0
     size: int = 1
     run_dir: RunDir | None = None
-    """Where it writes, once that is known."""
+    """The run, once that is known; it may still be another's."""
     attempt: Attempt | None = None
     """The lease of the run; rank 0's."""
     attempt_number: int = 0
     """Which attempt this is, once rank 0 has told."""
+    has_met: bool = False
+    """Whether the processes work together by now, so that a fault is one of all of them."""
     step: int | None = None
     """The step it is at, once it trains."""
+    group: str = field(default_factory=this_group)
+    """What it has in common with the processes started with it; libraries change what tells it."""
+    started_s: float = field(default_factory=time.monotonic)
 
     @classmethod
     def of_environment(cls) -> "Place":
@@ -51,9 +66,38 @@ class Place:
         rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
         return cls(int(rank) if rank.isdecimal() else 0, int(size) if size.isdecimal() else 1)
 
+    def holds_run(self, *, wait_s: float = 0.0) -> bool:
+        """Say whether the run is this attempt's to write to; until told, a rank finds out itself.
+
+        Args:
+            wait_s: How long rank 0 may take to take the run, where this rank has not been told.
+        """
+        if self.run_dir is None or (self.rank == 0 and not self.attempt_number):
+            return False
+        deadline = min(time.monotonic() + wait_s, self.started_s + LEASE_WAIT_S)
+        while True:
+            with suppress(OSError):
+                newest = latest(self.run_dir.attempts) or {}
+                if newest.get("group") == self.group:
+                    self.attempt_number = self.attempt_number or newest["attempt"]
+                    return bool(newest["attempt"] == self.attempt_number)
+            if self.attempt_number or time.monotonic() >= deadline:
+                return False
+            time.sleep(LOOK_EVERY_S)
+
+    def stopped_in_setup(self, signal_name: str) -> None:
+        """Leave word of a signal that ends this process before it trains."""
+        # torchrun sends SIGTERM to the other processes of one that has crashed, and then starts
+        # all of them again: what the signal meant is seen when all have left their word.
+        by_torchrun = signal_name == "SIGTERM" and "TORCHELASTIC_RUN_ID" in os.environ
+        if self.attempt is not None and not by_torchrun:
+            self.attempt.end("interrupted", signal=signal_name)
+        elif self.holds_run(wait_s=STOP_WAIT_S):
+            self.note_crash(STOPPED, signal_name)
+
     def note_crash(self, kind: str, error: str) -> None:
         """Leave word of why this process ends, for the attempt after it."""
-        if self.run_dir is not None and self.attempt_number:
+        if self.run_dir is not None and self.holds_run():
             note_crash(
                 self.run_dir.attempts,
                 self.attempt_number,
@@ -102,14 +146,28 @@ def _interrupted(error: Interrupted, place: Place) -> int:
 def _report(error: PeftDistError, place: Place) -> int:
     if place.rank == 0:
         say(f"{ERROR_PREFIX}{error}", sys.stderr)
-    elif place.run_dir is None:
+    elif not place.has_met:
         say(f"{ERROR_PREFIX}rank {place.rank}: {error}", sys.stderr)
-    if place.run_dir is not None and not isinstance(error, Superseded):
-        with suppress(RunDirError):  # a full disk is often the very fault
-            place.run_dir.record_failure(error)
+    if not isinstance(error, Superseded):
+        _record_failure(error, place)
     if place.attempt is not None:
         place.attempt.end("failed", exit_code=error.exit_code, error=str(error))
     return error.exit_code
+
+
+def _record_failure(error: PeftDistError, place: Place) -> None:
+    """Leave word for whoever would start this run again."""
+    if not place.holds_run(wait_s=LEASE_WAIT_S):
+        return
+    assert place.run_dir is not None
+    by = ""
+    if place.rank > 0 and not place.has_met:
+        by = f"rank {place.rank} on host {os.uname().nodename}: "
+        deadline = time.monotonic() + SAME_FAULT_S
+        while place.run_dir.verdict() is None and time.monotonic() < deadline:
+            time.sleep(LOOK_EVERY_S)
+    with suppress(RunDirError):  # a full disk is often the very fault
+        place.run_dir.record_failure(error, by=by)
 
 
 def _crashed(error: BaseException, place: Place) -> int:
@@ -128,7 +186,7 @@ def _crashed(error: BaseException, place: Place) -> int:
     say("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
     # Of a group that has lost a process all others fail in their next exchange: not the cause.
     lost_peer = any(word in text for word in ("Connection closed by peer", "Connection reset"))
-    place.note_crash("lost peer" if lost_peer else "error", f"{type(error).__name__}: {text}")
+    place.note_crash(LOST_PEER if lost_peer else "error", f"{type(error).__name__}: {text}")
     return 130 if isinstance(error, KeyboardInterrupt) else EXIT_CRASHED
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_dist.checkpoint.manifest import sync_folder
 from peft_dist.errors import RunDirError, TrainingError
 from peft_dist.methods import Method
 
@@ -98,6 +99,7 @@ def write_partial(folder: Path, tensors: Mapping[str, torch.Tensor], config: Pef
         for file in partial.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
+        sync_folder(partial)
     except (OSError, SafetensorError) as error:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -121,7 +123,7 @@ def put_in_place(partial: Path, folder: Path) -> None:
             if old.exists():
                 old.rename(folder)
             raise
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     except OSError as error:
         raise _cannot_write(folder, error) from error
     shutil.rmtree(old, ignore_errors=True)
@@ -233,12 +235,3 @@ def _cannot_write(folder: Path, error: OSError | SafetensorError) -> TrainingErr
         where=str(folder),
         remedy="free space; earlier copies are under checkpoints/",
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

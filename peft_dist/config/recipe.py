@@ -177,8 +177,8 @@ class Checkpoint(Section):
     keep_last: PositiveInt = 2
     """Newest checkpoints to keep."""
     keep_best: Annotated[int, Field(ge=0)] = 0
-    """Checkpoints with the lowest held-out loss to keep besides, of those made right after an
-    evaluation."""
+    """Checkpoints with the lowest held-out loss to keep besides; where above 0, every evaluation
+    is followed by a checkpoint."""
     background: bool = True
     """Write while training goes on; the steps wait for the copy to host memory alone."""
     max_failed_saves: PositiveInt = 3
@@ -263,4 +263,8 @@ class Recipe(Section):
             raise ValueError("evaluate.choices is for causal-lm; classification has its labels")
         if (self.evaluate.every_steps or self.evaluate.choices) and self.data.eval is None:
             raise ValueError("evaluate needs held-out rows; set data.eval")
+        if self.checkpoint.keep_best and self.evaluate.every_steps is None:
+            raise ValueError(
+                "checkpoint.keep_best needs held-out losses; set evaluate.every_steps and data.eval"
+            )
         return self

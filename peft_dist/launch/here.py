@@ -77,7 +77,7 @@ def train_here(start: Start, *, fresh: bool = False) -> int:
     Raises:
         RunDirError: Where another process holds the run, or it has finished, or learns otherwise.
     """
-    refuse_if_held(start.run.attempts)
+    refuse_if_held(start.run.attempts, fresh=fresh)
     run = RunDir.claim(
         start.run.path,
         start.recipe,
@@ -96,14 +96,14 @@ def train_here(start: Start, *, fresh: bool = False) -> int:
     if verdict is not None and verdict != verdict_before:
         return complain(verdict.error, verdict.exit_code)
     go_on = f"`peft-dist resume {run.path}` goes on after step {run.newest_step()}"
-    if ended.signal_name is not None:
-        end_for(run.attempts, "interrupted", signal=ended.signal_name)
     if ended.signal_name is not None or run.was_interrupted:
+        told = {} if ended.signal_name is None else {"signal": ended.signal_name}
+        end_for(run.attempts, "interrupted", **told)
         say(f"peft-dist: stopped by {ended.signal_name or 'a signal'}; {go_on}", sys.stderr)
         return EXIT_INTERRUPTED
-    told = error_in_log(log, log_start)
-    if told is not None:
-        return complain(told, EXIT_USER_ERROR)
+    error = error_in_log(log, log_start)
+    if error is not None:
+        return complain(error, EXIT_USER_ERROR)
     if disk_usage(run.path).free < LEAST_FREE_BYTES:  # then there was no room for any word of it
         return complain(
             f"{run.path}: No space left on device; free some; {go_on}", EXIT_DO_NOT_RETRY

@@ -57,8 +57,11 @@ class LoraMethod(Method[Lora]):
     def __init__(self, settings: Lora, *, seed: int = 0) -> None:
         """Take the recipe's method section and the run's seed."""
         super().__init__(settings, seed=seed)
+        self.changes_base = settings.init == "pissa"
         self._taken_out: dict[str, torch.Tensor] = {}
         """What PiSSA moved from the base into A and B, by their names; on the CPU."""
+        self._start: Start | None = None
+        """What it did so with; it does it again for an adapter that was started elsewhere."""
 
     def attach(
         self, model: PreTrainedModel, *, task: str, base_name: str, has_conv1d: bool
@@ -109,12 +112,14 @@ class LoraMethod(Method[Lora]):
         The first output is the base's, whichever start was chosen. DoRA magnitudes are the row
         norms of the base.
         """
+        self._start = start if self.changes_base else None
         for name, module in peft.named_modules():
             if not isinstance(module, LoraLayer):
                 continue
             for adapter in module.lora_A:
                 if self.settings.init == "pissa":
                     a, b = self._principal_part(name, module, adapter, start)
+                    self._take_out(name, module, adapter, start, a, b)
                 else:
                     a, b = self._seeded(name, module, adapter)
                 assign(module.lora_A[adapter].weight, a)
@@ -145,23 +150,36 @@ class LoraMethod(Method[Lora]):
     def _principal_part(
         self, name: str, module: LoraLayer, adapter: str, start: Start
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take the largest singular directions out of the base; return them as A and B.
+        """Return the largest singular directions of the base as A and B.
 
-        PiSSA (Meng et al. 2024, arXiv 2404.02948), by its fast decomposition.
+        PiSSA (Meng et al. 2024, arXiv 2404.02948), by its fast decomposition, whose bits depend on
+        the number of threads.
         """
-        layer, scaling = module.get_base_layer(), module.scaling[adapter]
-        stored = start.whole(layer.get_parameter("weight"))
-        weight = (stored.t() if isinstance(layer, Conv1D) else stored).float()
+        weight, scaling = _weight(module, start), module.scaling[adapter]
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
             torch.manual_seed(generator_for(self.seed, name).initial_seed())
             u, s, v = torch.svd_lowrank(weight, q=self.settings.rank, niter=16)
         root = (s / scaling).sqrt()
-        a, b = root[:, None] * v.t(), u * root
-        rest = weight - scaling * (b @ a)
+        return root[:, None] * v.t(), u * root
+
+    def _take_out(
+        self,
+        name: str,
+        module: LoraLayer,
+        adapter: str,
+        start: Start,
+        a: torch.Tensor,
+        b: torch.Tensor,
+    ) -> None:
+        """Leave in the base what A and B do not make of it, to the same bits on any machine."""
+        layer = module.get_base_layer()
+        rest = _weight(module, start).clone()
+        # One product and one difference at a time: how a matrix product rounds depends on threads.
+        for column, row in zip((b * module.scaling[adapter]).t(), a, strict=True):
+            rest -= column[:, None] * row
         start.put(layer.get_parameter("weight"), rest.t() if isinstance(layer, Conv1D) else rest)
         self._taken_out[f"{name}.lora_A.{adapter}.weight"] = a.cpu()
         self._taken_out[f"{name}.lora_B.{adapter}.weight"] = b.cpu()
-        return a, b
 
     def saved(self, peft: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the file's tensors; a PiSSA adapter as a plain one of twice the rank.
@@ -177,12 +195,33 @@ class LoraMethod(Method[Lora]):
     def restored(
         self, peft: PeftModel, found: Mapping[str, torch.Tensor], names: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Return the trained tensors; of a PiSSA adapter the half that was trained."""
-        state = super().restored(peft, found, names)
-        rank = self.settings.rank
+        """Return the trained tensors; of a PiSSA adapter the half that was trained.
+
+        The other half is what was taken out of the base when that training began.
+        """
+        state, started = super().restored(peft, found, names), {}
         for name in self._taken_out:
-            state[name] = state[name][:, :rank] if ".lora_B." in name else state[name][:rank]
+            trained, start = state[name].chunk(2, dim=1 if ".lora_B." in name else 0)
+            state[name], started[name] = trained, -start if ".lora_B." in name else start
+        if any(not torch.equal(started[name], own) for name, own in self._taken_out.items()):
+            self._start_again(peft, started)
         return state
+
+    def _start_again(self, peft: PeftModel, started: Mapping[str, torch.Tensor]) -> None:
+        """Take out of the released base what another machine, or another number of threads, did."""
+        start = self._start
+        assert start is not None
+        layers = [(n, m) for n, m in peft.named_modules() if isinstance(m, LoraLayer)]
+        start.release([module.get_base_layer().get_parameter("weight") for _, module in layers])
+        for name, module in layers:
+            for adapter in module.lora_A:
+                a, b = (
+                    started[f"{name}.lora_{factor}.{adapter}.weight"].to(
+                        module.lora_A[adapter].weight.device
+                    )
+                    for factor in "AB"
+                )
+                self._take_out(name, module, adapter, start, a, b)
 
     def saved_config(self, peft: PeftModel) -> PeftConfig:
         """Return the configuration of what `saved` returns."""
@@ -221,6 +260,13 @@ def linear_targets(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> lis
                 remedy=nearest(target, inside),
             )
     return sorted(wanted)
+
+
+def _weight(module: LoraLayer, start: Start) -> torch.Tensor:
+    """Return a linear's weight [out, in], float32. Collective where the layer is sharded."""
+    layer = module.get_base_layer()
+    stored = start.whole(layer.get_parameter("weight"))
+    return (stored.t() if isinstance(layer, Conv1D) else stored).float()
 
 
 def _row_norms(layer: nn.Module, start: Start) -> torch.Tensor:

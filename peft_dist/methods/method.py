@@ -5,7 +5,7 @@ reduced over processes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -28,12 +28,14 @@ class Start:
         whole: Returns a parameter of the base whole, whatever shards it. Collective.
         tokenize: Returns the token ids of a text, without special tokens.
         put: Writes a whole tensor into a parameter of the base. Collective.
+        release: Fills parameters of the base again, as the model's files have them. Collective.
         read: Runs the model, without gradients and without adapters of its own, over one row of
             token ids. Collective; hooks see what passes.
     """
 
     whole: Callable[[nn.Parameter], torch.Tensor]
     put: Callable[[nn.Parameter, torch.Tensor], None]
+    release: Callable[[Collection[nn.Parameter]], None]
     tokenize: Callable[[str], list[int]]
     read: Callable[[list[int]], None]
 
@@ -47,6 +49,8 @@ class Method(ABC, Generic[Settings]):
     """Positions of every row that learned embeddings, keys or values take."""
     own_attention = False
     """Whether it works through `model.attention` alone."""
+    changes_base = False
+    """Whether it starts by moving a part of the base into the adapter."""
 
     def __init__(self, settings: Settings, *, seed: int = 0) -> None:
         """Take the recipe's method section and the run's seed."""
@@ -97,6 +101,8 @@ class Method(ABC, Generic[Settings]):
         self, peft: PeftModel, found: Mapping[str, torch.Tensor], names: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Return the trained tensors, by their names in the model, given what `saved` returned.
+
+        A base that the method has changed becomes what it was for these. Collective.
 
         Args:
             peft: The model.

@@ -4,7 +4,7 @@ A rank reads only its own rows and quantizes only those, so no process ever hold
 not know adapters: a parameter that no plan entry names is somebody else's to fill.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -55,6 +55,12 @@ class BasePlan:
     tensors: tuple[BaseTensor, ...]
     fresh: tuple[str, ...]
     warnings: tuple[str, ...]
+
+    def of(self, names: Collection[str]) -> "BasePlan":
+        """Return the plan of a few tensors, by their names; each must be one of them."""
+        few = tuple(tensor for tensor in self.tensors if tensor.name in names)
+        assert len(few) == len(names), names
+        return BasePlan(few, (), ())
 
 
 def plan_base(model: PreTrainedModel, files: WeightFiles, *, quantization: str) -> BasePlan:

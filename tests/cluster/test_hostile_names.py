@@ -45,7 +45,7 @@ def test_no_name_runs_a_command(
     canary = tmp_path / "canary"
     tried = random.Random(20)
     done, refused, folders = 0, 0, []
-    while done < cases(24, 200):
+    while done < cases(50, 200):
         folder = tmp_path / "runs" / f"{done + refused:03d}"
         try:
             folders.append(submit_one(tried, folder, runs, str(canary)))

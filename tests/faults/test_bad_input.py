@@ -183,6 +183,26 @@ def test_a_bad_row_is_told_by_every_rank_with_its_line(
     assert not records(group.run_dir)
 
 
+def test_rows_that_one_machine_lacks_burn_no_restart(harness: Harness, project: Project) -> None:
+    planted = [
+        fault("without_rows", rank=1),
+        fault("slow", rank=0, where="loading", seconds=60.0),
+    ]
+    group = harness.start(project, harness.run_dir(), overrides=SHORT, faults=planted)
+    assert group.wait_for_end_of(1) == 2, group.told()
+    (line,) = [x for x in group.errors(1).splitlines() if "peft-dist: error: " in x]
+    assert "peft-dist: error: rank 1: " in line and "absent/rows.jsonl" in line
+    group.kill_all(signal.SIGTERM)  # as torchrun does, before it starts all of them again
+    group.wait()
+    failure = json.loads((group.run_dir / "failure.json").read_text(encoding="utf-8"))
+    assert failure["exit_code"] == 2
+    assert failure["error"].startswith("rank 1 on host ")
+    assert "absent/rows.jsonl" in failure["error"]
+    again = harness.start(project, group.run_dir, overrides=SHORT, restart_count=1)
+    assert again.wait() == [2, 2], again.told()
+    assert len(list((group.run_dir / "attempts").glob("????????.json"))) == 1
+
+
 @pytest.mark.parametrize("seed", range(cases(1, 10)))
 def test_left_out_rows_change_nothing_for_the_others_before_and_after_a_restart(
     harness: Harness, project: Project, undisturbed: Undisturbed, tmp_path: Path, seed: int
@@ -261,6 +281,26 @@ def test_rows_or_a_model_that_changed_between_attempts_are_refused_unless_allowe
     group = harness.start(changed, run, overrides=SHORT, arguments=allowed)
     assert group.wait() == [0, 0], group.told()
     assert records(run, "start")[-1]["step"] in (20, 30)
+
+
+def test_a_start_with_other_rows_that_is_refused_leaves_the_recipe_as_it_was(
+    harness: Harness, project: Project, tmp_path: Path
+) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", completion_rows(300, seed=7))
+    run = RunDir(killed_run(harness, project))
+    before = run.recipe.read_bytes()
+    changed = [*SHORT, f"data.train={other}", "checkpoint.keep_last=3"]
+    refused = harness.start(project, run.path, overrides=changed)
+    assert_refused(refused, "data.train")
+    refused.kill_all()
+    assert run.recipe.read_bytes() == before
+    assert not run.next_recipe.exists()
+    allowed = ["--allow-changed", "data.train"]
+    group = harness.start(project, run.path, overrides=changed, arguments=allowed)
+    assert group.wait() == [0, 0], group.told()
+    now = load_recipe(run.recipe)
+    assert (now.data.train, now.checkpoint.keep_last) == (str(other), 3)
+    assert not run.next_recipe.exists()
 
 
 @pytest.mark.parametrize(

@@ -234,3 +234,25 @@ def test_a_checkpoint_that_cannot_be_written_is_a_hang_of_the_next_one(
     assert text.startswith("rank 0 has been in step 20 (phase save) for "), text
     assert "in _sleep_for_ever" in text
     restart(harness, project, undisturbed, group, "fsdp")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_hang_although_none_is_due(
+    harness: Harness, project: Project, undisturbed: Undisturbed
+) -> None:
+    run_dir = harness.run_dir()
+    planted = [
+        fault("hang_at_file_operation", n=1, under=run_dir / "checkpoints", since="step-"),
+        fault("slow_rank", rank=1, seconds=0.4),
+    ]
+    seconds = ("checkpoint.every_steps=null", "checkpoint.every_seconds=1")
+    group = harness.start(
+        project, run_dir, overrides=[*SHORT, *limits(2.0, save_s=2.0), *seconds], faults=planted
+    )
+    group.wait_until(lambda: bool(records(run_dir, "checkpoint")), "checkpoint")
+    wait_for_the_end(group, time.monotonic(), least_s=2 * 2.0)
+    step = last_step(run_dir)
+    assert step < 25, "nobody noticed before the end of the run"
+    text = report(group, 0)
+    assert text.startswith(f"rank 0 has been in step {step} (phase save) for "), text
+    assert "in _sleep_for_ever" in text
+    restart(harness, project, undisturbed, group, "fsdp")

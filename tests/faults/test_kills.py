@@ -119,6 +119,44 @@ def test_a_run_whose_ranks_are_killed_at_random_is_the_undisturbed_one(
     assert max(waits_s, default=0.0) < RESTART_LIMIT_S
 
 
+OF_LORA = "kind: lora, rank: 4, alpha: 8, dropout: 0.1"
+METHODS = [
+    ("fsdp", ["method={kind: prefix, virtual_tokens: 4, projection: true}"]),
+    ("fsdp", [f"method={{{OF_LORA}, dora: true}}"]),
+    ("fsdp", [f"method={{{OF_LORA}, init: pissa}}", "quantization=none"]),
+    ("zero2", [f"method={{{OF_LORA}, learning_rate_ratio: 16}}"]),
+    ("zero3", [f"method={{{OF_LORA}, init: pissa}}", "quantization=none"]),
+    ("ddp", ["method={kind: bottleneck, bottleneck_size: 8, dropout: 0.1}"]),
+]
+"""Methods whose checkpoints hold more than what is trained, or that train otherwise."""
+
+
+@pytest.mark.parametrize(("strategy", "method"), METHODS[: cases(3, len(METHODS))])
+def test_a_killed_run_of_another_method_is_the_undisturbed_one(
+    harness: Harness,
+    project: Project,
+    undisturbed: Undisturbed,
+    strategy: str,
+    method: list[str],
+) -> None:
+    overrides = ["train.steps=80", "evaluate.every_steps=null", *method]
+    run_dir = harness.run_dir()
+
+    def disturb(group: Group, number: int) -> None:
+        if number == 0:
+            group.wait_for_step(33)
+            group.wait_until(lambda: bool(records(run_dir, "saved")), "checkpoint")
+            group.kill(1)
+
+    ended = harness.run_to_end(
+        project, run_dir, disturb=disturb, strategy=strategy, overrides=overrides
+    )
+    assert ended.restarts == 1
+    assert_same_run(run_dir, undisturbed(2, strategy, *overrides))
+    assert records(run_dir, "start")[1]["step"] >= SAVE_EVERY
+    assert_little_is_lost(run_dir)
+
+
 def assert_little_is_lost(run_dir: Path) -> list[int]:
     """See that attempts go on from the last checkpoint written; return the steps each has lost.
 

@@ -25,6 +25,7 @@ from tests.faults.oracles import (
     records,
 )
 from tests.processes import environment
+from tests.tiny import completion_rows, write_jsonl
 
 pytestmark = pytest.mark.distributed
 
@@ -196,6 +197,28 @@ def test_a_signal_to_the_command_saves_and_resume_finishes(
     assert_undisturbed(run, undisturbed)
 
 
+IN_SETUP = [(1, signal.SIGTERM), (0, signal.SIGTERM), (1, signal.SIGUSR1), (0, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize(("rank", "number"), IN_SETUP[: cases(2, 4)])
+def test_a_signal_to_one_rank_that_loads_stops_the_command(
+    run: Run, rank: int, number: signal.Signals
+) -> None:
+    command = run.start()
+    command.wait_until(lambda: bool(run.outcomes()) and len(run.ranks()) == 2, "lease")
+    time.sleep(0.5)  # rank 1 may be a little behind; both import torch for seconds
+    assert not records(run.path)
+    told_at_s = time.monotonic()
+    os.kill(run.ranks()[rank], number)
+    assert command.wait() == 75, command.told()
+    print(
+        f"\n{number.name} to rank {rank} in setup: ended {time.monotonic() - told_at_s:.1f} s after"
+    )
+    assert "stopped by a signal; `peft-dist resume " in command.told()
+    assert run.outcomes() == ["interrupted"]
+    assert not records(run.path)
+
+
 def test_workers_whose_launcher_is_killed_save_and_end_and_train_goes_on(
     run: Run, undisturbed: Undisturbed
 ) -> None:
@@ -251,6 +274,22 @@ def test_a_bad_row_ends_the_command_at_once_and_burns_no_restart(run: Run, tmp_p
     assert "rows.jsonl:301: completion is null" in command.told()
     assert len(run.outcomes()) == 1, run.outcomes()
     assert not records(run.path)
+
+
+def test_a_command_that_is_refused_for_its_rows_leaves_the_run_as_it_was(
+    run: Run, tmp_path: Path
+) -> None:
+    command = run.start("train.steps=2000")
+    run.wait_for_step(command, 5)
+    command.process.send_signal(signal.SIGTERM)
+    assert command.wait() == 75, command.told()
+    before = (run.path / "recipe.yaml").read_bytes()
+    other = write_jsonl(tmp_path / "other.jsonl", completion_rows(300, seed=7))
+    refused = run.start("train.steps=2000", f"data.train={other}")
+    assert refused.wait() == 2, refused.told()
+    assert "data.train is not what the run has been trained with" in refused.told()
+    assert (run.path / "recipe.yaml").read_bytes() == before
+    assert not (run.path / "recipe.next.yaml").exists()
 
 
 def test_without_restarts_a_killed_rank_ends_the_command_which_says_how_to_go_on(

@@ -28,8 +28,9 @@ def outcomes(run_dir: Path) -> list[str | None]:
 
 
 def everything(run_dir: Path) -> dict[str, str]:
-    """Return the sha256 of every file of a run."""
-    return {str(path): sha256(path) for path in run_dir.rglob("*") if path.is_file()}
+    """Return the sha256 of every file of a run, and which file it is."""
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    return {str(path): f"{sha256(path)} {path.stat().st_ino}" for path in files}
 
 
 def test_a_second_start_is_refused_at_once_and_harms_nothing(
@@ -94,13 +95,18 @@ def test_a_zombie_of_a_requeued_job_writes_nothing(
     assert_same_run(run_dir, undisturbed(2, "fsdp", *SHORT))
 
 
+@pytest.mark.parametrize("step", [15, 60])
 def test_a_zombie_that_wakes_after_the_end_changes_no_file(
-    harness: Harness, project: Project
+    harness: Harness, project: Project, step: int
 ) -> None:
     run_dir = harness.run_dir()
-    zombie = harness.start(project, run_dir, overrides=SHORT, SLURM_JOB_ID="7")
-    zombie.wait_for_step(15)
+    # After the last step it is stopped when it has begun to save the finished adapter.
+    saving = fault("slow", rank=0, where="final save", seconds=2.0)
+    zombie = harness.start(project, run_dir, overrides=SHORT, SLURM_JOB_ID="7", faults=[saving])
+    zombie.wait_for_step(step)
+    time.sleep(1.0 if step == 60 else 0.0)
     zombie.kill_all(signal.SIGSTOP)
+    assert not (run_dir / "adapter").exists()
     requeued = harness.start(
         project, run_dir, overrides=SHORT, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1"
     )

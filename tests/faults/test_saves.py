@@ -27,7 +27,7 @@ CHANGES = 59
 """Of files and folders below checkpoints/ in such a training."""
 FIRST_CHANGES = 17
 """From the folder that a new run is made in to the lease of its first attempt."""
-LAST_CHANGES = 21
+LAST_CHANGES = 22
 """From the first file of the finished adapter to the lease's last word."""
 MAKING, ADAPTER = "-making-", "/.adapter-"
 """In the paths of the folders that a run and its adapter are written in."""
@@ -90,6 +90,9 @@ def test_all_changes_are_cut(harness: Harness, project: Project) -> None:
     last = next(index for index, (_, path) in enumerate(changes) if ADAPTER in str(path))
     # Beats of the lease may come in between.
     assert LAST_CHANGES <= len(changes) - last <= LAST_CHANGES + 3
+    # The names in the adapter's folder are on the disk before the folder has its own.
+    renamed = changes.index(("os.rename", harness.run_dir() / "adapter"))
+    assert ("fsync", changes[last][1]) in changes[last:renamed]
 
 
 @pytest.mark.parametrize("change", cuts(8, CHANGES))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peft_dist import attempts
-from peft_dist.errors import EXIT_INTERRUPTED
+from peft_dist.errors import EXIT_CRASHED, EXIT_INTERRUPTED
 from peft_dist.stop import STOP_SIGNALS
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Fault, Group, Harness, fault
@@ -106,28 +106,71 @@ def test_a_signal_makes_all_ranks_save_one_step_and_end(
     resume(harness, project, run_dir, undisturbed(2, strategy, *SHORT), strategy)
 
 
-@pytest.mark.parametrize("where", ["tokenising", "loading"])
-@pytest.mark.parametrize("whom", WHOM[: cases(1, 3)])
-def test_a_signal_during_setup_ends_it_at_once(
-    harness: Harness, project: Project, undisturbed: Undisturbed, where: str, whom: int
-) -> None:
-    run_dir = harness.run_dir()
+IN_SETUP = [
+    ("tokenising", 1, signal.SIGTERM),
+    ("loading", 0, signal.SIGTERM),
+    ("loading", 1, signal.SIGUSR1),
+    ("loading", ALL, signal.SIGTERM),
+    *[("tokenising", whom, number) for whom in WHOM for number in STOP_SIGNALS],
+]
+
+
+def loading(
+    harness: Harness, project: Project, run_dir: Path, where: str = "loading"
+) -> tuple[Group, dict[str, str]]:
+    """Return ranks that will be loading for a minute, and what torchrun has told them."""
+    told = {"TORCHELASTIC_RUN_ID": "one launch"}
     planted = fault("slow", rank=ALL, where=where, seconds=60.0)
-    group = harness.start(project, run_dir, overrides=SHORT, faults=[planted])
+    group = harness.start(project, run_dir, overrides=SHORT, faults=[planted], **told)
     group.wait_until(lambda: bool(attempts.records(run_dir / "attempts")), "lease")
     time.sleep(1.0)
-    sent_s = send(group, whom, signal.SIGTERM)
+    return group, told
+
+
+@pytest.mark.parametrize(("where", "whom", "number"), IN_SETUP[: cases(3, len(IN_SETUP))])
+def test_a_signal_during_setup_ends_it_at_once_and_torchrun_does_not_undo_it(
+    harness: Harness,
+    project: Project,
+    undisturbed: Undisturbed,
+    where: str,
+    whom: int,
+    number: signal.Signals,
+) -> None:
+    run_dir = harness.run_dir()
+    group, told = loading(harness, project, run_dir, where)
+    sent_s = send(group, whom, number)
     for rank in range(2):
         if whom in (ALL, rank):
             assert group.wait_for_end_of(rank) == EXIT_INTERRUPTED, group.told()
     took_s = time.monotonic() - sent_s
     print(f"ended {took_s:.2f} s after the signal")
     assert took_s < STOP_S + SLACK_S
-    group.kill_all()  # of one rank's end a launcher makes that of all
+    group.kill_all(signal.SIGTERM)  # as torchrun does, before it starts all of them again
+    # One that has met the others already may lose one before it is told itself.
+    assert set(group.wait()) <= {EXIT_INTERRUPTED, EXIT_CRASHED}, group.told()
+    again = harness.start(project, run_dir, overrides=SHORT, restart_count=1, **told)
+    assert again.wait() == [EXIT_INTERRUPTED] * 2, again.told()
     assert not records(run_dir)
     outcomes = [record.get("outcome") for record in attempts.records(run_dir / "attempts")]
-    assert outcomes == ([None] if whom == 1 else ["interrupted"])
+    assert outcomes == ["interrupted"]
     resume(harness, project, run_dir, undisturbed(2, "fsdp", *SHORT))
+
+
+@pytest.mark.parametrize("rank", [1, 0][: cases(1, 2)])
+def test_the_sigterm_that_torchrun_sends_after_a_crash_in_setup_stops_nothing(
+    harness: Harness, project: Project, undisturbed: Undisturbed, rank: int
+) -> None:
+    run_dir = harness.run_dir()
+    group, told = loading(harness, project, run_dir)
+    group.kill(rank)
+    assert group.wait_for_end_of(rank) == -signal.SIGKILL
+    group.kill(1 - rank, signal.SIGTERM)
+    assert group.wait_for_end_of(1 - rank) == EXIT_INTERRUPTED
+    again = harness.start(project, run_dir, overrides=SHORT, restart_count=1, **told)
+    assert again.wait() == [0, 0], again.told()
+    outcomes = [record.get("outcome") for record in attempts.records(run_dir / "attempts")]
+    assert outcomes == [None, "done"]
+    assert_same_run(run_dir, undisturbed(2, "fsdp", *SHORT))
 
 
 @pytest.mark.parametrize("whom", [1, 0, ALL][: cases(1, 3)])

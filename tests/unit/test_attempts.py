@@ -246,6 +246,19 @@ def test_a_silent_holder_elsewhere_is_taken_over_only_after_its_time(
     assert 1.0 <= time.monotonic() - began_s < 2.0
 
 
+def test_a_run_is_set_aside_only_after_its_holder_elsewhere_had_all_its_time_to_beat(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "STALE_AFTER_S", 5.0)
+    monkeypatch.setattr(attempts, "SEEN_ALIVE_WITHIN_S", 0.2)
+    crash(folder, 1, **ELSEWHERE, beat=7)
+    refuse_if_held(folder)
+    beaten = {"attempt": 1, **ELSEWHERE, "beat": 8}
+    threading.Timer(1.0, write_json, (record_path(folder, 1), beaten)).start()
+    with pytest.raises(RunDirError, match="process 4242 on host elsewhere"):
+        refuse_if_held(folder, fresh=True)
+
+
 def test_a_holder_elsewhere_that_ends_while_it_is_watched_makes_room(
     begin: Callable[..., Attempt], folder: Path
 ) -> None:

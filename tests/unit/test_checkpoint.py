@@ -17,7 +17,7 @@ from peft_dist.checkpoint.adapter import (
 from peft_dist.config.method import Lora
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.dist import World
-from peft_dist.errors import PeftDistError, RunDirError, TrainingError
+from peft_dist.errors import PeftDistError, RunDirError, Superseded, TrainingError
 from peft_dist.methods.lora import LoraMethod
 from peft_dist.model import architectures
 from peft_dist.model.source import find_base
@@ -260,6 +260,24 @@ def test_an_adapter_that_would_not_come_back_is_not_saved(
     monkeypatch.undo()
     saver.save(folder)
     assert contents(folder) != before
+
+
+def test_an_adapter_of_an_attempt_that_was_taken_over_is_not_put_in_place(
+    tmp_path: Path, alone: World
+) -> None:
+    _, saver = trained(tmp_path, alone)
+    folder = tmp_path / "run" / "adapter"
+    saver.save(folder)
+    inode, found = folder.stat().st_ino, []
+
+    def superseded() -> None:
+        found.extend(path for path in folder.parent.iterdir() if path != folder)
+        raise Superseded("attempt 1 was taken over")
+
+    with pytest.raises(Superseded):
+        saver.save(folder, may_publish=superseded)
+    (partial,) = found
+    assert (folder.stat().st_ino, partial.exists()) == (inode, False)
 
 
 def test_a_tensor_that_has_not_moved_may_be_zero(tmp_path: Path, alone: World) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from peft_dist.attempts import Attempt, record_path, records, write_json
-from peft_dist.crash_loop import crash_notes, note_crash, verdict
+from peft_dist.crash_loop import LOST_PEER, STOPPED, crash_notes, note_crash, verdict, was_stopped
 
 
 @pytest.fixture
@@ -123,3 +123,28 @@ def test_crash_notes_that_are_half_written_are_passed_over(folder: Path) -> None
     (folder / "00000003-rank-1.json").write_text('{"rank"', encoding="utf-8")
     assert [note["rank"] for note in crash_notes(folder, 3)] == [2, 10]
     assert [record["attempt"] for record in records(folder)] == [3]
+
+
+@pytest.mark.parametrize(
+    ("words", "stopped"),
+    [
+        ([(STOPPED, "SIGUSR1"), None], True),
+        ([None, (STOPPED, "SIGINT")], True),
+        ([(STOPPED, "SIGTERM"), (STOPPED, "SIGTERM")], True),
+        ([(LOST_PEER, "reset"), (STOPPED, "SIGTERM")], True),
+        ([(STOPPED, "SIGTERM"), None], False),  # the other one was killed
+        ([(STOPPED, "SIGTERM"), ("error", "bug")], False),
+        ([(LOST_PEER, "reset"), (LOST_PEER, "reset")], False),
+        ([None, None], False),
+    ],
+)
+def test_ranks_that_were_told_to_stop_while_they_loaded_have_not_crashed(
+    folder: Path, words: list[tuple[str, str] | None], stopped: bool
+) -> None:
+    for number in (1, 2, 3):
+        crash(folder, number, world_size=2)
+        for rank, word in enumerate(words):
+            if word is not None:
+                note_crash(folder, number, rank=rank, kind=word[0], step=None, error=word[1])
+    assert was_stopped(folder, records(folder)[-1]) == stopped
+    assert (verdict(folder, 0) is None) == stopped

@@ -16,8 +16,8 @@ from peft_dist.checkpoint import store
 from peft_dist.checkpoint.manifest import MANIFEST_FILE, seal, verify
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.dist import World
-from peft_dist.errors import Interrupted, Superseded, TrainingError
-from peft_dist.keeper import OPTIMIZER_FILE, STATE_FILE, Keeper, read_state
+from peft_dist.errors import Interrupted, RunDirError, Superseded, TrainingError
+from peft_dist.keeper import OPTIMIZER_FILE, STATE_FILE, Keeper, held_out_loss, read_state
 from peft_dist.model.source import find_base
 from peft_dist.saving import Saver
 from peft_dist.scoring import Score
@@ -140,8 +140,9 @@ def test_a_checkpoint_holds_adapter_optimizer_and_place(tmp_path: Path, alone: W
     for name, parameter in adapter.items():
         assert optimizer[f"exp_avg.{name}"].shape == parameter.shape
     state = read_state(folder)
-    wanted = {"format": 1, "step": 4, "cursor": 16, "updates": 4, "attempt": 1, "recipe": {"a": 1}}
+    wanted = {"format": 1, "step": 4, "cursor": 16, "epoch": 0, "updates": 4, "attempt": 1}
     assert wanted.items() <= state.items()
+    assert state["recipe"] == {"a": 1}
     (taken,), (saved,) = records.of("checkpoint"), records.of("saved")
     assert taken["step"] == saved["step"] == 4
     assert saved["bytes"] == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
@@ -171,11 +172,43 @@ def test_a_resumed_training_is_the_undisturbed_one_to_the_bit(
     files = tensor_files(tmp_path / "whole" / step)
     assert len(files) == 2
     assert tensor_files(tmp_path / "cut" / step) == files
-    assert read_state(tmp_path / "cut" / step)["updates"] == STEPS
+    state = read_state(tmp_path / "cut" / step)
+    assert (state["updates"], state["cursor"], state["epoch"]) == (STEPS, 24, 1)  # of 20 rows
     ours, theirs = (t.session.engine.adapter_state() for t in (after, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert after.progress.tokens == whole.progress.tokens
     assert after.progress.final_loss == whole.progress.final_loss
+
+
+def test_a_pissa_training_goes_on_to_the_bit_with_another_number_of_threads(
+    tmp_path: Path, alone: World
+) -> None:
+    wide: dict[str, Any] = {"hidden_size": 640, "intermediate_size": 640, "num_hidden_layers": 1}
+    tiny_model(tmp_path / "llama", "llama", **wide)
+    sections = {"checkpoint": {"every_steps": STEPS}, **METHODS["pissa"]}
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole, expected = training(tmp_path, alone, checkpoints="whole", **sections)
+        whole.run()
+        before, first = training(tmp_path, alone, stop_after=3, checkpoints="cut", **sections)
+        with pytest.raises(Interrupted):
+            before.run()
+        started = before.session
+        torch.set_num_threads(2)
+        after, rest = training(tmp_path, alone, checkpoints="cut", **sections)
+        assert after.session.base_fingerprint != started.base_fingerprint, "threads do not matter"
+        assert after.session.released_fingerprint == started.released_fingerprint
+        go_on(after)
+        assert after.session.base_fingerprint == started.base_fingerprint
+        torch.set_num_threads(1)
+        after.run()
+        after.session.check_integrity()
+    finally:
+        torch.set_num_threads(threads)
+    assert losses(first) + losses(rest) == losses(expected)
+    step = f"step-{STEPS:08d}"
+    assert tensor_files(tmp_path / "cut" / step) == tensor_files(tmp_path / "whole" / step)
 
 
 def test_a_stop_before_the_first_step_saves_nothing(tmp_path: Path, alone: World) -> None:
@@ -246,6 +279,48 @@ def test_too_many_failed_writes_in_a_row_end_the_run(
     assert tensor_files(tmp_path / "checkpoints") == before
 
 
+def test_a_stop_whose_checkpoint_is_not_written_says_where_the_run_goes_on(
+    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = store.publish
+
+    def full_from_step_5(partial: Path, folder: Path) -> None:
+        full_disk() if folder.name == "step-00000005" else publish(partial, folder)
+
+    monkeypatch.setattr(store, "publish", full_from_step_5)
+    trainer, _ = training(tmp_path, alone, stop_after=5, checkpoint={"every_steps": 4})
+    with pytest.raises(Interrupted) as caught:
+        trainer.run()
+    assert str(caught.value) == (
+        "stopped after step 5 of 6; that could not be saved, and the run goes on after step 4"
+    )
+    again, _ = training(tmp_path, alone, stop_after=5)
+    go_on(again)
+    with pytest.raises(Interrupted, match="not be saved, and the run goes on after step 4"):
+        again.run()
+    shutil.rmtree(tmp_path / "checkpoints")
+    anew, _ = training(tmp_path, alone, stop_after=5)
+    with pytest.raises(Interrupted, match="not be saved, and the run begins anew"):
+        anew.run()
+
+
+def test_a_checkpoint_of_another_format_is_refused(
+    tmp_path: Path, alone: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, _ = training(tmp_path, alone, checkpoint={"every_steps": 4})
+    trainer.run()
+    folder = tmp_path / "checkpoints" / "step-00000004"
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    (folder / STATE_FILE).write_text(json.dumps({**state, "format": 2}), encoding="utf-8")
+    (folder / MANIFEST_FILE).unlink()
+    seal(folder, {"step": 4, "attempt": 1})
+    after, _ = training(tmp_path, alone)
+    with pytest.raises(RunDirError, match="is of format 2, and this version reads format 1; go on"):
+        go_on(after)
+    assert held_out_loss(folder) is None
+    assert "is not among the best" in caplog.text
+
+
 def test_an_unforeseen_error_of_the_writer_is_a_failed_save(
     tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,7 +348,11 @@ def test_a_run_that_is_another_attempts_publishes_nothing(tmp_path: Path, alone:
 
 def test_the_last_and_the_best_are_kept(tmp_path: Path, alone: World) -> None:
     trainer, _ = training(
-        tmp_path, alone, checkpoint={"keep_last": 2, "keep_best": 1, "background": False}
+        tmp_path,
+        alone,
+        checkpoint={"keep_last": 2, "keep_best": 1, "background": False},
+        evaluate={"every_steps": 1},
+        data={"eval": str(tmp_path / "rows.jsonl")},
     )
     keeper, progress = trainer.keeper, trainer.progress
     assert keeper is not None

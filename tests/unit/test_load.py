@@ -290,3 +290,8 @@ def test_a_run_is_saved_watched_and_restarted_without_being_told_to(recipe_file:
 )
 def test_a_limit_that_makes_no_sense_is_one_line(recipe_file: Path, override: str) -> None:
     assert override.partition("=")[0] in error_of(recipe_file, override)
+
+
+def test_the_best_checkpoints_are_known_by_evaluations(recipe_file: Path) -> None:
+    told = error_of(recipe_file, "checkpoint.keep_best=1")
+    assert "checkpoint.keep_best needs held-out losses; set evaluate.every_steps" in told

@@ -140,7 +140,7 @@ def test_an_embedding_stored_narrower_is_read_as_it_computes(tmp_path: Path, alo
 
 def test_a_text_without_tokens_is_refused(tmp_path: Path, alone: World) -> None:
     session, _ = opened(prompt(tmp_path, "llama", method={"text": TEXT}), alone)
-    start = Start(lambda p: p, lambda p, v: None, lambda text: [], lambda ids: None)
+    start = Start(lambda p: p, lambda p, v: None, lambda p: None, lambda text: [], lambda ids: None)
     with pytest.raises(RecipeError, match=r"method\.text: '.*' has no token; add words"):
         session.method.initialise(session.peft, start)
 

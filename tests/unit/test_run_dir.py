@@ -158,9 +158,10 @@ def test_a_run_that_learns_otherwise_is_refused_with_the_difference(
     assert load_recipe(run.recipe) == recipe
     with pytest.raises(RunDirError, match="train.seed is not what"):
         RunDir.claim(run.path, other, allow_changed=["method.rank", "train.learning_rate"])
+    assert not run.next_recipe.exists()
     allowed = ["method.rank", "train.learning_rate", "train.seed"]
     RunDir.claim(run.path, other, allow_changed=allowed)
-    assert load_recipe(run.recipe) == other
+    assert load_recipe(run.next_recipe) == other
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,21 @@ def test_what_changes_nothing_that_is_learned_may_change(
     other = changed(recipe_file, override)
     assert other != recipe
     RunDir.claim(run.path, other)
+    assert load_recipe(run.recipe) == recipe, "the start that is claimed may still be refused"
+    run.accept_recipe()
     assert load_recipe(run.recipe) == other
+    assert not run.next_recipe.exists()
+
+
+def test_a_recipe_that_no_start_went_on_by_is_forgotten_with_the_next_claim(
+    tmp_path: Path, recipe: Recipe, recipe_file: Path
+) -> None:
+    run = with_checkpoint(tmp_path / "a", recipe)
+    RunDir.claim(run.path, changed(recipe_file, "parallel.strategy=ddp"))
+    RunDir.claim(run.path, recipe)
+    assert not run.next_recipe.exists()
+    run.accept_recipe()
+    assert load_recipe(run.recipe) == recipe
 
 
 def test_a_run_without_a_checkpoint_may_change_in_anything(

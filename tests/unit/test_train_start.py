@@ -15,7 +15,7 @@ from peft_dist.config import Recipe, load_recipe
 from peft_dist.errors import DataError, LaunchError, RunDirError, TrainingError
 from peft_dist.fine_tune import _require_trackers
 from peft_dist.run_dir import RunDir
-from peft_dist.stop import LAUNCH_MARK, StopRequests
+from peft_dist.stop import LAUNCH_MARK
 from peft_dist.worker import Place
 from tests.processes import ROOT, environment, run
 
@@ -40,7 +40,7 @@ def taken(options: argparse.Namespace, **train_section: object) -> Place:
     place = Place()
     recipe = Recipe.model_validate(RAW | {"train": train_section})
     try:
-        train._take(options, recipe, place, StopRequests())
+        train._take(options, recipe, place)
     finally:
         if place.attempt is not None:
             place.attempt.end("interrupted")
@@ -73,6 +73,16 @@ def test_an_old_recipe_with_changes_is_the_start_of_another_run(prepared: RunDir
     assert not is_own
     other = prepared.path.parent / "b"
     assert train._run_of(started(prepared.recipe, run_dir=other)) == (RunDir(other), False)
+
+
+def test_a_prepared_run_goes_on_by_the_recipe_it_was_claimed_with(
+    prepared: RunDir, tmp_path: Path
+) -> None:
+    assert train._recipe_of(started(prepared.recipe)) == prepared.recipe
+    prepared.next_recipe.write_bytes(prepared.recipe.read_bytes())
+    assert train._recipe_of(started(prepared.recipe)) == prepared.next_recipe
+    other = started(prepared.recipe, run_dir=tmp_path / "another")
+    assert train._recipe_of(other) == prepared.recipe
 
 
 def test_any_other_recipe_is_in_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +121,20 @@ def test_a_run_that_another_process_trains_is_refused(prepared: RunDir) -> None:
         holder.end("interrupted")
 
 
+def test_a_run_that_another_process_trains_is_not_set_aside_or_changed(prepared: RunDir) -> None:
+    (prepared.checkpoints / "step-00000002").mkdir(parents=True)
+    holder = Attempt.begin(prepared.attempts)
+    before = prepared.recipe.read_bytes()
+    try:
+        for fresh in (False, True):
+            with pytest.raises(RunDirError, match="is in use by attempt 1"):
+                taken(started(Path("mine.yaml"), run_dir=prepared.path, fresh=fresh), steps=7)
+        assert prepared.recipe.read_bytes() == before
+        assert not prepared.next_recipe.exists()
+    finally:
+        holder.end("interrupted")
+
+
 def test_a_fresh_start_after_a_verdict_tries_again(prepared: RunDir) -> None:
     prepared.record_failure(TrainingError("loss nan"))
     assert taken(started(prepared.recipe)).attempt_number == 1
@@ -125,7 +149,7 @@ def test_crashes_without_progress_end_in_a_verdict_and_a_new_start_is_not_held_t
     for _ in range(10):
         place = Place()
         try:
-            train._take(started(prepared.recipe), Recipe.model_validate(RAW), place, StopRequests())
+            train._take(started(prepared.recipe), Recipe.model_validate(RAW), place)
         except TrainingError as error:
             told = str(error)
             assert place.attempt is not None

@@ -14,11 +14,13 @@ from peft_dist.config.recipe import Train
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.dist import World
 from peft_dist.errors import Interrupted, TrainingError
+from peft_dist.figures import FiguresReader
 from peft_dist.keeper import Keeper
 from peft_dist.model.source import find_base
 from peft_dist.saving import Saver
 from peft_dist.scoring import held_out
 from peft_dist.session import Session, open_session
+from peft_dist.tracking import Record
 from peft_dist.trainer import Trainer, make_optimizer
 from tests.tiny import completion_rows, tiny_model, tiny_recipe, write_jsonl
 
@@ -334,8 +336,21 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path, alone: Worl
     assert skipped == [2, 3, 5, 6]
 
 
+class LateReader(FiguresReader):
+    """Has a step's figures when those of a GPU are there: with the step after it."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.is_late = True
+
+    def put(self, record: Record, figures: torch.Tensor) -> None:
+        """Take figures that are on the host already."""
+        self._unread.append((record, figures, None))
+
+
+@pytest.mark.parametrize("late", [False, True])
 def test_a_rollback_goes_back_to_the_newest_checkpoint_and_on_with_later_rows(
-    tmp_path: Path, alone: World
+    tmp_path: Path, alone: World, late: bool
 ) -> None:
     found = trainer(
         tmp_path,
@@ -344,6 +359,8 @@ def test_a_rollback_goes_back_to_the_newest_checkpoint_and_on_with_later_rows(
         checkpoint={"every_steps": 2},
     )
     with_keeper(found, tmp_path / "checkpoints")
+    if late:
+        found._reader = LateReader()
     records = Records()
     found.trackers = [records]
     broken_at(found, 4)
@@ -398,30 +415,50 @@ class StopDuringEvaluation:
         self.now = (name, step)
 
 
+def with_held_out_rows(
+    folder: Path, world: World, **sections: Any
+) -> tuple[Trainer, Keeper, Records]:
+    """Return a training that evaluates and makes checkpoints, and its records."""
+    held = write_jsonl(folder / "held.jsonl", completion_rows(9, seed=1))
+    found = trainer(folder, world, data={"eval": str(held)}, **sections)
+    found.held = held_out(found.recipe, tokenize_rows(found.recipe, "eval", folder / "cache"))
+    records = Records()
+    found.trackers = [records]
+    return found, with_keeper(found, folder / "checkpoints"), records
+
+
+def test_the_best_of_all_evaluations_is_kept_although_no_checkpoint_was_due(
+    tmp_path: Path, alone: World
+) -> None:
+    found, _, records = with_held_out_rows(
+        tmp_path,
+        alone,
+        evaluate={"every_steps": 2},
+        train={**POISONED, "steps": 9},
+        checkpoint={"keep_best": 1, "keep_last": 1, "every_seconds": None},
+    )
+    found.run()
+    assert [r["step"] for r in records if r["event"] == "saved"] == [2, 4, 6, 8, 9]
+    losses = {
+        r["step"]: r["eval_loss"] for r in records if r["event"] == "evaluation" and r["step"]
+    }
+    kept = {int(path.name.removeprefix("step-")) for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {9, min(losses, key=lambda step: losses[step])}
+
+
 def test_a_stop_during_an_evaluation_saves_and_the_next_start_evaluates_again(
     tmp_path: Path, alone: World
 ) -> None:
-    write_jsonl(tmp_path / "held.jsonl", completion_rows(9, seed=1))
     sections: dict[str, Any] = {
-        "data": {"eval": str(tmp_path / "held.jsonl")},
         "evaluate": {"every_steps": 2, "micro_batch_size": 2},
         "train": POISONED,
     }
-
-    def made() -> tuple[Trainer, Keeper, Records]:
-        found = trainer(tmp_path, alone, **sections)
-        tokens = tokenize_rows(found.recipe, "eval", tmp_path / "cache")
-        found.held = held_out(found.recipe, tokens)
-        records = Records()
-        found.trackers = [records]
-        return found, with_keeper(found, tmp_path / "checkpoints"), records
-
-    found, _, first = made()
+    found, _, first = with_held_out_rows(tmp_path, alone, **sections)
     found.surroundings = StopDuringEvaluation(4)
     with pytest.raises(Interrupted, match="stopped after step 4 of 6"):
         found.run()
     assert [r["step"] for r in first if r["event"] == "evaluation"] == [0, 2]
-    after, keeper, rest = made()
+    after, keeper, rest = with_held_out_rows(tmp_path, alone, **sections)
     newest = keeper.newest()
     assert newest is not None
     after.resume(newest)
