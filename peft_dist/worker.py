@@ -21,6 +21,7 @@ from peft_dist.errors import (
     EXIT_CRASHED,
     EXIT_DONE,
     Interrupted,
+    LaunchError,
     PeftDistError,
     RunDirError,
     Superseded,
@@ -157,7 +158,8 @@ def _report(error: PeftDistError, place: Place) -> int:
 
 def _record_failure(error: PeftDistError, place: Place) -> None:
     """Leave word for whoever would start this run again."""
-    if not place.holds_run(wait_s=LEASE_WAIT_S):
+    # Of a launch that fails rank 0 may be no part.
+    if not place.holds_run(wait_s=0.0 if isinstance(error, LaunchError) else LEASE_WAIT_S):
         return
     assert place.run_dir is not None
     by = ""
