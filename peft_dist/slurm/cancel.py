@@ -31,7 +31,10 @@ def cancel(folders: Sequence[Path], *, now: bool, tell: Callable[[str], None]) -
         RunDirError: Where none of them has a job.
         SlurmError: Where Slurm cannot be asked or refuses.
     """
-    wanted = {folder: jobs.candidates(folder, jobs.events(folder)) for folder in folders}
+    wanted = {
+        folder: [*jobs.candidates(folder, jobs.events(folder)), *jobs.others(folder)]
+        for folder in folders
+    }
     if not any(wanted.values()):
         raise RunDirError(
             "has no Slurm job",
@@ -52,7 +55,7 @@ def cancel(folders: Sequence[Path], *, now: bool, tell: Callable[[str], None]) -
         tell(f"job {' '.join(running)}: told to save and end")
     wait_s = max([LEAST_WAIT_S, *(lead_s(RunDir(folder).ledger, 0) for folder in wanted)])
     deadline = time.monotonic() + wait_s
-    while live and (left := _live(live)):
+    while live and (left := _not_over(live)):
         if time.monotonic() > deadline:
             tell(f"job {' '.join(left)}: not over after {wait_s} s; ended by Slurm")
             client.scancel(left)
@@ -60,6 +63,8 @@ def cancel(folders: Sequence[Path], *, now: bool, tell: Callable[[str], None]) -
         time.sleep(LOOK_EVERY_S)
     for folder, names in wanted.items():
         for job in names:
+            if job in live:  # its script may have been killed before it could say so
+                jobs.record(folder, {"event": "ended", "job": job, "decision": "cancelled"})
             tell(f"job {job}: {_outcome(states[job], was_live=job in live)}")
         if names:
             step = RunDir(folder).newest_step()
@@ -74,5 +79,5 @@ def _outcome(state: JobState, *, was_live: bool) -> str:
     return f"cannot tell whether it is over: {state.reason}"
 
 
-def _live(wanted: Sequence[str]) -> list[str]:
-    return [job for job, state in job_states(wanted).items() if is_live(state.state)]
+def _not_over(wanted: Sequence[str]) -> list[str]:
+    return [job for job, state in job_states(wanted).items() if not is_over(state.state)]

@@ -3,7 +3,6 @@
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from peft_dist.errors import SlurmError
 from peft_dist.liveness import AFTER_JOB
@@ -61,13 +60,12 @@ def check_script(script: str) -> None:
     run_slurm(["sbatch", "--test-only"], environment=submitting_environment(), text=script)
 
 
-def sbatch(script: Path, options: Sequence[str] = ()) -> str:
-    """Submit a batch script and return the job's id.
+def sbatch(argv: Sequence[str]) -> str:
+    """Run a command that submits and prints the job's id; return that.
 
     Raises:
-        SlurmError: Where Slurm refuses it.
+        SlurmError: Where Slurm refuses.
     """
-    argv = ["sbatch", "--parsable", *options, str(script)]
     told = run_slurm(argv, environment=submitting_environment()).strip()
     job = told.partition(";")[0]  # "47;cluster" where a site has several
     if not job.isdecimal():

@@ -93,25 +93,24 @@ def resume_job(arguments: argparse.Namespace) -> int:
         nodes=arguments.nodes,
         time_limit=arguments.time,
         cluster=arguments.cluster,
+        allow_changed=arguments.allow_changed,
     )
-    return _hand_over(request, by="resume", allow_changed=arguments.allow_changed)
+    return _hand_over(request, by="resume")
 
 
-def _hand_over(request: Any, *, dry_run: bool = False, by: str, **options: Any) -> int:
-    from peft_dist.slurm.render import JOB_SCRIPT
+def _hand_over(request: Any, *, by: str, dry_run: bool = False, fresh: bool = False) -> int:
     from peft_dist.slurm.submit import prepare, submit
 
     submission = prepare(request)
     for warning in submission.warnings:
         print(f"peft-dist: {warning}", file=sys.stderr)
-    script = submission.job.folder / JOB_SCRIPT
     if dry_run:
         for path, text in submission.files.items():
             print(f"==> {path} <==\n{text}")
-        print(shlex.join(["sbatch", str(script)]))
+        print(shlex.join(submission.argv(submission.wanted(fresh=fresh))))
         return EXIT_DONE
     os.umask(0o077)
-    job = submit(submission, command=sys.argv, by=by, **options)
+    job = submit(submission, command=sys.argv, by=by, fresh=fresh)
     print(f"job {job}: {request.folder}; `peft-dist status {request.folder}` shows how it is")
     return EXIT_DONE
 

@@ -14,7 +14,7 @@ from typing import Any
 from peft_dist.errors import RunDirError
 
 Event = dict[str, Any]
-"""`event` (`submitted`, `started` or `ended`), `job` as `squeue -r` prints it, `time`, and more."""
+"""`event` (submitted, started, decided, ended), `job` as `squeue -r` prints it, `time` and more."""
 
 
 def jobs_file(run_path: Path) -> Path:
@@ -63,6 +63,30 @@ def events(run_path: Path) -> list[Event]:
     Raises:
         RunDirError: Where the file is there and cannot be read.
     """
+    found: list[Event] = []
+    begun: list[tuple[str, Any]] = []
+    for event in _all_events(run_path):
+        start = (event["job"], event.get("restart"))
+        if event["event"] == "started":
+            begun.append(start)
+        if start not in begun[:-1]:
+            found.append(event)
+    return found
+
+
+def others(run_path: Path) -> list[str]:
+    """Return jobs that began before the newest one and have not said that they ended.
+
+    A script that is submitted by hand while another job trains the run gives up, and is the newest.
+
+    Raises:
+        RunDirError: As `events`.
+    """
+    last = {event["job"]: event["event"] for event in _all_events(run_path)}
+    return [job for job, event in list(last.items())[:-1] if event in ("submitted", "started")]
+
+
+def _all_events(run_path: Path) -> list[Event]:
     path = jobs_file(run_path)
     try:
         lines = path.read_bytes().splitlines()
@@ -72,15 +96,7 @@ def events(run_path: Path) -> list[Event]:
         raise RunDirError(
             f"cannot be read: {error.strerror}", where=str(path), remedy="mend its permissions"
         ) from error
-    found: list[Event] = []
-    current = None
-    for event in (event for line in lines if (event := _parse(line)) is not None):
-        start = (event["job"], event.get("restart"))
-        if event["event"] == "started":
-            current = start
-        if event["event"] in ("submitted", "started") or current in (None, start):
-            found.append(event)
-    return found
+    return [event for line in lines if (event := _parse(line)) is not None]
 
 
 def newest_job(run_path: Path) -> str | None:

@@ -1,15 +1,20 @@
 """How long before its end a job must be told to save: as long as saving has been seen to take."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft_dist.errors import RunDirError
 from peft_dist.goodput import read_ledger
 
 MARGIN = 3.0
-"""Times the longest step and the longest save seen so far: a shared file system has bad hours."""
+"""Times a long step and a long save of late: a shared file system has bad hours."""
 SETTLE_S = 30.0
 """For the signal to arrive, the ranks to agree and the processes to end."""
+RECENT = 500
+"""Steps and saves that count; of their times the 99th percentile, so that a job that was suspended
+for a night does not save a night before its end for ever after."""
 
 
 def lead_s(ledger: Path, least_s: int) -> int:
@@ -23,10 +28,16 @@ def lead_s(ledger: Path, least_s: int) -> int:
         records = read_ledger(ledger)
     except RunDirError:  # not begun yet
         return least_s
-    save_s = max((record.get("write_s", 0.0) for record in records), default=0.0)
-    step_s, before = 0.0, None
-    for record in records:
-        if record["event"] == "step" and before is not None and before["event"] == "step":
-            step_s = max(step_s, record["at_s"] - before["at_s"])
-        before = record
-    return max(least_s, math.ceil(SETTLE_S + MARGIN * (step_s + save_s)))
+    saves_s = [record["write_s"] for record in records if "write_s" in record]
+    steps_s = [
+        record["at_s"] - before["at_s"]
+        for before, record in itertools.pairwise(records)
+        if before["event"] == record["event"] == "step"
+    ]
+    needed_s = SETTLE_S + MARGIN * (_long(steps_s) + _long(saves_s))
+    return max(least_s, math.ceil(needed_s))
+
+
+def _long(times_s: Sequence[float]) -> float:
+    recent = sorted(times_s[-RECENT:])
+    return recent[math.ceil(0.99 * (len(recent) - 1))] if recent else 0.0

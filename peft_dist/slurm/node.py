@@ -29,7 +29,7 @@ from peft_dist.errors import (
     PeftDistError,
 )
 from peft_dist.files import replace_file
-from peft_dist.launch.local import Ended, run_launcher
+from peft_dist.launch.local import PASSED_ON, Ended, run_launcher
 from peft_dist.output import RANK_LOGS, say
 from peft_dist.run_dir import LAUNCHED_AT, RunDir, Verdict, error_in_log
 from peft_dist.slurm import jobs, out_of_memory
@@ -114,6 +114,10 @@ class Node:
         self.name = os.environ.get("SLURMD_NODENAME", self.hosts[self.index])
         self.log = Path(os.environ["PEFT_DIST_LOGS"]) / f"{self.name}.log"
         self.decision_file = self.log.with_name("decision")
+        self.signals: list[str] = []
+        """What came while no launcher ran; it would have ended this process."""
+        for number in PASSED_ON:
+            signal.signal(number, lambda got, _: self.signals.append(signal.Signals(got).name))
         self.peers = Peers(self.log.parent, name=self.name, nonce=os.environ["PEFT_DIST_NONCE"])
 
     @property
@@ -136,7 +140,9 @@ class Node:
         if not self.options.no_preflight:
             failed = self._preflight(run)
             if failed is not None:
-                return failed
+                return self._within_limits(failed)
+        if self.signals:
+            return Decision("again", f"stopped by {self.signals[0]}", EXIT_INTERRUPTED)
         if self.is_head:
             threading.Thread(target=_watch, args=(run,), daemon=True).start()
         ended = run_launcher(
@@ -254,11 +260,18 @@ class Node:
             if interrupted
             else f"{failure}; goes on after step {step}"
         )
+        code = EXIT_INTERRUPTED if interrupted else EXIT_CRASHED
+        return self._within_limits(Decision("again", reason, code))
+
+    def _within_limits(self, decision: Decision) -> Decision:
+        """Return a decision to start again, or one to stop where there were too many starts."""
+        if not decision.word.startswith("again"):
+            return decision
         limits = Limits(self.options.max_starts, self.options.max_starts_without_progress)
-        problem = too_many_starts(run, limits, reason)
-        if problem is not None:
-            return Decision("stop", f"{problem}; last: {reason}", EXIT_DO_NOT_RETRY)
-        return Decision("again", reason, EXIT_INTERRUPTED if interrupted else EXIT_CRASHED)
+        problem = too_many_starts(self.run, limits, decision.reason)
+        if problem is None:
+            return decision
+        return Decision("stop", f"{problem}; last: {decision.reason}", EXIT_DO_NOT_RETRY)
 
 
 def too_many_starts(run: RunDir, limits: Limits, reason: str) -> str | None:
@@ -272,13 +285,16 @@ def too_many_starts(run: RunDir, limits: Limits, reason: str) -> str | None:
         reason: Why the present start has ended.
     """
     ends: list[tuple[int, str]] = []
+    starts = 0
     for event in jobs.events(run.path):
         if event["event"] == "submitted":
-            ends = []
+            ends, starts = [], 0
+        elif event["event"] == "started":
+            starts += 1
         elif event["event"] == "decided":
             ends.append((event["step"], event["reason"]))
     ends.append((run.newest_step(), reason))
-    if len(ends) >= limits.starts:
+    if starts >= limits.starts:
         return f"{limits.starts} starts are all that the cluster file's requeue.max_starts allows"
     out_of_memory_at = [step for step, told in ends[-2:] if OUT_OF_MEMORY in told]
     if len(out_of_memory_at) == 2 and len(set(out_of_memory_at)) == 1:
@@ -297,18 +313,21 @@ def _watch(run: RunDir) -> None:
 
     Slurm's own signals reach only a step that has begun, and know nothing of how long a save takes.
     """
-    end = os.environ.get("SLURM_JOB_END_TIME", "")  # since Slurm 22.05
-    end_s = int(end) if end.isdecimal() else math.inf
+    begin, end = (os.environ.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END"))
+    end_s = int(end) if end.isdecimal() else math.inf  # since Slurm 22.05
+    limit_s = end_s - int(begin) if begin.isdecimal() else math.inf
     save_at_s = read_again_s = 0.0
     while not (run.path / "slurm" / "cancelled").exists():
         now = time.time()
         if now >= read_again_s:  # a long ledger takes a while to read
-            save_at_s = end_s - lead_s(run.ledger, least_s=0)
+            save_at_s = end_s - min(lead_s(run.ledger, least_s=0), limit_s / 2)
             read_again_s = now + (save_at_s - now) / 20
         if now >= save_at_s:
             break
         time.sleep(LOOK_EVERY_S)
-    if (latest(run.attempts) or {}).get("outcome") is None:
+    newest = latest(run.attempts) or {}
+    has_ended = "outcome" in newest and liveness.slurm_job().items() <= newest.items()
+    if not has_ended:
         os.kill(os.getpid(), signal.SIGUSR1)
 
 

@@ -53,6 +53,8 @@ class Job:
     array: Array | None = None
     singleton: bool = False
     """Whether to wait until no other job of this name runs."""
+    allow_changed: tuple[str, ...] = ()
+    """Settings that may differ from those a run was trained with."""
 
 
 def render_job(job: Job) -> str:
@@ -77,6 +79,7 @@ def render_job(job: Job) -> str:
         script=str(job.folder / JOB_SCRIPT),
         nodes=job.placement.nodes,
         requeue=job.cluster.requeue.allowed,
+        singleton=job.singleton,
         srun_options=srun_options,
     )
 
@@ -103,7 +106,10 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
     launcher = worker_command(
         placement,
         "train.py",
-        [str(run_dir / "recipe.yaml")],
+        [
+            str(run_dir / "recipe.yaml"),
+            *(word for name in job.allow_changed for word in ("--allow-changed", name)),
+        ],
         python=cluster.interpreter,
         root=SHARE,
         max_restarts=job.max_restarts,
@@ -111,7 +117,7 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
     )
     stage = None
     if cluster.stage is not None and model is not None:
-        stage = ["-m", "peft_dist.slurm.stage", model, cluster.stage.folder]
+        stage = ["-m", "peft_dist.slurm.stage", "--json", model, cluster.stage.folder]
     return fill(
         "node.sh.j2",
         version=__version__,

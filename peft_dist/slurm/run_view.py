@@ -16,7 +16,7 @@ from peft_dist.crash_loop import LOST_PEER, crash_notes
 from peft_dist.errors import RunDirError
 from peft_dist.liveness import is_alive
 from peft_dist.run_dir import RunDir
-from peft_dist.slurm.jobs import Event, candidates, events, newest_logs
+from peft_dist.slurm.jobs import Event, candidates, events, newest_logs, others
 from peft_dist.slurm.standing import Standing, read_tail, standing
 from peft_dist.slurm.states import UNKNOWN, JobState, is_live, is_over
 
@@ -87,7 +87,7 @@ def read_run(path: Path) -> Reading:
         return Reading(run, [], None, Standing(), [], problem=str(error))
     record = attempts[-1] if attempts else None
     own = (record or {}).get("slurm_job_id")
-    jobs = candidates(path, history) or ([str(own)] if own else [])
+    jobs = [*candidates(path, history), *others(path)] or ([str(own)] if own else [])
     found = standing(read_tail(run.ledger))
     # The ledger's end may lie long after its start.
     known = [attempt["steps"] for attempt in attempts if type(attempt.get("steps")) is int]

@@ -4,9 +4,12 @@ Decides what is submitted; `refusals` says what cannot be, `render` writes it, `
 Slurm. Runs nothing itself.
 """
 
+import fcntl
+import os
 import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,8 @@ class Request:
     singleton: bool = False
     elements: Sequence[Element] = ()
     """An array that has been submitted before; each of its runs has a recipe of its own."""
+    allow_changed: Sequence[str] = ()
+    """Settings that may differ from those a run was trained with."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,22 @@ class Submission:
     """Every script, by where it belongs."""
     warnings: Sequence[str]
 
+    def wanted(self, *, fresh: bool) -> dict[int, Run]:
+        """Return the runs that have not finished, by their index; all of them with `fresh`."""
+        return {
+            index: run
+            for index, run in enumerate(self.runs)
+            if fresh or not RunDir(run.folder).is_finished
+        }
+
+    def argv(self, wanted: Collection[int]) -> list[str]:
+        """Return the command that submits these runs."""
+        options = []
+        if self.job.array:
+            limit = "" if self.job.array.limit is None else f"%{self.job.array.limit}"
+            options = [f"--array={','.join(map(str, wanted))}{limit}"]
+        return ["sbatch", "--parsable", *options, str(self.job.folder / JOB_SCRIPT)]
+
 
 def prepare(request: Request) -> Submission:
     """Check a request, and work out what is submitted; make nothing and ask nobody.
@@ -88,16 +109,18 @@ def prepare(request: Request) -> Submission:
     per_node = cluster.processes_per_node or 0
     placement = place(recipes[0], machine, request.nodes, per_node=per_node)
     time_limit, time_from = _time_limit(request)
+    time_s = None if time_limit is None else duration_s(time_limit, where=time_from)
     job = Job(
         name=_job_name(folder.name),
         folder=folder,
         cluster=cluster,
         placement=placement,
-        time_s=None if time_limit is None else duration_s(time_limit, where=time_from),
+        time_s=time_s,
         lead_s=max(lead_s(RunDir(run.folder).ledger, cluster.signal_lead_s) for run in runs),
         max_restarts=recipes[0].parallel.max_restarts,
         array=Array(len(runs), request.limit) if _is_array(request) else None,
         singleton=request.singleton,
+        allow_changed=tuple(request.allow_changed),
     )
     refusals.check_limits(job, time_from=time_from)
     refusals.check_cluster_files(cluster)
@@ -109,13 +132,25 @@ def prepare(request: Request) -> Submission:
     return Submission(job, runs, files, list(dict.fromkeys(warnings)))
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one command at a time submit what is beside a folder, as far as its disk knows locks."""
+    above = next(path for path in folder.parents if path.is_dir())
+    handle = os.open(above, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file server has them
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def submit(
     submission: Submission,
     *,
     command: Sequence[str],
     by: str = "submit",
     fresh: bool = False,
-    allow_changed: Collection[str] = (),
 ) -> str:
     """Submit, and return the job's id.
 
@@ -124,21 +159,30 @@ def submit(
         command: The command line, for the record.
         by: What the run's history says: `submit` or `resume`.
         fresh: Set runs that are there aside and start anew.
-        allow_changed: Settings that may differ from those a run was trained with.
 
     Raises:
-        PeftDistError: Where Slurm refuses, or a run is live; then nothing has been made.
+        PeftDistError: Where a run is live or Slurm refuses. Nothing has been made then, unless
+            Slurm takes the script as it is and yet not the job, as for a limit of a QOS.
     """
     job = submission.job
-    wanted = {
-        index: run
-        for index, run in enumerate(submission.runs)
-        if fresh or not RunDir(run.folder).is_finished
-    }
+    wanted = submission.wanted(fresh=fresh)
     if not wanted:
         raise RunDirError(
             "has finished", where=str(job.folder), remedy="start it anew with --fresh"
         )
+    with _alone(job.folder):
+        return _submit(submission, wanted, command=command, by=by, fresh=fresh)
+
+
+def _submit(
+    submission: Submission,
+    wanted: Mapping[int, Run],
+    *,
+    command: Sequence[str],
+    by: str,
+    fresh: bool,
+) -> str:
+    job = submission.job
     elements = [
         {"run_dir": run.folder.name, "settings": [*run.settings]} for run in submission.runs
     ]
@@ -149,7 +193,7 @@ def submit(
     client.check_script(submission.files[script])
     for run in wanted.values():
         made = RunDir.claim(
-            run.folder, run.recipe, command=command, fresh=fresh, allow_changed=allow_changed
+            run.folder, run.recipe, command=command, fresh=fresh, allow_changed=job.allow_changed
         )
         _make_slurm_folder(made, job.cluster)
     if job.array:
@@ -157,8 +201,7 @@ def submit(
     job.folder.joinpath("logs").mkdir(mode=0o700, exist_ok=True)
     for path, text in submission.files.items():
         write_text_atomic(path, text)
-    options = [f"--array={_indexes(wanted, job.array)}"] if job.array else []
-    job_id = client.sbatch(script, options)
+    job_id = client.sbatch(submission.argv(wanted))
     for index, run in wanted.items():
         event = {
             "event": "submitted",
@@ -180,6 +223,7 @@ def again(
     nodes: int | None = None,
     time_limit: str | None = None,
     cluster: str | None = None,
+    allow_changed: Sequence[str] = (),
 ) -> Request:
     """Return the request that submits a run, or an array's unfinished runs, once more.
 
@@ -189,6 +233,7 @@ def again(
         nodes: Another number of nodes.
         time_limit: Another time limit.
         cluster: Another cluster file.
+        allow_changed: Settings that may differ from those a run was trained with.
 
     Raises:
         RunDirError: Where the folder holds no run, or was never submitted.
@@ -213,6 +258,7 @@ def again(
         limit=array_limit(folder) if elements else None,
         singleton=bool(last.get("singleton", False)),
         elements=elements,
+        allow_changed=allow_changed,
     )
 
 
@@ -232,13 +278,14 @@ def refuse_if_live(folders: Sequence[Path], script: Path) -> None:
         RunDirError: Naming the job.
     """
     histories = {folder: jobs.events(folder) for folder in folders}
+    others = {job: folder for folder in folders for job in jobs.others(folder)}
     may_live = {
         job: folder
         for folder, history in histories.items()
         for job in jobs.candidates(folder, history)
     }
-    states = job_states(list(may_live)) if may_live else {}
-    for job, folder in may_live.items():
+    states = job_states([*may_live, *others]) if may_live or others else {}
+    for job, folder in (others | may_live).items():
         state = states[job]
         if is_live(state.state):
             raise RunDirError(
@@ -246,7 +293,8 @@ def refuse_if_live(folders: Sequence[Path], script: Path) -> None:
                 where=str(folder),
                 remedy=f"wait for it, or `peft-dist cancel {folder}`",
             )
-        if not is_over(state.state) and not _has_said_its_last(job, histories[folder]):
+        told = job not in may_live or _has_said_its_last(job, histories[folder])
+        if not is_over(state.state) and not told:
             raise RunDirError(
                 f"cannot tell whether job {job} is over: {state.reason}",
                 where=str(folder),
@@ -315,8 +363,3 @@ def _make_slurm_folder(run: RunDir, cluster: Cluster) -> None:
     for name in ("cancelled", "excluded", "undecided", "successor"):
         (folder / name).unlink(missing_ok=True)
     write_text_atomic(folder / "cluster.yaml", render_cluster(cluster))
-
-
-def _indexes(indexes: Collection[int], array: Array) -> str:
-    limit = "" if array.limit is None else f"%{array.limit}"
-    return ",".join(map(str, indexes)) + limit

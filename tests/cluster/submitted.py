@@ -24,7 +24,8 @@ from tests.cluster.slurm import SlurmCluster
 from tests.faults import oracles
 from tests.faults.project import Project
 
-SLOW = ("train.global_batch_size=32", "train.micro_batch_size=1", "method.dropout=0")
+SLOW = ("train.steps=100", "train.global_batch_size=32", "train.micro_batch_size=1",
+        "method.dropout=0")  # fmt: skip
 """Sixteen passes for each of two processes: a step takes 50 ms and more."""
 
 
@@ -118,11 +119,6 @@ class Run:
     def starts(self) -> int:
         """How often the batch script has started."""
         return len(self.events("started"))
-
-    @property
-    def decisions(self) -> list[str]:
-        """What came of each start that could tell."""
-        return [event["decision"] for event in self.events("decided")]
 
     def row(self) -> dict[str, Any]:
         """Return its row of `peft-dist status`."""

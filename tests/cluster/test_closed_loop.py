@@ -1,10 +1,13 @@
 """What ends a job before its run has ended, and that the run comes back by itself."""
 
+import time
+
 import pytest
 
 from peft_dist.goodput import goodput, read_ledger
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.submitted import Run, Runs
+from tests.faults.long import only_long
 from tests.faults.oracles import assert_same_run, records
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -24,13 +27,13 @@ def test_a_run_that_is_signalled_requeued_and_preempted_is_the_undisturbed_one(
     cluster: SlurmCluster, runs: Runs, reference
 ) -> None:
     run = runs.submit("some", partition="low")
-    run.wait_for_step(20)
+    run.wait_for_step(10)
     cluster.run(["scancel", "--signal=USR1", run.job])
     run.wait_until(lambda: run.starts == 2, "a second start")
-    run.wait_for_step(45)
+    run.wait_for_step(25)
     cluster.run(["scontrol", "requeue", run.job])
     run.wait_until(lambda: run.starts == 3, "a third start")
-    run.wait_for_step(70)
+    run.wait_for_step(40)
     other = cluster.run(["sbatch", "--parsable", "-p", "high", "-N4", "--exclusive",
                          "-o", "/dev/null", "--wrap", "sleep 3"]).stdout.strip()  # fmt: skip
     cluster.wait_for_job(other, "RUNNING", "COMPLETED")
@@ -43,15 +46,17 @@ def test_a_run_that_is_signalled_requeued_and_preempted_is_the_undisturbed_one(
     assert {event["job"] for event in run.events("started")} == {run.job}
 
 
-def test_a_run_that_comes_to_its_time_limit_saves_and_goes_on(runs: Runs, reference) -> None:
-    run = runs.submit("long", options=["--time", "00:01:00"])
+@only_long
+def test_a_run_that_comes_to_its_time_limit_saves_and_goes_on(runs: Runs) -> None:
+    slow = runs.train_here("here", "train.steps=400")
+    run = runs.submit("long", "train.steps=400", options=["--time", "00:01:00"])
     run.wait_until(lambda: run.starts == 2, "a second start", timeout_s=150)
     (first,) = run.events("decided")
     assert first["decision"] == "again"
     assert "stopped by SIGUSR1" in first["reason"]
     assert first["step"] > 0
     run.wait_for_end()
-    assert_same_run(run.path, reference)
+    assert_same_run(run.path, slow)
     # What was saved is where the second attempt begins: nothing was done twice.
     assert records(run.path, "start")[1]["step"] == first["step"]
 
@@ -73,3 +78,19 @@ def test_a_site_that_forbids_requeueing_gets_a_chain_of_jobs(
     assert_one_run(run, attempts=2)
     # The last job's own successor is not left in the queue.
     run.wait_until(lambda: not cluster.run(["squeue", "-h"]).stdout, "an empty queue", timeout_s=30)
+
+
+def test_a_job_that_is_cancelled_by_slurms_own_command_stays_so(
+    cluster: SlurmCluster, runs: Runs
+) -> None:
+    run = runs.submit("some")
+    run.wait_for_step(10)
+    cluster.run(["scancel", run.job])
+    cluster.wait_for_job(run.job, "CANCELLED")
+    time.sleep(cluster.site.credential_s + 2)
+    assert cluster.jobs()[run.job].state == "CANCELLED"
+    assert run.starts == 1
+    row = run.row()
+    assert row["state"] == "CANCELLED"
+    # All the same it has saved.
+    assert records(run.path, "end")[-1]["outcome"] == "interrupted"

@@ -6,25 +6,28 @@ import pytest
 
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.submitted import Runs
+from tests.faults.long import only_long
 from tests.faults.oracles import assert_same_run, records, sha256
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
+@pytest.mark.parametrize("node", ["node2", pytest.param("node1", marks=only_long)])
 def test_a_run_goes_on_without_the_node_that_died(
-    cluster: SlurmCluster, runs: Runs, reference: Path
+    cluster: SlurmCluster, runs: Runs, reference: Path, node: str
 ) -> None:
     run = runs.submit("some")
     run.wait_for_step(45)
     first, second = run.events("started")[0]["nodes"], cluster.jobs()[run.job].nodes
     assert first == second == "node[1-2]"
-    cluster.power_off("node2")
+    cluster.power_off(node)
     run.wait_until(lambda: run.starts == 2, "a second start")
-    assert "node2" not in run.events("started")[1]["nodes"]
+    assert cluster.jobs()[run.job].nodes == ("node[1,3]" if node == "node2" else "node[2-3]")
     run.wait_for_end()
     assert_same_run(run.path, reference)
 
 
+@only_long
 def test_a_node_that_was_cut_off_and_lives_on_publishes_nothing(
     cluster: SlurmCluster, runs: Runs
 ) -> None:
@@ -53,6 +56,7 @@ def processes_on(cluster: SlurmCluster, node: str) -> str:
     return cluster.execute(node, ["pgrep", "-f", "launch/train.py"], check=False).stdout
 
 
+@only_long
 def test_a_node_that_differs_from_the_others_is_left_out_of_the_next_start(
     cluster: SlurmCluster, runs: Runs
 ) -> None:

@@ -7,18 +7,23 @@ import pytest
 
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.submitted import Run, Runs
-from tests.faults.oracles import assert_same_run, checkpoint_steps, records
+from tests.faults.long import only_long
+from tests.faults.oracles import checkpoint_steps, final_steps, records
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 def test_an_array_of_four_runs_two_at_a_time(cluster: SlurmCluster, runs: Runs) -> None:
     run = runs.submit(
-        "sweep", "train.steps=12", nodes=1,
+        "sweep", "train.steps=30", nodes=1,
         options=["--array", "train.seed=1,2", "--array", "train.learning_rate=1e-3,5e-3",
                  "--limit", "2"],
     )  # fmt: skip
     elements = [Run(runs, run.path / f"{index:03d}") for index in range(4)]
+    # The last element's raw job id is the array's own.
+    elements[3].wait_until(lambda: elements[3].starts == 1, "the last element")
+    cluster.wait_until(lambda: bool(records(elements[3].path, "start")), "its attempt")
+    cluster.run(["scancel", "--signal=USR1", elements[3].job])
     most = 0
 
     def over() -> bool:
@@ -29,6 +34,7 @@ def test_an_array_of_four_runs_two_at_a_time(cluster: SlurmCluster, runs: Runs) 
         return bool(row["counts"]["done"] == 4)
 
     elements[0].wait_until(over, "four results", timeout_s=300)
+    assert [element.starts for element in elements] == [1, 1, 1, 2]
     assert 1 <= most <= 2
     shown = runs.command("status", "sweep").stdout
     assert "4 runs: 4 done" in shown
@@ -39,6 +45,7 @@ def test_an_array_of_four_runs_two_at_a_time(cluster: SlurmCluster, runs: Runs) 
     assert again.returncode == 2 and "has finished" in again.stderr
 
 
+@only_long
 def test_a_live_run_is_not_submitted_twice_and_a_singleton_waits(
     cluster: SlurmCluster, runs: Runs
 ) -> None:
@@ -82,10 +89,13 @@ def test_a_cancelled_run_has_saved_and_goes_on_with_other_nodes(
     runs.command("resume", "some", "--nodes", "2", "--time", "00:20:00")
     run.wait_for_end()
     assert [record["world_size"] for record in records(run.path, "start")] == [2, 1, 2]
-    with pytest.raises(AssertionError):  # another number of processes rounds otherwise
-        assert_same_run(run.path, reference)
+    ours, theirs = final_steps(run.path), final_steps(reference)
+    assert ours.keys() == theirs.keys()
+    for step, record in theirs.items():  # another number of processes rounds otherwise
+        assert ours[step]["loss"] == pytest.approx(record["loss"], abs=1e-4)
 
 
+@only_long
 def test_a_rendered_script_is_a_plain_one(cluster: SlurmCluster, runs: Runs) -> None:
     run = runs.submit("some", "train.steps=8")
     run.wait_for_step(1)

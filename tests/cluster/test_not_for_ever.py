@@ -6,6 +6,7 @@ import pytest
 
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.submitted import Run, Runs
+from tests.faults.long import only_long
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -44,6 +45,7 @@ def test_a_fault_of_the_rows_ends_the_job_at_once(
     assert cluster.jobs()[run.job].exit_code == "3:0"
 
 
+@only_long
 def test_a_crash_loop_is_ended(cluster: SlurmCluster, runs: Runs, tmp_path: Path) -> None:
     crash = (
         "import os, sys, threading\n"
@@ -59,6 +61,7 @@ def test_a_crash_loop_is_ended(cluster: SlurmCluster, runs: Runs, tmp_path: Path
     assert run.starts <= 3
 
 
+@only_long
 def test_a_rank_that_runs_out_of_memory_again_and_again_is_ended(
     cluster: SlurmCluster, runs: Runs, tmp_path: Path
 ) -> None:

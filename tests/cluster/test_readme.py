@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm import SlurmCluster
+from tests.faults.long import only_long
 from tests.processes import ROOT, environment
 from tests.tiny import tiny_model
 
@@ -32,6 +33,7 @@ def commands() -> list[str]:
     return [line for line in lines if line]
 
 
+@only_long
 def test_every_command_for_a_cluster_runs(cluster: SlurmCluster, tmp_path: Path) -> None:
     cache = tmp_path / ".cache/peft-dist"
     tiny_model(cache / "models/smollm2-135m-instruct", "llama")

@@ -2,7 +2,13 @@
 
 import os
 
+import pytest
+
+IS_LONG = os.environ.get("PEFT_DIST_FAULTS") == "long"
+
+only_long = pytest.mark.skipif(not IS_LONG, reason="takes minutes: `make faults` runs it")
+
 
 def cases(short: int, long: int) -> int:
     """Return how many cases to try; PEFT_DIST_FAULTS=long asks for the many."""
-    return long if os.environ.get("PEFT_DIST_FAULTS") == "long" else short
+    return long if IS_LONG else short

@@ -135,7 +135,8 @@ SCONTROL = r"""
 case "$1 $2" in
   "show hostnames") node=0
     while [ "$node" -lt "$SLURM_JOB_NUM_NODES" ]; do node=$((node + 1)); echo "node$node"; done ;;
-  "show job") echo "JobId=12 JobState=RUNNING Reason=None" ;;
+  "show job") echo "JobId=12 JobState=RUNNING Restarts=0 PreemptTime=None" ;;
+  "requeue "*) printf '%s\0' "$2" >"$SEEN/requeued" ;;
 esac
 """
 APPTAINER_COMMAND = r"""

@@ -46,5 +46,13 @@ def test_time_between_attempts_and_in_evaluations_is_no_step(tmp_path: Path) -> 
     assert lead_s(run / "ledger.jsonl", 1) == SETTLE_S + MARGIN * 1
 
 
+def test_one_night_of_suspension_does_not_count_for_ever(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    ledger(run, 300, step_s=1.0)
+    add(run, event="step", step=301, at_s=50_000.0)
+    add(run, event="step", step=302, at_s=50_001.0)
+    assert lead_s(run / "ledger.jsonl", 1) == SETTLE_S + MARGIN * 1
+
+
 def test_it_stands_in_the_script() -> None:
     assert re.search(r"^#SBATCH --signal=USR1@180$", render_job(job(GPUS)), re.MULTILINE)

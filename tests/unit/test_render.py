@@ -165,7 +165,7 @@ def test_every_node_runs_the_launcher_as_it_was_written(tmp_path: Path) -> None:
                      "PEFT_DIST_HOSTS": "node1,node2", "SRUN_CPUS_PER_TASK": "8"}  # fmt: skip
         assert {name: variables.get(name) for name in expected} == expected
         assert variables["PET_RDZV_ID"].startswith("12-0-")
-        assert machines.words(f"stage-{node}")[2:] == [MODEL, "/local/peft-dist"]
+        assert machines.words(f"stage-{node}")[2:] == ["--json", MODEL, "/local/peft-dist"]
     assert machines.words("srun")[:3] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
     events = json_lines(folder / "slurm" / "jobs.jsonl")
     assert [event["event"] for event in events] == ["started", "ended"]

@@ -109,6 +109,8 @@ def run_scripts(machines: Machines, folder: Path, values: dict[str, Any], decisi
         SLURM_ARRAY_TASK_ID="0",
     )  # fmt: skip
     assert done.returncode == {"done": 0, "again": 75, "again-without node1": 75}[decision], done
+    if decision == "again":
+        assert machines.words("requeued") == ["12_0"]
     assert machines.words("argv-1")[3] == str(run)
     for name, value in values.get("environment", {}).items():
         assert machines.variables(1)[name] == value
@@ -204,7 +206,7 @@ def test_nasty_names_of_runs_models_rows_and_values_are_refused_or_arrive(
         assert machines.words("argv-0")[3] == str(own)
         assert machines.words("argv-0")[-1] == str(own / "recipe.yaml")
         model = os.path.realpath(place / "model")
-        assert machines.words("stage-0")[2:] == [model, f"{tmp_path}/disk"]
+        assert machines.words("stage-0")[2:] == ["--json", model, f"{tmp_path}/disk"]
         assert [event["event"] for event in json_lines(own / "slurm" / "jobs.jsonl")] == [
             "submitted", "started", "ended",
         ]  # fmt: skip

@@ -44,7 +44,7 @@ def test_a_dry_run_prints_the_scripts_and_makes_nothing(desk: Desk, capsys: Capt
     printed = capsys.readouterr().out
     assert f"==> {desk.run / 'job.sbatch'} <==\n#!/bin/bash\n" in printed
     assert f"==> {desk.run / 'node.sh'} <==\n#!/bin/bash\n" in printed
-    assert printed.endswith(f"sbatch {desk.run / 'job.sbatch'}\n")
+    assert printed.endswith(f"\nsbatch --parsable {desk.run / 'job.sbatch'}\n")
     assert (desk.made(), desk.calls()) == ([], [])
     assert desk.submit("--nodes", "2") == 0
     assert (desk.run / "job.sbatch").read_text() in printed

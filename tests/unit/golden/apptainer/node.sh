@@ -21,7 +21,8 @@ python=(apptainer exec \
 share=$("${python[@]}" -c 'from peft_dist import resources; print(resources.root())')
 export PET_RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$PEFT_DIST_NONCE
 rendezvous=is_host=$((SLURM_NODEID == 0)),join_timeout=120
-PEFT_DIST_STAGED=$("${python[@]}" -m peft_dist.slurm.stage /scratch/models/llama /local/models)
+PEFT_DIST_STAGED=$("${python[@]}" -m peft_dist.slurm.stage \
+  --json /scratch/models/llama /local/models)
 export PEFT_DIST_STAGED
 
 exec "${python[@]}" -m peft_dist.slurm.node \
