@@ -5,7 +5,6 @@ beside the logs of this start, where the batch script reads it. Imports no torch
 """
 
 import argparse
-import math
 import os
 import signal
 import socket
@@ -313,9 +312,8 @@ def _watch(run: RunDir) -> None:
 
     Slurm's own signals reach only a step that has begun, and know nothing of how long a save takes.
     """
-    begin, end = (os.environ.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END"))
-    end_s = int(end) if end.isdecimal() else math.inf  # since Slurm 22.05
-    limit_s = end_s - int(begin) if begin.isdecimal() else math.inf
+    end_s = float(os.environ["PEFT_DIST_JOB_END"])
+    limit_s = end_s - time.time()
     save_at_s = read_again_s = 0.0
     while not (run.path / "slurm" / "cancelled").exists():
         now = time.time()
