@@ -21,7 +21,7 @@ from peft_dist.errors import (
     LaunchError,
     PeftDistError,
 )
-from peft_dist.slurm.commands import add_commands, resume_job
+from peft_dist.slurm import commands as slurm_commands
 
 TRAIN_PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors")
 
@@ -127,21 +127,6 @@ def _build_parser() -> _Parser:
     merge = command("merge", _merge, "merge a run's LoRA into its base, as a plain model")
     merge.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     merge.add_argument("--out", metavar="DIR", required=True, help="folder to make")
-    status = command("status", _status, "show how runs are, in one table")
-    status.add_argument(
-        "run_dirs", nargs="*", metavar="RUN_DIR", help="folders of runs (default: those in ./runs)"
-    )
-    status.add_argument("--watch", action="store_true", help="show it again every 2 s")
-    status.add_argument("--json", action="store_true", help="print every figure as JSON")
-    logs = command("logs", _logs, "show what the processes of a run said")
-    logs.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run")
-    logs.add_argument("--rank", type=_rank, metavar="N", help="only this rank, from 0")
-    logs.add_argument(
-        "--follow", action="store_true", help="go on with what comes, until the run is over"
-    )
-    logs.add_argument(
-        "--lines", type=_count, default=50, metavar="N", help="last lines of each log (default: 50)"
-    )
     goodput = command("goodput", _goodput, "show where the time of a run went")
     goodput.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     goodput.add_argument("--json", action="store_true", help="print every figure as JSON")
@@ -155,7 +140,7 @@ def _build_parser() -> _Parser:
     report.add_argument(
         "--open", choices=("yes", "no"), default="no", help="show it in a browser (default: no)"
     )
-    add_commands(command)
+    slurm_commands.add_commands(command, count=_count)
     wandb_commands.add_commands(command)
     init = command("init", _init, "copy recipes and strategies into a folder of your own")
     init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
@@ -198,12 +183,6 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _rank(text: str) -> int:
-    if not text.isdecimal() or len(text) > 6:
-        raise argparse.ArgumentTypeError(f"got {text!r}; must be a whole number from 0")
-    return int(text)
-
-
 def _train(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.run_dir or Path("runs") / Path(arguments.recipe).stem)
     return _start(arguments, folder, dry_run=arguments.dry_run, fresh=arguments.fresh)
@@ -214,7 +193,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     from peft_dist.slurm.submit import was_submitted
 
     if not arguments.here and (arguments.cluster or was_submitted(Path(arguments.run_dir))):
-        return resume_job(arguments)
+        return slurm_commands.resume_job(arguments)
     run = RunDir.open(arguments.run_dir)
     if run.is_finished:
         print(f"{arguments.run_dir} has finished; nothing is left to do")
@@ -310,20 +289,6 @@ def _merge(arguments: argparse.Namespace) -> int:
     _require_training_packages()
     command = merge_command(run.path, Path(arguments.out).absolute())
     return run_tool(command, environment=worker_environment())
-
-
-def _status(arguments: argparse.Namespace) -> int:
-    from peft_dist.slurm.status import show_status
-
-    return show_status(arguments.run_dirs, watch=arguments.watch, as_json=arguments.json)
-
-
-def _logs(arguments: argparse.Namespace) -> int:
-    from peft_dist.slurm.logs import show_logs
-
-    return show_logs(
-        arguments.run_dir, rank=arguments.rank, follow=arguments.follow, lines=arguments.lines
-    )
 
 
 def _goodput(arguments: argparse.Namespace) -> int:

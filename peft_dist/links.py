@@ -26,8 +26,7 @@ ROUND_TRIPS = 5
 """Of which the shortest tells most about a clock."""
 PAIR_S = 5.0
 """How long two nodes may take for an all-reduce."""
-LEAST_S = 0.5
-"""Less is not worth a try."""
+LEAST_S = 0.5  # less is not worth a try
 NO_ANSWER = "no answer in time"
 GRACE_S = 3.0
 """How much later than its own limit a node may answer."""

@@ -1,6 +1,7 @@
 """Every path in a run directory, and how its files are made: privately, atomically, once.
 
-Knows no schedule and no process group. Whoever writes (rank 0, the launcher) decides when.
+Knows no schedule and no process group. Whoever writes (rank 0, the launcher) decides when. A
+long file: each path of a run, and each rule about its folder, stands here and nowhere else.
 """
 
 import errno

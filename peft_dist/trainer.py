@@ -1,6 +1,7 @@
 """The training loop: rows of a step, passes, one update, a record.
 
-Knows no file format, no engine by name and no command line.
+Knows no file format, no engine by name and no command line. A long file, so that
+a step can be read from its rows to its record in one place.
 """
 
 import math

@@ -16,11 +16,14 @@ from peft_dist.errors import EXIT_DONE
 Run = Callable[[argparse.Namespace], int]
 
 
-def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) -> None:
+def add_commands(
+    command: Callable[[str, Run, str], argparse.ArgumentParser], *, count: Callable[[str], int]
+) -> None:
     """Add the Slurm commands.
 
     Args:
         command: Makes one, from its name, function and description.
+        count: Reads an argument that is a number from 1.
     """
     submit = command("submit", _submit, "hand a recipe, or an array of variants, to Slurm")
     submit.add_argument("recipe", metavar="RECIPE", help="recipe file (YAML)")
@@ -55,6 +58,21 @@ def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) ->
     probe = actions.add_parser("probe", help=text, description=text, allow_abbrev=False)
     probe.add_argument("--partition", metavar="NAME", help="partition (default: Slurm's own)")
     probe.add_argument("--out", metavar="FILE", help="file to make; none is overwritten")
+    status = command("status", _status, "show how runs are, in one table")
+    status.add_argument(
+        "run_dirs", nargs="*", metavar="RUN_DIR", help="folders of runs (default: those in ./runs)"
+    )
+    status.add_argument("--watch", action="store_true", help="show it again every 2 s")
+    status.add_argument("--json", action="store_true", help="print every figure as JSON")
+    logs = command("logs", _logs, "show what the processes of a run said")
+    logs.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run")
+    logs.add_argument("--rank", type=_rank, metavar="N", help="only this rank, from 0")
+    logs.add_argument(
+        "--follow", action="store_true", help="go on with what comes, until the run is over"
+    )
+    logs.add_argument(
+        "--lines", type=count, default=50, metavar="N", help="last lines of each log (default: 50)"
+    )
     cancel = command("cancel", _cancel, "end a run's job, after a checkpoint")
     cancel.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder that submit made")
     cancel.add_argument("--now", action="store_true", help="without a checkpoint")
@@ -119,6 +137,26 @@ def _probe(arguments: argparse.Namespace) -> int:
     from peft_dist.slurm.probe import probe_here
 
     return probe_here(arguments.partition, Path(arguments.out) if arguments.out else None)
+
+
+def _rank(text: str) -> int:
+    if not text.isdecimal() or len(text) > 6:
+        raise argparse.ArgumentTypeError(f"got {text!r}; must be a whole number from 0")
+    return int(text)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from peft_dist.slurm.status import show_status
+
+    return show_status(arguments.run_dirs, watch=arguments.watch, as_json=arguments.json)
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from peft_dist.slurm.logs import show_logs
+
+    return show_logs(
+        arguments.run_dir, rank=arguments.rank, follow=arguments.follow, lines=arguments.lines
+    )
 
 
 def _cancel(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,55 @@
+"""Refuse to submit a run that a job has, or may have. What Slurm does not tell is not guessed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft_dist.attempts import refuse_if_held
+from peft_dist.errors import RunDirError
+from peft_dist.run_dir import RunDir
+from peft_dist.slurm import jobs
+from peft_dist.slurm.states import is_live, is_over, job_states
+
+
+def refuse_if_live(folders: Sequence[Path], script: Path) -> None:
+    """Refuse runs that wait, run, or may do so.
+
+    Args:
+        folders: The runs.
+        script: What can be submitted by hand where nobody knows.
+
+    Raises:
+        RunDirError: Naming the job.
+    """
+    histories = {folder: jobs.events(folder) for folder in folders}
+    others = {job: folder for folder in folders for job in jobs.others(folder)}
+    may_live = {
+        job: folder
+        for folder, history in histories.items()
+        for job in jobs.candidates(folder, history)
+    }
+    states = job_states([*may_live, *others]) if may_live or others else {}
+    for job, folder in (others | may_live).items():
+        state = states[job]
+        if is_live(state.state):
+            raise RunDirError(
+                f"job {job} is {state.state}",
+                where=str(folder),
+                remedy=f"wait for it, or `peft-dist cancel {folder}`",
+            )
+        told = job not in may_live or _has_said_its_last(job, histories[folder])
+        if not is_over(state.state) and not told:
+            raise RunDirError(
+                f"cannot tell whether job {job} is over: {state.reason}",
+                where=str(folder),
+                remedy=f"try again when Slurm answers, or `sbatch {script}` where it surely is: "
+                "two jobs never train one run at once",
+            )
+    for folder in folders:
+        if folder not in may_live.values():
+            refuse_if_held(RunDir(folder).attempts)
+
+
+def _has_said_its_last(job: str, history: Sequence[jobs.Event]) -> bool:
+    """Say whether a job's script wrote that it ends for good; Slurm forgets jobs in minutes."""
+    own = [event for event in history if event["job"] == job]
+    return bool(own) and own[-1]["event"] == "ended" and own[-1].get("decision") != "again"
