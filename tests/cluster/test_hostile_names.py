@@ -11,6 +11,7 @@ import pytest
 from peft_dist.config.cluster import load_cluster
 from peft_dist.config.load import render_yaml
 from peft_dist.errors import PeftDistError
+from peft_dist.slurm import jobs
 from peft_dist.slurm.submit import Request, prepare, submit
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.submitted import Runs
@@ -56,13 +57,13 @@ def test_no_name_runs_a_command(
             assert refused < 20 * (done + 20), "nearly everything is refused"
         assert not canary.exists(), folder
 
-    def over() -> bool:
-        return all((path / "called").exists() for path in folders) and not queue()
-
-    def queue() -> str:
-        return cluster.run(["squeue", "-h"]).stdout
-
-    cluster.wait_until(over, f"{len(folders)} jobs", timeout_s=600)
+    cluster.wait_until(
+        lambda: not cluster.run(["squeue", "-h"]).stdout, f"{len(folders)} jobs", timeout_s=600
+    )
+    for path in folders:  # a container needs pyxis, which is not there: that job ends by itself
+        ended = jobs.events(path)[-1]["decision"]
+        assert ended == ("done" if (path / "called").exists() else "stop"), path
+    assert sum((path / "called").exists() for path in folders) > 0.8 * len(folders)
     assert not canary.exists()
     evil = [path for path in tmp_path.rglob("*") if path.name.startswith("evil")]
     assert not [path for path in evil if not path.is_relative_to(tmp_path / "runs")]
