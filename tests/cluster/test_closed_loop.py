@@ -61,6 +61,7 @@ def test_a_run_that_comes_to_its_time_limit_saves_and_goes_on(runs: Runs) -> Non
     assert records(run.path, "start")[1]["step"] == first["step"]
 
 
+@only_long
 def test_a_site_that_forbids_requeueing_gets_a_chain_of_jobs(
     cluster: SlurmCluster, runs: Runs, reference
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.cluster.site import CGROUPS
 from tests.cluster.slurm import SlurmCluster, why_not
+from tests.faults.long import only_long
 from tests.processes import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("able")]
@@ -69,6 +70,7 @@ def test_bytes_between_nodes_are_counted_where_they_went(cluster: SlurmCluster) 
     assert max(*grown["node3"], *grown["node4"]) < 100_000
 
 
+@only_long
 def test_a_job_comes_back_without_the_node_that_lost_its_power(
     cluster: SlurmCluster, tmp_path: Path
 ) -> None:
@@ -89,6 +91,7 @@ def test_a_job_comes_back_without_the_node_that_lost_its_power(
     assert cluster.node_states()["node1"] == "idle"
 
 
+@only_long
 def test_a_task_lives_on_where_only_the_network_is_gone(
     cluster: SlurmCluster, tmp_path: Path
 ) -> None:
