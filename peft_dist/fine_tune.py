@@ -33,7 +33,7 @@ from peft_dist.scoring import HeldOut, held_out
 from peft_dist.session import Session, open_session
 from peft_dist.stop import StopRequests
 from peft_dist.summary import make_result, summary
-from peft_dist.tracking import Ledger, Record, SystemSampler, Terminal, Tracker
+from peft_dist.tracking import Ledger, Record, Terminal, Tracker, watch_machine
 from peft_dist.tracking.wandb import WandbSideCar
 from peft_dist.trainer import Trainer
 from peft_dist.watchdog import Limits, Watchdog
@@ -116,7 +116,7 @@ def fine_tune(
     trainer = _trainer(saver, data, place, process, allow_changed)
     hosts = dist.gather_objects(os.uname().nodename)
     load_s = time.monotonic() - zero_s - startup_s
-    sampler = None
+    write = None
     if world.is_main:
         lease = _lease(place)
         ledger = Ledger(
@@ -124,7 +124,17 @@ def fine_tune(
         )
         trainer.trackers = _trackers(ledger, _run(place), trainer)
         _begin(trainer, data.rows, place, startup_s=startup_s, load_s=load_s, hosts=hosts)
-        sampler = _sampler(ledger, _run(place), trainer)
+        write = ledger.write
+    sampler = watch_machine(
+        recipe.tracking,
+        _run(place),
+        write,
+        rank=world.rank,
+        local_rank=world.local_rank,
+        attempt=place.attempt_number,
+        step=lambda: trainer.progress.step,
+        gpu_uuids=world.gpu_uuids(),
+    )
     stop_requests.begin_training()
     outcome = "crashed"
     try:
@@ -236,20 +246,6 @@ def _begin(trainer: Trainer, rows: TokenizedRows, place: Place, **facts: Any) ->
     if LAUNCHED_AT in os.environ:
         record["launched"] = float(os.environ[LAUNCHED_AT])
     trainer.tell(record)
-
-
-def _sampler(ledger: Ledger, run: RunDir, trainer: Trainer) -> SystemSampler | None:
-    """Return what watches this machine from now on, where the recipe wants it."""
-    every_s = trainer.recipe.tracking.system_every_s
-    if not every_s:
-        return None
-    return SystemSampler(
-        ledger.write,
-        every_s=every_s,
-        folder=run.path,
-        step=lambda: trainer.progress.step,
-        gpu_uuids=trainer.world.gpu_uuids(),
-    )
 
 
 def _end(trainer: Trainer, outcome: str) -> None:

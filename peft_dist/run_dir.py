@@ -118,6 +118,11 @@ class RunDir:
         return self.logs / "launcher.log"
 
     @property
+    def system(self) -> Path:
+        """The newest sample of every machine but rank 0's, while they train."""
+        return self.path / "system"
+
+    @property
     def report(self) -> Path:
         """The page that `peft-dist report` makes."""
         return self.path / "report.html"
@@ -319,9 +324,9 @@ class RunDir:
             write_text_atomic(self.failure, json.dumps(facts) + "\n")
 
     def remove_leftovers(self) -> None:
-        """Remove what attempts that were killed had begun to write; for the run's holder alone.
+        """Remove what attempts that were killed had begun to write, and their machines' samples.
 
-        `checkpoints/` and `attempts/` are not looked at.
+        For the run's holder alone; `checkpoints/` and `attempts/` are not looked at.
         """
         files = (self.recipe, self.next_recipe, self.result, self.failure)
         names = [".adapter-", *(f".{file.name}." for file in files)]
@@ -335,6 +340,7 @@ class RunDir:
             else:
                 with suppress(OSError):
                     path.unlink()
+        shutil.rmtree(self.system, ignore_errors=True)
 
     def _set_aside(self) -> None:
         """Rename the whole run, so that nothing of it is lost."""

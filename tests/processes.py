@@ -1,10 +1,13 @@
 """Run commands that may start processes of their own, with an end to all of them."""
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +33,16 @@ def torchrun(processes: int) -> list[str]:
     """Return the start of a command that runs a script in several processes."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone",
             "--nproc-per-node", str(processes)]  # fmt: skip
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at, and that no outgoing connection is given."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as one, suppress(OSError):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(("127.0.0.1", port))
+            return port
 
 
 def run(

@@ -222,6 +222,8 @@ class Tracking(Section):
     system_every_s: NonNegativeFloat | None = 15.0
     """Seconds between the ledger's records of rank 0's machine: processor, memory, disk, network,
     GPUs. 0 or null: off."""
+    system_nodes: bool = False
+    """Whether the ledger also holds samples of every other node, not only rank 0's."""
 
 
 class Recipe(Section):

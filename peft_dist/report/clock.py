@@ -101,7 +101,7 @@ def _machine(runs: Sequence[Run]) -> Panel | None:
     longest = max([0.0, *spans])  # a clock may have been set back
     unit_s, unit = next((unit_s, unit) for above, unit_s, unit in TIME_UNITS if longest >= above)
     for place, run in enumerate(runs):
-        records = run.events("system")
+        records = [record for record in run.events("system") if "node" not in record]
         if not records:
             continue
         begun = run.records[0]["time"]
@@ -128,6 +128,7 @@ def _machine(runs: Sequence[Run]) -> Panel | None:
         }
         for name, place, series in lines
     ]  # fmt: skip
+    further = _further_nodes(runs[0]) if len(runs) == 1 else []
     means = "; ".join(f"{name} {fmean(series.y):.0f}%" for name, _, series in lines)
     return make_panel(
         "machine",
@@ -139,10 +140,27 @@ def _machine(runs: Sequence[Run]) -> Panel | None:
             "yaxis": axis("percent", range=[0, 105]),
         },
         head=("line", "mean", "lowest", "highest"),
-        rows=[
-            [name, *(f"{v:.0f}%" for v in (fmean(s.y), min(s.y), max(s.y)))] for name, _, s in lines
-        ],
+        rows=[*(_percent_row(name, series.y) for name, _, series in lines), *further],
+        note="How the other nodes fared stands in the table." if further else "",
     )
+
+
+def _further_nodes(run: Run) -> list[list[str]]:
+    """Return rows of the nodes besides rank 0's, where the ledger has any."""
+    by_node: dict[int, list[Mapping[str, Any]]] = {}
+    for record in run.events("system"):
+        if type(record.get("node")) is int:
+            by_node.setdefault(record["node"], []).append(record)
+    return [
+        _percent_row(f"node of rank {node}: {what}", known)
+        for node, records in sorted(by_node.items())
+        for what, values in _percentages(records).items()
+        if (known := [value for value in values if value is not None])
+    ]
+
+
+def _percent_row(name: str, values: Sequence[float]) -> list[str]:
+    return [name, *(f"{value:.0f}%" for value in (fmean(values), min(values), max(values)))]
 
 
 def _percentages(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:

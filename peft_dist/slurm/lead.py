@@ -31,7 +31,7 @@ def lead_s(ledger: Path, least_s: int) -> int:
     saves_s = [record["write_s"] for record in records if "write_s" in record]
     steps_s = [
         record["at_s"] - before["at_s"]
-        for before, record in itertools.pairwise(records)
+        for before, record in itertools.pairwise(r for r in records if r["event"] != "system")
         if before["event"] == record["event"] == "step"
     ]
     needed_s = SETTLE_S + MARGIN * (_long(steps_s) + _long(saves_s))

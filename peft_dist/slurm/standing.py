@@ -12,6 +12,9 @@ from typing import Any
 
 TAIL_BYTES = 65_536
 """How much of a ledger's end is read: some hundred steps; of a thousand processes, a few."""
+MORE = 16
+"""So many times as much is read where that holds no two steps: between slow ones may stand samples
+of many machines."""
 RECENT_STEPS = 50
 """Over so many steps the time of one is taken, evaluations and saves between them included."""
 
@@ -35,16 +38,23 @@ class Standing:
 
 def read_tail(path: Path, limit: int = TAIL_BYTES) -> list[Record]:
     """Return the records of a ledger's end, the oldest first; none where it cannot be read."""
+    records, is_whole = _read_end(path, limit)
+    steps = sum(record["event"] == "step" for record in records)
+    return records if is_whole or steps > 1 else _read_end(path, limit * MORE)[0]
+
+
+def _read_end(path: Path, limit: int) -> tuple[list[Record], bool]:
+    """Return the records of so many bytes, and whether that is all of the file."""
     try:
         with path.open("rb") as file:
             begin = max(0, file.seek(0, 2) - limit)
             file.seek(begin)
             lines = file.read(limit).split(b"\n")
     except OSError:
-        return []
+        return [], True
     # The last line has not ended, and the first one begins before what was read.
     whole = lines[1 if begin else 0 : -1]
-    return [record for line in whole if (record := _parse(line)) is not None]
+    return [record for line in whole if (record := _parse(line)) is not None], begin == 0
 
 
 def standing(records: Sequence[Record]) -> Standing:

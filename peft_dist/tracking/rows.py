@@ -34,6 +34,7 @@ STEP_S_MAX, STEP_S_MEDIAN, SLOWEST_RANK = "rank/step_s_max", "rank/step_s_median
 RANK_STEP_S_PATTERN = "rank/[0-9]+/step_s"
 RANK_MEMORY_PATTERN = "memory/rank_[0-9]+_bytes"
 SYSTEM_PATTERN = "system/.*"
+"""Also of other nodes: `system/node_<first rank>/...`."""
 
 MAX_RANKS = 64
 """Ranks that get lines of their own; of more, the slowest and the median say enough."""
@@ -42,6 +43,8 @@ SHARES_EVERY = 20
 and by a twentieth: often at first, and never at a cost that grows with the run."""
 
 _SECTIONS = {"step": "train", "saved": "checkpoint", "save_failed": "checkpoint"}
+_NODE = "node"
+"""In a record: whose it is, where that is not rank 0's; no figure."""
 _NAMES = {"peak_memory_bytes": PEAK_MEMORY}
 _TEXTS = ("reason", "outcome")
 """The only texts that are sent; others may say more of the machine than anybody needs."""
@@ -109,8 +112,10 @@ class LedgerRows:
             "event": event,
         }
         section = _SECTIONS.get(event, event)
+        if event == "system" and _NODE in record:
+            section = f"system/node_{record[_NODE]}"
         for name, value in record.items():
-            if name in _OF_EVERY_RECORD:
+            if name in _OF_EVERY_RECORD or name == _NODE:
                 continue
             if name.startswith("rank_") and isinstance(value, list):
                 row |= _of_ranks(name.removeprefix("rank_"), value)

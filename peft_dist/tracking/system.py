@@ -1,4 +1,4 @@
-"""How the machine of rank 0 fares: processor, memory, disk, network and GPUs, now and then.
+"""How the machine of a process fares: processor, memory, disk, network and GPUs, now and then.
 
 Read by a thread of its own, from psutil and, where there is an NVIDIA driver, NVML. What fails in
 it is missing in the ledger; training never hears of it.
@@ -6,7 +6,7 @@ it is missing in the ledger; training never hears of it.
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class SystemSampler:
         folder: Path,
         step: Callable[[], int],
         gpu_uuids: Sequence[str] = (),
+        others: Callable[[], Iterable[Record]] | None = None,
+        at_end: Callable[[], None] | None = None,
     ) -> None:
         """Start the thread; its first sample comes after `every_s`.
 
@@ -41,9 +43,12 @@ class SystemSampler:
             folder: The run's; the room on its disk is told.
             step: Returns the steps done so far.
             gpu_uuids: The GPUs to watch, in the order of their records.
+            others: Returns records of other machines, which are written after this one's.
+            at_end: Called by the thread when it writes no more.
         """
         self._write, self._every_s, self._step = write, every_s, step
         self._folder, self._gpu_uuids = folder, gpu_uuids
+        self._others, self._at_end = others, at_end
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="system", daemon=True)
         self._thread.start()
@@ -54,21 +59,30 @@ class SystemSampler:
         self._thread.join(timeout=END_TIMEOUT_S)
 
     def _run(self) -> None:
+        self._watch()
+        if self._at_end is not None:
+            self._at_end()
+
+    def _watch(self) -> None:
         machine, warned = None, False
         while not self._over.wait(self._every_s if machine else 0.0):
             try:
                 if machine is None:
                     machine = _Machine(self._folder, self._gpu_uuids)
                     continue
-                record = {"event": "system", "step": self._step(), **machine.sample()}
-                if not self._over.is_set():
-                    self._write(record)
+                self._tell({"event": "system", "step": self._step(), **machine.sample()})
+                for record in self._others() if self._others is not None else ():
+                    self._tell(record)
             except Exception as error:  # of whatever kind: a view of the run must not harm it
                 if not warned:
                     log.warning("the machine could not be looked at: %s; training goes on", error)
                 warned = True
                 if machine is None:
                     return
+
+    def _tell(self, record: Record) -> None:
+        if not self._over.is_set():
+            self._write(record)
 
 
 class _Machine:

@@ -28,9 +28,7 @@ imports need a real launcher (`tests.processes`).
 import inspect
 import itertools
 import os
-import random
 import signal
-import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -40,7 +38,7 @@ from typing import Any, NamedTuple
 from tests.faults import hooks, oracles
 from tests.faults.client import Nursery
 from tests.faults.project import Project
-from tests.processes import ROOT, environment
+from tests.processes import ROOT, environment, free_port
 
 LIMIT_S = 60.0
 """Longest wait where a test names no other."""
@@ -225,7 +223,7 @@ class Harness:
                 "ACCELERATE_USE_CPU": "true",
                 "LOCAL_WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(_free_port()),
+                "MASTER_PORT": str(free_port()),
                 "PEFT_DIST_TEST": str(self.folder),
                 "TORCHELASTIC_RESTART_COUNT": str(restart_count),
                 "WORLD_SIZE": str(world_size),
@@ -317,13 +315,3 @@ class Harness:
                 break
             time.sleep(POLL_S)
         return left
-
-
-def _free_port() -> int:
-    """Return a port that nobody listens at, and that no outgoing connection is given."""
-    while True:
-        port = random.randrange(20000, 32000)
-        with socket.socket() as one, suppress(OSError):
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            one.bind(("127.0.0.1", port))
-            return port

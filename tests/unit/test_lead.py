@@ -46,6 +46,15 @@ def test_time_between_attempts_and_in_evaluations_is_no_step(tmp_path: Path) -> 
     assert lead_s(run / "ledger.jsonl", 1) == SETTLE_S + MARGIN * 1
 
 
+def test_a_look_at_the_machine_during_a_step_does_not_hide_how_long_it_took(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for step in range(1, 4):
+        add(run, event="step", step=step, at_s=40.0 * step)
+        add(run, event="system", step=step, at_s=40.0 * step + 15)
+        add(run, event="system", step=step, at_s=40.0 * step + 15, node=8)
+    assert lead_s(run / "ledger.jsonl", 1) == SETTLE_S + MARGIN * 40
+
+
 def test_one_night_of_suspension_does_not_count_for_ever(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     ledger(run, 300, step_s=1.0)

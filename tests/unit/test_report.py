@@ -14,7 +14,7 @@ import pytest
 from peft_dist.cli import main
 from peft_dist.goodput import PHASES
 from peft_dist.report import wording
-from peft_dist.report.clock import PHASE_PLACES
+from peft_dist.report.clock import PHASE_PLACES, clock_panels
 from peft_dist.report.facts import Run, read_runs
 from peft_dist.report.happenings import MOST_SHOWN, happenings, of_run
 from peft_dist.report.page import render_page
@@ -65,6 +65,27 @@ def test_an_eventful_run_shows_every_figure_and_each_has_points(tmp_path: Path) 
         for axis in ("xaxis", "yaxis"):
             if key not in ("bytes", "goodput") or axis == "xaxis":
                 assert figure["layout"][axis]["title"]["text"], (key, axis)
+
+
+def test_other_nodes_stand_in_the_table_of_the_machine(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", Story(steps=100, ranks=4))
+    (alone,) = read_runs([run])
+    records = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    sample = next(record for record in records if record["event"] == "system")
+    others = [{**sample, "node": 2, "cpu_percent": percent} for percent in (10.0, 30.0)]
+    with (run / "ledger.jsonl").open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in others)
+    (found,) = read_runs([run])
+    before, (panel,) = (
+        [panel for panel in clock_panels([one]) if panel.key == "machine"] for one in (alone, found)
+    )
+    assert panel.figure == before[0].figure
+    assert [*panel.rows] == [
+        *before[0].rows,
+        ["node of rank 2: processor", "20%", "10%", "30%"],
+        ["node of rank 2: memory", "20%", "20%", "20%"],
+    ]
+    assert "other nodes" in panel.note and not before[0].note
 
 
 def test_every_phase_of_goodput_has_a_place_in_the_bar() -> None:

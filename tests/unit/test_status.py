@@ -91,6 +91,18 @@ def test_of_a_long_ledger_only_the_end_is_read_and_half_lines_are_left_out(run: 
     assert (found.step, found.steps, found.step_s) == (3000, None, 1.0)
 
 
+def test_samples_of_many_machines_between_slow_steps_do_not_hide_them(run: Path) -> None:
+    ledger(run, 40, step_s=60.0)
+    before = standing(read_tail(run / "ledger.jsonl"))
+    sample = {"attempt": 1, "time": 0.0, "at_s": 2410.0, "event": "system", "step": 40}
+    gpus = [{"utilisation_percent": 97, "memory_used_bytes": 10**10}] * 8
+    with (run / "ledger.jsonl").open("a") as file:
+        for node in range(0, 1024, 8):
+            file.write(json.dumps({**sample, "node": node, "gpus": gpus}) + "\n")
+    assert (run / "ledger.jsonl").stat().st_size > 1.2 * TAIL_BYTES
+    assert standing(read_tail(run / "ledger.jsonl")) == before
+
+
 def test_a_resumed_run_stands_where_its_newest_attempt_does(run: Path) -> None:
     ledger(run, 30, step_s=2.0)
     ledger(run, 20, first=21, attempt=2)  # it has begun, and done no step

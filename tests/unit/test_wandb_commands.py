@@ -305,6 +305,20 @@ def test_of_very_many_ranks_the_slowest_and_the_median_are_shown(tmp_path: Path)
     assert ranks == {"rank/step_s_max": 2.0, "rank/step_s_median": 1.0, "rank/slowest": 99}
 
 
+def test_the_machines_of_other_nodes_have_names_of_their_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    training = Training(run, with_wandb=False)
+    sample = {"event": "system", "step": 0, "cpu_percent": 50.0, "gpus": [{"power_w": 300.0}]}
+    for record in (sample, {**sample, "node": 8}):
+        training.tell(record)
+    training.end()
+    _, own, other, _ = (one.row for one in rows.LedgerRows(run.ledger).new())
+    named = [{n: v for n, v in row.items() if n.startswith("system/")} for row in (own, other)]
+    assert named[0] == {"system/cpu_percent": 50.0, "system/gpus/0/power_w": 300.0}
+    assert named[1] == {"system/node_8/cpu_percent": 50.0, "system/node_8/gpus/0/power_w": 300.0}
+    assert all(re.fullmatch(rows.SYSTEM_PATTERN, name) for name in named[1])
+
+
 def test_goodput_is_worked_out_often_at_first_and_never_too_often(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     training = Training(run, with_wandb=False)
