@@ -33,8 +33,9 @@ def test_a_node_that_was_cut_off_and_lives_on_publishes_nothing(
     cluster: SlurmCluster, runs: Runs
 ) -> None:
     # One process each, which goes on training for as long as it is let.
-    here = runs.train_here("here", "parallel.strategy=ddp", nproc=1)
-    run = runs.submit("some", "parallel.strategy=ddp", nodes=1)
+    long = ("parallel.strategy=ddp", "train.steps=600")
+    here = runs.train_here("here", *long, nproc=1)
+    run = runs.submit("some", *long, nodes=1)
     run.wait_for_step(25)
     cluster.cut("node1")
     run.wait_until(lambda: len(records(run.path, "start")) == 2, "a second attempt")
