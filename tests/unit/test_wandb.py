@@ -15,6 +15,7 @@ import pytest
 
 from peft_dist.run_dir import RunDir
 from peft_dist.tracking.identity import identity, wandb_environment
+from tests.faults.long import only_long
 from tests.unit.wandb_runs import (
     VERSIONS,
     Training,
@@ -124,7 +125,13 @@ def test_a_server_that_fails_at_the_start_costs_training_nothing(
     assert_sync_completes(stub, here, run)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        fault if fault in ("hang", "401") else pytest.param(fault, marks=only_long)
+        for fault in FAULTS
+    ],
+)
 def test_a_server_that_dies_in_the_middle_costs_training_nothing(
     stub: Stub, here: dict[str, str], tmp_path: Path, fault: str
 ) -> None:
