@@ -15,7 +15,7 @@ import pytest
 
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Project
-from tests.faults.long import cases
+from tests.faults.long import cases, only_long
 from tests.faults.oracles import (
     assert_same_run,
     checkpoint_steps,
@@ -237,10 +237,8 @@ def test_workers_whose_launcher_is_killed_save_and_end_and_train_goes_on(
     assert_undisturbed(run, undisturbed)
 
 
-@pytest.mark.parametrize("case", range(cases(0, 1)))
-def test_a_command_that_is_killed_leaves_a_run_that_its_repetition_goes_on_with(
-    run: Run, case: int
-) -> None:
+@only_long
+def test_a_command_that_is_killed_leaves_a_run_that_its_repetition_goes_on_with(run: Run) -> None:
     command = run.start("train.steps=2000")  # long enough for the second command to see it
     run.wait_for_step(command, 50)
     command.process.kill()
