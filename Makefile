@@ -18,12 +18,12 @@ help: ## show this list
 install: $(VENV)/.installed-all ## .venv with everything pinned: training, tests, checks
 
 quickstart: $(VENV)/.installed-train ## train and score a small real model on two processes, and make a report
-	$(BIN)/python -m peft_dist.quickstart $(RECIPE)
+	$(BIN)/python -m peft_dist.entrypoints.quickstart $(RECIPE)
 	$(BIN)/peft-dist train $(RECIPE) --run-dir $(RUN)
 	$(BIN)/peft-dist report $(RUN)
 
 methods: $(VENV)/.installed-train ## train every adapter family on a real task and print a table
-	$(BIN)/python -m peft_dist.quickstart $(RECIPE)
+	$(BIN)/python -m peft_dist.entrypoints.quickstart $(RECIPE)
 	$(BIN)/python benchmarks/methods.py
 
 check: $(VENV)/.installed-all ## formatting, lint, types, layers

@@ -48,7 +48,7 @@ def run_ours(job: Job, every: int, *, folder: Path, cache: Path) -> Figures:
     path, run_dir = folder / "recipe.yaml", folder / "run"
     settings = recipe(job, "fsdp") | {"checkpoint": {"every_steps": every}}
     path.write_text(json.dumps(settings))  # JSON is YAML
-    argv = [sys.executable, "-m", "peft_dist.cli", "train", str(path), "--run-dir", str(run_dir)]
+    argv = [sys.executable, "-m", "peft_dist", "train", str(path), "--run-dir", str(run_dir)]
     run_command(argv, folder=folder, cache=cache, limit_s=job.time_limit_s)
     lines = [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]
     took = {

@@ -26,17 +26,19 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from peft_dist import dist
 from peft_dist.config.method import Lora
 from peft_dist.data.pack import Batch
+from peft_dist.distributed import process_group
+from peft_dist.distributed.collectives import gather_objects
+from peft_dist.distributed.world import World, read_world
 from peft_dist.methods import Start
 from peft_dist.methods.lora import LoraMethod
+from peft_dist.metrics.mfu import FLOPS_PER_TOKEN_AND_PARAMETER, peak_flops
 from peft_dist.model.architectures import build_skeleton, transformer_blocks
 from peft_dist.model.base import fill_base, materialize, plan_base
-from peft_dist.model.heads import CausalLM
+from peft_dist.model.loss import CausalLM
 from peft_dist.model.weights import Stored, WeightFiles
-from peft_dist.shard import ENGINES, Group
-from peft_dist.utilisation import FLOPS_PER_TOKEN_AND_PARAMETER, peak_flops
+from peft_dist.sharding import ENGINES, Group
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-8b": {
@@ -133,7 +135,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def build(args: argparse.Namespace, world: dist.World) -> tuple[Any, CausalLM, dict[str, Any]]:
+def build(args: argparse.Namespace, world: World) -> tuple[Any, CausalLM, dict[str, Any]]:
     """Make base and adapters on the card; return the engine, the model and what was counted."""
     cuda = world.device.type == "cuda"
     config = LlamaConfig(
@@ -179,13 +181,13 @@ def build(args: argparse.Namespace, world: dist.World) -> tuple[Any, CausalLM, d
     counted = {
         "base_parameters": parameters,
         "base_bytes_expected": engine.expected_bytes(base),
-        "base_bytes_per_rank": dist.gather_objects(engine.held_bytes(base)),
+        "base_bytes_per_rank": gather_objects(engine.held_bytes(base)),
     }
     return engine, model, counted
 
 
 def train(
-    args: argparse.Namespace, world: dist.World, engine: Any, model: CausalLM
+    args: argparse.Namespace, world: World, engine: Any, model: CausalLM
 ) -> tuple[list[float], list[float]]:
     """Take the steps; return the seconds of each and the losses."""
     cuda = world.device.type == "cuda"
@@ -246,8 +248,8 @@ def figures(
 def main() -> int:
     """Build, train and print."""
     args = arguments()
-    world = dist.read_world()
-    dist.start(world)
+    world = read_world()
+    process_group.start(world)
     cuda = world.device.type == "cuda"
     started = time.perf_counter()
     engine, model, counted = build(args, world)
@@ -268,7 +270,7 @@ def main() -> int:
         print_report(args, report)
         if args.json:
             args.json.write_text(json.dumps(report, indent=1) + "\n")
-    dist.stop()
+    process_group.stop()
     return 0
 
 

@@ -48,7 +48,7 @@ def main() -> int:
 def _train(name: str, run: Path) -> dict:
     started = time.monotonic()
     recipe = ROOT / "configs" / "recipes" / f"{name}.yaml"
-    command = [sys.executable, "-m", "peft_dist.cli", "train", str(recipe), "--run-dir", str(run)]
+    command = [sys.executable, "-m", "peft_dist", "train", str(recipe), "--run-dir", str(run)]
     subprocess.run(command, check=True, cwd=ROOT, timeout=1200)
     result: dict = json.loads((run / "result.json").read_text(encoding="utf-8"))
     result["whole_seconds"] = time.monotonic() - started

@@ -132,7 +132,7 @@ def run_ours(job: Job, round_number: int, strategy: str, *, folder: Path, cache:
     """Run our side once under one strategy."""
     path, run_dir = folder / "recipe.yaml", folder / "run"
     path.write_text(json.dumps(recipe(job, strategy), indent=1))  # JSON is YAML
-    argv = [sys.executable, "-m", "peft_dist.cli", "train", str(path), "--run-dir", str(run_dir)]
+    argv = [sys.executable, "-m", "peft_dist", "train", str(path), "--run-dir", str(run_dir)]
     started = run_command(argv, folder=folder, cache=cache, limit_s=job.time_limit_s)
     lines = [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line and "tokens" in line]

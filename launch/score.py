@@ -2,6 +2,6 @@
 
 import sys
 
-from peft_dist.evaluate import main
+from peft_dist.entrypoints.evaluate import main
 
 sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,6 @@
 
 import sys
 
-from peft_dist.train import main
+from peft_dist.entrypoints.train import main
 
 sys.exit(main(sys.argv[1:]))

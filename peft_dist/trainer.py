@@ -11,21 +11,21 @@ from pathlib import Path
 
 import torch
 
-from peft_dist import dist
-from peft_dist.config.derived import learning_rate, peak_learning_rate
+from peft_dist.checkpoint.checkpointer import Keeper
+from peft_dist.checkpoint.progress import Alone, Progress, Surroundings
+from peft_dist.common.errors import Interrupted, TrainingError
 from peft_dist.data.order import RowIds, StepPlan, assign
 from peft_dist.data.tokenize import TokenizedRows
-from peft_dist.errors import Interrupted, TrainingError
-from peft_dist.figures import Figures, FiguresReader, make_riders
-from peft_dist.keeper import Keeper
-from peft_dist.memory import peak_memory_bytes
-from peft_dist.progress import Alone, Progress, Surroundings
-from peft_dist.samples import Sampler
-from peft_dist.scoring import HeldOut, ScoringStopped, score_rows
-from peft_dist.session import Session
-from peft_dist.shard.optimizer import AdapterOptimizer
-from peft_dist.tracking import Record, Tracker
-from peft_dist.utilisation import Utilisation
+from peft_dist.distributed.collectives import barrier
+from peft_dist.evaluation.generation import Sampler
+from peft_dist.evaluation.scoring import HeldOut, ScoringStopped, score_rows
+from peft_dist.ledger.writer import Record, Tracker
+from peft_dist.metrics.memory import peak_memory_bytes
+from peft_dist.metrics.mfu import Utilisation
+from peft_dist.metrics.step import Figures, FiguresReader, make_riders
+from peft_dist.model_setup import Session
+from peft_dist.optim.lr_schedule import learning_rate, peak_learning_rate
+from peft_dist.sharding.optimizer import AdapterOptimizer
 
 
 def make_optimizer(session: Session) -> torch.optim.AdamW:
@@ -230,7 +230,7 @@ class Trainer:
         if self._stop:
             self.finish_saves()
             # All end together: torchrun kills within 30 s what outlives the first that ends.
-            dist.barrier()
+            barrier()
         self._saved_at = self._go_on()
 
     def finish_saves(self) -> None:

@@ -13,12 +13,13 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 @pytest.fixture
 def alone() -> Iterator[object]:
     """Start a process group of one and return its world; end what is left of it afterwards."""
-    from peft_dist import dist
+    from peft_dist.distributed import process_group
+    from peft_dist.distributed.world import read_world
 
     umask = os.umask(0o077)
     os.umask(umask)
-    world = dist.read_world()
-    dist.start(world)
+    world = read_world()
+    process_group.start(world)
     yield world
-    dist.stop()
+    process_group.stop()
     os.umask(umask)

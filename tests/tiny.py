@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from peft_dist.checkpoint.adapter import put_in_place, write_partial
+from peft_dist.checkpoint.adapter_file import put_in_place, write_partial
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.methods import Method

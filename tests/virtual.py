@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
-from peft_dist.dist import World
+from peft_dist.distributed.world import World
 from peft_dist.model.nf4 import FrozenLinear4bit, dequantize
 from peft_dist.model.source import find_base
-from peft_dist.session import Session, open_session
+from peft_dist.model_setup import Session, open_session
 from peft_dist.trainer import Trainer
 from tests.tiny import (
     VOCABULARY,

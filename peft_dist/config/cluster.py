@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
+from peft_dist.common.durations import duration_s
+from peft_dist.common.errors import ClusterError, RecipeError
 from peft_dist.config.cluster_values import (
     AbsolutePath,
     Constraint,
@@ -24,11 +26,9 @@ from peft_dist.config.cluster_values import (
     SetUp,
     Variables,
 )
-from peft_dist.config.duration import duration_s
 from peft_dist.config.explain import describe_failure, refuse_booleans_as_numbers
 from peft_dist.config.load import read_mapping, render_yaml
 from peft_dist.config.section import NonNegativeFloat, PositiveFloat, Section
-from peft_dist.errors import ClusterError, RecipeError
 
 
 class Requeue(Section):

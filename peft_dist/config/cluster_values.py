@@ -9,9 +9,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, StrictInt
 
-from peft_dist.config.duration import duration_s
+from peft_dist.common.durations import duration_s
+from peft_dist.common.errors import ClusterError
 from peft_dist.config.section import Matches
-from peft_dist.errors import ClusterError
 
 SECRET_NAME = (
     r"(?:[A-Z0-9_]*_)?(?:API)?KEY|[A-Z0-9_]*(?:TOKEN|SECRET|PASSWO?R?D|PASSPHRASE|CREDENTIALS?)"

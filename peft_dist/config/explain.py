@@ -12,9 +12,9 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from peft_dist.common.errors import RecipeError, nearest
 from peft_dist.config.recipe import Recipe
 from peft_dist.config.section import Matches
-from peft_dist.errors import RecipeError, nearest
 
 SectionType: TypeAlias = type[BaseModel]
 

@@ -13,15 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from peft_dist.config.explain import (
-    describe_failure,
-    quote,
-    refuse_booleans_as_numbers,
-    section_at,
-)
+from peft_dist.common.errors import RecipeError, nearest
+from peft_dist.config.explain import describe_failure, quote, refuse_booleans_as_numbers, section_at
 from peft_dist.config.recipe import Recipe
 from peft_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml
-from peft_dist.errors import RecipeError, nearest
 
 PATH_FIELDS = (("model", "name"), ("data", "train"), ("data", "eval"))
 """Fields that hold a local path or, where no such path exists, a hub name."""

@@ -13,7 +13,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-from peft_dist.errors import RecipeError
+from peft_dist.common.errors import RecipeError
 
 MAX_CHARACTERS = 1_000_000
 """A recipe is a page of text; more is the wrong file."""

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_dist import resources
+from peft_dist.common import paths
+from peft_dist.common.errors import DataError, ModelError
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.rows import BadRows, ChatRow, CompletionRow, LabelledRow, Row, Task, TextRow
-from peft_dist.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -61,7 +61,7 @@ def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerFast":
     from transformers.utils import logging
 
     name = recipe.model.name
-    folder = str(resources.staged(name) or name)
+    folder = str(paths.staged(name) or name)
     remedy = "put tokenizer.json and tokenizer_config.json beside the model"
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_dist.config.derived import DEFAULT_GLOBAL_ROWS
+from peft_dist.config.batch_shape import DEFAULT_GLOBAL_ROWS
 from peft_dist.config.recipe import Train
 
 RowIds = NDArray[np.int64]

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, assert_never
 
+from peft_dist.common.errors import DataError
 from peft_dist.data.sources import Broken, Source
-from peft_dist.errors import DataError
 
 Task = Literal["causal-lm", "sequence-classification"]
 

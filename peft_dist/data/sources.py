@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_dist.errors import DataError, nearest
+from peft_dist.common.errors import DataError, nearest
 
 if TYPE_CHECKING:
     import datasets

@@ -22,11 +22,11 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from peft_dist.common.errors import DataError, RecipeError
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.encode import EncodedRow, Encoder, load_tokenizer
 from peft_dist.data.rows import BadRows, read_rows
 from peft_dist.data.sources import Source, open_source
-from peft_dist.errors import DataError, RecipeError
 
 FORMAT = 1
 """Raise this whenever the same rows would become other tokens or other files."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_dist import resources
+from peft_dist.common import paths
 from peft_dist.launch.placement import Placement
 
 
@@ -50,7 +50,7 @@ def worker_command(
         max_restarts: How often torchrun starts all workers again, in place, after one crashed.
         meeting: Where the nodes meet, where there are several.
     """
-    launch = (root or resources.root()) / "launch"
+    launch = (root or paths.root()) / "launch"
     command = [
         python,
         "-m",
@@ -80,19 +80,19 @@ def worker_command(
 
 def quantize_command(arguments: Sequence[str], *, python: str = sys.executable) -> list[str]:
     """Return the argv that fills the packed-base cache; the arguments are the module's own."""
-    return [python, "-m", "peft_dist.quantize", *arguments]
+    return [python, "-m", "peft_dist.entrypoints.quantize", *arguments]
 
 
 def merge_command(run_dir: Path, out: Path, *, python: str = sys.executable) -> list[str]:
     """Return the argv that merges a run's adapter into its base."""
-    return [python, "-m", "peft_dist.merge", str(run_dir), "--out", str(out)]
+    return [python, "-m", "peft_dist.entrypoints.merge", str(run_dir), "--out", str(out)]
 
 
 def tracking_command(
     module: str, arguments: Sequence[str], *, python: str = sys.executable
 ) -> list[str]:
     """Return the argv of a process that speaks to W&B: `sync` or `dashboard`."""
-    return [python, "-m", f"peft_dist.tracking.{module}", *arguments]
+    return [python, "-m", f"peft_dist.tracking.wandb.{module}", *arguments]
 
 
 def launch_environment(placement: Placement, environ: Mapping[str, str]) -> dict[str, str]:

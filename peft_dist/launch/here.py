@@ -12,9 +12,8 @@ from os import environ
 from pathlib import Path
 from shutil import disk_usage
 
-from peft_dist.attempts import end_for, refuse_if_held
-from peft_dist.config import Recipe
-from peft_dist.errors import (
+from peft_dist.common.console import say
+from peft_dist.common.errors import (
     ERROR_PREFIX,
     EXIT_CRASHED,
     EXIT_DO_NOT_RETRY,
@@ -22,11 +21,12 @@ from peft_dist.errors import (
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
 )
+from peft_dist.config import Recipe
 from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.local import run_launcher
 from peft_dist.launch.placement import place, this_machine
-from peft_dist.output import say
-from peft_dist.run_dir import LAUNCHED_AT, RunDir, error_in_log
+from peft_dist.run.directory import LAUNCHED_AT, RunDir, error_in_log
+from peft_dist.run.lease import end_for, refuse_if_held
 
 LOG_TAIL_LINES = 15
 """Lines of the launcher's log shown after an end that nobody foresaw."""

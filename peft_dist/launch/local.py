@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from peft_dist.errors import LaunchError
-from peft_dist.stop import LAUNCH_MARK
+from peft_dist.common.errors import LaunchError
+from peft_dist.worker.signals import LAUNCH_MARK
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 RESCAN_S = 0.2

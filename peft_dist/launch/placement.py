@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from peft_dist.common.errors import LaunchError
 from peft_dist.config import Recipe
-from peft_dist.errors import LaunchError
 
 Strategy: TypeAlias = Literal["ddp", "fsdp", "hsdp", "zero2", "zero3"]
 

@@ -15,8 +15,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_dist.common.errors import RecipeError, nearest
 from peft_dist.config.method import AnyPeft
-from peft_dist.errors import RecipeError, nearest
 from peft_dist.methods.init import assign, generator_for
 from peft_dist.methods.method import TASKS, Method, Start, base_name_in, saved_names
 from peft_dist.model.nf4 import FrozenLinear4bit

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peft_dist.common.errors import RecipeError, nearest
 from peft_dist.config.method import BitFit
-from peft_dist.errors import RecipeError, nearest
 from peft_dist.methods.init import assign
 from peft_dist.methods.method import TASKS, Method, Start, inject
 from peft_dist.methods.register import register

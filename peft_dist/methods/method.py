@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_dist.errors import TrainingError
+from peft_dist.common.errors import TrainingError
 
 Settings = TypeVar("Settings")
 TASKS = {"causal-lm": TaskType.CAUSAL_LM, "sequence-classification": TaskType.SEQ_CLS}

@@ -9,8 +9,8 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from peft_dist.common.errors import RunDirError
 from peft_dist.config.method import Prefix
-from peft_dist.errors import RunDirError
 from peft_dist.methods.init import assign, generator_for
 from peft_dist.methods.method import TASKS, Start
 from peft_dist.methods.virtual import VirtualMethod

@@ -11,7 +11,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
-from peft_dist.errors import PeftDistError
+from peft_dist.common.errors import PeftDistError
 
 
 def register(name: str, config: type[PeftConfig], model: type[BaseTuner]) -> None:

@@ -8,9 +8,9 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
+from peft_dist.common.errors import RecipeError
 from peft_dist.config.method import Prefix, Prompt
-from peft_dist.dist import first_of_all
-from peft_dist.errors import RecipeError
+from peft_dist.distributed.collectives import first_of_all
 from peft_dist.methods.init import assign, generator_for
 from peft_dist.methods.method import Method, Start, inject, saved_names
 

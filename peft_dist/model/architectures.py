@@ -19,7 +19,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from peft_dist.errors import ModelError
+from peft_dist.common.errors import ModelError
 
 CAUSAL_LM = (
     "gemma2",

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_dist.dist import Shard, sum_over
-from peft_dist.errors import ModelError
+from peft_dist.common.errors import ModelError
+from peft_dist.distributed.collectives import Shard, sum_over
 from peft_dist.model.architectures import block_linears
 from peft_dist.model.fingerprint import fingerprint_rows
 from peft_dist.model.nf4 import FrozenLinear4bit, block_size_for, quantize_rows

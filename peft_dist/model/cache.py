@@ -24,7 +24,8 @@ from bitsandbytes.utils import pack_dict_to_tensor
 from filelock import FileLock
 from torch import nn
 
-from peft_dist.dist import Shard, World, broadcast_object, gather_objects
+from peft_dist.distributed.collectives import Shard, broadcast_object, gather_objects
+from peft_dist.distributed.world import World
 from peft_dist.model.base import BasePlan, BaseTensor, Put, copy_rows, fill_base
 from peft_dist.model.weights import FLOATS, QUANT_STATE, WeightFiles
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from peft_dist.config import Recipe
-from peft_dist.dist import Shard, World
+from peft_dist.distributed.collectives import Shard
+from peft_dist.distributed.world import World
 from peft_dist.model import base, cache
 from peft_dist.model.weights import WeightFiles, model_folder
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from peft_dist import resources
-from peft_dist.errors import ModelError
+from peft_dist.common import paths
+from peft_dist.common.errors import ModelError
 
 QUANT_STATE = ".quant_state.bitsandbytes__"
 """Behind a weight's name: JSON about its packing, stored as bytes."""
@@ -31,7 +31,7 @@ def model_folder(name: str, revision: str | None) -> Path:
     Raises:
         ModelError: Where there is neither.
     """
-    local = resources.staged(name) or Path(name).expanduser()
+    local = paths.staged(name) or Path(name).expanduser()
     if local.is_dir():
         return local
     from huggingface_hub import snapshot_download
@@ -42,7 +42,7 @@ def model_folder(name: str, revision: str | None) -> Path:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=[*resources.MODEL_FILES],
+                allow_patterns=[*paths.MODEL_FILES],
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

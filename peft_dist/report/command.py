@@ -5,11 +5,11 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft_dist.errors import EXIT_DONE, PeftDistError
-from peft_dist.files import replace_file
-from peft_dist.report.facts import read_runs
-from peft_dist.report.wording import size
-from peft_dist.run_dir import RunDir
+from peft_dist.common.atomic import replace_file
+from peft_dist.common.errors import EXIT_DONE, PeftDistError
+from peft_dist.report.run_data import read_runs
+from peft_dist.report.text import size
+from peft_dist.run.directory import RunDir
 
 SEVERAL = "report.html"
 """Name of the page about several runs, in the current folder."""

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from peft_dist.report.facts import Run
+from peft_dist.report.run_data import Run
 from peft_dist.report.series import Series, number
-from peft_dist.report.wording import count, duration, figure, share, sizes, some
+from peft_dist.report.text import count, duration, figure, share, sizes, some
 
 UNKNOWN = "–"  # noqa: RUF001
 

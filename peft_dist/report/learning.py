@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-from peft_dist.report.facts import Run
 from peft_dist.report.panel import (
     OVER_STEPS_HEAD,
     Look,
@@ -16,8 +15,9 @@ from peft_dist.report.panel import (
     over_steps_rows,
     restart_marks,
 )
+from peft_dist.report.run_data import Run
 from peft_dist.report.series import Series, number, short
-from peft_dist.report.wording import figure, rate, share, some
+from peft_dist.report.text import figure, rate, share, some
 
 STEP_AXIS = axis("step", rangemode="tozero")
 

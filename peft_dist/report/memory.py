@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peft_dist.report.facts import Run
 from peft_dist.report.learning import STEP_AXIS
 from peft_dist.report.panel import (
     OVER_STEPS_HEAD,
@@ -17,8 +16,9 @@ from peft_dist.report.panel import (
     make_panel,
     over_steps_rows,
 )
+from peft_dist.report.run_data import Run
 from peft_dist.report.series import Series, number, numbers, short
-from peft_dist.report.wording import size, sizes
+from peft_dist.report.text import size, sizes
 
 LINES_OF_RANKS = 8
 """Most ranks of one run that get a line each; of more, the fullest and the emptiest do."""

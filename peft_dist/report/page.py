@@ -16,16 +16,16 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from peft_dist import __version__
-from peft_dist.report.clock import clock_panels
 from peft_dist.report.differences import UNKNOWN, differing_settings, outcomes, versions
-from peft_dist.report.facts import Run, Sample
-from peft_dist.report.happenings import happenings
 from peft_dist.report.learning import learning_panels
 from peft_dist.report.memory import memory_panels
 from peft_dist.report.panel import Look, Panel, in_rows
+from peft_dist.report.run_data import Run, Sample
 from peft_dist.report.series import MOST_POINTS, PARTS
 from peft_dist.report.speed import speed_panels
-from peft_dist.report.wording import duration
+from peft_dist.report.text import duration
+from peft_dist.report.time_use import clock_panels
+from peft_dist.report.timeline import happenings
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters that no text shows: a model that has not learned yet writes them."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from peft_dist.report.facts import Run
+from peft_dist.report.run_data import Run
 from peft_dist.report.series import Series, short
 
 SERIES_COLOURS = 8

@@ -4,8 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
-from peft_dist.goodput import Record
-from peft_dist.report.facts import Run
+from peft_dist.ledger.goodput import Record
 from peft_dist.report.learning import STEP_AXIS, with_series
 from peft_dist.report.panel import (
     OVER_STEPS_HEAD,
@@ -19,8 +18,9 @@ from peft_dist.report.panel import (
     make_panel,
     over_steps_rows,
 )
+from peft_dist.report.run_data import Run
 from peft_dist.report.series import Series, numbers, quantile, short
-from peft_dist.report.wording import duration, figure, share
+from peft_dist.report.text import duration, figure, share
 
 BARS_OF_RANKS = 16
 """Ranks that get a bar each; of more, each gets a mark."""

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_dist.common.atomic import make_file
+from peft_dist.common.errors import EXIT_DONE, ClusterError, SlurmError, nearest
 from peft_dist.config.cluster import check_cluster
 from peft_dist.config.load import render_yaml
 from peft_dist.config.yaml_text import parse_yaml
-from peft_dist.errors import EXIT_DONE, ClusterError, SlurmError, nearest
-from peft_dist.files import make_file
-from peft_dist.slurm.client import run_slurm
+from peft_dist.slurm.cli_client import run_slurm
 
 NODES = ["sinfo", "--noheader", "--Node", "-o", "%P|%a|%N|%c|%m|%G|%f"]
 """A line per node and partition; the partition that jobs go to by default ends with `*`."""

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_dist.common.durations import duration_s, duration_text
+from peft_dist.common.errors import LaunchError, RecipeError, RunDirError
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, load_cluster, render_cluster
-from peft_dist.config.duration import duration_s, duration_text
-from peft_dist.errors import LaunchError, RecipeError, RunDirError
 from peft_dist.launch.placement import Machine, place
-from peft_dist.run_dir import ARRAY_FILE, RunDir, write_text_atomic
-from peft_dist.slurm import client, jobs, refusals
-from peft_dist.slurm.arrays import (
+from peft_dist.run.directory import ARRAY_FILE, RunDir, write_text_atomic
+from peft_dist.run.sweep import (
     Element,
     array_elements,
     array_limit,
@@ -29,9 +28,10 @@ from peft_dist.slurm.arrays import (
     refuse_another_array,
     write_array,
 )
-from peft_dist.slurm.lead import lead_s
-from peft_dist.slurm.live import refuse_if_live
-from peft_dist.slurm.render import JOB_SCRIPT, Array, Job, scripts
+from peft_dist.slurm import cli_client, history, validate
+from peft_dist.slurm.ensure_not_running import refuse_if_live
+from peft_dist.slurm.save_lead import lead_s
+from peft_dist.slurm.scripts import JOB_SCRIPT, Array, Job, scripts
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ def prepare(request: Request) -> Submission:
     """
     cluster, folder = request.cluster, request.folder.absolute()
     _check_numbers(request)
-    refusals.check_folder(folder)
+    validate.check_folder(folder)
     runs = _runs(request, folder)
     recipes = [run.recipe for run in runs]
-    refusals.check_alike(recipes)
-    refusals.check_processes(cluster, request.nodes, recipes[0])
+    validate.check_alike(recipes)
+    validate.check_processes(cluster, request.nodes, recipes[0])
     machine = Machine(gpus=cluster.gpus_per_node, cores=cluster.cpus_of_a_node or 1)
     per_node = cluster.processes_per_node or 0
     placement = place(recipes[0], machine, request.nodes, per_node=per_node)
@@ -121,13 +121,13 @@ def prepare(request: Request) -> Submission:
         singleton=request.singleton,
         allow_changed=tuple(request.allow_changed),
     )
-    refusals.check_limits(job, time_from=time_from)
-    refusals.check_cluster_files(cluster)
+    validate.check_limits(job, time_from=time_from)
+    validate.check_cluster_files(cluster)
     warnings = []
     for run in runs:
-        warnings += refusals.check_paths(cluster, request.nodes, run.folder, run.recipe)
-        warnings += refusals.check_batch(run.recipe, placement.processes)
-    files = scripts(job, [(run.folder, refusals.local_model(run.recipe)) for run in runs])
+        warnings += validate.check_paths(cluster, request.nodes, run.folder, run.recipe)
+        warnings += validate.check_batch(run.recipe, placement.processes)
+    files = scripts(job, [(run.folder, validate.local_model(run.recipe)) for run in runs])
     return Submission(job, runs, files, list(dict.fromkeys(warnings)))
 
 
@@ -189,7 +189,7 @@ def _submit(
     if job.array:
         refuse_another_array(job.folder, elements)
     refuse_if_live([run.folder for run in wanted.values()], script)
-    client.check_script(submission.files[script])
+    cli_client.check_script(submission.files[script])
     for run in wanted.values():
         made = RunDir.claim(
             run.folder, run.recipe, command=command, fresh=fresh, allow_changed=job.allow_changed
@@ -200,7 +200,7 @@ def _submit(
     job.folder.joinpath("logs").mkdir(mode=0o700, exist_ok=True)
     for path, text in submission.files.items():
         write_text_atomic(path, text)
-    job_id = client.sbatch(submission.argv(wanted))
+    job_id = cli_client.sbatch(submission.argv(wanted))
     for index, run in wanted.items():
         event = {
             "event": "submitted",
@@ -211,7 +211,7 @@ def _submit(
             "time_limit": None if job.time_s is None else duration_text(job.time_s),
             "singleton": job.singleton,
         }
-        jobs.record(run.folder, event)
+        history.record(run.folder, event)
     return job_id
 
 
@@ -239,7 +239,7 @@ def again(
     """
     elements = array_elements(folder)
     first = RunDir.open(folder / elements[0]["run_dir"] if elements else folder).path
-    before = [event for event in jobs.events(first) if "nodes" in event and "by" in event]
+    before = [event for event in history.events(first) if "nodes" in event and "by" in event]
     own_cluster = first / "slurm" / "cluster.yaml"
     if cluster is None and not own_cluster.is_file():
         raise RunDirError(

@@ -12,8 +12,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from peft_dist import resources
-from peft_dist.errors import ClusterError
+from peft_dist.common import paths
+from peft_dist.common.errors import ClusterError
 
 FILLED_IN = re.compile(
     r"\$(SLURM_NODEID|PEFT_DIST_HEAD|PEFT_DIST_PORT|rendezvous|share/[a-z0-9_./]+)"
@@ -43,7 +43,7 @@ def fill(template: str, **values: Any) -> str:
 @functools.cache
 def _templates() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(resources.root() / "slurm" / "templates"),
+        loader=FileSystemLoader(paths.root() / "slurm" / "templates"),
         undefined=StrictUndefined,
         autoescape=False,  # no HTML; `_only_safe` sees that everything is quoted for the shell
         finalize=_only_safe,

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from peft_dist.common.atomic import replace_file
 from peft_dist.config.recipe import Tracking
-from peft_dist.files import replace_file
-from peft_dist.run_dir import RunDir
-from peft_dist.tracking.base import Record
+from peft_dist.ledger.writer import Record
+from peft_dist.run.directory import RunDir
 from peft_dist.tracking.system import SystemSampler
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from peft_dist.tracking.base import Record
+from peft_dist.ledger.writer import Record
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from peft_dist.output import to_nowhere
-from peft_dist.tracking.base import Record
+from peft_dist.common.console import to_nowhere
+from peft_dist.ledger.writer import Record
 
 log = logging.getLogger(__name__)
 

@@ -60,7 +60,7 @@ class Runs:
     ) -> subprocess.CompletedProcess[str]:
         """Run `peft-dist` as on a login node."""
         return self.cluster.run(
-            [sys.executable, "-m", "peft_dist.cli", *words],
+            [sys.executable, "-m", "peft_dist", *words],
             environment=self.environment,
             cwd=self.folder,
             check=check,

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from peft_dist.goodput import goodput, read_ledger
+from peft_dist.ledger.goodput import goodput, read_ledger
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.submitted import Run, Runs
 from tests.faults.long import only_long

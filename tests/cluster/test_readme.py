@@ -43,7 +43,7 @@ def test_every_command_for_a_cluster_runs(cluster: SlurmCluster, tmp_path: Path)
     smaller = ["train.steps=3", "evaluate.max_rows=4", "data.max_length=128"]
     assert len(commands()) >= 7
     for command in commands():
-        words = [sys.executable, "-m", "peft_dist.cli", *shlex.split(command)[1:]]
+        words = [sys.executable, "-m", "peft_dist", *shlex.split(command)[1:]]
         if words[3] == "submit":
             words += smaller
         if words[3] == "resume":  # what was cancelled may have ended just before

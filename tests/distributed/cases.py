@@ -17,15 +17,17 @@ from typing import Any
 
 import torch
 
-from peft_dist import dist
+from peft_dist.checkpoint.verified_save import Saver
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.distributed import process_group
+from peft_dist.distributed.collectives import barrier, gather_objects
+from peft_dist.distributed.world import World, read_world
+from peft_dist.evaluation.scoring import held_out, score
+from peft_dist.ledger.writer import Record
 from peft_dist.model import cache as packed_base
 from peft_dist.model.source import find_base
 from peft_dist.model.weights import WeightFiles
-from peft_dist.saving import Saver
-from peft_dist.scoring import held_out, score
-from peft_dist.session import Session, open_session
-from peft_dist.tracking import Record
+from peft_dist.model_setup import Session, open_session
 from peft_dist.trainer import Trainer
 from tests.tiny import ARCHITECTURES, tiny_recipe
 
@@ -170,13 +172,13 @@ class Recorder:
 
 def main(folder: Path) -> None:
     """Run every case that belongs to this number of processes."""
-    world = dist.read_world()
-    dist.start(world)
+    world = read_world()
+    process_group.start(world)
     run_cases(folder, CASES, world)
-    dist.stop()
+    process_group.stop()
 
 
-def run_cases(folder: Path, cases: Mapping[str, Case], world: dist.World) -> None:
+def run_cases(folder: Path, cases: Mapping[str, Case], world: World) -> None:
     """Run those of some cases that belong to this number of processes."""
     for name, case in cases.items():
         for engine in case.engines:
@@ -185,7 +187,7 @@ def run_cases(folder: Path, cases: Mapping[str, Case], world: dist.World) -> Non
                 run_case(folder, name, case, strategy, world)
 
 
-def run_case(folder: Path, name: str, case: Case, strategy: str, world: dist.World) -> None:
+def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -> None:
     """Train one case and leave `outcome.json` and the adapter."""
     started = time.monotonic()
     out = folder / "outcomes" / name / f"{world.size}-{strategy}"
@@ -236,7 +238,7 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: dist.Wor
     outcome = trainer.run()
     session.check_integrity()
     after = adapter(session)
-    digests = dist.gather_objects({name: fingerprint(t) for name, t in after.items()})
+    digests = gather_objects({name: fingerprint(t) for name, t in after.items()})
     nll, logits = probe(session, rows)
     saver.save(out / "adapter")
     if not world.is_main:
@@ -274,7 +276,7 @@ def flip_a_byte(session: Session) -> None:
         data = bytearray(file.read_bytes())
         data[-4] ^= 1
         file.write_bytes(data)
-    dist.barrier()
+    barrier()
 
 
 @contextmanager

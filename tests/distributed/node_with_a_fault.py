@@ -7,15 +7,14 @@ import sys
 import time
 from typing import Any
 
-from peft_dist import links, preflight
-from peft_dist.slurm import facts
+from peft_dist.preflight import main, network, node_info
 
 
 def other_version() -> None:
     """Have another peft, and other code of our own."""
-    versions = facts.versions()
-    facts.versions = lambda: {**versions, "peft": "0.20.1"}  # type: ignore[assignment]
-    facts.code_digest = lambda: "0" * 64  # type: ignore[assignment]
+    versions = node_info.versions()
+    node_info.versions = lambda: {**versions, "peft": "0.20.1"}  # type: ignore[assignment]
+    node_info.code_digest = lambda: "0" * 64  # type: ignore[assignment]
 
 
 def fast_clock() -> None:
@@ -40,31 +39,31 @@ def unreachable() -> None:
     def refuse(_self: Any, _order: Any) -> float:
         raise RuntimeError("[/pytorch/third_party/gloo/pair.cc:1] no route to host")
 
-    links.Member._all_reduce = refuse  # type: ignore[method-assign]
+    network.Member._all_reduce = refuse  # type: ignore[method-assign]
 
 
 def hangs() -> None:
     """Wait for the others for ever."""
-    links.Head.wait_for_all = lambda *_, **__: time.sleep(1000)  # type: ignore[assignment, method-assign]
+    network.Head.wait_for_all = lambda *_, **__: time.sleep(1000)  # type: ignore[assignment, method-assign]
 
 
 def holds_the_interpreter() -> None:
     """Hang in C, so that no thread of Python can run."""
     sleep = ctypes.PyDLL(None).sleep
-    links.Head.wait_for_all = lambda *_, **__: sleep(1000)  # type: ignore[assignment, method-assign]
+    network.Head.wait_for_all = lambda *_, **__: sleep(1000)  # type: ignore[assignment, method-assign]
 
 
 def _before_the_all_reduce(act: Any) -> None:
-    do = links.Member.do
+    do = network.Member.do
 
-    def acting(self: links.Member, order: links.Order) -> links.Answer:
+    def acting(self: network.Member, order: network.Order) -> network.Answer:
         if order["do"] == "sum":
             act()
         return do(self, order)
 
-    links.Member.do = acting  # type: ignore[method-assign]
+    network.Member.do = acting  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
-    preflight.main(sys.argv[2:])
+    main.main(sys.argv[2:])

@@ -9,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-from peft_dist import dist
 from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.distributed import process_group
+from peft_dist.distributed.world import read_world
 from peft_dist.model.architectures import transformer_blocks
 from peft_dist.model.source import find_base
-from peft_dist.session import open_session
+from peft_dist.model_setup import open_session
 from peft_dist.trainer import Trainer
 from tests.distributed.cases import Recorder
 from tests.tiny import tiny_recipe
@@ -24,8 +25,8 @@ SLEEPER, SLEEP_S = 2, 0.4
 
 def main(folder: Path) -> None:
     """Train on every engine and leave the records of the steps."""
-    world = dist.read_world()
-    dist.start(world)
+    world = read_world()
+    process_group.start(world)
     for engine in ENGINES:
         groups = {"shard_size": 2} if engine == "hsdp" else {}
         recipe = tiny_recipe(
@@ -47,7 +48,7 @@ def main(folder: Path) -> None:
         if world.is_main:
             text = json.dumps(recorder.records)
             (folder / f"{engine}.json").write_text(text, encoding="utf-8")
-    dist.stop()
+    process_group.stop()
 
 
 if __name__ == "__main__":

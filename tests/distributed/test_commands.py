@@ -17,10 +17,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from peft_dist import train
-from peft_dist.goodput import goodput, read_ledger
-from peft_dist.run_facts import versions
-from peft_dist.stop import StopRequests
+from peft_dist.entrypoints import train
+from peft_dist.ledger.goodput import goodput, read_ledger
+from peft_dist.run.provenance import versions
+from peft_dist.worker.signals import StopRequests
 from tests.processes import ROOT, environment, error_lines, run, torchrun
 from tests.tiny import completion_rows, labelled_rows, tiny_model, write_jsonl
 
@@ -37,7 +37,7 @@ evaluate: {{every_steps: 2, choices: [" cat", " dog"]}}
 checkpoint: {{every_steps: 1, keep_last: 2}}
 """
 LONGER = "train.steps=60"
-PEFT_DIST = [sys.executable, "-m", "peft_dist.cli"]
+PEFT_DIST = [sys.executable, "-m", "peft_dist"]
 WAYS = {
     "peft-dist": [*PEFT_DIST, "train", "recipe.yaml", "--nproc", "2"],
     "accelerate": [
@@ -208,7 +208,7 @@ def test_the_end_says_what_came_of_it(runs: Path) -> None:
 @pytest.mark.parametrize("way", ["peft-dist", "python"])
 def test_an_evaluation_gives_the_runs_own_last_score(runs: Path, way: str) -> None:
     folder = runs / "runs" / way
-    command = [sys.executable, "-m", "peft_dist.cli", "evaluate", str(folder)]
+    command = [sys.executable, "-m", "peft_dist", "evaluate", str(folder)]
     done = start(runs, command)
     assert done.returncode == 0, done.stderr
     scored = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
@@ -268,7 +268,9 @@ def test_a_fault_is_one_line_and_leaves_nothing(
     (project / "empty.jsonl").write_text("", encoding="utf-8")
     monkeypatch.chdir(project)
     monkeypatch.setenv("PEFT_DIST_CACHE", str(project / "cache"))
-    monkeypatch.setattr("peft_dist.stop.install", StopRequests)  # pytest keeps its own handlers
+    monkeypatch.setattr(
+        "peft_dist.worker.signals.install", StopRequests
+    )  # pytest keeps its own handlers
     code = train.main(["recipe.yaml", "--run-dir", "run", "checkpoint.every_steps=null", *changes])
     errors = capsys.readouterr().err
     assert code == 2
@@ -468,7 +470,7 @@ def test_a_classifier_trains_from_end_to_end(tmp_path: Path) -> None:
     loaded = start(tmp_path, [sys.executable, "-c", script])
     assert loaded.returncode == 0, loaded.stderr
     assert "torch.Size([1, 3])" in loaded.stdout
-    command = [sys.executable, "-m", "peft_dist.cli", "evaluate", "run"]
+    command = [sys.executable, "-m", "peft_dist", "evaluate", "run"]
     assert start(tmp_path, command).returncode == 0
     scored = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))
     assert scored["accuracy"] == found["eval"]["last"]["accuracy"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from peft_dist.checkpoint.adapter import ADAPTER_FILE
+from peft_dist.checkpoint.adapter_file import ADAPTER_FILE
 from tests.distributed import matrix
 from tests.distributed.cases import (
     CASES,

@@ -22,7 +22,7 @@ def minilm() -> Path:
 
 def test_a_real_encoder_classifies_definitions(tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "peft_dist.cli", "train",
+        sys.executable, "-m", "peft_dist", "train",
         str(ROOT / "configs" / "recipes" / "classify.yaml"), f"model.name={minilm()}",
         "train.epochs=1", "--run-dir", "run", "--nproc", "2",
     ]  # fmt: skip

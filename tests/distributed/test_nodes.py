@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.goodput import goodput, read_ledger
-from peft_dist.report.facts import read_runs
+from peft_dist.ledger.goodput import goodput, read_ledger
 from peft_dist.report.page import render_page
-from peft_dist.slurm.standing import read_tail, standing
-from peft_dist.tracking.rows import LedgerRows
+from peft_dist.report.run_data import read_runs
+from peft_dist.status.progress import read_tail, standing
+from peft_dist.tracking.wandb.rows import LedgerRows
 from tests.distributed.test_commands import RECIPE
 from tests.processes import ROOT, environment, free_port, run
 from tests.tiny import completion_rows, tiny_model, write_jsonl

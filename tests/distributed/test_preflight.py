@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.slurm.checks import PORT_TAKEN, Report, report_path
+from peft_dist.preflight.verdict import PORT_TAKEN, Report, report_path
 from tests.processes import ROOT, environment
 
 pytestmark = pytest.mark.distributed
@@ -50,7 +50,7 @@ class Nodes:
             if index in absent:
                 continue
             fault = (faults or {}).get(index)
-            script = ["-m", "peft_dist.preflight"] if fault is None else [FAULTY, fault]
+            script = ["-m", "peft_dist.preflight.main"] if fault is None else [FAULTY, fault]
             self.started[index] = subprocess.Popen(
                 [
                     *(sys.executable, *script, "--hosts", hosts, "--index", str(index)),

@@ -49,7 +49,7 @@ def test_every_command_of_the_readme_runs(home: Path) -> None:
         words = [str(Path(word).expanduser()) if word.startswith("~") else word for word in words]
         words = [word.replace(str(Path.home()), str(home)) for word in words]
         if words[0] == "peft-dist":
-            words[:1] = [sys.executable, "-m", "peft_dist.cli"]
+            words[:1] = [sys.executable, "-m", "peft_dist"]
         if command.startswith(TRAINS):
             words += SMALLER
         done = run(words, cwd=home, environment=at_home(home), timeout_s=120)
@@ -61,7 +61,7 @@ def test_every_command_of_the_readme_runs(home: Path) -> None:
 @pytest.mark.distributed
 def test_the_lines_that_a_run_ends_with_load_its_adapter(home: Path) -> None:
     recipe = home / "configs/recipes/quickstart.yaml"
-    words = [sys.executable, "-m", "peft_dist.cli", "train", str(recipe), "--run-dir", "runs/lines"]
+    words = [sys.executable, "-m", "peft_dist", "train", str(recipe), "--run-dir", "runs/lines"]
     done = run([*words, *SMALLER], cwd=home, environment=at_home(home), timeout_s=120)
     assert done.returncode == 0, done.stderr
     lines = [line.strip() for line in done.stdout.split("load it:")[1].splitlines()]

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_dist import resources
+from peft_dist.common import paths
 from peft_dist.config import Recipe
 from peft_dist.config.recipe import Parallel
-from peft_dist.dist import World
+from peft_dist.distributed.world import World
 from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.placement import Machine, place
-from peft_dist.shard.launched import Launched, resolve
+from peft_dist.sharding.launcher_env import Launched, resolve
 from tests.processes import ROOT, environment, run
 from tests.tiny import completion_rows, tiny_model, write_jsonl
 
@@ -95,7 +95,7 @@ def root(tmp_path: Path) -> Path:
     """Return a folder like a checkout, whose worker writes down its environment."""
     strategies = tmp_path / "root" / "launch" / "strategies"
     strategies.mkdir(parents=True)
-    for file in (resources.root() / "launch" / "strategies").glob("*.yaml"):
+    for file in (paths.root() / "launch" / "strategies").glob("*.yaml"):
         (strategies / file.name).write_bytes(file.read_bytes())
     (tmp_path / "root" / "launch" / "train.py").write_text(WORKER, encoding="utf-8")
     return tmp_path / "root"
@@ -181,7 +181,7 @@ def test_a_file_that_accelerate_config_wrote_is_followed(
     root: Path, tmp_path: Path, asked: str, expected: Launched
 ) -> None:
     (tmp_path / "out").mkdir()
-    text = ASKED + asked.format(file=resources.root() / "launch" / "strategies" / "zero2.json")
+    text = ASKED + asked.format(file=paths.root() / "launch" / "strategies" / "zero2.json")
     (tmp_path / "own.yaml").write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
                str(tmp_path / "own.yaml"), str(root / "launch" / "train.py"),

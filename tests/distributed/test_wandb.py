@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.run_dir import RunDir
+from peft_dist.run.directory import RunDir
 from tests.tiny import completion_rows, tiny_model, write_jsonl
 from tests.unit.wandb_runs import ledger, rows_of, side_cars, sync, user, wait_for, wanted_rows
 from tests.wandb_stub import Stub, wandb_stub
@@ -49,7 +49,7 @@ def stub() -> Iterator[Stub]:
 
 
 def start(project: Path, stub: Stub, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "peft_dist.cli", "train", "recipe.yaml", "--nproc", "2", *more]
+    command = [sys.executable, "-m", "peft_dist", "train", "recipe.yaml", "--nproc", "2", *more]
     return subprocess.Popen(
         command, cwd=project, env=user(project / "home", stub),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -139,7 +139,7 @@ def test_a_server_that_fails_changes_neither_the_exit_code_nor_the_adapter(
 
 
 def test_training_imports_no_wandb(project: Path) -> None:
-    code = "import sys; import peft_dist.fine_tune; print('wandb' in sys.modules)"
+    code = "import sys; import peft_dist.finetune; print('wandb' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], env=user(project / "home", None), cwd=project,
         capture_output=True, text=True, timeout=120, check=True,

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_dist import dist
 from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.distributed import process_group
+from peft_dist.distributed.collectives import gather_objects
+from peft_dist.distributed.world import World, read_world
 from peft_dist.model import base
 from peft_dist.model.architectures import transformer_blocks
 from peft_dist.model.nf4 import FrozenLinear4bit
 from peft_dist.model.source import find_base
-from peft_dist.session import open_session
-from peft_dist.shard import zero
+from peft_dist.model_setup import open_session
+from peft_dist.sharding import deepspeed_zero
 from peft_dist.trainer import Trainer
 from tests.distributed.cases import DDP, FSDP, SINGLE, ZERO2, ZERO3, Case, run_cases
 from tests.tiny import tiny_recipe
@@ -61,22 +63,22 @@ CASES = {
 
 def main(folder: Path) -> None:
     """Run every case that belongs to this number of processes."""
-    world = dist.read_world()
-    dist.start(world)
+    world = read_world()
+    process_group.start(world)
     run_cases(folder, CASES, world)
     if world.size > 1:
         for what, watch in (("load", watch_a_load), ("training", watch_a_training)):
-            facts = dist.gather_objects(watch(folder, world))
+            facts = gather_objects(watch(folder, world))
             if world.is_main:
                 (folder / f"{what}.json").write_text(json.dumps(facts), encoding="utf-8")
-    dist.stop()
+    process_group.stop()
 
 
-def watch_a_load(folder: Path, world: dist.World) -> dict[str, Any]:
+def watch_a_load(folder: Path, world: World) -> dict[str, Any]:
     """Load a base under zero3; return what stood whole meanwhile, and what the engine gives."""
     most = {"made": 0, "filled": 0}
     parameters: list[nn.Parameter] = []
-    materialize, put = base.materialize, zero.ZeRO3Engine.put
+    materialize, put = base.materialize, deepspeed_zero.ZeRO3Engine.put
 
     def whole_bytes() -> int:
         return sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
@@ -91,18 +93,20 @@ def watch_a_load(folder: Path, world: dist.World) -> dict[str, Any]:
 
         materialize(model, device, watched)
 
-    def watched_put(engine: zero.ZeRO3Engine, parameter: nn.Parameter, value: torch.Tensor) -> None:
+    def watched_put(
+        engine: deepspeed_zero.ZeRO3Engine, parameter: nn.Parameter, value: torch.Tensor
+    ) -> None:
         put(engine, parameter, value)
         most["filled"] = max(most["filled"], whole_bytes())
 
-    base.materialize, zero.ZeRO3Engine.put = watched_materialize, watched_put  # type: ignore
+    base.materialize, deepspeed_zero.ZeRO3Engine.put = watched_materialize, watched_put  # type: ignore
     try:
         recipe = tiny_recipe(
             folder / "models" / "odd", folder / "completion.jsonl", parallel={"strategy": "zero3"}
         )
         session = open_session(recipe, world, find_base(recipe, folder / "cache-load"))
     finally:
-        base.materialize, zero.ZeRO3Engine.put = materialize, put  # type: ignore[method-assign]
+        base.materialize, deepspeed_zero.ZeRO3Engine.put = materialize, put  # type: ignore[method-assign]
     returned = {}
     for name, parameter in session.base.items():
         whole = session.engine.whole(parameter).clone()
@@ -118,11 +122,13 @@ def watch_a_load(folder: Path, world: dist.World) -> dict[str, Any]:
     }
 
 
-def watch_a_training(folder: Path, world: dist.World) -> dict[str, Any]:
+def watch_a_training(folder: Path, world: World) -> dict[str, Any]:
     """Train under zero3 as on a model too large to keep; return what stood whole in each block."""
-    config = zero._config
+    config = deepspeed_zero._config
     at_once = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-    zero._config = lambda section: config(section | (at_once if section["stage"] == 3 else {}))
+    deepspeed_zero._config = lambda section: config(
+        section | (at_once if section["stage"] == 3 else {})
+    )
     try:
         recipe = tiny_recipe(
             folder / "models" / "llama",
@@ -154,7 +160,7 @@ def watch_a_training(folder: Path, world: dist.World) -> dict[str, Any]:
         rows = tokenize_rows(recipe, "train", folder / "cache-load" / "rows")
         Trainer(session, rows, None).run()
     finally:
-        zero._config = config
+        deepspeed_zero._config = config
     left = sum(p.numel() for p in session.base.values())
     return {"looks": len(elsewhere), "elsewhere": max(elsewhere), "here": min(here), "left": left}
 

@@ -46,12 +46,12 @@ def slow(
         read = tokenize.tokenize_rows
         replace_function(read, lambda *rest, **named: around(read, *rest, **named))
     elif where == "loading":
-        from peft_dist import session
+        from peft_dist import model_setup
 
-        load = session.open_session
+        load = model_setup.open_session
         replace_function(load, lambda *rest, **named: around(load, *rest, **named))
     elif where == "evaluation":
-        from peft_dist import scoring
+        from peft_dist.evaluation import scoring
 
         batches = scoring._batches
 
@@ -62,7 +62,7 @@ def slow(
 
         replace_function(batches, late_batches)
     else:
-        from peft_dist.saving import Saver
+        from peft_dist.checkpoint.verified_save import Saver
 
         wrap(Saver, "save", around)
 
@@ -80,9 +80,12 @@ def delay_steps(here: "Rank", *, rank: int, seconds: Sequence[float], from_step:
 
 def on_another_machine(_here: "Rank", *, stale_after_s: float) -> None:
     """Let a group see of the run's holder only its beats, and wait so long for one."""
-    from peft_dist import attempts, liveness
+    from peft_dist.common import process_identity
+    from peft_dist.run import lease
 
-    here = liveness.this_process()
-    replace_function(liveness.this_process, lambda: {**here, "boot_id": "another machine's"})
-    assert stale_after_s < attempts.STALE_AFTER_S
-    attempts.STALE_AFTER_S = stale_after_s
+    here = process_identity.this_process()
+    replace_function(
+        process_identity.this_process, lambda: {**here, "boot_id": "another machine's"}
+    )
+    assert stale_after_s < lease.STALE_AFTER_S
+    lease.STALE_AFTER_S = stale_after_s

@@ -154,9 +154,9 @@ def hang_at(
     if not here.is_one_of(rank):
         return
     if where == "setup":
-        from peft_dist import session
+        from peft_dist import model_setup
 
-        replace_function(session.open_session, lambda *_, **__: _sleep_for_ever())
+        replace_function(model_setup.open_session, lambda *_, **__: _sleep_for_ever())
         return
     at_steps(lambda now: _sleep_for_ever() if where == "step" and now == step else None)
 
@@ -166,15 +166,15 @@ def hang_at(
         return call(*rest, **named)
 
     if where == "rows":
-        from peft_dist.session import Session
+        from peft_dist.model_setup import Session
 
         wrap(Session, "pack", around)
     elif where == "collective":
-        from peft_dist.shard.engine import Engine
+        from peft_dist.sharding.engine import Engine
 
         wrap(Engine, "reduce", around)
     elif where == "evaluation":
-        from peft_dist import scoring
+        from peft_dist.evaluation import scoring
 
         replace_function(scoring.score_rows, functools.partial(around, scoring.score_rows))
 
@@ -209,7 +209,7 @@ def record_rows(here: Rank, *, folder: str) -> None:
 
     `oracles.trained_rows` reads it. It is what the rank did, where the ledger is what it says.
     """
-    from peft_dist.session import Session
+    from peft_dist.model_setup import Session
 
     path = Path(folder) / f"rank-{here.rank}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 
 def meeting_limit(_here: "Rank", *, seconds: float) -> None:
-    """Let every rank wait so long for the others, instead of `dist.MEETING_TIMEOUT`."""
-    from peft_dist import dist
+    """Let every rank wait so long for the others, instead of `rendezvous.MEETING_TIMEOUT`."""
+    from peft_dist.distributed import rendezvous
 
-    assert dist.meet.__kwdefaults__ is not None
-    assert dist.meet.__kwdefaults__["within"] == dist.MEETING_TIMEOUT
-    dist.meet.__kwdefaults__["within"] = timedelta(seconds=seconds)
+    assert rendezvous.meet.__kwdefaults__ is not None
+    assert rendezvous.meet.__kwdefaults__["within"] == rendezvous.MEETING_TIMEOUT
+    rendezvous.meet.__kwdefaults__["within"] = timedelta(seconds=seconds)
 
 
 def late_rank(here: "Rank", *, rank: int, seconds: float) -> None:

@@ -2,7 +2,7 @@
 
 Importing torch, transformers and peft takes seconds per process; a fork of a process that has
 done it takes milliseconds. A rank then is what a launcher would have started: a session of its
-own, the launcher's environment, its output in files, and `peft_dist.train.main` to run. The
+own, the launcher's environment, its output in files, and `entrypoints.train.main` to run. The
 nursery computes nothing and has one thread, so that its forks are sound.
 
 `harness.py` starts it with `python -m tests.faults.nursery` and talks to it in lines of JSON, one
@@ -23,8 +23,8 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 HEAVY = (
-    "peft_dist.train",
-    "peft_dist.fine_tune",
+    "peft_dist.entrypoints.train",
+    "peft_dist.finetune",
     # what a training of a tiny llama would still import
     "peft.tuners.lora.bnb",
     "peft.utils.transformers_weight_conversion",
@@ -147,7 +147,7 @@ def live(birth: Birth) -> int:
     try:
         import torch
 
-        from peft_dist.train import main
+        from peft_dist.entrypoints.train import main
         from tests.faults import hooks
 
         torch.set_num_threads(1)

@@ -35,7 +35,7 @@ def at_steps(call: Callable[[int], None]) -> None:
 
 def around_forward(around: Callable[..., Any]) -> None:
     """Put `around` in the place of every head's forward."""
-    from peft_dist.model.heads import CausalLM, SequenceClassifier
+    from peft_dist.model.loss import CausalLM, SequenceClassifier
 
     wrap(CausalLM, "forward", around)
     wrap(SequenceClassifier, "forward", around)

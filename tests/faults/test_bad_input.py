@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peft_dist.attempts import Attempt
-from peft_dist.cli import main
+from peft_dist.cli.main import main
+from peft_dist.common.errors import DataError
 from peft_dist.config import load_recipe
 from peft_dist.data.rows import BadRows, read_rows
 from peft_dist.data.sources import open_source
-from peft_dist.errors import DataError
-from peft_dist.run_dir import RunDir
+from peft_dist.run.directory import RunDir
+from peft_dist.run.lease import Attempt
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Group, Harness, Project, fault
 from tests.faults.long import cases

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from peft_dist.errors import EXIT_CRASHED, EXIT_DO_NOT_RETRY
+from peft_dist.common.errors import EXIT_CRASHED, EXIT_DO_NOT_RETRY
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Harness, fault
 from tests.faults.long import cases

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from peft_dist.checkpoint.manifest import MANIFEST_FILE, seal, step_name
-from peft_dist.checkpoint.store import newest_good
+from peft_dist.checkpoint.directory import newest_good
+from peft_dist.common.manifest import MANIFEST_FILE, seal, step_name
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Group, Harness, Project, fault
 from tests.faults.long import cases

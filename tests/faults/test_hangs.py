@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import pytest
 
-from peft_dist.crash_loop import LOST_PEER, crash_notes
-from peft_dist.errors import EXIT_CRASHED
-from peft_dist.watchdog import SLOWEST_FACTOR
+from peft_dist.common.errors import EXIT_CRASHED
+from peft_dist.run.restart_policy import LOST_PEER, crash_notes
+from peft_dist.worker.watchdog import SLOWEST_FACTOR
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Fault, Group, Harness, fault
 from tests.faults.hooks import ALL

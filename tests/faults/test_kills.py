@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple
 
 import pytest
 
-from peft_dist import attempts
-from peft_dist.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
-from peft_dist.goodput import goodput, read_ledger
+from peft_dist.common.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from peft_dist.ledger.goodput import goodput, read_ledger
+from peft_dist.run import lease
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Fault, Group, Harness, fault
 from tests.faults.long import cases
@@ -202,7 +202,7 @@ def test_a_run_that_is_requeued_again_and_again_takes_every_row_once(
     assert_every_row_once(run_dir, project.cache, packed)
     trained = [step for folder in packed for step in trained_rows([folder])]
     assert trained == list(range(1, 201)), "steps were done twice"
-    outcomes = [record.get("outcome") for record in attempts.records(run_dir / "attempts")]
+    outcomes = [record.get("outcome") for record in lease.records(run_dir / "attempts")]
     assert outcomes == ["interrupted"] * times + ["done"]
 
 
@@ -238,7 +238,7 @@ def test_a_wrong_clock_changes_nothing_but_timestamps(
     assert_same_run(run_dir, expected)
     assert checkpoint_steps(run_dir) == checkpoint_steps(expected)
     assert_little_is_lost(run_dir)
-    assert [record["attempt"] for record in attempts.records(run_dir / "attempts")] == [1, 2]
+    assert [record["attempt"] for record in lease.records(run_dir / "attempts")] == [1, 2]
     assert_time_is_accounted_for(run_dir, ended.groups)
 
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.distributed
 
 STEPS = ("train.steps=200", "evaluate.every_steps=null", "checkpoint.every_steps=20")
 LIMIT_S = 120.0
-PEFT_DIST = [sys.executable, "-m", "peft_dist.cli"]
+PEFT_DIST = [sys.executable, "-m", "peft_dist"]
 
 
 class Command:

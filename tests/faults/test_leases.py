@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.errors import EXIT_DO_NOT_RETRY, EXIT_USER_ERROR
+from peft_dist.common.errors import EXIT_DO_NOT_RETRY, EXIT_USER_ERROR
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Harness, fault
 from tests.faults.long import cases

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.checkpoint.manifest import step_name, verify
+from peft_dist.common.manifest import step_name, verify
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Fault, Harness, fault
 from tests.faults.long import cases

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.checkpoint.manifest import step_name
-from peft_dist.goodput import goodput, read_ledger
+from peft_dist.common.manifest import step_name
+from peft_dist.ledger.goodput import goodput, read_ledger
 from tests.faults.harness import Group, Harness, Project, fault
 from tests.faults.long import cases
 from tests.faults.mutations import KINDS

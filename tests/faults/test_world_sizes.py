@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.errors import EXIT_INTERRUPTED
+from peft_dist.common.errors import EXIT_INTERRUPTED
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Harness, fault
 from tests.faults.long import cases

@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from peft_dist import dist
 from peft_dist.data.pack import pack
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.distributed import process_group
+from peft_dist.distributed.world import World, read_world
+from peft_dist.metrics.mfu import peak_flops
 from peft_dist.model.nf4 import dequantize, quantize_rows
 from peft_dist.model.source import find_base
 from peft_dist.model.weights import WeightFiles
-from peft_dist.session import Session, open_session
-from peft_dist.shard.own_time import OwnTime
+from peft_dist.model_setup import Session, open_session
+from peft_dist.sharding.compute_timer import OwnTime
 from peft_dist.trainer import Trainer
-from peft_dist.utilisation import peak_flops
 from tests.distributed.cases import Recorder
 from tests.tiny import tiny_model, tiny_recipe, write_jsonl
 
@@ -32,16 +33,16 @@ ROWS = [{"text": "the quick brown fox jumps over the lazy dog " * (1 + n % 3)} f
 
 
 @pytest.fixture
-def world() -> Iterator[dist.World]:
-    place = dist.read_world()
+def world() -> Iterator[World]:
+    place = read_world()
     assert place.device.type == "cuda"
-    dist.start(place)
+    process_group.start(place)
     yield place
-    dist.stop()
+    process_group.stop()
 
 
 def opened(
-    tmp_path: Path, world: dist.World, *, strategy: str, quantization: str
+    tmp_path: Path, world: World, *, strategy: str, quantization: str
 ) -> tuple[Session, TokenizedRows, Path]:
     model = tmp_path / "model"
     tiny_model(model, "llama")
@@ -63,7 +64,7 @@ def local(parameter: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 def test_nf4_agrees_with_a_bf16_model_of_the_same_weights(
-    tmp_path: Path, world: dist.World, strategy: str
+    tmp_path: Path, world: World, strategy: str
 ) -> None:
     session, rows, model = opened(tmp_path, world, strategy=strategy, quantization="nf4")
     batch = pack(rows, torch.arange(4).numpy(), packing=True).to(world.device)
@@ -93,7 +94,7 @@ def test_nf4_agrees_with_a_bf16_model_of_the_same_weights(
 
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 def test_the_packed_base_is_byte_exact_after_a_wrap_and_some_steps(
-    tmp_path: Path, world: dist.World, strategy: str
+    tmp_path: Path, world: World, strategy: str
 ) -> None:
     session, rows, _ = opened(tmp_path, world, strategy=strategy, quantization="nf4")
     before = {name: local(parameter).clone() for name, parameter in session.base.items()}
@@ -123,7 +124,7 @@ def test_the_time_of_a_step_is_the_devices_and_is_not_waited_for() -> None:
 
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 def test_records_have_time_memory_and_mfu_of_the_device(
-    tmp_path: Path, world: dist.World, strategy: str
+    tmp_path: Path, world: World, strategy: str
 ) -> None:
     session, rows, _ = opened(tmp_path, world, strategy=strategy, quantization="nf4")
     trainer, records = Trainer(session, rows, None), Recorder()
@@ -139,7 +140,7 @@ def test_records_have_time_memory_and_mfu_of_the_device(
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_memory_after_loading_is_the_bytes_that_were_counted(
-    tmp_path: Path, world: dist.World, quantization: str
+    tmp_path: Path, world: World, quantization: str
 ) -> None:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from peft_dist.cli import main
+from peft_dist.cli.main import main
 from peft_dist.config.load import render_yaml
 from tests.unit.run_folders import slurm_commands
 

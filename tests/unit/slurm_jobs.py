@@ -14,7 +14,7 @@ from typing import Any
 from peft_dist.config import Recipe
 from peft_dist.config.cluster import Cluster
 from peft_dist.launch.placement import Machine, place
-from peft_dist.slurm.render import Array, Job, scripts
+from peft_dist.slurm.scripts import Array, Job, scripts
 from tests.unit.run_folders import slurm_commands
 
 FOLDER = Path("/scratch/alice/runs/first")
@@ -112,7 +112,7 @@ def render(made: Job) -> dict[str, str]:
 INTERPRETER = r"""
 case "$1 $2" in
   "-c "*) echo "$STAND_IN_SHARE"; exit ;;
-  "-m peft_dist.slurm.stage")
+  "-m peft_dist.slurm.stage_model")
     printf '%s\0' "$@" >"$SEEN/stage-$SLURM_NODEID"
     echo '{"a": "b"}'
     exit ;;

@@ -9,13 +9,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from peft_dist.checkpoint import adapter as adapter_file
+from peft_dist.checkpoint import adapter_file as adapter_file
+from peft_dist.common.errors import RecipeError
 from peft_dist.config import load_recipe
 from peft_dist.data.tokenize import tokenize_rows
-from peft_dist.dist import World
-from peft_dist.errors import RecipeError
+from peft_dist.distributed.world import World
 from peft_dist.model.source import find_base
-from peft_dist.session import Session, open_session
+from peft_dist.model_setup import Session, open_session
 from peft_dist.trainer import Trainer
 from tests.tiny import completion_rows, save_adapter, tiny_model, tiny_recipe, write_jsonl
 

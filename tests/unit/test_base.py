@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from peft_dist.dist import Shard
-from peft_dist.errors import ModelError
+from peft_dist.common.errors import ModelError
+from peft_dist.distributed.collectives import Shard
 from peft_dist.model import architectures
 from peft_dist.model.base import BasePlan, fill_base, materialize, plan_base, read_rows
 from peft_dist.model.nf4 import FrozenLinear4bit

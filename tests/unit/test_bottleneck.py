@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_dist.common.errors import RecipeError
 from peft_dist.config.method import Bottleneck
-from peft_dist.dist import World
-from peft_dist.errors import RecipeError
+from peft_dist.distributed.world import World
 from peft_dist.methods import METHODS
 from peft_dist.methods.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckMethod
 from peft_dist.model.nf4 import FrozenLinear4bit
 from peft_dist.model.source import find_base
-from peft_dist.session import open_session
+from peft_dist.model_setup import open_session
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_recipe
 
 TOKENS = torch.arange(3, 15)[None]

@@ -10,19 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from peft_dist.checkpoint.adapter import (
-    ADAPTER_FILE,
-    load_adapter,
-)
+from peft_dist.checkpoint.adapter_file import ADAPTER_FILE, load_adapter
+from peft_dist.checkpoint.verified_save import Saver
+from peft_dist.common.errors import PeftDistError, RunDirError, Superseded, TrainingError
 from peft_dist.config.method import Lora
 from peft_dist.data.tokenize import tokenize_rows
-from peft_dist.dist import World
-from peft_dist.errors import PeftDistError, RunDirError, Superseded, TrainingError
+from peft_dist.distributed.world import World
 from peft_dist.methods.lora import LoraMethod
 from peft_dist.model import architectures
 from peft_dist.model.source import find_base
-from peft_dist.saving import Saver
-from peft_dist.session import Session, open_session
+from peft_dist.model_setup import Session, open_session
 from tests.processes import environment, run, torchrun
 from tests.tiny import completion_rows, save_adapter, tiny_model, tiny_recipe, write_jsonl
 
@@ -330,8 +327,8 @@ def test_the_base_is_not_gathered_to_save(
         return broadcast(tensor, **where)
 
     monkeypatch.setattr("torch.distributed.broadcast", counted)
-    monkeypatch.delattr("peft_dist.shard.engine.Engine.whole")
-    monkeypatch.delattr("peft_dist.dist.Shard.gather")
+    monkeypatch.delattr("peft_dist.sharding.engine.Engine.whole")
+    monkeypatch.delattr("peft_dist.distributed.collectives.Shard.gather")
     saver.save(tmp_path / "adapter")
     assert sent == [sum(sizes)]
 
@@ -355,17 +352,18 @@ def test_a_file_is_hardly_larger_than_its_adapter(tmp_path: Path) -> None:
 TWO_PROCESSES = """
 import json, os, sys
 from pathlib import Path
-from peft_dist import dist
+from peft_dist.distributed import process_group
+from peft_dist.distributed.world import read_world
 from peft_dist.data.tokenize import tokenize_rows
-from peft_dist.errors import TrainingError
-from peft_dist.saving import Saver
+from peft_dist.common.errors import TrainingError
+from peft_dist.checkpoint.verified_save import Saver
 from peft_dist.model.source import find_base
-from peft_dist.session import open_session
+from peft_dist.model_setup import open_session
 from tests.tiny import tiny_recipe
 
 folder = Path(sys.argv[1])
-world = dist.read_world()
-dist.start(world)
+world = read_world()
+process_group.start(world)
 recipe = tiny_recipe(folder / "llama", folder / "rows.jsonl", parallel={"strategy": "fsdp"})
 session = open_session(recipe, world, find_base(recipe, folder / "cache"))
 saver = Saver(session, tokenize_rows(recipe, "train", folder / "cache"))

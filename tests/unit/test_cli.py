@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist import cli, resources
-from peft_dist.cli import main
+from peft_dist.cli import main as cli
+from peft_dist.cli.main import main
+from peft_dist.common import paths
 from peft_dist.config import load_recipe
 from peft_dist.launch import here
-from peft_dist.run_dir import RunDir
+from peft_dist.run.directory import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
@@ -42,7 +43,7 @@ def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: str) -
     package.mkdir(parents=True)
     assert main(["init", str(package / "_share")]) == 0
     (package / "_share" / "launch" / "train.py").write_text(worker, encoding="utf-8")
-    monkeypatch.setattr(resources, "__file__", str(package / "resources.py"))
+    monkeypatch.setattr(paths, "__file__", str(package / "common" / "paths.py"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
@@ -194,8 +195,8 @@ def test_the_run_says_how_a_worker_ended_not_the_launcher(
     worker = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from peft_dist.errors import TrainingError\n"
-        "from peft_dist.run_dir import RunDir\n"
+        "from peft_dist.common.errors import TrainingError\n"
+        "from peft_dist.run.directory import RunDir\n"
         "RunDir(Path(sys.argv[1]).parent).record_failure(TrainingError('loss nan at step 7'))\n"
         "sys.exit(3)\n"
     )
@@ -275,7 +276,7 @@ def test_a_workers_own_error_is_the_only_line_and_its_code_is_kept(
 ) -> None:
     worker = (
         "import sys\n"
-        "from peft_dist.errors import DataError\n"
+        "from peft_dist.common.errors import DataError\n"
         "error = DataError('no rows', where='train.jsonl')\n"
         "print('noise', file=sys.stderr)\n"
         "print(f'peft-dist: error: {error}', file=sys.stderr)\n"
@@ -313,9 +314,10 @@ def test_a_crash_shows_the_end_of_the_log_and_where_it_is(
 def test_ctrl_c_ends_every_worker(recipe_file: Path, tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from peft_dist import cli, resources\n"
-        "resources.__file__ = sys.argv[1]\n"
-        "sys.exit(cli.main(sys.argv[2:]))\n"
+        "from peft_dist.cli.main import main\n"
+        "from peft_dist.common import paths\n"
+        "paths.__file__ = sys.argv[1]\n"
+        "sys.exit(main(sys.argv[2:]))\n"
     )
     package = tmp_path / "installed" / "peft_dist"
     assert main(["init", str(package / "_share")]) == 0
@@ -324,7 +326,7 @@ def test_ctrl_c_ends_every_worker(recipe_file: Path, tmp_path: Path) -> None:
     )
     run = tmp_path / "run"
     ours = subprocess.Popen(
-        [sys.executable, "-c", code, str(package / "resources.py"), "train", str(recipe_file),
+        [sys.executable, "-c", code, str(package / "common" / "paths.py"), "train", str(recipe_file),
          "--nproc", "2", "--run-dir", str(run)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stderr=subprocess.PIPE,

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from peft_dist.cli import main
+from peft_dist.cli.main import main
+from peft_dist.common.durations import duration_s, duration_text
+from peft_dist.common.errors import ClusterError
 from peft_dist.config.cluster import Cluster, cluster_schema, load_cluster, render_cluster
-from peft_dist.config.duration import duration_s, duration_text
 from peft_dist.config.load import render_yaml
-from peft_dist.errors import ClusterError
-from peft_dist.slurm.secret_file import read_secrets
+from peft_dist.slurm.secrets import read_secrets
 from tests.unit.slurm_jobs import APPTAINER, EVERYTHING
 
 ROOT = Path(__file__).resolve().parents[2]

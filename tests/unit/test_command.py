@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from peft_dist.common.errors import LaunchError
 from peft_dist.config import Recipe, load_recipe
-from peft_dist.config.derived import batch_shape
-from peft_dist.errors import LaunchError
+from peft_dist.config.batch_shape import batch_shape
 from peft_dist.launch.command import Meeting, launch_environment, shell_line, worker_command
 from peft_dist.launch.placement import Machine, place, this_machine
 

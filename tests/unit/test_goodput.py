@@ -8,11 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_dist.cli import main
+from peft_dist.cli.main import main
+from peft_dist.common.errors import RunDirError
 from peft_dist.config import Recipe
-from peft_dist.errors import RunDirError
-from peft_dist.goodput import PHASES, Goodput, Record, final_steps, goodput, read_ledger, render
-from peft_dist.run_dir import RunDir
+from peft_dist.ledger.goodput import (
+    PHASES,
+    Goodput,
+    Record,
+    final_steps,
+    goodput,
+    read_ledger,
+    render,
+)
+from peft_dist.run.directory import RunDir
 
 LAUNCH = 1_000_000.0
 """Unix time at which the process of the first attempt starts."""

@@ -32,10 +32,12 @@ def test_every_import_goes_down_the_layers() -> None:
 def test_the_control_plane_imports_nothing_heavy(recipe_file: Path) -> None:
     code = (
         "import sys\n"
-        "from peft_dist import cli, resources, run_dir\n"
+        "from peft_dist.cli.main import main\n"
+        "from peft_dist.common import paths\n"
+        "from peft_dist.run import directory\n"
         "from peft_dist.launch import command, local, placement\n"
-        "assert cli.main(['train', sys.argv[1], '--dry-run']) == 0\n"
-        "assert cli.main(['schema']) == 0\n"
+        "assert main(['train', sys.argv[1], '--dry-run']) == 0\n"
+        "assert main(['schema']) == 0\n"
         f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)\n"
     )
     done = subprocess.run(
@@ -48,7 +50,7 @@ def test_help_starts_at_once() -> None:
     def seconds() -> float:
         start = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-m", "peft_dist.cli", "--help"], check=True, capture_output=True
+            [sys.executable, "-m", "peft_dist", "--help"], check=True, capture_output=True
         )
         return time.perf_counter() - start
 
@@ -62,9 +64,11 @@ def test_what_speaks_to_slurm_imports_nothing_heavy_and_costs_little(
     words = ["submit", str(recipe_file), "--cluster", str(cluster), "--dry-run"]
     code = (
         "import resource, sys\n"
-        "from peft_dist import cli\n"
-        "assert cli.main(sys.argv[1:]) == 0\n"
-        "from peft_dist.slurm import arrays, cancel, logs, node, probe, status, submit\n"
+        "from peft_dist.cli.main import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "from peft_dist.run import sweep\n"
+        "from peft_dist.slurm import job_control, probe, submit, supervisor\n"
+        "from peft_dist.status import command, logs\n"
         f"heavy = [name for name in {HEAVY} if name in sys.modules]\n"
         "used = resource.getrusage(resource.RUSAGE_SELF)\n"
         "print(used.ru_utime + used.ru_stime, heavy, file=sys.stderr)\n"

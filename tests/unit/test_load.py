@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from peft_dist.common.errors import RecipeError
 from peft_dist.config import load_recipe, render_recipe
-from peft_dist.config.derived import peak_learning_rate
-from peft_dist.errors import RecipeError
+from peft_dist.optim.lr_schedule import peak_learning_rate
 
 Write = Callable[[str], Path]
 

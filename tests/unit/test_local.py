@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from peft_dist.common.errors import LaunchError
 from peft_dist.config import Recipe
-from peft_dist.errors import LaunchError
 from peft_dist.launch import local
 from peft_dist.launch.command import worker_command
 from peft_dist.launch.local import PASSED_ON, run_launcher
@@ -49,7 +49,7 @@ SLEEPER = "import time; print(flush=True); time.sleep(60)"
 SAVER = """
 import os, subprocess, sys, time
 from pathlib import Path
-from peft_dist.stop import install
+from peft_dist.worker.signals import install
 requests = install()
 folder, rank = Path(sys.argv[1]), sys.argv[2]
 if list(folder.glob(f"{rank}-started-*")):

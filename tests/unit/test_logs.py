@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.cli import main
-from peft_dist.errors import RunDirError
-from peft_dist.slurm import logs
-from peft_dist.slurm.logs import log_files, natural
-from peft_dist.slurm.tail import BLOCK_BYTES, Tail, printable
+from peft_dist.cli.main import main
+from peft_dist.common.errors import RunDirError
+from peft_dist.status import logs
+from peft_dist.status.log_tail import BLOCK_BYTES, Tail, printable
+from peft_dist.status.logs import log_files, natural
 from tests.unit.run_folders import array, lease, make_run, slurm_commands, submitted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WRITER = """
 import sys, time
 from pathlib import Path
-from peft_dist.attempts import Attempt
+from peft_dist.run.lease import Attempt
 run = Path(sys.argv[1])
 lease = Attempt.begin(run / "attempts")
 with (run / "logs" / "launcher.log").open("a") as log:
@@ -50,7 +50,7 @@ def follow(run: Path) -> Iterator[Follow]:
 
     def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
         process = subprocess.Popen(
-            [sys.executable, "-m", "peft_dist.cli", "logs", "--follow", *arguments, str(run)],
+            [sys.executable, "-m", "peft_dist", "logs", "--follow", *arguments, str(run)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=ROOT,
@@ -278,7 +278,7 @@ def test_following_a_job_takes_up_its_later_starts_until_it_is_over(
     write(run / "logs" / "12-0" / "node1.log", "first\n")
     code = (
         "import sys\n"
-        "from peft_dist.slurm import logs\n"
+        "from peft_dist.status import logs\n"
         "logs.ASK_SLURM_EVERY_S = 0.5\n"
         "sys.exit(logs.show_logs(sys.argv[1], follow=True))\n"
     )

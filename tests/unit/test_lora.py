@@ -10,14 +10,14 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from peft_dist.checkpoint.adapter import load_adapter
+from peft_dist.checkpoint.adapter_file import load_adapter
+from peft_dist.common.errors import RecipeError
 from peft_dist.config.method import Lora
-from peft_dist.dist import World
-from peft_dist.errors import RecipeError
+from peft_dist.distributed.world import World
 from peft_dist.methods.lora import LoraMethod
 from peft_dist.model.architectures import build_skeleton, read_config
 from peft_dist.model.source import find_base
-from peft_dist.session import Session, open_session
+from peft_dist.model_setup import Session, open_session
 from peft_dist.trainer import make_optimizer
 from tests.tiny import save_adapter, tiny_model, tiny_recipe
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from peft_dist.checkpoint.manifest import BadCheckpoint, seal, step_name, verify
-from peft_dist.checkpoint.store import folders, newest_good
+from peft_dist.checkpoint.directory import folders, newest_good
+from peft_dist.common.manifest import BadCheckpoint, seal, step_name, verify
 from tests.faults.mutations import KINDS, mutate
 
 MUTATIONS = int(os.environ.get("PEFT_DIST_MUTATIONS", "200"))

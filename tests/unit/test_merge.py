@@ -21,17 +21,18 @@ from transformers import (
     PreTrainedModel,
 )
 
-from peft_dist import cli, train
+from peft_dist.cli.main import main
+from peft_dist.common.errors import PeftDistError
 from peft_dist.config.method import Lora
 from peft_dist.config.recipe import Recipe
-from peft_dist.dist import World
-from peft_dist.errors import PeftDistError
-from peft_dist.merge import UNMERGEABLE, merge
+from peft_dist.distributed.world import World
+from peft_dist.entrypoints import train
+from peft_dist.entrypoints.merge import UNMERGEABLE, merge
 from peft_dist.methods import METHODS
 from peft_dist.model import architectures
 from peft_dist.model.source import find_base
-from peft_dist.run_dir import RunDir
-from peft_dist.session import open_session
+from peft_dist.model_setup import open_session
+from peft_dist.run.directory import RunDir
 from tests.processes import environment, run
 from tests.tiny import completion_rows, save_adapter, tiny_model, tiny_recipe, write_jsonl
 
@@ -194,8 +195,8 @@ def test_a_new_head_is_in_the_index(tmp_path: Path, alone: World) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from peft_dist.merge import merge
-from peft_dist.run_dir import RunDir
+from peft_dist.entrypoints.merge import merge
+from peft_dist.run.directory import RunDir
 
 def peak():
     status = Path("/proc/self/status").read_text()
@@ -339,7 +340,7 @@ def test_the_command_merges_a_run_that_was_trained(
     )
     assert train.main(["recipe.yaml", "--run-dir", "run"]) == 0
     capfd.readouterr()
-    assert cli.main(["merge", "run", "--out", "merged"]) == 0
+    assert main(["merge", "run", "--out", "merged"]) == 0
     told = capfd.readouterr()
     assert f"{tmp_path}/merged  14 of " in told.out
     assert "tensors merged" in told.out

@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from peft_dist.config.recipe import Tracking
-from peft_dist.run_dir import RunDir
-from peft_dist.tracking import Record, SystemSampler, watch_machine
-from peft_dist.tracking.nodes import STALE_INTERVALS, NodeFile, OtherNodes
+from peft_dist.ledger.writer import Record
+from peft_dist.run.directory import RunDir
+from peft_dist.tracking.nodes import STALE_INTERVALS, NodeFile, OtherNodes, watch_machine
+from peft_dist.tracking.system import SystemSampler
 from tests.unit.test_system import FIGURES, wait_until
 
 EVERY_S = 0.05

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist import dist, quantize
-from peft_dist.dist import World
+from peft_dist.distributed import process_group
+from peft_dist.distributed.world import World, read_world
+from peft_dist.entrypoints import quantize
 from peft_dist.model.cache import MANIFEST
 from peft_dist.model.source import find_base
-from peft_dist.session import Session, open_session
+from peft_dist.model_setup import Session, open_session
 from tests.tiny import tiny_model, tiny_recipe
 
 Opened = Callable[[], Session]
@@ -152,7 +153,7 @@ def test_a_base_quantized_ahead_is_the_entry_that_training_reads(
     monkeypatch.setenv("PEFT_DIST_CACHE", str(tmp_path / "ahead"))
     assert quantize.main([str(tmp_path / "model")]) == 0
     (entry,) = (tmp_path / "ahead" / "packed").iterdir()
-    dist.start(dist.read_world())
+    process_group.start(read_world())
     trained = entry_of(opened())
     assert entry.name == trained.name
     assert contents(entry) == contents(trained)

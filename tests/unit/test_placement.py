@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from peft_dist.common.errors import LaunchError
 from peft_dist.config import Recipe
-from peft_dist.errors import LaunchError
 from peft_dist.launch.placement import Machine, place
 
 CPU = Machine(gpus=0, cores=8)

@@ -10,11 +10,11 @@ from peft.tuners.cartridge.utils import initialize_kv_prefix_from_text
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from peft_dist.checkpoint.adapter import ADAPTER_FILE, load_adapter
+from peft_dist.checkpoint.adapter_file import ADAPTER_FILE, load_adapter
+from peft_dist.common.errors import RecipeError, RunDirError
 from peft_dist.config.method import Prefix
 from peft_dist.config.recipe import Recipe
-from peft_dist.dist import World
-from peft_dist.errors import RecipeError, RunDirError
+from peft_dist.distributed.world import World
 from peft_dist.methods.prefix import PrefixMethod
 from peft_dist.model.architectures import CAUSAL_LM
 from tests.virtual import (

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_dist.checkpoint.adapter import ADAPTER_FILE, load_adapter
+from peft_dist.checkpoint.adapter_file import ADAPTER_FILE, load_adapter
+from peft_dist.common.errors import DataError, RecipeError
 from peft_dist.config.recipe import Recipe
-from peft_dist.dist import World
-from peft_dist.errors import DataError, RecipeError
+from peft_dist.distributed.world import World
 from peft_dist.methods import Start
 from peft_dist.model.architectures import CAUSAL_LM
 from tests.tiny import ARCHITECTURES

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import ruamel.yaml
 
-from peft_dist.errors import ModelError, RecipeError
-from peft_dist.quickstart import FOLDER_NAME, convert, main, model_folder, packaged_gguf
+from peft_dist.common.errors import ModelError, RecipeError
+from peft_dist.entrypoints.quickstart import FOLDER_NAME, convert, main, model_folder, packaged_gguf
 
 CHECKOUT = Path(__file__).parents[2]
 installed = pytest.mark.skipif(
@@ -82,7 +82,7 @@ def test_without_the_package_the_error_is_the_command_that_installs_it(tmp_path:
                  "typing_inspection", "annotated_types"):  # fmt: skip
         (bare / name).symlink_to(Path(ruamel.yaml.__file__).parents[2] / name)
     done = subprocess.run(
-        [sys.executable, "-S", "-m", "peft_dist.quickstart",
+        [sys.executable, "-S", "-m", "peft_dist.entrypoints.quickstart",
          str(recipe(tmp_path, f"model: {{name: ./{FOLDER_NAME}}}\ndata: {{train: rows}}"))],
         env={"PYTHONPATH": f"{bare}:{CHECKOUT}"}, cwd=tmp_path,
         capture_output=True, text=True, timeout=60,
@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(
 @pytest.mark.slow
 def test_the_model_is_converted_once_into_an_ordinary_folder(tmp_path: Path) -> None:
     path = recipe(tmp_path, f"model: {{name: ./{FOLDER_NAME}}}\ndata: {{train: rows}}")
-    command = [sys.executable, "-m", "peft_dist.quickstart", str(path)]
+    command = [sys.executable, "-m", "peft_dist.entrypoints.quickstart", str(path)]
     first = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("model: converting SmolLM2-135M-Instruct")

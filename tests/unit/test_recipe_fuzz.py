@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peft_dist.cli import main
+from peft_dist.cli.main import main
 from peft_dist.config import Recipe, load_recipe, render_recipe
 
 BASE = {"model": {"name": "org/model"}, "data": {"train": "org/rows"}}

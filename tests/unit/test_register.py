@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftType, get_peft_config, get_peft_mod
 from peft.utils import register_peft_method
 from transformers import AutoModelForCausalLM
 
-from peft_dist.errors import PeftDistError
+from peft_dist.common.errors import PeftDistError
 from peft_dist.methods.bitfit import BitFitConfig, BitFitModel
 from peft_dist.methods.bottleneck import BottleneckConfig, BottleneckModel
 from peft_dist.methods.register import register
@@ -86,7 +86,7 @@ def test_an_enum_that_cannot_grow_is_named() -> None:
     done = python(_SHUT)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("peft_dist.errors.PeftDistError: peft: peft "), done.stderr
+    assert last.startswith("peft_dist.common.errors.PeftDistError: peft: peft "), done.stderr
     assert "cannot take the method bitfit (" in last and "_value2member_map_" in last
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from peft_dist.cli import main
-from peft_dist.goodput import PHASES
-from peft_dist.report import wording
-from peft_dist.report.clock import PHASE_PLACES, clock_panels
-from peft_dist.report.facts import Run, read_runs
-from peft_dist.report.happenings import MOST_SHOWN, happenings, of_run
+from peft_dist.cli.main import main
+from peft_dist.ledger.goodput import PHASES
+from peft_dist.report import text
 from peft_dist.report.page import render_page
+from peft_dist.report.run_data import Run, read_runs
 from peft_dist.report.series import MOST_POINTS, Series
+from peft_dist.report.time_use import PHASE_PLACES, clock_panels
+from peft_dist.report.timeline import MOST_SHOWN, happenings, of_run
 from tests.unit.run_folders import failure, lease
 from tests.unit.whole_runs import Story, write_run
 
@@ -223,7 +223,7 @@ def test_without_plotly_the_remedy_is_told(tmp_path: Path) -> None:
         "import importlib.util, sys\n"
         "find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *a: None if name == 'plotly' else find(name, *a)\n"
-        "from peft_dist.cli import main\n"
+        "from peft_dist.cli.main import main\n"
         "sys.exit(main(['report', sys.argv[1]]))\n"
     )
     done = subprocess.run(
@@ -260,7 +260,7 @@ def test_what_happened_is_told_in_order(tmp_path: Path) -> None:
     assert details["started"] == "4 processes, fsdp, on node1, node2, Slurm job 4242"
     lasted_s = found.records[-1]["time"] - found.records[0]["time"] + 20
     since = [each.since for each in of_run(found)]
-    assert (since[0], since[-1]) == ("20.0 s", wording.duration(lasted_s))
+    assert (since[0], since[-1]) == ("20.0 s", text.duration(lasted_s))
 
 
 def test_of_very_many_happenings_the_first_and_the_last_are_shown(tmp_path: Path) -> None:
@@ -392,21 +392,21 @@ def test_numbers_that_are_none_are_no_points(tmp_path: Path) -> None:
 
 
 def test_numbers_are_written_as_people_read_them() -> None:
-    assert wording.size(12_345_678) == "12.3 MB"
-    assert wording.size(999_950) == "1.0 MB"
-    assert wording.size(17) == "17 B"
-    assert wording.sizes([12.0e9, 12.34e9]) == "12.0 to 12.3 GB"
-    assert wording.sizes([900e6, 1.2e9]) == "900.0 MB to 1.2 GB"
-    assert wording.duration(200) == "3 min 20 s"
-    assert wording.duration(59.96) == "60.0 s"
-    assert wording.duration(3 * 86400 + 7200) == "3 d 2 h"
-    assert wording.count(1234) == "1,234"
-    assert [wording.figure(v) for v in (0.0, 4.1534, 1234.5, 5.2e-4)] == [
+    assert text.size(12_345_678) == "12.3 MB"
+    assert text.size(999_950) == "1.0 MB"
+    assert text.size(17) == "17 B"
+    assert text.sizes([12.0e9, 12.34e9]) == "12.0 to 12.3 GB"
+    assert text.sizes([900e6, 1.2e9]) == "900.0 MB to 1.2 GB"
+    assert text.duration(200) == "3 min 20 s"
+    assert text.duration(59.96) == "60.0 s"
+    assert text.duration(3 * 86400 + 7200) == "3 d 2 h"
+    assert text.count(1234) == "1,234"
+    assert [text.figure(v) for v in (0.0, 4.1534, 1234.5, 5.2e-4)] == [
         "0", "4.153", "1,234", "5.20e-04",
     ]  # fmt: skip
-    assert wording.rate(0.001) == "0.001"
-    assert wording.share(0.9149) == "91.5%"
-    assert (wording.some("restart", 1), wording.some("restart", 2)) == ("1 restart", "2 restarts")
+    assert text.rate(0.001) == "0.001"
+    assert text.share(0.9149) == "91.5%"
+    assert (text.some("restart", 1), text.some("restart", 2)) == ("1 restart", "2 restarts")
 
 
 @pytest.mark.slow

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.report.facts import read_runs
 from peft_dist.report.page import render_page
+from peft_dist.report.run_data import read_runs
 from tests.browser import DESKTOP, PHONE, Browser, started
 from tests.unit.test_report import EVENTFUL, HOSTILE
 from tests.unit.whole_runs import Story, write_run

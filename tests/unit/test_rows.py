@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from peft_dist.common.errors import DataError
 from peft_dist.data.rows import (
     BadRows,
     ChatRow,
@@ -23,7 +24,6 @@ from peft_dist.data.rows import (
     read_rows,
 )
 from peft_dist.data.sources import open_source
-from peft_dist.errors import DataError
 from tests.tiny import write_jsonl
 
 USER = {"role": "user", "content": "hi"}
@@ -282,7 +282,7 @@ def test_a_missing_file_is_an_error_that_names_the_field(tmp_path: Path) -> None
 def test_a_hub_name_without_a_network_is_one_line(tmp_path: Path) -> None:
     code = (
         "from peft_dist.data.sources import open_source\n"
-        "from peft_dist.errors import DataError\n"
+        "from peft_dist.common.errors import DataError\n"
         "try: open_source('nobody/nothing', split='train', field='data.train')\n"
         "except DataError as error: print(error)\n"
     )

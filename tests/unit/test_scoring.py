@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from peft_dist.common.errors import DataError
 from peft_dist.data.tokenize import encode_completions, tokenize_rows
-from peft_dist.dist import World
-from peft_dist.errors import DataError
+from peft_dist.distributed.world import World
+from peft_dist.evaluation.scoring import HeldOut, held_out, score
 from peft_dist.model.source import find_base
-from peft_dist.scoring import HeldOut, held_out, score
-from peft_dist.session import Session, open_session
+from peft_dist.model_setup import Session, open_session
 from tests.tiny import (
     completion_rows,
     labelled_rows,

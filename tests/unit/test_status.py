@@ -16,15 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.attempts import STALE_AFTER_S
-from peft_dist.cli import main
-from peft_dist.crash_loop import LOST_PEER, note_crash
-from peft_dist.slurm.run_view import RunView, read_run, view
-from peft_dist.slurm.standing import TAIL_BYTES, Standing, read_tail, standing
-from peft_dist.slurm.states import JobState
-from peft_dist.slurm.status import gather, newest_runs
-from peft_dist.slurm.table import ArrayView, Column, Span, duration, lay_out, render
-from peft_dist.tracking import Terminal
+from peft_dist.cli.main import main
+from peft_dist.run.lease import STALE_AFTER_S
+from peft_dist.run.restart_policy import LOST_PEER, note_crash
+from peft_dist.slurm.job_state import JobState
+from peft_dist.status.command import gather, newest_runs
+from peft_dist.status.progress import TAIL_BYTES, Standing, read_tail, standing
+from peft_dist.status.run_state import RunView, read_run, view
+from peft_dist.status.table import ArrayView, Column, Span, duration, lay_out, render
+from peft_dist.tracking.terminal import Terminal
 from tests.unit.run_folders import (
     array,
     ended,
@@ -511,7 +511,7 @@ def test_records_of_the_machine_move_no_run(run: Path) -> None:
 def test_watch_prints_plain_tables_into_a_pipe_until_it_is_interrupted(run: Path) -> None:
     lease(run, here=True)
     process = subprocess.Popen(
-        [sys.executable, "-m", "peft_dist.cli", "status", "--watch", str(run)],
+        [sys.executable, "-m", "peft_dist", "status", "--watch", str(run)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT,
@@ -533,7 +533,7 @@ def test_watch_draws_on_a_terminal_as_wide_and_as_high_as_it_is(tmp_path: Path) 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 70, 0, 0))
     process = subprocess.Popen(
-        [sys.executable, "-m", "peft_dist.cli", "status", "--watch", *map(str, runs)],
+        [sys.executable, "-m", "peft_dist", "status", "--watch", *map(str, runs)],
         stdout=theirs,
         cwd=ROOT,
         # readline, which pytest imports, leaves the size of another terminal there
@@ -557,7 +557,7 @@ def test_status_and_logs_import_nothing_heavy(run: Path) -> None:
     heavy = ("torch", "numpy", "transformers", "accelerate", "peft", "tqdm", "jinja2")
     code = (
         "import sys\n"
-        "from peft_dist.cli import main\n"
+        "from peft_dist.cli.main import main\n"
         "assert main(['status', sys.argv[1]]) == main(['logs', sys.argv[1]]) == 0\n"
         f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)\n"
     )

@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from peft_dist.tracking import Ledger, Record, SystemSampler
+from peft_dist.ledger.writer import Ledger, Record
+from peft_dist.tracking.system import SystemSampler
 
 FIGURES = {
     "event", "step", "cpu_percent", "memory_used_bytes", "memory_total_bytes", "process_rss_bytes",

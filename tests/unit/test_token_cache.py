@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from peft_dist.common.errors import DataError
 from peft_dist.data.tokenize import tokenize_rows
-from peft_dist.errors import DataError
 from tests.tiny import CHAT_TEMPLATE, tiny_recipe, tiny_tokenizer, tokenised, write_jsonl
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.errors import RunDirError, TrainingError
-from peft_dist.tracking import Ledger, Record, Terminal
-from peft_dist.tracking.terminal import PLAIN_LINE_EVERY_S
+from peft_dist.common.errors import RunDirError, TrainingError
+from peft_dist.ledger.writer import Ledger, Record
+from peft_dist.tracking.terminal import PLAIN_LINE_EVERY_S, Terminal
 from tests.processes import environment
 
 STEP: Record = {
@@ -77,8 +77,9 @@ def test_a_half_line_left_by_a_kill_is_cut_before_the_next_attempt_writes(
 FULL_DISK = """
 import json, logging, resource, sys
 from pathlib import Path
-from peft_dist.errors import TrainingError
-from peft_dist.tracking import Ledger, base
+from peft_dist.common.errors import TrainingError
+from peft_dist.ledger.writer import Ledger
+from peft_dist.ledger import writer
 
 path, room = Path(sys.argv[1]), int(sys.argv[2])
 def limit(size):
@@ -221,7 +222,7 @@ def test_threads_may_write_at_once(tmp_path: Path) -> None:
 def test_a_killed_writer_leaves_whole_lines_only(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     code = (
-        "import sys; from pathlib import Path; from peft_dist.tracking import Ledger\n"
+        "import sys; from pathlib import Path; from peft_dist.ledger.writer import Ledger\n"
         "ledger = Ledger(Path(sys.argv[1]))\n"
         "for step in range(10**9): ledger.write({'event': 'step', 'step': step})\n"
     )
@@ -341,7 +342,7 @@ def test_mishaps_get_a_line_and_bookkeeping_gets_none() -> None:
 
 
 SHOW = (
-    "import json, sys; from peft_dist.tracking import Terminal\n"
+    "import json, sys; from peft_dist.tracking.terminal import Terminal\n"
     "terminal = Terminal(100, first_step=0)\n"
     "for step in range(1, 101):\n"
     "    terminal.write(json.loads(sys.argv[1]) | {'event': 'evaluation', 'step': step})\n"

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist import train
-from peft_dist.attempts import Attempt, latest, record_path
+from peft_dist.common.errors import DataError, LaunchError, RunDirError, TrainingError
 from peft_dist.config import Recipe, load_recipe
-from peft_dist.errors import DataError, LaunchError, RunDirError, TrainingError
-from peft_dist.fine_tune import _require_trackers
-from peft_dist.run_dir import RunDir
-from peft_dist.stop import LAUNCH_MARK
-from peft_dist.worker import Place
+from peft_dist.entrypoints import train
+from peft_dist.finetune import _require_trackers
+from peft_dist.run.directory import RunDir
+from peft_dist.run.lease import Attempt, latest, record_path
+from peft_dist.worker.process import Place
+from peft_dist.worker.signals import LAUNCH_MARK
 from tests.processes import ROOT, environment, run
 
 RAW = {"model": {"name": "m"}, "data": {"train": "d"}}
@@ -204,7 +204,7 @@ def test_a_worker_that_may_not_run_has_not_imported_torch(tmp_path: Path) -> Non
     made.result.write_text("{}", encoding="utf-8")
     code = (
         "import sys\n"
-        "from peft_dist import train\n"
+        "from peft_dist.entrypoints import train\n"
         "code = train.main(['r.yaml', '--run-dir', 'run'])\n"
         "print(code, 'torch' in sys.modules)\n"
     )
@@ -214,7 +214,9 @@ def test_a_worker_that_may_not_run_has_not_imported_torch(tmp_path: Path) -> Non
 
 
 def test_the_age_of_this_process_counts_its_interpreters_start() -> None:
-    code = "import time; from peft_dist.train import process_age_s; print(process_age_s())"
+    code = (
+        "import time; from peft_dist.entrypoints.train import process_age_s; print(process_age_s())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", f"import time; time.sleep(1); {code}"],
         capture_output=True, text=True, check=True, cwd=ROOT,

@@ -9,18 +9,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peft_dist.config.derived import learning_rate
+from peft_dist.checkpoint.checkpointer import Keeper
+from peft_dist.checkpoint.verified_save import Saver
+from peft_dist.common.errors import Interrupted, TrainingError
 from peft_dist.config.recipe import Train
 from peft_dist.data.tokenize import tokenize_rows
-from peft_dist.dist import World
-from peft_dist.errors import Interrupted, TrainingError
-from peft_dist.figures import FiguresReader
-from peft_dist.keeper import Keeper
+from peft_dist.distributed.world import World
+from peft_dist.evaluation.scoring import held_out
+from peft_dist.ledger.writer import Record
+from peft_dist.metrics.step import FiguresReader
 from peft_dist.model.source import find_base
-from peft_dist.saving import Saver
-from peft_dist.scoring import held_out
-from peft_dist.session import Session, open_session
-from peft_dist.tracking import Record
+from peft_dist.model_setup import Session, open_session
+from peft_dist.optim.lr_schedule import learning_rate
 from peft_dist.trainer import Trainer, make_optimizer
 from tests.tiny import completion_rows, tiny_model, tiny_recipe, write_jsonl
 

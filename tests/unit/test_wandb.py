@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from peft_dist.run_dir import RunDir
-from peft_dist.tracking.identity import identity, wandb_environment
+from peft_dist.run.directory import RunDir
+from peft_dist.tracking.wandb.identity import identity, wandb_environment
 from tests.faults.long import only_long
 from tests.unit.wandb_runs import (
     VERSIONS,
@@ -172,9 +172,9 @@ def assert_sync_completes(stub: Stub, here: dict[str, str], run: RunDir) -> None
 
 INIT = """
 import os, sys, time
-from peft_dist.run_dir import RunDir
-from peft_dist.tracking.identity import wandb_environment
-from peft_dist.tracking.session import Session, Unreachable
+from peft_dist.run.directory import RunDir
+from peft_dist.tracking.wandb.identity import wandb_environment
+from peft_dist.tracking.wandb.session import Session, Unreachable
 os.environ.update(wandb_environment(os.environ))
 import wandb
 begun = time.monotonic()
@@ -331,7 +331,7 @@ def test_a_server_that_comes_back_gets_the_run_while_it_trains(
     stub.refuse()
     run = make_run(tmp_path / "run")
     code = (
-        "import sys; from peft_dist.tracking import sidecar\n"
+        "import sys; from peft_dist.tracking.wandb import sidecar\n"
         "sidecar.TRY_AGAIN_S = 1.0\n"
         "sys.exit(sidecar.main(sys.argv[1:]))\n"
     )

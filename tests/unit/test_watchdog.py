@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.watchdog import verdict
+from peft_dist.worker.watchdog import verdict
 
 PRELUDE = """
 import os, sys, threading, time
 from pathlib import Path
-from peft_dist.watchdog import Limits, Watchdog
+from peft_dist.worker.watchdog import Limits, Watchdog
 def watch(world_size=1, rank=0, min_s=0.4, setup_s=20.0, evaluation_s=20.0, save_s=20.0):
     limits = Limits(min_s=min_s, setup_s=setup_s, evaluation_s=evaluation_s, save_s=save_s)
     folder = Path(sys.argv[1])

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from peft_dist.config import Recipe
-from peft_dist.run_dir import RunDir
-from peft_dist.tracking import Ledger, Record, Tracker
-from peft_dist.tracking.rows import LedgerRows
-from peft_dist.tracking.wandb import WandbSideCar
+from peft_dist.ledger.writer import Ledger, Record, Tracker
+from peft_dist.run.directory import RunDir
+from peft_dist.tracking.wandb.rows import LedgerRows
+from peft_dist.tracking.wandb.tracker import WandbSideCar
 from tests.processes import ROOT, environment
 from tests.wandb_stub import KEY, Run, Stub
 
@@ -116,7 +116,7 @@ def wanted_rows(run: RunDir) -> list[dict[str, Any]]:
 def sync(environment: dict[str, str], *runs: Path) -> subprocess.CompletedProcess[str]:
     """Run `peft-dist sync`."""
     return subprocess.run(
-        [sys.executable, "-m", "peft_dist.cli", "sync", *map(str, runs)],
+        [sys.executable, "-m", "peft_dist", "sync", *map(str, runs)],
         env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 

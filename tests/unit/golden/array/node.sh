@@ -10,9 +10,9 @@ threads=$((SLURM_CPUS_ON_NODE / 4))
 export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 export PYTHONSAFEPATH=1
 python=(/opt/venv/bin/python)
-share=$("${python[@]}" -c 'from peft_dist import resources; print(resources.root())')
+share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
 
-exec "${python[@]}" -m peft_dist.slurm.node \
+exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --run-dir /scratch/alice/runs/first/000 \
   --max-starts 100 \
   --max-starts-without-progress 5 \

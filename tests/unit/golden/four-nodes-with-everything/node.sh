@@ -23,14 +23,14 @@ export NCCL_SOCKET_IFNAME=ib0
 export NOTE='it'"'"'s a "test" of $HOME'
 export PYTHONSAFEPATH=1
 python=(/opt/venv/bin/python)
-share=$("${python[@]}" -c 'from peft_dist import resources; print(resources.root())')
+share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
 export PET_RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$PEFT_DIST_NONCE
 rendezvous=is_host=$((SLURM_NODEID == 0)),join_timeout=120
-PEFT_DIST_STAGED=$("${python[@]}" -m peft_dist.slurm.stage \
+PEFT_DIST_STAGED=$("${python[@]}" -m peft_dist.slurm.stage_model \
   --json /scratch/models/llama /local/peft-dist)
 export PEFT_DIST_STAGED
 
-exec "${python[@]}" -m peft_dist.slurm.node \
+exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --run-dir /scratch/alice/runs/first \
   --max-starts 100 \
   --max-starts-without-progress 5 \

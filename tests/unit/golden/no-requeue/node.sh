@@ -10,11 +10,11 @@ threads=$((SLURM_CPUS_ON_NODE / 4))
 export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 export PYTHONSAFEPATH=1
 python=(/opt/venv/bin/python)
-share=$("${python[@]}" -c 'from peft_dist import resources; print(resources.root())')
+share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
 export PET_RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$PEFT_DIST_NONCE
 rendezvous=is_host=$((SLURM_NODEID == 0)),join_timeout=120
 
-exec "${python[@]}" -m peft_dist.slurm.node \
+exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --run-dir /scratch/alice/runs/first \
   --max-starts 100 \
   --max-starts-without-progress 5 \

@@ -11,9 +11,9 @@ export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 export ACCELERATE_USE_CPU=true
 export PYTHONSAFEPATH=1
 python=(/opt/venv/bin/python)
-share=$("${python[@]}" -c 'from peft_dist import resources; print(resources.root())')
+share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
 
-exec "${python[@]}" -m peft_dist.slurm.node \
+exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --run-dir /scratch/alice/runs/first \
   --max-starts 100 \
   --max-starts-without-progress 5 \

@@ -11,14 +11,14 @@ export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 export PYTHONNOUSERSITE=1
 export PYTHONSAFEPATH=1
 python=(python3)
-share=$("${python[@]}" -c 'from peft_dist import resources; print(resources.root())')
+share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
 export PET_RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$PEFT_DIST_NONCE
 rendezvous=is_host=$((SLURM_NODEID == 0)),join_timeout=120
-PEFT_DIST_STAGED=$("${python[@]}" -m peft_dist.slurm.stage \
+PEFT_DIST_STAGED=$("${python[@]}" -m peft_dist.slurm.stage_model \
   --json /scratch/models/llama /local/models)
 export PEFT_DIST_STAGED
 
-exec "${python[@]}" -m peft_dist.slurm.node \
+exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --run-dir /scratch/alice/runs/first \
   --max-starts 100 \
   --max-starts-without-progress 5 \

@@ -12,11 +12,11 @@ export ACCELERATE_USE_CPU=true
 export DS_ACCELERATOR=cpu
 export PYTHONSAFEPATH=1
 python=(/opt/venv/bin/python)
-share=$("${python[@]}" -c 'from peft_dist import resources; print(resources.root())')
+share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
 export PET_RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$PEFT_DIST_NONCE
 rendezvous=is_host=$((SLURM_NODEID == 0)),join_timeout=120
 
-exec "${python[@]}" -m peft_dist.slurm.node \
+exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --run-dir /scratch/alice/runs/first \
   --max-starts 100 \
   --max-starts-without-progress 5 \

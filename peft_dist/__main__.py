@@ -1,0 +1,7 @@
+"""Run the `peft-dist` command: `python -m peft_dist`."""
+
+import sys
+
+from peft_dist.cli.main import main
+
+sys.exit(main())

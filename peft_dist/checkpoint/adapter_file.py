@@ -1,0 +1,237 @@
+"""The adapter on disk, in PEFT's format, whole or not there.
+
+Only trained tensors are gathered and written; the base is never touched.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_dist.common.errors import RunDirError, TrainingError
+from peft_dist.common.manifest import sync_folder
+from peft_dist.methods import Method
+
+ADAPTER_FILE = "adapter_model.safetensors"
+WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module")
+"""Names that DDP, torch.compile and checkpointing put into those of parameters."""
+
+
+def load_adapter(
+    folder: Path, method: Method, peft: PeftModel, parameters: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Read an adapter's tensors, by their names in the model.
+
+    Raises:
+        RunDirError: Where the file is broken, or holds other tensors than the model trains.
+    """
+    file = folder / ADAPTER_FILE
+    expected = method.saved(peft, {n: p.detach().cpu() for n, p in parameters.items()})
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise RunDirError(f"cannot be read: {error}", where=str(file)) from error
+    different = found.keys() ^ expected.keys()
+    if different:
+        raise RunDirError(
+            f"{sorted(different)[0]} stands in the file or in the model, but not in both",
+            where=str(file),
+            remedy="use the adapter with the recipe it was trained with",
+        )
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise RunDirError(
+                f"{name} has shape {list(found[name].shape)}, "
+                f"but the model trains {list(tensor.shape)}",
+                where=str(file),
+                remedy="use the adapter with the recipe it was trained with",
+            )
+    return method.restored(peft, found, parameters)
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: PeftConfig) -> None:
+    """Write an adapter into a folder that is there, unsynced and unchecked.
+
+    Args:
+        folder: Where.
+        tensors: What the file holds, by the names PEFT reads.
+        config: What stands beside them.
+
+    Raises:
+        OSError, SafetensorError: Where the disk is full; the latter is safetensors' word for it.
+    """
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, set):
+        # A set is written in an order that changes from process to process.
+        setattr(config, "target_modules", sorted(targets))  # noqa: B010 - not every method has it
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def write_partial(folder: Path, tensors: Mapping[str, torch.Tensor], config: PeftConfig) -> Path:
+    """Write an adapter into a folder of its own, beside the one it is for; return it.
+
+    Args:
+        folder: Where `put_in_place` will put it.
+        tensors: What the file holds, by the names PEFT reads.
+        config: What stands beside them.
+
+    Raises:
+        TrainingError: Where the disk is full.
+    """
+    partial: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        write_adapter(partial, tensors, config)
+        for file in partial.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        sync_folder(partial)
+    except (OSError, SafetensorError) as error:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise _cannot_write(folder, error) from error
+    return partial
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Rename a partial folder: a reader finds the old one or the whole new one.
+
+    Raises:
+        TrainingError: Where that cannot be; the old one is back in its place then.
+    """
+    old = partial.with_name(f"{partial.name}-old")
+    try:
+        if folder.exists():
+            folder.rename(old)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_file(
+    folder: Path, expected: Mapping[str, torch.Tensor], moved: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Compare an adapter file with what was trained, to the bit; return its tensors.
+
+    Args:
+        folder: The adapter.
+        expected: What the file must hold, and nothing else.
+        moved: The tensors that training has changed.
+
+    Raises:
+        TrainingError: Naming the first tensor that is wrong.
+    """
+    found = load_file(folder / ADAPTER_FILE)
+    for name in sorted(found):
+        if any(part in WRAPPERS or part.startswith("_fsdp") for part in name.split(".")):
+            raise unsafe(f"{name} stands in the file under the name of a wrapped module")
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            raise unsafe(f"{name} is trained, but not in the file")
+        if name not in expected:
+            raise unsafe(f"{name} is in the file, but not trained")
+        if name in moved and not bool(found[name].any()):
+            raise unsafe(f"{name} was changed by training, but is all zeros in the file")
+        if not _same(found[name], expected[name]):
+            raise unsafe(f"{name} has other values in the file than in the model")
+    return found
+
+
+def check_with_peft(folder: Path, config: PeftConfig, bare: PreTrainedModel) -> None:
+    """Let PEFT itself read an adapter, and see that it misses and ignores nothing.
+
+    Args:
+        folder: The adapter.
+        config: What it was trained with.
+        bare: The base on `meta`, without adapters; not to be used again.
+
+    Raises:
+        TrainingError: Naming the first tensor, or field of the configuration, that is wrong.
+    """
+    wanted, written = _facts(config), _facts(PeftConfig.from_pretrained(str(folder)))
+    for field in sorted(wanted.keys() | written.keys()):
+        if wanted.get(field) != written.get(field):
+            raise unsafe(
+                f"{field} is {written.get(field)!r} in adapter_config.json, "
+                f"but {wanted.get(field)!r} in training"
+            )
+    # PEFT moves what it reads to the device of the base, and `meta` would lose it: one value that
+    # is repeated has a shape and no memory either.
+    for module in bare.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                value = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    found = load_file(folder / ADAPTER_FILE)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they are about is checked here
+            peft = PeftModel.from_pretrained(
+                bare, str(folder), low_cpu_mem_usage=True, torch_device="cpu"
+            )
+            read = get_peft_model_state_dict(peft, save_embedding_layers=False)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise unsafe(f"PEFT cannot read it ({error})") from error
+    for name in sorted(found):
+        if name not in read or read[name].is_meta or not _same(read[name], found[name]):
+            raise unsafe(f"PEFT does not read {name} from the file")
+    # What PEFT has made and not filled is left on `meta`.
+    missing = sorted(name for name, tensor in read.items() if tensor.is_meta)
+    if missing:
+        raise unsafe(f"PEFT reads {missing[0]}, which is not in the file")
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare to the bit: of two equal tensors both may hold NaN."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    raw = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
+    return torch.equal(*raw)
+
+
+def _facts(config: PeftConfig) -> dict[str, Any]:
+    """Return a configuration as its file holds it, with sets in order."""
+
+    def plain(value: object) -> Any:
+        return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+    facts: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=plain))
+    targets = facts.get("target_modules")
+    return facts | ({"target_modules": sorted(targets)} if isinstance(targets, list) else {})
+
+
+def unsafe(problem: str) -> TrainingError:
+    """Return the error of an adapter that would not come back as it was trained."""
+    return TrainingError(
+        f"the adapter was not saved: {problem}",
+        remedy="the copy before it is untouched; please report this",
+    )
+
+
+def _cannot_write(folder: Path, error: OSError | SafetensorError) -> TrainingError:
+    return TrainingError(
+        f"the adapter cannot be written: {getattr(error, 'strerror', None) or error}",
+        where=str(folder),
+        remedy="free space; earlier copies are under checkpoints/",
+    )

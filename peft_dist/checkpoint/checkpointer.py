@@ -1,0 +1,311 @@
+"""Checkpoints of a training: taken by all processes together, written by rank 0 in the background.
+
+A checkpoint holds the adapter in PEFT's format, the optimizer by parameter name, and where the
+training stands. Nothing in it depends on how many processes there were, or on their engine.
+"""
+
+import json
+import logging
+import shutil
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+
+from peft_dist.checkpoint import directory
+from peft_dist.checkpoint.adapter_file import check_file, load_adapter, write_adapter
+from peft_dist.checkpoint.verified_save import Saver
+from peft_dist.common.errors import RunDirError, Superseded, TrainingError
+from peft_dist.common.manifest import seal, step_name
+from peft_dist.config.recipe import Checkpoint
+from peft_dist.distributed.collectives import broadcast_object, gather_objects
+from peft_dist.sharding.optimizer import AdapterOptimizer, Moments
+
+log = logging.getLogger(__name__)
+
+Facts = dict[str, Any]
+ADAPTER_FOLDER = "adapter"
+FORMAT = 1
+"""Of what a checkpoint holds, and how."""
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """A checkpoint in host memory."""
+
+    step: int
+    adapter: dict[str, torch.Tensor]
+    config: PeftConfig
+    optimizer: dict[str, torch.Tensor]
+    state: Facts
+
+
+class Keeper:
+    """Takes, writes and reads the checkpoints of one session."""
+
+    def __init__(
+        self,
+        saver: Saver,
+        checkpoints: Path,
+        settings: Checkpoint,
+        *,
+        attempt: int,
+        facts: Facts,
+        may_publish: Callable[[], None],
+    ) -> None:
+        """Prepare; nothing is read or written yet.
+
+        Args:
+            saver: Knows the adapter's file.
+            checkpoints: The folder they lie in.
+            settings: The recipe's `checkpoint` section.
+            attempt: This attempt's number.
+            facts: What every checkpoint says besides its progress: model, rows, recipe.
+            may_publish: Raises where another attempt has taken over. Asked on rank 0 only.
+        """
+        self.session = saver.session
+        self.failed_in_a_row = 0
+        """Checkpoints that could not be written since the last one that could."""
+        self.newest_step = 0
+        """Of the newest checkpoint that was written, or gone on from; rank 0 alone knows."""
+        self._saver, self._folder, self._settings = saver, checkpoints, settings
+        self._attempt, self._facts, self._may_publish = attempt, facts, may_publish
+        method = self.session.method
+        # Some methods save what their tensors amount to; these must be kept as well then.
+        self._file_restores = method.of_saved(method.settings) == method.settings
+        self._writer: threading.Thread | None = None
+        self._writing_since_s = 0.0
+        self._superseded: Superseded | None = None
+        self._results: list[Facts] = []
+
+    def take(self, progress: Facts, optimizer: AdapterOptimizer) -> None:
+        """Copy the training to host memory and let rank 0 write it. Collective.
+
+        Waits where the checkpoint before it is still being written.
+
+        Args:
+            progress: Where the training stands, `step` and `cursor` among it.
+            optimizer: The adapter's optimizer.
+
+        Raises:
+            TrainingError: Where the processes do not hold the same adapter at the same place.
+        """
+        session, engine = self.session, self.session.engine
+        self.wait()
+        trained = engine.adapter_state()
+        saved = session.method.saved(session.peft, trained)
+        moments = optimizer.moments()
+        checksum = zlib.crc32(engine.flat(trained).numpy())
+        here = [progress["step"], progress["cursor"], checksum]
+        if any(there != here for there in gather_objects(here)):
+            raise TrainingError(
+                f"the processes disagree at step {progress['step']}", remedy="please report this"
+            )
+        if not session.world.is_main:
+            return
+        tensors = {f"exp_avg.{n}": t for n, t in engine.by_name(moments.mean).items()}
+        tensors |= {f"exp_avg_sq.{n}": t for n, t in engine.by_name(moments.square).items()}
+        if not self._file_restores:
+            tensors |= {f"parameter.{name}": tensor for name, tensor in trained.items()}
+        snapshot = _Snapshot(
+            step=progress["step"],
+            adapter=saved,
+            config=session.method.saved_config(session.peft),
+            optimizer=tensors,
+            state={
+                "format": FORMAT,
+                **progress,
+                "updates": moments.updates,
+                "attempt": self._attempt,
+                **self._facts,
+            },
+        )
+        self._writing_since_s = time.monotonic()
+        self._writer = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._writer.start()
+        if not self._settings.background:
+            self.wait()
+
+    @property
+    def busy(self) -> bool:
+        """Say whether a checkpoint is being written. Rank 0 alone knows."""
+        return self._writer is not None and self._writer.is_alive()
+
+    def is_due(self, since_s: float, *, hangs_after_s: float) -> bool:
+        """Say whether a checkpoint is due by time. Rank 0 alone knows.
+
+        The next one waits for one that is being written. It is put off for that, but not where
+        that takes too long: the watchdog sees only what the steps wait for.
+
+        Args:
+            since_s: Seconds since the last one was taken.
+            hangs_after_s: More than writing one may take.
+        """
+        if self.busy:
+            return time.monotonic() - self._writing_since_s > hangs_after_s
+        every_s = self._settings.every_seconds
+        return every_s is not None and since_s >= every_s
+
+    def told_unless_saved(self, step: int) -> str:
+        """Return what is to be said of a stop whose checkpoint could not be written."""
+        if self.newest_step == step or not self.session.world.is_main:
+            return ""
+        on = f"goes on after step {self.newest_step}" if self.newest_step else "begins anew"
+        return f"; that could not be saved, and the run {on}"
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written, or has failed.
+
+        Raises:
+            Superseded: Where another attempt has taken over meanwhile.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self._superseded is not None:
+            raise self._superseded
+
+    def results(self) -> list[Facts]:
+        """Return what became of the checkpoints written since the last call, as records."""
+        found = list(self._results)
+        del self._results[: len(found)]  # the writer may append one at any time
+        return found
+
+    def newest(self) -> Path | None:
+        """Return the newest checkpoint that is whole, if there is one. Collective.
+
+        Damaged ones are named and set aside.
+        """
+        self.wait()
+        chosen = None
+        if self.session.world.is_main:
+            chosen, bad = directory.newest_good(self._folder)
+            for folder, why in bad:
+                aside = directory.set_aside(folder)
+                log.warning("the checkpoint %s is damaged: %s; see %s", folder, why, aside.name)
+            if bad:
+                log.warning("going on from %s", "the beginning" if chosen is None else chosen.name)
+        told: str = broadcast_object("" if chosen is None else str(chosen))
+        return Path(told) if told else None
+
+    def load(self, folder: Path, optimizer: AdapterOptimizer) -> Facts:
+        """Put a checkpoint into the session; return where it stands. Collective.
+
+        Args:
+            folder: What `newest` returned.
+            optimizer: Goes on from the checkpoint's state.
+
+        Returns:
+            What `take` was told, among other facts.
+
+        Raises:
+            TrainingError: Where it holds other tensors than the session trains.
+        """
+        session, state = self.session, read_state(folder)
+        self.newest_step = state["step"]
+        tensors = load_file(folder / OPTIMIZER_FILE)
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, parameter = name.partition(".")
+            parts.setdefault(kind, {})[parameter] = tensor
+        wanted = {"exp_avg", "exp_avg_sq"} | (set() if self._file_restores else {"parameter"})
+        _require_same(wanted, set(parts), folder)
+        for part in parts.values():
+            _require_same(set(session.adapter), set(part), folder)
+        trained = parts.get("parameter")
+        if trained is None:
+            adapter = folder / ADAPTER_FOLDER
+            trained = load_adapter(adapter, session.method, session.peft, session.adapter)
+            session.note_base()
+        session.engine.load_adapter_state(trained)
+        flat = session.engine.flat
+        moments = Moments(flat(parts["exp_avg"]), flat(parts["exp_avg_sq"]), state["updates"])
+        optimizer.restore(moments)
+        session.check_adapters_agree()
+        return state
+
+    def _write(self, snapshot: _Snapshot) -> None:
+        """Write one checkpoint; what goes wrong is a result, not an end."""
+        started = time.monotonic()
+        try:
+            record = {"event": "saved", "step": snapshot.step, "bytes": self._publish(snapshot)}
+            self.failed_in_a_row, self.newest_step = 0, snapshot.step
+        except Superseded as error:
+            self._superseded = error
+            return
+        except Exception as error:  # of whatever kind: a thread's own end would be told to nobody
+            self.failed_in_a_row += 1
+            reason = getattr(error, "strerror", None) or str(error)
+            log.warning("the checkpoint of step %d was not written: %s", snapshot.step, reason)
+            record = {"event": "save_failed", "step": snapshot.step, "reason": reason}
+        self._results.append(record | {"write_s": time.monotonic() - started})
+
+    def _publish(self, snapshot: _Snapshot) -> int:
+        """Write, check and rename a checkpoint into place; return its bytes."""
+        partial = directory.work_folder(self._folder, snapshot.step, self._attempt)
+        try:
+            adapter = partial / ADAPTER_FOLDER
+            adapter.mkdir(mode=0o700)
+            write_adapter(adapter, snapshot.adapter, snapshot.config)
+            check_file(adapter, snapshot.adapter, self._saver.moved(snapshot.adapter))
+            save_file(snapshot.optimizer, partial / OPTIMIZER_FILE)
+            text = json.dumps(snapshot.state, indent=2, sort_keys=True)
+            (partial / STATE_FILE).write_text(f"{text}\n", encoding="utf-8")
+            size = seal(partial, {"step": snapshot.step, "attempt": self._attempt})
+            self._may_publish()
+            directory.publish(partial, self._folder / step_name(snapshot.step))
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        try:
+            keep_last, keep_best = self._settings.keep_last, self._settings.keep_best
+            directory.prune(self._folder, keep_last, keep_best, held_out_loss)
+        except OSError as error:
+            log.warning("old checkpoints cannot be removed: %s", error.strerror or error)
+        return size
+
+
+def read_state(folder: Path) -> Facts:
+    """Return all that a checkpoint says besides its tensors.
+
+    Raises:
+        RunDirError: Where another version has written it, in another form.
+    """
+    state: Facts = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    if state.get("format") != FORMAT:
+        raise RunDirError(
+            f"is of format {state.get('format')}, and this version reads format {FORMAT}",
+            where=str(folder / STATE_FILE),
+            remedy="go on with the version that made it, or start --fresh",
+        )
+    return state
+
+
+def held_out_loss(folder: Path) -> float | None:
+    """Return the held-out loss of a checkpoint made right after an evaluation, else None."""
+    try:
+        state = read_state(folder)
+        if state["evaluated"] == state["step"] and state["last"] is not None:
+            return float(state["last"]["loss"])
+    except (OSError, ValueError, KeyError, TypeError, RunDirError):
+        log.warning("%s cannot be read; its checkpoint is not among the best", folder / STATE_FILE)
+    return None
+
+
+def _require_same(wanted: set[str], found: set[str], folder: Path) -> None:
+    different = sorted(wanted ^ found)
+    if different:
+        raise TrainingError(
+            f"{different[0]} stands in {OPTIMIZER_FILE} or in the model, but not in both",
+            where=str(folder),
+            remedy="go on with the recipe that the checkpoint was made with, or start --fresh",
+        )

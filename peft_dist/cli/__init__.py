@@ -1,0 +1,1 @@
+"""The `peft-dist` command: one file per family of subcommands."""

@@ -1,0 +1,174 @@
+"""The commands of `peft-dist` that speak to Slurm: their arguments, and the one call of each.
+
+Imports are inside the commands, as in `cli`.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft_dist.common.errors import EXIT_DONE
+
+Run = Callable[[argparse.Namespace], int]
+
+
+def add_commands(
+    command: Callable[[str, Run, str], argparse.ArgumentParser], *, count: Callable[[str], int]
+) -> None:
+    """Add the Slurm commands.
+
+    Args:
+        command: Makes one, from its name, function and description.
+        count: Reads an argument that is a number from 1.
+    """
+    submit = command("submit", _submit, "hand a recipe, or an array of variants, to Slurm")
+    submit.add_argument("recipe", metavar="RECIPE", help="recipe file (YAML)")
+    submit.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
+    )
+    submit.add_argument("--cluster", metavar="FILE", required=True, help="cluster file (YAML)")
+    submit.add_argument(
+        "--run-dir", metavar="DIR", help="folder to make or go on with (default: runs/RECIPE)"
+    )
+    _add_size(submit)
+    submit.add_argument(
+        "--array",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2,...",
+        help="one run per value, of all combinations where given again; or a YAML file of lists",
+    )
+    submit.add_argument("--limit", type=int, metavar="N", help="most elements of an array at once")
+    submit.add_argument("--singleton", action="store_true", help="wait for other jobs of this name")
+    submit.add_argument(
+        "--fresh", action="store_true", help="start anew; a run that is there is renamed"
+    )
+    submit.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the scripts and the command; make and submit nothing",
+    )
+    cluster = command("cluster", _probe, "write a first cluster file from what Slurm says")
+    actions = cluster.add_subparsers(metavar="probe", required=True)
+    text = "ask sinfo and scontrol, and print a cluster file"
+    probe = actions.add_parser("probe", help=text, description=text, allow_abbrev=False)
+    probe.add_argument("--partition", metavar="NAME", help="partition (default: Slurm's own)")
+    probe.add_argument("--out", metavar="FILE", help="file to make; none is overwritten")
+    status = command("status", _status, "show how runs are, in one table")
+    status.add_argument(
+        "run_dirs", nargs="*", metavar="RUN_DIR", help="folders of runs (default: those in ./runs)"
+    )
+    status.add_argument("--watch", action="store_true", help="show it again every 2 s")
+    status.add_argument("--json", action="store_true", help="print every figure as JSON")
+    logs = command("logs", _logs, "show what the processes of a run said")
+    logs.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run")
+    logs.add_argument("--rank", type=_rank, metavar="N", help="only this rank, from 0")
+    logs.add_argument(
+        "--follow", action="store_true", help="go on with what comes, until the run is over"
+    )
+    logs.add_argument(
+        "--lines", type=count, default=50, metavar="N", help="last lines of each log (default: 50)"
+    )
+    cancel = command("cancel", _cancel, "end a run's job, after a checkpoint")
+    cancel.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder that submit made")
+    cancel.add_argument("--now", action="store_true", help="without a checkpoint")
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=int, metavar="N", help="nodes of the job")
+    parser.add_argument("--time", metavar="HH:MM:SS", help="time limit of the job, or D-HH:MM:SS")
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from peft_dist.config.cluster import load_cluster
+    from peft_dist.slurm.submit import Request
+
+    request = Request(
+        recipe=arguments.recipe,
+        overrides=arguments.overrides,
+        folder=Path(arguments.run_dir or Path("runs") / Path(arguments.recipe).stem),
+        cluster=load_cluster(arguments.cluster),
+        nodes=1 if arguments.nodes is None else arguments.nodes,
+        time=arguments.time,
+        array=arguments.array,
+        limit=arguments.limit,
+        singleton=arguments.singleton,
+    )
+    return _hand_over(request, dry_run=arguments.dry_run, fresh=arguments.fresh, by="submit")
+
+
+def resume_job(arguments: argparse.Namespace) -> int:
+    """Submit a run once more, or the runs of an array that have not finished."""
+    from peft_dist.slurm.submit import again
+
+    request = again(
+        Path(arguments.run_dir),
+        arguments.overrides,
+        nodes=arguments.nodes,
+        time_limit=arguments.time,
+        cluster=arguments.cluster,
+        allow_changed=arguments.allow_changed,
+    )
+    return _hand_over(request, by="resume")
+
+
+def _hand_over(request: Any, *, by: str, dry_run: bool = False, fresh: bool = False) -> int:
+    from peft_dist.slurm.submit import prepare, submit
+
+    submission = prepare(request)
+    for warning in submission.warnings:
+        print(f"peft-dist: {warning}", file=sys.stderr)
+    if dry_run:
+        for path, text in submission.files.items():
+            print(f"==> {path} <==\n{text}")
+        print(shlex.join(submission.argv(submission.wanted(fresh=fresh))))
+        return EXIT_DONE
+    os.umask(0o077)
+    job = submit(submission, command=sys.argv, by=by, fresh=fresh)
+    print(f"job {job}: {request.folder}; `peft-dist status {request.folder}` shows how it is")
+    return EXIT_DONE
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from peft_dist.slurm.probe import probe_here
+
+    return probe_here(arguments.partition, Path(arguments.out) if arguments.out else None)
+
+
+def _rank(text: str) -> int:
+    if not text.isdecimal() or len(text) > 6:
+        raise argparse.ArgumentTypeError(f"got {text!r}; must be a whole number from 0")
+    return int(text)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from peft_dist.status.command import show_status
+
+    return show_status(arguments.run_dirs, watch=arguments.watch, as_json=arguments.json)
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from peft_dist.status.logs import show_logs
+
+    return show_logs(
+        arguments.run_dir, rank=arguments.rank, follow=arguments.follow, lines=arguments.lines
+    )
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    from peft_dist.run.directory import RunDir
+    from peft_dist.run.sweep import array_elements
+    from peft_dist.slurm.job_control import cancel
+
+    folders = []
+    for name in arguments.run_dirs:
+        folder = Path(name).absolute()
+        elements = array_elements(folder)
+        runs = [folder / element["run_dir"] for element in elements] or [RunDir.open(folder).path]
+        folders += runs
+    cancel(folders, now=arguments.now, tell=print)
+    return EXIT_DONE

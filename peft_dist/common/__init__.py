@@ -1,0 +1,1 @@
+"""Plumbing that knows nothing of training: errors, files, paths, durations, processes."""

@@ -1,0 +1,75 @@
+"""What two recipes of one run may not differ in: whatever changes what is learned."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from peft_dist.common.errors import RunDirError
+from peft_dist.config.recipe import Recipe
+
+FREE = (
+    "model.name",  # weights and rows are compared by content, wherever they lie
+    "model.revision",
+    "model.attention",
+    "data",
+    "evaluate",
+    "parallel",
+    "checkpoint",
+    "watchdog",
+    "tracking",
+    "train.micro_batch_size",
+    "train.activation_checkpointing",
+    "train.non_finite",
+    "train.max_skipped_steps",
+)
+"""Fields and sections that a run may go on with another value of."""
+
+
+def learning_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that decide what is learned, by dotted field."""
+    found: dict[str, Any] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if path in FREE:
+            return
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                walk(item, f"{path}.{key}" if path else str(key))
+        else:
+            found[path] = value
+
+    walk(recipe.model_dump(mode="json"), "")
+    return found
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Return `OLD before, NEW now` for each field whose values differ."""
+    return {
+        field: f"{old.get(field)} before, {new.get(field)} now"
+        for field in sorted(old.keys() | new.keys())
+        if old.get(field) != new.get(field)
+    }
+
+
+def refuse_changes(changes: Mapping[str, str], allowed: Collection[str], *, where: str) -> None:
+    """Refuse to go on with a run whose recipe, rows or model have changed.
+
+    Args:
+        changes: `OLD before, NEW now` by field.
+        allowed: Fields that may change.
+        where: The run.
+
+    Raises:
+        RunDirError: Naming every other field, and the two values of the first.
+    """
+    refused = {field: change for field, change in changes.items() if field not in allowed}
+    if not refused:
+        return
+    first, change = next(iter(refused.items()))
+    others = "".join(f", {field}" for field in list(refused)[1:])
+    raise RunDirError(
+        f"{first} is not what the run has been trained with: {change}"
+        + (f" (also changed{others.replace(',', ':', 1)})" if others else ""),
+        where=where,
+        remedy="put it back, start anew with --fresh, or go on all the same with "
+        + " ".join(f"--allow-changed {field}" for field in refused),
+    )

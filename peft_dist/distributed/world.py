@@ -1,0 +1,83 @@
+"""Which of the processes this one is, and the device it computes on.
+
+Reads the environment that torchrun and Accelerate export.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from peft_dist.common.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among all of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Say whether this is the one process that writes files and talks."""
+        return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """Return the name of the GPU, or `cpu`."""
+        on_gpu = self.device.type == "cuda"
+        return str(torch.cuda.get_device_name(self.device)) if on_gpu else "cpu"
+
+    def gpu_uuids(self) -> list[str]:
+        """Return what tells the GPUs that this process sees from all others; none on a CPU."""
+        count = torch.cuda.device_count() if self.device.type == "cuda" else 0
+        return [str(torch.cuda.get_device_properties(index).uuid) for index in range(count)]
+
+
+def env_int(name: str, default: int) -> int:
+    """Return a number of the environment.
+
+    Raises:
+        LaunchError: For a text that is no number.
+    """
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise LaunchError(
+            f"{text!r} is not a number", where=f"environment {name}", remedy="start with a launcher"
+        ) from None
+
+
+def read_world() -> World:
+    """Read this process's place from the environment; one process without a launcher is a world.
+
+    Raises:
+        LaunchError: For numbers that contradict each other, or more processes than GPUs.
+    """
+    rank, size = env_int("RANK", 0), env_int("WORLD_SIZE", 1)
+    local_rank = env_int("LOCAL_RANK", 0)
+    local_size = env_int("LOCAL_WORLD_SIZE", size)
+    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+        raise LaunchError(
+            f"RANK={rank} WORLD_SIZE={size} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={local_size} "
+            "contradict each other",
+            where="environment",
+            remedy="start with accelerate launch, torchrun or peft-dist train",
+        )
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if wants_cpu or not torch.cuda.is_available():
+        return World(rank, size, local_rank, local_size, torch.device("cpu"))
+    if local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"LOCAL_RANK {local_rank} has no GPU of its own ({torch.cuda.device_count()} here)",
+            where="environment",
+            remedy="start one process per GPU",
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return World(rank, size, local_rank, local_size, device)

@@ -1,0 +1,67 @@
+"""Score the adapter of a finished run on its held-out rows, as one process of a world.
+
+Uses the run's own recipe, on any number of processes; changes nothing in the run but adding
+`evaluation.json`.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from peft_dist.checkpoint import adapter_file as adapter_file
+from peft_dist.common import paths
+from peft_dist.common.errors import RecipeError, RunDirError
+from peft_dist.config import load_recipe
+from peft_dist.config.recipe import Parallel
+from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.distributed import process_group
+from peft_dist.distributed.world import read_world
+from peft_dist.evaluation.scoring import held_out, score
+from peft_dist.methods import METHODS
+from peft_dist.model.source import find_base
+from peft_dist.model_setup import open_session
+from peft_dist.run.directory import RunDir, write_text_atomic
+from peft_dist.worker.process import run_worker
+
+
+def main(argv: list[str]) -> int:
+    """Score one run as one process of a world; return the exit code."""
+    parser = argparse.ArgumentParser(prog="launch/score.py", description=main.__doc__)
+    parser.add_argument("run_dir", type=Path, help="folder of a finished run")
+    parser.add_argument("overrides", nargs="*", help="key=value, such as data.eval=other.jsonl")
+    options = parser.parse_args(argv)
+    return run_worker(lambda _: _evaluate(options))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    world = read_world()
+    run = RunDir.open(options.run_dir)
+    recipe = load_recipe(run.recipe, options.overrides)
+    # Scoring may use other processes than training did: what the launcher says is what counts.
+    method = METHODS[recipe.method.kind].of_saved(recipe.method)
+    recipe = recipe.model_copy(update={"parallel": Parallel(), "method": method})
+    if not (run.adapter / adapter_file.ADAPTER_FILE).is_file():
+        raise RunDirError(
+            "holds no adapter", where=str(run.path), remedy="wait until training has finished"
+        )
+    if recipe.data.eval is None:
+        raise RecipeError(
+            "there are no held-out rows", where="data.eval", remedy="add data.eval=FILE"
+        )
+    cache = paths.cache_dir()
+    rows = tokenize_rows(recipe, "eval", cache / "rows")
+    held = held_out(recipe, rows)
+    source = find_base(recipe, cache)
+    process_group.start(world)
+    session = open_session(recipe, world, source, label_names=rows.label_names)
+    session.check_lengths(held.rows)
+    state = adapter_file.load_adapter(run.adapter, session.method, session.peft, session.adapter)
+    session.engine.load_adapter_state(state)
+    result = score(session, held)
+    if world.is_main:
+        text = json.dumps(asdict(result), indent=2)
+        write_text_atomic(run.evaluation, text + "\n")
+        accuracy = "" if result.accuracy is None else f"accuracy {result.accuracy:.3f}  "
+        print(f"{accuracy}held-out loss {result.loss:.4f}  ({result.rows} rows)")
+    process_group.stop()

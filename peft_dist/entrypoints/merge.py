@@ -1,0 +1,331 @@
+"""Merge the LoRA of a finished run into its full-precision base: a plain model, without PEFT.
+
+No tensor changes its shape or type, so a weight file keeps its layout: it is copied, and what was
+trained is written over, one tensor in memory at a time. Never holds the model, and trains nothing.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from peft_dist.checkpoint.adapter_file import ADAPTER_FILE
+from peft_dist.common.errors import ModelError, RecipeError, RunDirError
+from peft_dist.config import Recipe, load_recipe
+from peft_dist.model import architectures, base
+from peft_dist.model.weights import FLOATS, WeightFiles, model_folder
+from peft_dist.run.directory import RunDir
+from peft_dist.worker.process import run_worker
+
+UNMERGEABLE = {
+    "bottleneck": "a bottleneck is a layer of its own, with a non-linearity",
+    "prefix": "learned keys and values are no part of any weight",
+    "prompt": "learned embeddings are no part of any weight",
+    "bitfit": "config.json has no place for the biases that it may add",
+    "peft": "only LoRA is known to be a sum of weights",
+}
+"""Why the adapter of each other method cannot become weights of the base."""
+WEIGHT_SUFFIXES = {
+    ".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors",
+}  # fmt: skip
+"""Files that would still hold the base's own weights beside the merged ones."""
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What LoRA does to one weight.
+
+    Attributes:
+        a: float32 [r, in].
+        b: float32 [out, r].
+        scaling: Factor of B @ A.
+        magnitude: float32 [out], the norm of every row with DoRA; None without.
+        transposed: Whether the weight is kept [in, out], as GPT-2's are.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    magnitude: torch.Tensor | None
+    transposed: bool
+
+    def applied(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the merged weight, in float32 and as the given one is laid out."""
+        rows = weight.float().t() if self.transposed else weight.float()
+        rows = torch.addmm(rows, self.b, self.a, alpha=self.scaling)
+        if self.magnitude is not None:
+            rows *= (self.magnitude / rows.norm(dim=1))[:, None]  # DoRA, arXiv 2402.09353, eq. 5
+        return rows.t() if self.transposed else rows
+
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""Returns what stands in a tensor's place, given the base's."""
+
+
+def main(argv: list[str]) -> int:
+    """Merge one run's adapter into its base; return the exit code."""
+    parser = argparse.ArgumentParser(prog="peft-dist merge", description=main.__doc__)
+    parser.add_argument("run_dir", type=Path, help="folder of a finished run")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    options = parser.parse_args(argv)
+    return run_worker(lambda _: merge(RunDir.open(options.run_dir), options.out))
+
+
+def merge(run: RunDir, out: Path) -> None:
+    """Write the base of a run with its adapter merged in, in one step.
+
+    Raises:
+        PeftDistError: For an adapter or base that cannot be merged, or a folder that is taken or
+            cannot be written; nothing is left of it then.
+    """
+    started = time.monotonic()
+    recipe = load_recipe(run.recipe, check_paths=False)  # the rows are not needed any more
+    reason = UNMERGEABLE.get(recipe.method.kind)
+    if reason is not None:
+        raise RecipeError(
+            f"a {recipe.method.kind} adapter cannot be merged: {reason}",
+            where="method.kind",
+            remedy="load it with PEFT",
+        )
+    config, tensors = _read_adapter(run)
+    _require_room(out)
+    files = WeightFiles(model_folder(recipe.model.name, recipe.model.revision))
+    if files.packed:
+        raise ModelError(
+            f"{files.folder} is stored in 4 bits",
+            where="model.name",
+            remedy="merging needs the full-precision model",
+        )
+    skeleton = _skeleton(recipe, run, files)
+    changes, added = _plan(config, tensors, skeleton, files, run)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        try:
+            _write_model(partial, files, changes, added)
+            if recipe.model.task == "sequence-classification":
+                _name_classes(partial / "config.json", skeleton)
+            _sync(partial)
+            partial.rename(out)  # takes the place of an empty folder
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise RunDirError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(out),
+            remedy="free space, or choose another folder with --out",
+        ) from error
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print(
+        f"{out}  {len(changes) + len(added)} of {len(files.tensors) + len(added)} tensors merged  "
+        f"{size / 1e6:,.1f} MB  {time.monotonic() - started:.1f} s"
+    )
+
+
+def _read_adapter(run: RunDir) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    file = run.adapter / ADAPTER_FILE
+    if not file.is_file():
+        raise RunDirError(
+            "holds no adapter", where=str(run.path), remedy="wait until training has finished"
+        )
+    try:
+        config, tensors = PeftConfig.from_pretrained(str(run.adapter)), load_file(file)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise RunDirError(f"cannot be read: {error}", where=str(run.adapter)) from error
+    if not isinstance(config, LoraConfig):
+        raise RunDirError(
+            f"holds a {config.peft_type} adapter",
+            where=str(run.adapter),
+            remedy=UNMERGEABLE["peft"],
+        )
+    return config, tensors
+
+
+def _require_room(out: Path) -> None:
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() or out.is_symlink():
+        raise RunDirError(
+            "already there", where=str(out), remedy="choose another folder with --out"
+        )
+
+
+def _skeleton(recipe: Recipe, run: RunDir, files: WeightFiles) -> PreTrainedModel:
+    """Return the base on `meta`, for the names and kinds of its parts."""
+    labels: tuple[str, ...] = ()
+    if recipe.model.task == "sequence-classification":
+        try:
+            labels = tuple(json.loads(run.result.read_text(encoding="utf-8"))["labels"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunDirError(
+                "does not name the classes",
+                where=str(run.result),
+                remedy="wait until training has finished",
+            ) from error
+    return architectures.build_skeleton(
+        architectures.read_config(files.folder, task=recipe.model.task),
+        task=recipe.model.task,
+        dtype=torch.float32,  # of parameters that are never given memory here
+        attention="auto",
+        label_names=labels,
+    )
+
+
+def _plan(
+    config: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    skeleton: PreTrainedModel,
+    files: WeightFiles,
+    run: RunDir,
+) -> tuple[dict[str, Change], dict[str, torch.Tensor]]:
+    """Return what happens to which tensor of the files, and the heads that they lack."""
+    plan = base.plan_base(skeleton, files, quantization="none")
+    keys = {tensor.name: tensor.key for tensor in plan.tensors}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    changes: dict[str, Change] = {}
+    added: dict[str, torch.Tensor] = {}
+    for saved, tensor in tensors.items():
+        name = saved.removeprefix("base_model.model.").replace("base_layer.", "")
+        module, _, part = name.partition(".lora_")
+        if part:
+            parts.setdefault(module, {})[part.removesuffix(".weight")] = tensor.float()
+        elif name in plan.fresh:
+            added[name] = tensor.to(files.dtype(plan.tensors[0].key))
+        elif name in keys:
+            changes[keys[name]] = lambda _, trained=tensor: trained
+        else:
+            raise _foreign(saved, run)
+    for module, found in parts.items():
+        key = keys.get(f"{module}.weight")
+        if key is None or not {"A", "B"} <= found.keys() <= {"A", "B", "magnitude_vector"}:
+            raise _foreign(f"{module}.lora_{sorted(found)[0]}", run)
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+        alpha = config.alpha_pattern.get(
+            get_pattern_key(config.alpha_pattern, module), config.lora_alpha
+        )
+        changes[key] = Update(
+            a=found["A"],
+            b=found["B"],
+            scaling=alpha / (rank**0.5 if config.use_rslora else rank),
+            magnitude=found.get("magnitude_vector"),
+            transposed=isinstance(skeleton.get_submodule(module), Conv1D),
+        ).applied
+    return changes, added
+
+
+def _foreign(name: str, run: RunDir) -> RunDirError:
+    return RunDirError(
+        f"{name} has no place in the base",
+        where=str(run.adapter),
+        remedy="use the adapter with the base it was trained on",
+    )
+
+
+def _write_model(
+    folder: Path,
+    files: WeightFiles,
+    changes: Mapping[str, Change],
+    added: dict[str, torch.Tensor],
+) -> None:
+    """Write the weight files, and a copy of every other file of the base."""
+    for file in files.files:
+        last = file == files.files[-1]
+        with file.open("rb") as source, (folder / file.name).open("w+b") as target:
+            _write_weights(source, target, changes, added if last else {})
+    for file in files.folder.iterdir():
+        weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+        if file.is_file() and not weights and not file.name.startswith("adapter_"):
+            shutil.copyfile(file, folder / file.name)
+    if (files.folder / INDEX).is_file():
+        index = json.loads((files.folder / INDEX).read_text(encoding="utf-8"))
+        index["weight_map"] |= dict.fromkeys(added, files.files[-1].name)
+        if "total_size" in index.get("metadata", {}):
+            index["metadata"]["total_size"] += sum(t.nbytes for t in added.values())
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(
+    source: BinaryIO,
+    target: BinaryIO,
+    changes: Mapping[str, Change],
+    added: Mapping[str, torch.Tensor],
+) -> None:
+    """Copy one safetensors file with some tensors changed and some added behind the others.
+
+    The format: the header's size in 8 bytes, a header in JSON, the tensors. Read and written here
+    because safetensors itself writes whole files, for which it copies all their tensors.
+    """
+    header: dict[str, Any] = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+    begin = source.tell()
+    end = max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
+    names = {dtype: name for name, dtype in FLOATS.items()}
+    for key, tensor in added.items():
+        offsets = [end, end := end + tensor.nbytes]
+        facts = {"dtype": names[tensor.dtype], "shape": list(tensor.shape)}
+        header[key] = facts | {"data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    target.write(len(text).to_bytes(8, "little") + text)
+    data = target.tell()
+    shutil.copyfileobj(source, target, 1 << 22)
+    for tensor in added.values():
+        target.write(_bytes(tensor))
+    for key in header.keys() & changes.keys():
+        dtype, shape = FLOATS[header[key]["dtype"]], header[key]["shape"]
+        start, stop = header[key]["data_offsets"]
+        source.seek(begin + start)
+        stored = torch.frombuffer(bytearray(source.read(stop - start)), dtype=dtype).reshape(shape)
+        merged = changes[key](stored).to(dtype)
+        assert merged.shape == stored.shape, (key, merged.shape, stored.shape)
+        if not bool(torch.isfinite(merged).all()):
+            raise ModelError(
+                f"{key} is not finite in {header[key]['dtype']} once merged",
+                where="model.name",
+                remedy="store the base in a wider type, or look at the adapter",
+            )
+        target.seek(data + start)
+        target.write(_bytes(merged))
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _name_classes(file: Path, skeleton: PreTrainedModel) -> None:
+    """Make config.json that of a classifier of the run's classes."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config |= {
+        "architectures": [type(skeleton).__name__],
+        "id2label": {str(index): name for index, name in skeleton.config.id2label.items()},
+        "label2id": skeleton.config.label2id,
+    }
+    config.pop("num_labels", None)
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Score held-out examples, and generate answers to a few of them."""

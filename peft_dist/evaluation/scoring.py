@@ -1,0 +1,203 @@
+"""Held-out loss and accuracy of a session's model, shared out over all processes.
+
+Changes no weight and no gradient; knows no schedule.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from peft_dist.common.errors import DataError
+from peft_dist.config import Recipe
+from peft_dist.data.order import RowIds, assign
+from peft_dist.data.pack import Batch
+from peft_dist.data.tokenize import TokenizedRows, encode_completions
+from peft_dist.distributed.collectives import any_of, sum_over
+from peft_dist.model_setup import Session
+
+
+@dataclass(frozen=True)
+class Score:
+    """The result of one evaluation."""
+
+    loss: float
+    """Mean negative log-likelihood per trained token, in nats."""
+    accuracy: float | None
+    """Share of rows whose own choice or class is the most likely; None without choices."""
+    rows: int
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to score, and the choices to score them against."""
+
+    rows: TokenizedRows
+    choices: tuple[NDArray[np.int32], ...]
+    """Tokens of each choice; empty: loss only. The end token is left out where one position tells
+    all choices apart, and counts elsewhere: " no" would always beat " no idea" without it."""
+    truth: NDArray[np.int64] | None
+    """[n_rows] index of each row's own choice or class."""
+
+    @property
+    def single_token(self) -> bool:
+        """Say whether one position tells all choices apart."""
+        return all(len(choice) == 1 for choice in self.choices)
+
+
+def held_out(recipe: Recipe, rows: TokenizedRows) -> HeldOut:
+    """Take the first `evaluate.max_rows` rows and find which choice each one is.
+
+    Raises:
+        DataError: For a row whose completion is none of the choices.
+    """
+    rows = _first(rows, recipe.evaluate.max_rows)
+    if rows.class_ids is not None:
+        return HeldOut(rows, (), rows.class_ids)
+    if not recipe.evaluate.choices:
+        return HeldOut(rows, (), None)
+    encoded = encode_completions(recipe, recipe.evaluate.choices)
+    by_tokens = {tokens.tobytes(): index for index, tokens in enumerate(encoded)}
+    truth = np.empty(rows.n_rows, dtype=np.int64)
+    for row in range(rows.n_rows):
+        part = slice(rows.offsets[row], rows.offsets[row + 1])
+        completion = np.asarray(rows.tokens[part][rows.trained[part]], dtype=np.int32)
+        index = by_tokens.get(completion.tobytes())
+        if index is None:
+            raise DataError(
+                f"row {row + 1} of the held-out rows completes with none of the choices",
+                where="evaluate.choices",
+                remedy="add its completion to the choices, or raise data.max_length",
+            )
+        truth[row] = index
+    if all(len(tokens) == 2 for tokens in encoded):
+        encoded = tuple(tokens[:-1] for tokens in encoded)
+    return HeldOut(rows, encoded, truth)
+
+
+def _first(rows: TokenizedRows, count: int | None) -> TokenizedRows:
+    if count is None or count >= rows.n_rows:
+        return rows
+    tokens = int(rows.offsets[count])
+    return replace(
+        rows,
+        tokens=rows.tokens[:tokens],
+        trained=rows.trained[:tokens],
+        offsets=rows.offsets[: count + 1],
+        class_ids=None if rows.class_ids is None else rows.class_ids[:count],
+    )
+
+
+class Scoring(NamedTuple):
+    """An evaluation row by row."""
+
+    score: Score
+    predicted: NDArray[np.int64] | None
+    """[n_rows] the likeliest choice or class of each row; None without choices."""
+
+
+class ScoringStopped(Exception):
+    """A process wanted the scoring to stop, and all have."""
+
+
+def score(
+    session: Session, held: HeldOut, *, wants_stop: Callable[[], bool] | None = None
+) -> Score:
+    """Score the rows; see `score_rows`."""
+    return score_rows(session, held, wants_stop=wants_stop).score
+
+
+def score_rows(
+    session: Session, held: HeldOut, *, wants_stop: Callable[[], bool] | None = None
+) -> Scoring:
+    """Score the rows, and say what was predicted for each. Collective.
+
+    Args:
+        session: The model.
+        held: The rows.
+        wants_stop: Asked before every micro-batch; may differ from process to process.
+
+    Raises:
+        ScoringStopped: On every process, where it said yes on any.
+    """
+    was_training = session.model.training
+    session.model.eval()
+    try:
+        with torch.no_grad(), session.autocast():
+            return _score(session, held, wants_stop)
+    finally:
+        session.model.train(was_training)
+
+
+def _score(session: Session, held: HeldOut, wants_stop: Callable[[], bool] | None) -> Scoring:
+    device = session.world.device
+    choices = held.choices if held.single_token else ()
+    choice_ids = torch.tensor(np.concatenate(choices), device=device) if choices else None
+    total = torch.zeros(1, dtype=torch.float64, device=device)
+    predicted = torch.zeros(held.rows.n_rows, dtype=torch.int64, device=device)
+    for ids, batch in _batches(session, held.rows, wants_stop):
+        losses = session.model(batch, choice_ids)
+        if not len(ids):
+            continue
+        total += losses.nll.sum()
+        if losses.choice_logits is not None:
+            predicted[torch.from_numpy(ids).to(device)] = losses.choice_logits.argmax(dim=1)
+    loss = sum_over(total).item() / int(held.rows.predicted_counts.sum())
+    if held.truth is None:
+        return Scoring(Score(loss, None, held.rows.n_rows), None)
+    if held.choices and not held.single_token:
+        best = _likeliest(session, held, wants_stop)
+    else:
+        best = sum_over(predicted)  # every row is one process's
+    found = best.cpu().numpy()
+    accuracy = float((found == held.truth).mean())
+    return Scoring(Score(loss, accuracy, held.rows.n_rows), found)
+
+
+def _batches(
+    session: Session, rows: TokenizedRows, wants_stop: Callable[[], bool] | None
+) -> Iterator[tuple[RowIds, Batch]]:
+    groups = assign(
+        np.arange(rows.n_rows),
+        rows.lengths,
+        world_size=session.world.size,
+        micro_batch_size=session.recipe.evaluate.micro_batch_size,
+    )
+    for ids in groups[session.world.rank]:
+        if wants_stop is not None and any_of(wants_stop(), session.world.device):
+            raise ScoringStopped
+        yield ids, session.pack(rows, ids).to(session.world.device)
+
+
+def _likeliest(
+    session: Session, held: HeldOut, wants_stop: Callable[[], bool] | None
+) -> torch.Tensor:
+    """Return the likeliest choice of each row, each choice scored as a row."""
+    crossed = _every_choice(held)
+    scores = torch.zeros(crossed.n_rows, dtype=torch.float64, device=session.world.device)
+    for ids, batch in _batches(session, crossed, wants_stop):
+        losses = session.model(batch)
+        if len(ids):
+            rows = torch.from_numpy(ids).to(scores.device)[batch.target_rows]
+            scores.index_add_(0, rows, -losses.nll.double())
+    return sum_over(scores).reshape(held.rows.n_rows, len(held.choices)).argmax(dim=1)
+
+
+def _every_choice(held: HeldOut) -> TokenizedRows:
+    """Return rows x choices rows: each prompt with each choice, the choice alone trained."""
+    rows = held.rows
+    tokens: list[NDArray[np.int32]] = []
+    trained: list[NDArray[np.bool_]] = []
+    for row in range(rows.n_rows):
+        part = slice(rows.offsets[row], rows.offsets[row + 1])
+        prompt = rows.tokens[part][: int(np.argmax(rows.trained[part]))]
+        for choice in held.choices:
+            tokens.append(np.concatenate([prompt, choice]))
+            trained.append(np.arange(len(tokens[-1])) >= len(prompt))
+    offsets = np.cumsum([0, *(len(t) for t in tokens)], dtype=np.int64)
+    return replace(
+        rows, tokens=np.concatenate(tokens), trained=np.concatenate(trained), offsets=offsets
+    )

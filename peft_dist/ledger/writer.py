@@ -1,0 +1,186 @@
+"""The record of a run, as lines of JSON, and what every view of it must offer.
+
+A record is one event of the run, most often an optimizer step. Nothing here computes a metric;
+`goodput.py` reads the lines back.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from peft_dist.common.errors import TrainingError
+
+log = logging.getLogger(__name__)
+
+MAX_PENDING = 10_000
+"""Lines kept in memory while the disk takes none; one more ends the run."""
+TAIL_BYTES = 65_536
+"""How much of a file's end is read at once in search of its last whole line."""
+
+Record = dict[str, Any]
+"""`event`, `step` and the event's own figures; the ledger adds `attempt`, `time` and `at_s`."""
+
+
+class Tracker(Protocol):
+    """A view of the run."""
+
+    def write(self, record: Record) -> None:
+        """Take one record."""
+
+    def close(self) -> None:
+        """Show what is still held back."""
+
+
+class Ledger:
+    """`ledger.jsonl`: every record of the run, each a whole line as soon as it is written.
+
+    A full disk does not end training: its lines wait in memory and are tried again, in order, with
+    every later one. May be written to from several threads.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        attempt: int = 1,
+        clock_zero: float | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        """Open the file for appending, and cut the half line that a kill may have left at its end.
+
+        Args:
+            path: The file; made private if it is new.
+            attempt: Which start of the run this is, counted from 1.
+            clock_zero: `time.monotonic()` at the start of this process; now by default.
+            check: Called before every write; raises where the run is no longer this attempt's,
+                and then nothing is written.
+
+        Raises:
+            TrainingError: Where it cannot be written.
+        """
+        self._path, self._attempt, self._check = path, attempt, check
+        self._clock_zero = time.monotonic() if clock_zero is None else clock_zero
+        self._lock = threading.Lock()
+        self._pending: deque[bytes] = deque()
+        self._half: tuple[int, int] | None = None
+        """Where a half line begins and ends that could not be cut yet."""
+        self._warned = self._closed = False
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise self._lost(error) from error
+        try:
+            _cut_half_line(self._fd)
+        except OSError as error:
+            os.close(self._fd)
+            raise self._lost(error) from error
+
+    def write(self, record: Record) -> None:
+        """Append one line, with `attempt`, `time` (unix) and `at_s` (since the process started).
+
+        Raises:
+            TrainingError: Where the disk has taken no line for `MAX_PENDING` records.
+            PeftDistError: Whatever `check` raises.
+        """
+        with self._lock:
+            assert not self._closed, "its file is closed, and the number may be another's"
+            if self._check is not None:
+                self._check()
+            stamp = {
+                "attempt": self._attempt,
+                "time": time.time(),
+                "at_s": time.monotonic() - self._clock_zero,
+            }
+            self._pending.append((json.dumps(stamp | record, allow_nan=False) + "\n").encode())
+            try:
+                self._write_pending()
+                self._warned = False
+            except OSError as error:
+                if len(self._pending) > MAX_PENDING:
+                    raise self._lost(error) from error
+                if not self._warned:
+                    self._warned = True
+                    log.warning(
+                        "%s: cannot be written: %s; training goes on, its records wait in memory",
+                        self._path,
+                        error.strerror or error,
+                    )
+
+    def close(self) -> None:
+        """Write what waits and close the file; a second time does nothing.
+
+        Raises:
+            TrainingError: Where records of the run would be lost.
+            PeftDistError: Whatever `check` raises while records wait.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                if self._pending and self._check is not None:
+                    self._check()
+                self._write_pending()
+                # A network file system may say only here that the disk is full.
+                os.fsync(self._fd)
+            except OSError as error:
+                raise self._lost(error) from error
+            finally:
+                os.close(self._fd)
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            self._append(self._pending[0])
+            self._pending.popleft()
+
+    def _append(self, line: bytes) -> None:
+        """Append a line, or nothing of it."""
+        self._undo_half()
+        before, written = os.fstat(self._fd).st_size, 0
+        try:
+            while written < len(line):
+                written += os.write(self._fd, line[written:])
+        except OSError:
+            if written:
+                self._half = (before, before + written)
+                with suppress(OSError):  # else before the next line
+                    self._undo_half()
+            raise
+
+    def _undo_half(self) -> None:
+        if self._half is None:
+            return
+        begin, end = self._half
+        # Behind our half line may stand a line of a newer attempt; that one is not ours to cut.
+        if os.fstat(self._fd).st_size == end:
+            os.ftruncate(self._fd, begin)
+        self._half = None
+
+    def _lost(self, error: OSError) -> TrainingError:
+        waiting = f" ({len(self._pending)} records not written)" if self._pending else ""
+        return TrainingError(
+            f"cannot be written: {error.strerror or error}{waiting}",
+            where=str(self._path),
+            remedy="free space and start the run again",
+        )
+
+
+def _cut_half_line(fd: int) -> None:
+    """Truncate a file to its last newline."""
+    size = end = os.fstat(fd).st_size
+    while end > 0:
+        begin = max(0, end - TAIL_BYTES)
+        newline = os.pread(fd, end - begin, begin).rfind(b"\n")
+        if newline >= 0:
+            end = begin + newline + 1
+            break
+        end = begin
+    if end < size:
+        os.ftruncate(fd, end)

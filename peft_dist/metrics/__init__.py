@@ -1,0 +1,1 @@
+"""What is measured of a training: steps, memory, utilisation, the final result."""

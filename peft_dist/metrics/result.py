@@ -1,0 +1,111 @@
+"""What a finished run says of itself: `result.json` and the few lines a person reads.
+
+Computes nothing that is not a sum or a ratio of what the run measured.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peft_dist.checkpoint.progress import Progress
+from peft_dist.model_setup import Session
+from peft_dist.run.directory import RunDir
+
+Result = dict[str, Any]
+
+
+def make_result(
+    session: Session,
+    progress: Progress,
+    *,
+    load_seconds: float,
+    train_seconds: float,
+    peaks: list[tuple[int, int]],
+) -> Result:
+    """Return `result.json`; times in seconds, sizes in bytes, lists in rank order."""
+    trained = session.adapter.values()
+    classes = {}
+    if session.recipe.model.task == "sequence-classification":
+        classes = {"labels": list(session.peft.get_base_model().config.id2label.values())}
+    return classes | {
+        "method": session.recipe.method.kind,
+        "world_size": session.world.size,
+        "strategy": session.strategy,
+        "quantization": session.recipe.quantization,
+        "compute_dtype": str(session.compute_dtype).removeprefix("torch."),
+        "device": session.world.device.type,
+        "base_bytes_total": session.base_bytes_total,
+        "base_bytes_per_rank": session.base_bytes_by_rank,
+        "base_unchanged": True,
+        "packed_base": None if session.packed_base is None else str(session.packed_base),
+        "trainable_parameters": sum(parameter.numel() for parameter in trained),
+        "peak_rss_bytes_per_rank": [rss for rss, _ in peaks],
+        "peak_device_bytes_per_rank": [device for _, device in peaks],
+        "load_seconds": load_seconds,
+        "train_seconds": train_seconds,
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "tokens_per_second": progress.tokens / progress.step_seconds,
+        "final_loss": progress.final_loss,
+        "eval": {
+            "first": None if progress.first is None else asdict(progress.first),
+            "last": None if progress.last is None else asdict(progress.last),
+        },
+    }
+
+
+def summary(result: Result, run: RunDir, *, base: str) -> str:
+    """Return the summary of a run: a few aligned lines, then how to load the adapter."""
+    first, last = result["eval"]["first"], result["eval"]["last"]
+    lines = [("steps", f"{result['steps']}, final loss {result['final_loss']:.4f}")]
+    if first is not None:
+        if first["accuracy"] is not None:
+            change = f"{first['accuracy']:.3f} before, {last['accuracy']:.3f} after"
+            lines.append(("accuracy", f"{change} ({last['rows']} held-out rows)"))
+        lines.append(("held-out loss", f"{first['loss']:.4f} before, {last['loss']:.4f} after"))
+    per_rank = result["base_bytes_per_rank"]
+    lines += [
+        (
+            "base per rank",
+            f"{_list(per_rank)} of {_mb(result['base_bytes_total'])} "
+            f"({result['strategy']}, {result['quantization']}), unchanged by training",
+        ),
+        ("peak memory", f"{_list(result['peak_rss_bytes_per_rank'])} per rank"),
+        ("trained", f"{result['trainable_parameters']:,} parameters"),
+        (
+            "speed",
+            f"{result['tokens_per_second']:,.0f} tokens/s; loading {result['load_seconds']:.0f} s, "
+            f"training and evaluation {result['train_seconds']:.0f} s",
+        ),
+        ("adapter", str(run.adapter)),
+    ]
+    if result["device"] == "cuda":
+        lines.insert(-3, ("peak GPU", f"{_list(result['peak_device_bytes_per_rank'])} per rank"))
+    width = max(len(name) for name, _ in lines)
+    text = "\n".join(f"  {name:<{width}}  {value}" for name, value in lines)
+    code = "\n".join(f"    {line}" for line in loading_code(run.adapter, result, base))
+    return f"\nDone.\n{text}\n  load it:\n{code}\n"
+
+
+def loading_code(adapter: Path, result: Result, base: str) -> list[str]:
+    """Return Python that loads the adapter onto the base it was trained on."""
+    task = "SequenceClassification" if "labels" in result else "CausalLM"
+    size = f", num_labels={len(result['labels'])}" if "labels" in result else ""
+    # PEFT has neither; importing our methods makes them known to it.
+    ours = ["import peft_dist.methods"] if result["method"] in ("bottleneck", "bitfit") else []
+    return [
+        *ours,
+        f"from peft import AutoPeftModelFor{task} as Auto; from transformers import AutoTokenizer",
+        f"model = Auto.from_pretrained({str(adapter)!r}{size})",
+        f"tokenizer = AutoTokenizer.from_pretrained({base!r})",
+    ]
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _list(counts: list[int]) -> str:
+    """Show one figure where all are alike to a tenth of a MB, else each."""
+    shown = [_mb(count) for count in counts]
+    return shown[0] if len(set(shown)) == 1 else ", ".join(shown)

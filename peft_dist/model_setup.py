@@ -1,0 +1,336 @@
+"""Put a run's model together on one process: base, adapter and engine, proven to be sharded.
+
+The order is what makes it right: build on `meta`, swap linears, attach adapters, shard, and only
+then read the rows that belong here. Trains nothing.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Collection
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from peft_dist.common.errors import DataError, RecipeError, TrainingError
+from peft_dist.config import Recipe
+from peft_dist.data.encode import load_tokenizer
+from peft_dist.data.order import RowIds
+from peft_dist.data.pack import Batch, pack, unlabelled
+from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.distributed.world import World
+from peft_dist.methods import METHODS, Method, Start
+from peft_dist.methods.init import generator_for
+from peft_dist.methods.method import base_name_in
+from peft_dist.model import architectures, attention, base
+from peft_dist.model.base import BasePlan
+from peft_dist.model.loss import CausalLM, SequenceClassifier
+from peft_dist.model.nf4 import WEIGHTS_PER_BYTE
+from peft_dist.model.source import BaseSource
+from peft_dist.sharding import ENGINES, Engine, Group
+from peft_dist.sharding.launcher_env import resolve
+from peft_dist.sharding.verify import prove_sharded
+
+log = logging.getLogger(__name__)
+
+_HEADS = {"causal-lm": CausalLM, "sequence-classification": SequenceClassifier}
+
+
+@dataclass
+class Session:
+    """A loaded, sharded model with its adapters."""
+
+    recipe: Recipe
+    world: World
+    strategy: str
+    engine: Engine
+    method: Method
+    model: nn.Module
+    peft: PeftModel
+    compute_dtype: torch.dtype
+    base: dict[str, nn.Parameter]
+    adapter: dict[str, nn.Parameter]
+    base_bytes_total: int
+    base_bytes_by_rank: list[int]
+    released_fingerprint: dict[str, int]
+    """Of the base as its files have it; that it trains with may be changed by the method."""
+    base_fingerprint: dict[str, int]
+    packed_base: Path | None
+    load_seconds: float
+
+    @property
+    def packing(self) -> bool:
+        """Say whether the rows of a micro-batch are laid end to end."""
+        packing = self.recipe.data.packing
+        return self.recipe.model.task == "causal-lm" if packing is None else packing
+
+    @property
+    def base_parameters(self) -> int:
+        """Return how many parameters the base has, however they are stored."""
+        return sum(
+            self.engine.shape(parameter).numel() * WEIGHTS_PER_BYTE.get(name.rpartition(".")[2], 1)
+            for name, parameter in self.base.items()
+        )
+
+    def pack(self, rows: TokenizedRows, ids: RowIds) -> Batch:
+        """Return the rows `ids` as one micro-batch of this model."""
+        return pack(rows, ids, packing=self.packing, virtual_tokens=self.method.virtual_tokens)
+
+    @property
+    def places(self) -> int | None:
+        """Most tokens of a row, where the model has a table of positions; None where it has not."""
+        config = self.peft.get_base_model().config
+        if config.model_type not in architectures.LEARNED_POSITIONS:
+            return None
+        return int(config.max_position_embeddings) - self.method.learned_positions
+
+    def check_lengths(self, rows: TokenizedRows) -> None:
+        """Compare the longest row with the positions that the model has.
+
+        Raises:
+            DataError: Where a model with a table of positions has none for its end.
+        """
+        config = self.peft.get_base_model().config
+        longest, learned = int(rows.lengths.max()), self.method.learned_positions
+        places = self.places
+        if places is not None and longest > places:
+            raise DataError(
+                f"a row has {longest} tokens, but {config.model_type} has places for {places}"
+                + (f" behind {learned} learned ones" if learned else ""),
+                where="data.max_length",
+                remedy=f"set it to {places}",
+            )
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context every pass runs in: adapters are float32, the base may be less."""
+        device = self.world.device.type
+        return torch.autocast(device, torch.bfloat16, self.compute_dtype == torch.bfloat16)
+
+    def note_base(self) -> None:
+        """Take the base for right as it is, once an adapter was read. Collective."""
+        if self.method.changes_base:
+            self.base_fingerprint = self.engine.fingerprint(self.base)
+
+    def check_integrity(self) -> None:
+        """Hash the base again and compare, and the adapter over processes. Collective.
+
+        Raises:
+            TrainingError: Naming the first tensor that changed.
+        """
+        now = self.engine.fingerprint(self.base)
+        changed = [name for name, value in self.base_fingerprint.items() if now[name] != value]
+        if changed:
+            raise TrainingError(
+                f"{len(changed)} frozen tensors changed in training, {changed[0]} first",
+                remedy="the adapter is not to be trusted; please report this",
+            )
+        self.check_adapters_agree()
+
+    def check_adapters_agree(self) -> None:
+        """Compare the adapter over processes, to the bit. Collective.
+
+        Raises:
+            TrainingError: Where one has drifted: its gradients were not reduced.
+        """
+        if not self.engine.adapters_agree():
+            raise TrainingError(
+                "the processes hold different adapters", remedy="please report this"
+            )
+
+
+def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Return the dtype a recipe computes in on this device."""
+    if recipe.model.dtype != "auto":
+        return getattr(torch, recipe.model.dtype)
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    # Without matrix units for it, bfloat16 is slower than float32 on a CPU.
+    return torch.bfloat16 if on_gpu else torch.float32
+
+
+def _attention(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
+    if recipe.model.attention != "auto" or device.type != "cuda" or dtype == torch.float32:
+        return recipe.model.attention
+    from transformers.utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if is_flash_attn_2_available() else "auto"
+
+
+def _use_row_attention(recipe: Recipe, method: Method, skeleton: PreTrainedModel) -> None:
+    """Put our attention in place of transformers' own, where that does the same with more work.
+
+    Raises:
+        RecipeError: Where the recipe wants another kernel, and the method works through ours.
+    """
+    chosen, picked = recipe.model.attention, skeleton.config._attn_implementation
+    if method.own_attention and chosen not in ("auto", "sdpa"):
+        raise RecipeError(
+            f"{chosen} has no place for what method {recipe.method.kind} learns",
+            where="model.attention",
+            remedy="set it to auto",
+        )
+    if method.own_attention or picked == "sdpa" or (chosen == "auto" and picked == "eager"):
+        attention.register()
+        skeleton.set_attn_implementation(attention.ROW_ATTENTION)
+
+
+def open_session(
+    recipe: Recipe, world: World, source: BaseSource, *, label_names: tuple[str, ...] = ()
+) -> Session:
+    """Build, shard and load the model. Collective.
+
+    Args:
+        recipe: The run's recipe.
+        world: This process's place.
+        source: What `find_base` found.
+        label_names: Class names, for sequence classification.
+
+    Raises:
+        PeftDistError: For a model, launcher or option that cannot work; before weights are read
+            wherever that can be known.
+    """
+    started = time.monotonic()
+    launched = resolve(recipe.parallel, world, os.environ)
+    dtype = compute_dtype(recipe, world.device)
+    config = architectures.read_config(source.files.folder, task=recipe.model.task)
+    skeleton = architectures.build_skeleton(
+        config,
+        task=recipe.model.task,
+        dtype=dtype,
+        attention=_attention(recipe, world.device, dtype),
+        label_names=label_names,
+    )
+    method = METHODS[recipe.method.kind](recipe.method, seed=recipe.train.seed)
+    if recipe.model.task == "causal-lm":
+        _use_row_attention(recipe, method, skeleton)
+    has_conv1d = architectures.has_conv1d(skeleton)
+    plan = base.plan_base(skeleton, source.files, quantization=recipe.quantization)
+    if world.is_main:
+        for warning in plan.warnings:
+            log.warning(warning)
+    blocks = list(architectures.transformer_blocks(skeleton).values())
+    peft = method.attach(
+        skeleton,
+        task=recipe.model.task,
+        base_name=recipe.model.name,
+        has_conv1d=has_conv1d,
+    )
+    if recipe.train.activation_checkpointing:
+        # After the adapter: PEFT refuses a prefix on a model that has it on already.
+        skeleton.gradient_checkpointing_enable({"use_reentrant": False})
+    model = _HEADS[recipe.model.task](peft)
+    engine = ENGINES[launched.strategy](
+        world, shard_size=launched.shard_size, offload=launched.offload
+    )
+    engine.wrap(model, blocks, [p for p in model.parameters() if p.requires_grad])
+    engine.materialize(model)
+
+    frozen, trained = _split(peft)
+    packed = _load_base(peft, frozen, trained, plan, source, engine)
+    _fill_fresh_heads({**frozen, **trained}, plan, peft, engine, seed=recipe.train.seed)
+    released = engine.fingerprint(frozen)
+    by_name = {base_name_in(peft, name): parameter for name, parameter in frozen.items()}
+    start = _start(recipe, source, plan, by_name, engine, model)
+    method.initialise(peft, start)
+    engine.hold_adapter(trained, lambda n: Group(trained[n].dim() > 1, method.rate_factor(n)))
+    total, by_rank = prove_sharded(engine, frozen, trained, launched.strategy)
+    session = Session(
+        recipe=recipe,
+        world=world,
+        strategy=launched.strategy,
+        engine=engine,
+        method=method,
+        model=model,
+        peft=peft,
+        compute_dtype=dtype,
+        base=frozen,
+        adapter=trained,
+        base_bytes_total=total,
+        base_bytes_by_rank=by_rank,
+        released_fingerprint=released,
+        base_fingerprint=engine.fingerprint(frozen) if method.changes_base else released,
+        packed_base=packed,
+        load_seconds=time.monotonic() - started,
+    )
+    session.check_adapters_agree()
+    return session
+
+
+def _split(peft: PeftModel) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    frozen: dict[str, nn.Parameter] = {}
+    trained: dict[str, nn.Parameter] = {}
+    for name, parameter in peft.named_parameters():
+        (trained if parameter.requires_grad else frozen)[name] = parameter
+    return frozen, trained
+
+
+def _load_base(
+    peft: PeftModel,
+    frozen: dict[str, nn.Parameter],
+    trained: dict[str, nn.Parameter],
+    plan: BasePlan,
+    source: BaseSource,
+    engine: Engine,
+) -> Path | None:
+    """Fill every parameter that the files hold; return the cache entry that holds them, if any.
+
+    Of these some may be trained: biases, and the trained copy of a head. Collective.
+    """
+    # Of a head and its trained copy, both have one name in the files; the frozen one is filled.
+    by_name = {base_name_in(peft, name): p for name, p in {**trained, **frozen}.items()}
+    packed = source.fill(by_name, plan, engine.shard, world=engine.world, put=engine.put)
+    for name, parameter in trained.items():
+        twin = by_name.get(base_name_in(peft, name))
+        if twin is not None and twin is not parameter:
+            base.copy_rows(parameter, engine.whole(twin))
+    return packed
+
+
+def _fill_fresh_heads(
+    parameters: dict[str, nn.Parameter],
+    plan: BasePlan,
+    peft: PeftModel,
+    engine: Engine,
+    *,
+    seed: int,
+) -> None:
+    """Fill the heads that the checkpoint lacks. Collective."""
+    std = getattr(peft.get_base_model().config, "initializer_range", 0.02)
+    for name, parameter in parameters.items():
+        plain = base_name_in(peft, name)
+        if plain in plan.fresh:
+            full = torch.zeros(engine.shape(parameter))
+            if full.dim() > 1:
+                full.normal_(std=std, generator=generator_for(seed, plain))
+            engine.put(parameter, full)
+
+
+def _start(
+    recipe: Recipe,
+    source: BaseSource,
+    plan: BasePlan,
+    base_by_name: dict[str, nn.Parameter],
+    engine: Engine,
+    model: nn.Module,
+) -> Start:
+    """Return what the method may use to fill its adapter."""
+
+    def release(parameters: Collection[nn.Parameter]) -> None:
+        wanted = {id(parameter) for parameter in parameters}
+        few = {name: p for name, p in base_by_name.items() if id(p) in wanted}
+        source.fill(few, plan.of(few), engine.shard, world=engine.world, put=engine.put)
+
+    def tokenize(text: str) -> list[int]:
+        tokenizer = load_tokenizer(recipe)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def read(ids: list[int]) -> None:
+        model.eval()
+        with torch.no_grad():
+            model(unlabelled(ids).to(engine.world.device))
+
+    return Start(engine.whole, engine.put, release, tokenize, read)

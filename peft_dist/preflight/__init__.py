@@ -1,0 +1,1 @@
+"""Check the nodes of a job before training starts on them."""

@@ -1,0 +1,239 @@
+"""Check every node of a job before training: its devices, its code, its clock, its disk, its links.
+
+One process per node. All meet at the first node, the head, which gives orders and judges what
+comes back. Ends within its time limit, whatever hangs, and trains nothing.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from peft_dist.common import console
+from peft_dist.common.console import say
+from peft_dist.common.errors import EXIT_CRASHED, EXIT_DONE, EXIT_USER_ERROR
+from peft_dist.common.time_limit import within
+from peft_dist.preflight.node_info import NodeFacts, gather
+from peft_dist.preflight.verdict import PORT_TAKEN, Limits, Report, judge, report_path
+
+if TYPE_CHECKING:
+    from peft_dist.preflight.network import Member
+
+ARRIVAL_SHARE = 0.5
+"""Part of the time limit in which every node must have come."""
+LINKS_SHARE = 0.7
+"""Part of what is left then that the search for a link that fails may take."""
+LOCAL_SHARE = 1 / 6
+"""Part of it that a node's disk has to answer, and then its devices."""
+TORCH_SETTINGS = {
+    "TORCH_CPP_LOG_LEVEL": "FATAL",  # what goes wrong is told in one line
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # else the end of a peer aborts this process
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
+"""For this process alone, before torch is imported."""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Take part in the check of a job's nodes, as one of them.
+
+    Exit codes: 0 all is fine; 1 some nodes fail, and the report names them; 2 a fault of no node;
+    98 the port is taken. All nodes end with the head's.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if not 0 <= options.index < len(options.hosts.split(",")):
+        parser.error(f"--index {options.index} is none of --hosts {options.hosts}")
+    # The interpreter's own way out would wait for what hangs.
+    code = Preflight(options).run()
+    console.flush()
+    os._exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="peft_dist.preflight.main", description=main.__doc__)
+    parser.add_argument("--hosts", required=True, help="names of all nodes: node1,node2,...")
+    parser.add_argument("--index", type=int, required=True, help="which of them this is, from 0")
+    parser.add_argument("--host", help="name of this node (default: from --hosts)")
+    parser.add_argument("--head", help="address of the first node (default: its name)")
+    parser.add_argument("--port", type=int, required=True, help="where the first node listens")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--devices", type=int, default=0, help="GPUs that a node must have")
+    parser.add_argument("--timeout-s", type=float, default=60.0, help="time for all of it")
+    parser.add_argument("--min-free-gb", type=float, default=1.0)
+    parser.add_argument("--max-clock-offset-s", type=float, default=60.0)
+    return parser
+
+
+class Preflight:
+    """This node's part."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Start the clock that ends the process in any case."""
+        self.started_s = time.monotonic()
+        self.options = options
+        self.hosts: list[str] = options.hosts.split(",")
+        self.name: str = options.host or self.hosts[options.index]
+        self.head: str = options.head or self.hosts[0]
+        self.doing = "itself"
+        """What this node waits for, in words."""
+        self.limits = Limits(
+            devices=options.devices,
+            min_free_bytes=options.min_free_gb * 1e9,
+            max_clock_offset_s=options.max_clock_offset_s,
+            arrival_s=options.timeout_s * ARRIVAL_SHARE,
+        )
+        threading.Thread(target=self._watch, name="time limit", daemon=True).start()
+        # Should a library hold the interpreter itself, the kernel ends us.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, options.timeout_s + 2)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up, nothing to explain
+        os.umask(0o077)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until everything must have ended."""
+        return float(self.options.timeout_s - (time.monotonic() - self.started_s))
+
+    def run(self) -> int:
+        """Check, as the head or as one of the others; return the exit code."""
+        if self.options.index == 0:
+            with suppress(OSError, TimeoutError):  # what cannot be written is told below
+                within(self.left_s / 4, lambda: report_path(self.options.run_dir).unlink())
+        local_s = self.options.timeout_s * LOCAL_SHARE
+        self.doing = "its disk"
+        facts = gather(self.options.index, self.name, self.options.run_dir, limit_s=local_s)
+        self.doing = "torch"
+        os.environ.update(TORCH_SETTINGS)
+        try:
+            from peft_dist.preflight import network
+        except (ImportError, OSError) as error:  # OSError: a shared library of it
+            return self._cannot_import(error)
+        if self.options.devices:
+            self.doing = "its devices"
+            facts = network.with_devices(facts, limit_s=local_s)
+        if self.options.index == 0:
+            return self._lead(facts)
+        return self._follow(facts)
+
+    def _lead(self, facts: NodeFacts) -> int:
+        from peft_dist.preflight import network
+
+        self.doing = "its own port"
+        arrival_s = self.left_s - self.options.timeout_s * (1 - ARRIVAL_SHARE)
+        try:
+            head = network.Head(self._member(facts.index, arrival_s), self.hosts)
+        except network.PortTaken:
+            self._say(f"port {self.options.port} of {self.name} is taken")
+            return PORT_TAKEN
+        except network.FAULTS as error:
+            problem = f"cannot serve at {self.head}:{self.options.port}: {network.brief(error)}"
+            report = judge(
+                [replace(facts, error=problem)],
+                expected_nodes=self.hosts[:1],  # of the others nothing can be known
+                limits=self.limits,
+            )
+            return self._tell(replace(report, nodes=len(self.hosts)))
+        self.doing = "the other nodes to come"
+        head.wait_for_all(facts, until_s=time.monotonic() + arrival_s)
+        self.doing = "the other nodes' clocks"
+        head.compare_clocks(limit_s=self.left_s / 10)
+        self.doing = "an all-reduce"
+        all_reduce_s = head.check_links(until_s=time.monotonic() + LINKS_SHARE * self.left_s)
+        self.doing = "its report"
+        report = judge(list(head.facts.values()), expected_nodes=self.hosts, limits=self.limits)
+        report = replace(report, all_reduce_s=all_reduce_s)
+        report = replace(report, warnings=(*report.warnings, *head.warnings))
+        code = self._tell(report)
+        self.doing = "the other nodes to end"
+        faults = {} if report.common else dict(line.split(": ", 1) for line in report.lines)
+        head.dismiss(code, faults, limit_s=min(2.0, self.left_s / 2))
+        return code
+
+    def _follow(self, facts: NodeFacts) -> int:
+        from peft_dist.preflight import network
+
+        self.doing = f"{self.hosts[0]} at {self.head}:{self.options.port}"
+        arrival_s = self.left_s - self.options.timeout_s * (1 - ARRIVAL_SHARE)
+        try:
+            member = self._member(facts.index, arrival_s)
+        except network.FAULTS as error:
+            self._say(
+                f"{self.name} cannot reach {self.hosts[0]} at {self.head}:{self.options.port} "
+                f"within {self.limits.arrival_s:.3g} s: {network.brief(error)}"
+            )
+            return EXIT_CRASHED
+        self.doing = f"orders of {self.hosts[0]}"
+        try:
+            # Should no order come, `_watch` is first.
+            last = member.serve(facts, until_s=time.monotonic() + self.left_s + 5)
+        except network.FAULTS as error:
+            self._say(f"{self.name} has lost {self.hosts[0]}: {network.brief(error)}")
+            return EXIT_CRASHED
+        if last["fault"] is not None:
+            self._say(f"{self.name}: {last['fault']}")
+        return int(last["code"])
+
+    def _member(self, index: int, arrival_s: float) -> "Member":
+        from peft_dist.preflight import network
+
+        # Another job's nodes may have been given the same port.
+        nonce = os.environ.get("PEFT_DIST_NONCE", "")
+        key = json.dumps([str(self.options.run_dir), self.hosts, nonce]).encode()
+        return network.Member(
+            index,
+            len(self.hosts),
+            network.Address(self.head, self.options.port, hashlib.sha256(key).hexdigest()[:16]),
+            limit_s=max(1.0, arrival_s),
+        )
+
+    def _cannot_import(self, error: ImportError | OSError) -> int:
+        """Say that torch is missing; the others learn it from the head's silence."""
+        problem = f"torch cannot be imported: {error}"
+        if self.options.index != 0:
+            self._say(f"{self.name}: {problem}")
+            return EXIT_CRASHED
+        if isinstance(error, ModuleNotFoundError):
+            remedy = "name the right interpreter with python: in the cluster file"
+            return self._tell(Report(len(self.hosts), common=f"{problem}; {remedy}"))
+        line = f"{self.name}: {problem}"
+        return self._tell(Report(len(self.hosts), bad=(self.hosts[0],), lines=(line,)))
+
+    def _tell(self, report: Report) -> int:
+        """Write and print the head's report; return its exit code."""
+        report = replace(report, seconds=round(time.monotonic() - self.started_s, 3))
+        run_dir = self.options.run_dir
+        try:
+            within(self.left_s / 2, lambda: report.write(run_dir))
+        except (OSError, TimeoutError) as error:
+            self._say(f"the report cannot be written to {run_dir}: {error}")
+        for line in (*report.lines, *(f"warning: {text}" for text in report.warnings)):
+            self._say(line)
+        if report.ok:
+            say(f"peft-dist: pre-flight: {report.summary}")
+            return EXIT_DONE
+        self._say(report.summary)
+        return EXIT_CRASHED if report.common is None else EXIT_USER_ERROR
+
+    def _say(self, text: str) -> None:
+        say(f"peft-dist: pre-flight: {' '.join(text.split())}", sys.stderr)
+
+    def _watch(self) -> None:
+        while self.left_s > 0:
+            time.sleep(max(0.01, min(1.0, self.left_s)))
+        self._say(
+            f"{self.name} gave up after {self.options.timeout_s:.3g} s of waiting for {self.doing}"
+        )
+        os._exit(EXIT_CRASHED)
+
+
+if __name__ == "__main__":
+    main()

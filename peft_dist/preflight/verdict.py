@@ -1,0 +1,270 @@
+"""Judge from the facts of all nodes which of them cannot take part, and say why in one line each.
+
+Pure, but for reading and writing the report. A fault that every node has is no node's fault.
+"""
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from peft_dist.common.atomic import replace_file
+from peft_dist.preflight.node_info import SILENT, NodeFacts
+
+PORT_TAKEN = 98
+"""Exit code of a pre-flight whose port another program has (EADDRINUSE): choose another one."""
+SLOW_WRITE_S = 1.0
+"""A small durable write that takes longer is worth a word: each checkpoint makes several."""
+BUSY_DEVICE = 0.5
+"""A device with a smaller part of its memory free is in use by somebody else."""
+
+Reasons = dict[str, str]
+"""Why one node fails, by the kind of fault."""
+
+REMEDIES = {
+    "absent": "see that the others know its name and that no firewall is between them",
+    "error": "",
+    "devices": "mend gpus_per_node in the cluster file",
+    "device memory": "wait until the devices are free, or ask for nodes of your own (exclusive)",
+    "clock": "set the nodes' clocks, or raise preflight.max_clock_offset_s in the cluster file",
+    "space": "free space there, or lower preflight.min_free_gb in the cluster file",
+    "write": "mend its permissions, free space there, or choose another --run-dir",
+}
+"""What to do about a fault that all nodes have; nodes cannot all differ from each other's code."""
+SHARED = ("space", "write")
+"""Faults of what nodes share. Any other fault of a node that is alone is its own."""
+_GONE = {"absent", "silent"}
+
+
+class _Common(NamedTuple):
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a node must have, or may not exceed."""
+
+    devices: int = 0
+    min_free_bytes: float = 1e9
+    max_clock_offset_s: float = 60.0
+    arrival_s: float = 30.0
+    """How long the head waits for the others."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a pre-flight found."""
+
+    nodes: int
+    bad: tuple[str, ...] = ()
+    """Names of the nodes to do without."""
+    common: str | None = None
+    """The fault of no node, which a person must mend; then `bad` is empty."""
+    lines: tuple[str, ...] = ()
+    """One for each node that fails."""
+    warnings: tuple[str, ...] = ()
+    clock_spread_s: float = 0.0
+    """Farthest apart that two clocks were seen."""
+    all_reduce_s: float | None = None
+    """How long an all-reduce of 1 MB over all nodes took; None where there was none."""
+    seconds: float = 0.0
+    """How long the pre-flight took."""
+
+    @property
+    def ok(self) -> bool:
+        """Say whether training may start on these nodes."""
+        return not self.bad and self.common is None
+
+    @property
+    def summary(self) -> str:
+        """The line that says what came of it."""
+        took = f"in {self.seconds:.1f} s"
+        if self.common is not None:
+            return f"{self.common} ({took})"
+        if self.bad:
+            return f"{len(self.bad)} of {self.nodes} nodes failed {took}: {', '.join(self.bad)}"
+        found = []
+        if self.all_reduce_s is not None:
+            found.append(f"all-reduce of 1 MB {self.all_reduce_s * 1e3:.3g} ms")
+        if self.nodes > 1:
+            found.append(f"clocks within {max(0.01, self.clock_spread_s):.2f} s")
+        fine = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"
+        return f"{fine} fine {took}: {', '.join(found)}".removesuffix(": ")
+
+    def to_json(self) -> str:
+        """Return it as JSON text."""
+        return json.dumps({"ok": self.ok, **asdict(self)}, indent=2) + "\n"
+
+    def write(self, run_dir: Path) -> None:
+        """Leave it in a run directory.
+
+        Raises:
+            OSError: Where it cannot be written.
+        """
+        path = report_path(run_dir)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        replace_file(path, self.to_json())
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Self | None:
+        """Return the report of a run directory's newest pre-flight; None where it left none."""
+        try:
+            raw = json.loads(report_path(run_dir).read_text(encoding="utf-8"))
+            values = {item.name: raw[item.name] for item in fields(cls)}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **lists})
+
+
+def report_path(run_dir: Path) -> Path:
+    """Return where a run directory keeps the newest report."""
+    return run_dir / "slurm" / "preflight.json"
+
+
+def judge(facts: Sequence[NodeFacts], *, expected_nodes: Sequence[str], limits: Limits) -> Report:
+    """Judge the nodes of a job.
+
+    Args:
+        facts: Of every node that has come.
+        expected_nodes: Names of all nodes, the head's first.
+        limits: What they must have.
+    """
+    by_index = {fact.index: fact for fact in facts}
+    reasons: dict[str, Reasons] = {
+        host: _own_faults(by_index.get(index), limits) for index, host in enumerate(expected_nodes)
+    }
+    came = [(host, by_index[i]) for i, host in enumerate(expected_nodes) if i in by_index]
+    for host, kind, text in (*_odd_ones(came), *_wrong_clocks(came, limits)):
+        reasons[host][kind] = text
+    common = _common_fault(reasons, limits)
+    if common:
+        for found in reasons.values():
+            found.pop(common.kind, None)
+    failed = [host for host, found in reasons.items() if found]
+    offsets = [fact.clock_offset_s for _, fact in came] or [0.0]
+    return Report(
+        nodes=len(expected_nodes),
+        bad=() if common else tuple(failed),
+        common=common.text if common else None,
+        lines=tuple(f"{host}: {'; '.join(reasons[host].values())}" for host in failed),
+        warnings=tuple(_warnings(came)),
+        clock_spread_s=max(offsets) - min(offsets),
+    )
+
+
+def _own_faults(fact: NodeFacts | None, limits: Limits) -> Reasons:
+    """Return what is wrong with a node whatever the others say."""
+    if fact is None:
+        return {"absent": f"did not come within {limits.arrival_s:.3g} s"}
+    found = {}
+    if fact.error is not None:
+        found["silent" if fact.error == SILENT else "error"] = fact.error
+    if fact.devices is not None and fact.devices < limits.devices:
+        found["devices"] = f"{fact.devices} devices, {limits.devices} expected"
+    if fact.free_device_bytes is not None and fact.device_bytes:
+        room, whole = fact.free_device_bytes, fact.device_bytes
+        if room < BUSY_DEVICE * whole:
+            found["device memory"] = (
+                f"{_gb(room)} of {_gb(whole)} GB free on a device: another process has the rest"
+            )
+    if fact.write_error is not None:
+        found["write"] = fact.write_error
+    elif fact.free_bytes is not None and fact.free_bytes < limits.min_free_bytes:
+        found["space"] = (
+            f"{_gb(fact.free_bytes)} GB free for the run directory, "
+            f"{_gb(limits.min_free_bytes)} GB expected"
+        )
+    return found
+
+
+def _odd_ones(came: Sequence[tuple[str, NodeFacts]]) -> list[tuple[str, str, str]]:
+    """Return host, kind and text for each node whose software is not that of the others."""
+    told = []
+    having_code = [(host, fact) for host, fact in came if fact.code]
+    for host, other, _, _ in _differing(having_code, lambda fact: fact.code):
+        told.append((host, "code", f"other code of peft-dist than {other}"))
+    for host, other, own, usual in _differing(came, lambda fact: fact.python):
+        told.append((host, "python", f"Python {own}, {other} has {usual}"))
+    differences: dict[str, list[str]] = {}
+    for package in sorted({name for _, fact in came for name in fact.versions}):
+        for host, other, own, usual in _differing(came, _version_of(package)):
+            here = f"{package} {own}" if own else f"no {package}"
+            there = usual or "none"
+            differences.setdefault(host, []).append(f"{here}, {other} has {there}")
+    told += [(host, "packages", "; ".join(texts)) for host, texts in differences.items()]
+    return told
+
+
+def _version_of(package: str) -> Callable[[NodeFacts], str]:
+    return lambda fact: fact.versions.get(package, "")
+
+
+def _differing(
+    came: Sequence[tuple[str, NodeFacts]], value_of: Callable[[NodeFacts], str]
+) -> list[tuple[str, str, str, str]]:
+    """Return host, a usual host, own value and usual value for each node in the minority.
+
+    Where no value has a majority, the head's is the usual one.
+    """
+    if not came:
+        return []
+    values = [(host, value_of(fact)) for host, fact in came]
+    (usual, most), *rest = Counter(value for _, value in values).most_common()
+    if rest and rest[0][1] == most:
+        usual = values[0][1]
+    other = next(host for host, value in values if value == usual)
+    return [(host, other, value, usual) for host, value in values if value != usual]
+
+
+def _wrong_clocks(
+    came: Sequence[tuple[str, NodeFacts]], limits: Limits
+) -> list[tuple[str, str, str]]:
+    """Return host, kind and text for each clock that is surely wrong by more than the limit."""
+    offsets = [fact.clock_offset_s for _, fact in came]
+    if not offsets:
+        return []
+    # Most nodes are right, the head not always; of two it is.
+    usual = min(statistics.median_low(offsets), statistics.median_high(offsets), key=abs)
+    told = []
+    for host, fact in came:
+        ahead_s = fact.clock_offset_s - usual
+        if abs(ahead_s) - fact.clock_uncertainty_s > limits.max_clock_offset_s:
+            way = "ahead" if ahead_s > 0 else "behind"
+            limit = f"{limits.max_clock_offset_s:.3g} s allowed"
+            told.append((host, "clock", f"its clock is {abs(ahead_s):.1f} s {way}, {limit}"))
+    return told
+
+
+def _common_fault(reasons: Mapping[str, Reasons], limits: Limits) -> _Common | None:
+    """Return the fault of all nodes that are there, with its remedy; None where there is none."""
+    head, *others = reasons
+    here = {host: found for host, found in reasons.items() if not _GONE & found.keys()}
+    if len(others) > 1 and all("absent" in reasons[host] for host in others):
+        text = f"no other node came to {head} within {limits.arrival_s:.3g} s"
+        return _Common("absent", f"{text}; {REMEDIES['absent']}")
+    for kind, remedy in REMEDIES.items():
+        told = [found[kind] for found in here.values() if kind in found]
+        if len(told) < len(here) or (len(told) == 1 and kind not in SHARED):
+            continue
+        if kind == "error" and len(set(told)) > 1:
+            continue
+        who = head if len(told) == 1 else f"all {len(told)} nodes"
+        return _Common(kind, f"{who}: {told[0]}; {remedy}".removesuffix("; "))
+    return None
+
+
+def _warnings(came: Sequence[tuple[str, NodeFacts]]) -> list[str]:
+    return [
+        f"{host}: a small durable write to the run directory takes {fact.write_s:.1f} s"
+        for host, fact in came
+        if fact.write_s is not None and fact.write_s > SLOW_WRITE_S
+    ]
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.3g}"

@@ -1,0 +1,368 @@
+"""Every path in a run directory, and how its files are made: privately, atomically, once.
+
+Knows no schedule and no process group. Whoever writes (rank 0, the launcher) decides when. A
+long file: each path of a run, and each rule about its folder, stands here and nowhere else.
+"""
+
+import errno
+import json
+import shutil
+import tempfile
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from peft_dist.common.atomic import replace_file
+from peft_dist.common.errors import ERROR_PREFIX, EXIT_DO_NOT_RETRY, PeftDistError, RunDirError
+from peft_dist.config import Recipe, load_recipe, render_recipe
+from peft_dist.config.resume_rules import differences, learning_settings, refuse_changes
+from peft_dist.run.lease import latest
+from peft_dist.run.provenance import run_facts
+from peft_dist.run.restart_policy import was_stopped
+
+ARRAY_FILE = "array.json"
+"""In the folder of an array: which runs it has."""
+LAUNCHED_AT = "PEFT_DIST_LAUNCHED_AT"
+"""Environment variable with the unix time at which the launcher of a process was started."""
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a private file that is either the old one or the whole new one, even after a crash.
+
+    Raises:
+        RunDirError: Where the disk is full or the folder cannot be written.
+    """
+    try:
+        replace_file(path, text)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def error_in_log(log: Path, start: int = 0) -> str | None:
+    """Return the first fault that workers told in their log, without its prefix.
+
+    Args:
+        log: The file.
+        start: Where the part of this launch begins, in bytes.
+    """
+    try:
+        lines = log.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    told = (line for line in lines if line.startswith(ERROR_PREFIX))
+    line = next(told, None)
+    return None if line is None else line.removeprefix(ERROR_PREFIX)
+
+
+class Verdict(NamedTuple):
+    """Why starting a run again cannot help."""
+
+    exit_code: int
+    error: str
+    time: str
+    """When that was found, in ISO 8601."""
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run's folder."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe: every default written out, local paths absolute."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def next_recipe(self) -> Path:
+        """What a start is to go on by, until its rows and model are seen to fit the checkpoints."""
+        return self.path / "recipe.next.yaml"
+
+    @property
+    def run_facts(self) -> Path:
+        """When, with which versions and by which command the run was made; written last."""
+        return self.path / "run.json"
+
+    @property
+    def ledger(self) -> Path:
+        """One JSON line per step, evaluation, checkpoint, and start or end of an attempt."""
+        return self.path / "ledger.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """The summary of a finished run."""
+        return self.path / "result.json"
+
+    @property
+    def adapter(self) -> Path:
+        """The final adapter in PEFT format."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What the run can go on from."""
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """What the processes said."""
+        return self.path / "logs"
+
+    @property
+    def launcher_log(self) -> Path:
+        """Standard error of the launcher and of all its processes."""
+        return self.logs / "launcher.log"
+
+    @property
+    def system(self) -> Path:
+        """The newest sample of every machine but rank 0's, while they train."""
+        return self.path / "system"
+
+    @property
+    def report(self) -> Path:
+        """The page that `peft-dist report` makes."""
+        return self.path / "report.html"
+
+    @property
+    def evaluation(self) -> Path:
+        """The last scoring of the finished adapter."""
+        return self.path / "evaluation.json"
+
+    @property
+    def evaluation_log(self) -> Path:
+        """Standard error of the last scoring's processes."""
+        return self.logs / "evaluation.log"
+
+    @property
+    def attempts(self) -> Path:
+        """One file per attempt to train the run; the newest is its holder's lease."""
+        return self.path / "attempts"
+
+    @property
+    def array(self) -> Path | None:
+        """The folder of the array that the run belongs to, if it does."""
+        return self.path.parent if (self.path.parent / ARRAY_FILE).is_file() else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Say whether the run has trained to its end."""
+        return self.result.exists()
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Say whether there is something to go on from."""
+        return any(self.checkpoints.glob("step-*"))
+
+    @property
+    def failure(self) -> Path:
+        """Why starting the run again cannot help, until a person has looked."""
+        return self.path / "failure.json"
+
+    @classmethod
+    def create(cls, path: str | Path, recipe: Recipe, *, command: Sequence[str] = ()) -> Self:
+        """Make a run directory with its resolved recipe and run facts, all at once or not at all.
+
+        Args:
+            path: Where; missing parent folders are made. A folder that exists must be empty.
+            recipe: What `recipe.yaml` will say.
+            command: The command line to record.
+
+        Raises:
+            RunDirError: Where the folder is taken or cannot be written; then nothing is left.
+        """
+        run = cls(Path(path).absolute())
+        try:
+            if run.path.exists() and not run.path.is_dir():
+                raise RunDirError(
+                    "is a file", where=str(run.path), remedy="choose another folder with --run-dir"
+                )
+            run.path.parent.mkdir(parents=True, exist_ok=True)
+            prefix = f".{run.path.name}-making-"
+            making = Path(tempfile.mkdtemp(prefix=prefix, dir=run.path.parent))  # mode 0700
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise _cannot_write(run.path, error) from error
+        try:
+            cls(making).logs.mkdir(mode=0o700)
+            write_text_atomic(cls(making).recipe, render_recipe(recipe))
+            write_text_atomic(
+                cls(making).run_facts, json.dumps(run_facts(command), indent=2) + "\n"
+            )
+            making.rename(run.path)  # fails where anything is there, were it made just now
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                names = {entry.name for entry in run.path.iterdir()}
+                held = "another run" if run.run_facts.is_file() else f"{min(names)!r} already"
+                raise _taken(run.path, held) from error
+            raise _cannot_write(run.path, error) from error
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+        return run
+
+    @classmethod
+    def claim(
+        cls,
+        path: str | Path,
+        recipe: Recipe,
+        *,
+        command: Sequence[str] = (),
+        fresh: bool = False,
+        allow_changed: Collection[str] = (),
+    ) -> Self:
+        """Return the run in a folder to go on with, or a new one where there is none.
+
+        Args:
+            path: Where.
+            recipe: What to train. It replaces the run's own recipe, which may differ in what does
+                not change what is learned; where there are checkpoints, by `accept_recipe`.
+            command: The command line to record in a new run.
+            fresh: Set a run that is there aside, and make a new one.
+            allow_changed: Fields that may differ all the same.
+
+        Raises:
+            RunDirError: Where the run has finished, or learns by other settings.
+        """
+        run = cls(Path(path).absolute())
+        try:
+            there = run.run_facts.is_file()
+        except (OSError, ValueError) as error:
+            raise _cannot_write(run.path, error) from error
+        if there and fresh:
+            run._set_aside()
+            there = False
+        if not there:
+            return cls.create(path, recipe, command=command)
+        if run.is_finished:
+            raise RunDirError(
+                "holds a run that has finished",
+                where=str(run.path),
+                remedy="choose another folder with --run-dir, or start it anew with --fresh",
+            )
+        cls.open(path)  # raises where its recipe is gone
+        text = render_recipe(recipe)
+        is_changed = text != run.recipe.read_text(encoding="utf-8")
+        if is_changed and run.has_checkpoints:
+            old = learning_settings(load_recipe(run.recipe, check_paths=False))
+            refuse_changes(
+                differences(old, learning_settings(recipe)), allow_changed, where=str(run.path)
+            )
+            write_text_atomic(run.next_recipe, text)
+            return run
+        if is_changed:
+            write_text_atomic(run.recipe, text)
+        run.drop_next_recipe()
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Return the run in a folder.
+
+        Raises:
+            RunDirError: Where the folder holds no run.
+        """
+        run = cls(Path(path).absolute())
+        try:
+            missing = [file.name for file in (run.recipe, run.run_facts) if not file.is_file()]
+        except (OSError, ValueError) as error:
+            raise RunDirError(
+                f"cannot be read: {error}", where=str(path), remedy="name a run directory"
+            ) from error
+        if missing:
+            problem = "holds no run" if run.path.is_dir() else "is no folder"
+            raise RunDirError(
+                f"{problem} ({' and '.join(missing)} missing)",
+                where=str(path),
+                remedy="name a folder that `peft-dist train` made",
+            )
+        return run
+
+    @classmethod
+    def enclosing(cls, recipe_path: str | Path) -> Self | None:
+        """Return the run directory whose own recipe this is, or None for any other recipe."""
+        path = Path(recipe_path).absolute()
+        run = cls(path.parent)
+        return run if path.name == run.recipe.name and run.run_facts.is_file() else None
+
+    def accept_recipe(self) -> None:
+        """Let the recipe that this start goes on by be the run's own."""
+        with suppress(FileNotFoundError):
+            self.next_recipe.replace(self.recipe)
+
+    def drop_next_recipe(self) -> None:
+        """Forget a recipe that the run does not go on by."""
+        self.next_recipe.unlink(missing_ok=True)
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Say whether the newest attempt was told to stop."""
+        newest = latest(self.attempts)
+        return newest is not None and was_stopped(self.attempts, newest)
+
+    def newest_step(self) -> int:
+        """Return the step of the newest checkpoint, whole or not; 0 where there is none."""
+        steps = [int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")]
+        return max(steps, default=0)
+
+    def verdict(self) -> Verdict | None:
+        """Return why starting the run again cannot help, if that is so."""
+        try:
+            facts = json.loads(self.failure.read_text(encoding="utf-8"))
+            return Verdict(int(facts["exit_code"]), str(facts["error"]), str(facts["time"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return Verdict(EXIT_DO_NOT_RETRY, f"{self.failure} cannot be read: {error}", "")
+
+    def record_failure(self, error: PeftDistError, *, by: str = "") -> None:
+        """Note what must change (and who says so) before the run can go on; the first stays."""
+        if not self.failure.exists():
+            now = datetime.now(UTC).isoformat()
+            facts = {"exit_code": error.exit_code, "error": f"{by}{error}", "time": now}
+            write_text_atomic(self.failure, json.dumps(facts) + "\n")
+
+    def remove_leftovers(self) -> None:
+        """Remove what attempts that were killed had begun to write, and their machines' samples.
+
+        For the run's holder alone; `checkpoints/` and `attempts/` are not looked at.
+        """
+        files = (self.recipe, self.next_recipe, self.result, self.failure)
+        names = [".adapter-", *(f".{file.name}." for file in files)]
+        begun = [path for path in self.path.iterdir() if path.name.startswith(tuple(names))]
+        # Whoever still makes this run comes too late.
+        making = f".{self.path.name}-making-"
+        begun += [path for path in self.path.parent.iterdir() if path.name.startswith(making)]
+        for path in begun:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
+        shutil.rmtree(self.system, ignore_errors=True)
+
+    def _set_aside(self) -> None:
+        """Rename the whole run, so that nothing of it is lost."""
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        try:
+            self.path.rename(aside)
+        except OSError as error:
+            raise _cannot_write(aside, error) from error
+
+
+def _taken(path: Path, held: str) -> RunDirError:
+    return RunDirError(
+        f"holds {held}", where=str(path), remedy="choose another folder with --run-dir"
+    )
+
+
+def _cannot_write(path: Path, error: OSError | ValueError) -> RunDirError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return RunDirError(
+        f"cannot be written: {reason}",
+        where=str(path),
+        remedy="free space or choose another folder with --run-dir",
+    )

@@ -1,0 +1,340 @@
+"""DeepSpeed ZeRO: stage 2 shards the optimizer of the adapter, stage 3 the frozen base as well.
+
+The adapter itself stays what it is on every engine: whole, in one flat buffer that DeepSpeed does
+not know. `deepspeed` is imported when an engine is made, which costs seconds.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_dist.common.errors import LaunchError
+from peft_dist.distributed.collectives import Shard
+from peft_dist.distributed.world import World
+from peft_dist.model import base
+from peft_dist.sharding.ddp import DDPEngine
+from peft_dist.sharding.engine import Engine
+from peft_dist.sharding.optimizer import AdapterOptimizer, Moments
+
+SUPPORTED = "0.19"
+"""The DeepSpeed whose behaviour this module is written for and tested with."""
+_REUSE_ELEMENTS = 50_000_000
+"""A gathered parameter stays until its next use where that many elements or fewer come between,
+as when a block is recomputed and then differentiated; DeepSpeed's default, 1e9, would keep a small
+model whole."""
+
+
+def require_deepspeed() -> None:
+    """Refuse a missing or unknown DeepSpeed, without importing it.
+
+    Raises:
+        LaunchError: With the command that installs it.
+    """
+    try:
+        found = version("deepspeed")
+        problem = f"deepspeed {found} is not {SUPPORTED}, which this version works with"
+    except PackageNotFoundError:
+        found, problem = "", "deepspeed is not installed"
+    if not found.startswith(f"{SUPPORTED}."):
+        raise LaunchError(
+            problem,
+            where="parallel.strategy",
+            remedy="pip install 'peft-dist[deepspeed]', or strategy: ddp or fsdp",
+        )
+
+
+def _import_deepspeed(world: World) -> Any:
+    """Import DeepSpeed for this process's device, without a word on standard output."""
+    require_deepspeed()
+    # DeepSpeed reads its place from the environment, also where no launcher has written one.
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    os.environ["DS_ACCELERATOR"] = world.device.type
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    # An all-reduce in shared memory that serves inference alone; compiling it takes half a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        "nccl" if world.device.type == "cuda" else "gloo", verbose=False, dist_init_required=False
+    )
+    return deepspeed
+
+
+def _config(zero: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+    }
+
+
+def _initialize(deepspeed: Any, zero: dict[str, Any], **arguments: Any) -> Any:
+    engine, *_ = deepspeed.initialize(config=_config(zero), dist_init_required=False, **arguments)
+    return engine
+
+
+class _Flat(nn.Module):
+    """A function whose gradients are given: what DeepSpeed differentiates in place of the model."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], gradients: Iterable[torch.Tensor]):
+        super().__init__()
+        self.values = nn.ParameterList(parameters)
+        self.gradients = tuple(gradients)
+
+    def forward(self) -> torch.Tensor:
+        """Return the sum of parameter x gradient."""
+        products = [
+            torch.dot(value, gradient)
+            for value, gradient in zip(self.values, self.gradients, strict=True)
+        ]
+        return torch.stack(products).sum()
+
+
+class _SharedOptimizer(AdapterOptimizer):
+    """An optimizer of which each process keeps the state of, and updates, its share.
+
+    DeepSpeed moves the parameters it is given into buffers of its own, so they are copied back.
+    """
+
+    def __init__(
+        self, engine: Any, values: nn.ParameterList, targets: list[torch.Tensor], shard: Shard
+    ) -> None:
+        self._engine, self._values, self._targets, self._shard = engine, values, targets, shard
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups, whose learning rates may be set."""
+        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
+        return groups
+
+    def step(self, finite: torch.Tensor) -> None:
+        """Update this process's share and gather the others'. Collective."""
+        if not bool(finite):
+            return
+        self._engine.backward(self._engine())
+        self._engine.step()
+        with torch.no_grad():
+            for target, value in zip(self._targets, self._values, strict=True):
+                target.copy_(value)
+
+    def moments(self) -> Moments:
+        """Return a copy of the state, gathered from all processes. Collective."""
+        whole: dict[str, list[torch.Tensor]] = {"exp_avg": [], "exp_avg_sq": []}
+        updates = 0
+        for target, piece, state in self._pieces():
+            updates = int(state.get("step", 0))
+            for name, parts in whole.items():
+                held = state.get(name, torch.zeros_like(piece))
+                flat = self._shard.gather(held, piece.numel() * self._shard.count)
+                parts.append(flat[: target.numel()].cpu())
+        return Moments(torch.cat(whole["exp_avg"]), torch.cat(whole["exp_avg_sq"]), updates)
+
+    def restore(self, moments: Moments) -> None:
+        """Go on from a state, with the adapter as it stands now. Collective."""
+        sizes = [target.numel() for target in self._targets]
+        means, squares = moments.mean.split(sizes), moments.square.split(sizes)
+        with torch.no_grad():
+            for target, value in zip(self._targets, self._values, strict=True):
+                value.copy_(target)
+            for (target, piece, state), mean, square in zip(
+                self._pieces(), means, squares, strict=True
+            ):
+                piece.copy_(self._share(target, piece))
+                state["step"] = torch.tensor(float(moments.updates), device=piece.device)
+                state["exp_avg"] = self._share(mean, piece)
+                state["exp_avg_sq"] = self._share(square, piece)
+
+    def _pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+        """Yield each flat parameter, this process's piece of DeepSpeed's copy, and its state.
+
+        The pieces are equal; the last is padded.
+        """
+        zero = self._engine.optimizer
+        pieces = zero.single_partition_of_fp32_groups
+        for target, piece in zip(self._targets, pieces, strict=True):
+            yield target, piece, zero.optimizer.state[piece]
+
+    def _share(self, whole: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
+        """Return this process's share of a flat tensor, padded with zeros."""
+        first = min(self._shard.index * piece.numel(), whole.numel())
+        part = whole[first : first + piece.numel()].to(piece.device)
+        share = torch.zeros_like(piece)
+        share[: part.numel()] = part
+        return share
+
+
+class ZeRO2Engine(DDPEngine):
+    """The whole base on every process, and the optimizer of the adapter shared by them."""
+
+    def __init__(self, world: World, *, shard_size: int, offload: bool = False) -> None:
+        """Start DeepSpeed beside the process group there is."""
+        super().__init__(world, shard_size=shard_size, offload=offload)
+        self._deepspeed = _import_deepspeed(world)
+
+    def share_optimizer(self, optimizer: torch.optim.AdamW) -> AdapterOptimizer:
+        """Give the optimizer to ZeRO stage 2. Collective."""
+        return _share_optimizer(self._deepspeed, optimizer, self.world)
+
+
+class ZeRO3Engine(Engine):
+    """The base in equal pieces over all processes, gathered by DeepSpeed module by module.
+
+    A piece is so many elements of the flattened tensor, whatever its rows; the last is padded.
+    """
+
+    sharded = True
+
+    def __init__(self, world: World, *, shard_size: int, offload: bool = False) -> None:
+        """Start DeepSpeed beside the process group there is."""
+        super().__init__(world, shard_size=shard_size, offload=offload)
+        self._deepspeed = _import_deepspeed(world)
+        self.shard = Shard(world.rank, world.size)
+        self._zero: dict[str, Any] = {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,  # small tensors are sharded as well
+            "stage3_max_reuse_distance": _REUSE_ELEMENTS,
+            "memory_efficient_linear": False,  # it would replace torch's own linear everywhere
+        }
+        if offload:
+            on_gpu = world.device.type == "cuda"
+            self._zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+
+    def wrap(
+        self, model: nn.Module, blocks: Iterable[nn.Module], adapter: Iterable[nn.Parameter]
+    ) -> None:
+        """Note the blocks; DeepSpeed partitions only parameters that have memory."""
+        self._in_blocks = {module for block in blocks for module in block.modules()}
+
+    def materialize(self, model: nn.Module) -> None:
+        """Make each parameter of the base whole, part it and free the whole, one at a time."""
+        first: list[Any] = []
+
+        def make(parameter: nn.Parameter) -> nn.Parameter:
+            empty = torch.empty_like(parameter, device=self.world.device)
+            made = nn.Parameter(empty, parameter.requires_grad)
+            if made.requires_grad:
+                return made
+            if first:
+                first[0].convert_to_zero_parameters([made])
+            else:
+                first.append(made)
+                config = _config(self._zero)
+                self._deepspeed.zero.Init(nn.ParameterList(first), config_dict_or_path=config)
+            return made
+
+        base.materialize(model, self.world.device, make)
+        _list_frozen_alone(model)
+        # What stands outside the blocks (embedding, last norm, head) is gathered with the model,
+        # as one unit: a rank without work would else miss the exchange for a head it never reads.
+        for module in model.modules():
+            if module not in self._in_blocks:
+                for parameter in module.parameters(recurse=False):
+                    if not parameter.requires_grad:
+                        self._deepspeed.zero.register_external_parameter(model, parameter)
+        self._hooks = _initialize(self._deepspeed, self._zero, model=model)
+        coordinator = self._hooks.optimizer.get_param_coordinator()
+        coordinator.fetch_sub_module = self.own_time.gathering()(coordinator.fetch_sub_module)
+
+    def share_optimizer(self, optimizer: torch.optim.AdamW) -> AdapterOptimizer:
+        """Give the optimizer to ZeRO stage 2. Collective."""
+        return _share_optimizer(self._deepspeed, optimizer, self.world)
+
+    def reduce(self, riders: torch.Tensor) -> torch.Tensor:
+        """Sum gradients and riders; what backward left gathered is freed. Collective."""
+        # DeepSpeed frees a module when the gradient of its input is there; ids have none.
+        self._hooks.optimizer.release_backward_leftovers()
+        return super().reduce(riders)
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Return the shape of a parameter of the base."""
+        return getattr(parameter, "ds_shape", parameter.shape)
+
+    def _partition(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """Return this process's piece, padding and all; None for a parameter that is not parted."""
+        held: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
+        return held
+
+    def is_shard(self, parameter: nn.Parameter) -> bool:
+        """Say whether DeepSpeed holds a piece of the parameter, and nobody the whole."""
+        return self._partition(parameter) is not None and parameter.numel() == 0
+
+    def piece(self, parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
+        """Return this process's elements of a parameter, without padding, and the first's place."""
+        held, size = self._partition(parameter), self.shape(parameter).numel()
+        assert held is not None, "the adapter is no part of the base"
+        first = min(held.numel() * self.shard.index, size)
+        return held.detach()[: size - first], first
+
+    def whole(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return a parameter of the base whole, on the device. Collective."""
+        held = self._partition(parameter)
+        if held is None:
+            return parameter.detach()
+        flat = self.shard.gather(held.to(self.world.device), held.numel() * self.shard.count)
+        shape = self.shape(parameter)
+        return flat[: shape.numel()].view(shape)
+
+    def put(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        """Write a whole tensor into a parameter, or this process's piece of it."""
+        if self._partition(parameter) is None:
+            super().put(parameter, value)
+            return
+        mine, first = self.piece(parameter)
+        mine.copy_(value.reshape(-1)[first : first + mine.numel()])
+
+    def expected_bytes(self, parameters: dict[str, nn.Parameter]) -> int:
+        """Return the bytes of the base this process should hold, padding among them."""
+        pieces = (-(-self.shape(p).numel() // self.shard.count) for p in parameters.values())
+        return sum(n * p.element_size() for n, p in zip(pieces, parameters.values(), strict=True))
+
+    def held_bytes(self, parameters: dict[str, nn.Parameter]) -> int:
+        """Return the bytes of the base this process does hold, padding among them."""
+        total = 0
+        for parameter in parameters.values():
+            held = self._partition(parameter)
+            assert held is not None, "the adapter is no part of the base"
+            total += (held.numel() + parameter.numel()) * parameter.element_size()
+        return total
+
+
+def _share_optimizer(
+    deepspeed: Any, optimizer: torch.optim.AdamW, world: World
+) -> AdapterOptimizer:
+    """Give an optimizer over flat parameters, which have gradients, to ZeRO stage 2."""
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    targets, gradients = [p.detach() for p in own], [p.grad for p in own]
+    for parameter in own:
+        parameter.grad = None  # DeepSpeed's own backward makes one
+    flat = _Flat(own, gradients)
+    # By default gradients pass through a buffer of gigabytes, beside an adapter of megabytes.
+    size = sum(parameter.numel() for parameter in own)
+    zero = {"stage": 2, "reduce_bucket_size": size}
+    engine = _initialize(deepspeed, zero, model=flat, optimizer=optimizer)
+    return _SharedOptimizer(engine, flat.values, targets, Shard(world.rank, world.size))
+
+
+def _list_frozen_alone(model: nn.Module) -> None:
+    """Let the model and its modules list no parameter that is trained.
+
+    DeepSpeed's hooks ask each module for its parameters at every pass and free them after it; it
+    offers no way to leave one out. Walks from elsewhere, such as PEFT's, still find them all.
+    """
+
+    def listed(module: nn.Module) -> Callable[..., Iterator[tuple[str, nn.Parameter]]]:
+        everything = module.named_parameters
+
+        def named_parameters(*args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+            return (pair for pair in everything(*args, **kwargs) if not pair[1].requires_grad)
+
+        return named_parameters
+
+    for module in model.modules():
+        own = [p for p in module._parameters.values() if p is not None]
+        if module is model or any(parameter.requires_grad for parameter in own):
+            module.named_parameters = listed(module)  # type: ignore[method-assign]

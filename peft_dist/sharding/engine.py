@@ -1,0 +1,234 @@
+"""What every sharding engine does for the trainer.
+
+The base is bytes: an engine decides where they live. The adapter is small and precious: every
+process holds all of it, in one flat buffer, with one exchange per optimizer step. An engine knows
+no recipe, no data and no optimizer.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from peft_dist.distributed.collectives import Shard, gather_objects, sum_over
+from peft_dist.distributed.world import World
+from peft_dist.model import base
+from peft_dist.model.fingerprint import fingerprint_piece, fingerprint_rows, wrap_int64
+from peft_dist.sharding.compute_timer import OwnTime
+from peft_dist.sharding.optimizer import AdapterOptimizer
+
+SHARED_RIDERS = 4
+"""Figures that travel with the gradients, one for all processes: the loss, and what they want to
+tell each other."""
+RANK_RIDERS = 2
+"""Figures that travel with them for each process: its own time, and its memory."""
+
+
+class Group(NamedTuple):
+    """Trained parameters that an optimizer treats alike."""
+
+    decays: bool
+    """Whether weight decay is for them; matrices decay, vectors do not."""
+    rate_factor: float
+    """Their learning rate over the recipe's."""
+
+
+class Engine(ABC):
+    """One way to place a frozen base on many processes, and what they share of the adapter.
+
+    Attributes:
+        shard: Which rows of every base tensor this process reads.
+        sharded: Whether it keeps those rows alone.
+        riders: How many figures travel with the gradients.
+        own_time: Times this process's own part of a step.
+    """
+
+    shard: Shard
+    sharded: bool
+
+    def __init__(self, world: World, *, shard_size: int, offload: bool = False) -> None:
+        """Make the groups and meshes the engine needs. Collective.
+
+        Args:
+            world: This process's place.
+            shard_size: Processes that hold one copy of the base together.
+            offload: Keep this process's part of the base in host memory while it is not needed.
+        """
+        self.world = world
+        self.shard_size = shard_size
+        self.offload = offload
+        self.riders = SHARED_RIDERS + RANK_RIDERS * world.size
+        self.own_time = OwnTime(world.device)
+
+    @abstractmethod
+    def wrap(
+        self, model: nn.Module, blocks: Iterable[nn.Module], adapter: Iterable[nn.Parameter]
+    ) -> None:
+        """Shard the base of a model on `meta`, adapters attached, before any weight is read."""
+
+    def materialize(self, model: nn.Module) -> None:
+        """Give every parameter memory: this process's part of the base, the adapter whole."""
+        base.materialize(model, self.world.device)
+
+    def hold_adapter(
+        self, parameters: dict[str, nn.Parameter], group_of: Callable[[str], Group]
+    ) -> None:
+        """Move the trained parameters, and their gradients, into flat buffers.
+
+        One buffer is one all-reduce, one norm and one optimizer kernel, where hundreds of small
+        tensors would be hundreds. Parameters of one group lie side by side.
+
+        Args:
+            parameters: Every trained parameter by name, float32, the same on every process.
+            group_of: The group of a parameter, by its name.
+        """
+        self._group_sizes: dict[Group, int] = {}
+        for name, parameter in parameters.items():
+            group = group_of(name)
+            self._group_sizes[group] = self._group_sizes.get(group, 0) + parameter.numel()
+        place = {group: index for index, group in enumerate(self._group_sizes)}
+        ordered = sorted(parameters.items(), key=lambda item: place[group_of(item[0])])
+        self._shapes = {name: parameter.shape for name, parameter in ordered}
+        sizes = [parameter.numel() for _, parameter in ordered]
+        self._values = torch.empty(sum(sizes), device=self.world.device)
+        self._reduced = torch.zeros(sum(sizes) + self.riders, device=self.world.device)
+        values, gradients = self._values.split(sizes), self.gradients.split(sizes)
+        for (_, parameter), value, gradient in zip(ordered, values, gradients, strict=True):
+            assert parameter.dtype == torch.float32, parameter.dtype
+            value.copy_(parameter.detach().reshape(-1))
+            parameter.data = value.view(parameter.shape)
+            parameter.grad = gradient.view(parameter.shape)
+
+    def flat_parameters(self) -> dict[Group, nn.Parameter]:
+        """Return what an optimizer updates: each group as one vector, with its gradient."""
+        sizes = list(self._group_sizes.values())
+        flat = {}
+        for group, values, gradient in zip(
+            self._group_sizes, self._values.split(sizes), self.gradients.split(sizes), strict=True
+        ):
+            flat[group] = nn.Parameter(values)
+            flat[group].grad = gradient
+        return flat
+
+    def share_optimizer(self, optimizer: torch.optim.AdamW) -> AdapterOptimizer:
+        """Return what updates `flat_parameters` from their gradients, perhaps shared by processes.
+
+        Gradients are the same on every process when it steps, and so are the parameters after it.
+        Call it when the parameters have the values that training starts from.
+        """
+        return AdapterOptimizer(optimizer)
+
+    def reduce(self, riders: torch.Tensor) -> torch.Tensor:
+        """Sum gradients and `riders`, float32 [riders]; return the summed riders. Collective."""
+        self._reduced[-self.riders :] = riders
+        sum_over(self._reduced)
+        return self._reduced[-self.riders :].clone()
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Scale gradients to a global norm of at most `max_norm` (0: leave); return the norm."""
+        norm = torch.linalg.vector_norm(self.gradients)
+        if max_norm > 0.0:
+            self.gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    @property
+    def gradients(self) -> torch.Tensor:
+        """The flat gradient, [trained parameters]."""
+        return self._reduced[: -self.riders]
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients of the last step; the buffer stays."""
+        self._reduced.zero_()
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """Return a copy of every trained tensor on the CPU, by name; the base does not move."""
+        return self.by_name(self._values.cpu().clone())
+
+    def load_adapter_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Write trained tensors, the same on every process."""
+        self._values.copy_(self.flat(state))
+
+    def by_name(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return views of a tensor that is laid out as the flat adapter, by name."""
+        parts = flat.split([shape.numel() for shape in self._shapes.values()])
+        return {
+            name: part.view(shape)
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
+
+    def flat(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return tensors by name as one vector, laid out as the flat adapter."""
+        assert self._shapes.keys() == tensors.keys(), self._shapes.keys() ^ tensors.keys()
+        return torch.cat([tensors[name].reshape(-1).float() for name in self._shapes])
+
+    def adapters_agree(self) -> bool:
+        """Say whether every process holds the same adapter, to the bit. Collective."""
+        return len(set(gather_objects(fingerprint_rows(self._values, 0)))) == 1
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Return the shape of a parameter of the base, however much of it is here."""
+        return parameter.shape
+
+    def is_shard(self, parameter: nn.Parameter) -> bool:
+        """Say whether this process holds a part of the parameter alone."""
+        return isinstance(parameter, DTensor)
+
+    def piece(self, parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
+        """Return this process's elements of a parameter of the base and the place of the first."""
+        if not isinstance(parameter, DTensor):
+            return parameter.detach().reshape(-1), 0
+        start, _ = self.shard.rows(parameter.shape[0])
+        row_size = parameter.numel() // max(parameter.shape[0], 1)
+        return parameter.to_local().detach().reshape(-1), start * row_size
+
+    def whole(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return a parameter of the base whole, on the device. Collective."""
+        if not isinstance(parameter, DTensor):
+            return parameter.detach()
+        local = parameter.to_local().detach().to(self.world.device)
+        return self.shard.gather(local, parameter.shape[0])
+
+    def put(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        """Write a whole tensor into a parameter, or this process's part of it."""
+        with torch.no_grad():
+            if isinstance(parameter, DTensor):
+                start, stop = self.shard.rows(value.shape[0])
+                parameter.to_local().copy_(value[start:stop])
+            else:
+                parameter.copy_(value)
+
+    def fingerprint(self, parameters: dict[str, nn.Parameter]) -> dict[str, int]:
+        """Fingerprint the base as it stands in memory, over all its parts. Collective.
+
+        A replicated parameter is hashed whole by every process: a replica that drifted differs.
+        """
+        sums: list[int] = []
+        for parameter in parameters.values():
+            elements, first = self.piece(parameter)
+            shape = self.shape(parameter)
+            row_size = shape.numel() // max(shape[0], 1)
+            sums.append(wrap_int64(fingerprint_piece(elements, first, row_size=row_size)))
+        total = torch.tensor(sums, dtype=torch.int64)
+        if self.sharded and sums:
+            total = sum_over(total.to(self.world.device), self.shard.group).cpu()
+        return dict(zip(parameters, total.tolist(), strict=True))
+
+    def total_bytes(self, parameters: dict[str, nn.Parameter]) -> int:
+        """Return the bytes of one copy of the base, over all processes that hold it."""
+        return sum(self.shape(p).numel() * p.element_size() for p in parameters.values())
+
+    def expected_bytes(self, parameters: dict[str, nn.Parameter]) -> int:
+        """Return the bytes of the base this process should hold, from shapes alone."""
+        total = 0
+        for parameter in parameters.values():
+            rows = parameter.shape[0]
+            start, stop = self.shard.rows(rows) if self.sharded else (0, rows)
+            total += parameter.numel() // max(rows, 1) * (stop - start) * parameter.element_size()
+        return total
+
+    def held_bytes(self, parameters: dict[str, nn.Parameter]) -> int:
+        """Return the bytes of the base this process does hold."""
+        return sum(self.piece(p)[0].numel() * p.element_size() for p in parameters.values())

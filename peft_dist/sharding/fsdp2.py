@@ -1,0 +1,93 @@
+"""FSDP2 and HSDP with raw `fully_shard`: 4-bit bytes are sharded and gathered as they are.
+
+Accelerate's own FSDP2 wrapping leaves 4-bit weights out of sharding and is plain DDP on CPU.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+
+from peft_dist.distributed.collectives import Shard
+from peft_dist.distributed.world import World
+from peft_dist.model import base
+from peft_dist.sharding.compute_timer import OwnTime
+from peft_dist.sharding.engine import Engine
+
+
+class _TimedAllGather(DefaultAllGather):
+    """FSDP2's own all-gather, whose time is not this process's."""
+
+    def __init__(self, own_time: OwnTime) -> None:
+        super().__init__()
+        self._own_time = own_time
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._own_time.gathering():
+            return super().__call__(*args, **kwargs)
+
+
+class FSDP2Engine(Engine):
+    """The base sharded over every process."""
+
+    sharded = True
+
+    def __init__(self, world: World, *, shard_size: int, offload: bool = False) -> None:
+        """Make the mesh. Collective."""
+        super().__init__(world, shard_size=shard_size, offload=offload)
+        self.mesh = self._make_mesh()
+        axis = self.mesh["shard"]
+        self.shard = Shard(axis.get_local_rank(), axis.size(), axis.get_group())
+
+    def _make_mesh(self) -> DeviceMesh:
+        kind = self.world.device.type
+        return init_device_mesh(kind, (self.world.size,), mesh_dim_names=("shard",))
+
+    def wrap(
+        self, model: nn.Module, blocks: Iterable[nn.Module], adapter: Iterable[nn.Parameter]
+    ) -> None:
+        """Shard each block as one unit and the rest as another, and leave the adapter whole."""
+        trained = set(adapter)
+        # Page-locked host memory is what a GPU can copy from while it computes.
+        on_gpu = self.world.device.type == "cuda"
+        policy = CPUOffloadPolicy(pin_memory=on_gpu) if self.offload else OffloadPolicy()
+        shard = partial(fully_shard, mesh=self.mesh, ignored_params=trained, offload_policy=policy)
+        for block in blocks:
+            shard(block, reshard_after_forward=True)
+        shard(model)
+        gather = _TimedAllGather(self.own_time)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(gather)
+
+    def materialize(self, model: nn.Module) -> None:
+        """Give every parameter memory, in the host where the base is offloaded."""
+        waits = torch.device("cpu") if self.offload else self.world.device
+
+        def make(parameter: nn.Parameter) -> nn.Parameter:
+            place = self.world.device if parameter.requires_grad else waits
+            empty = torch.empty_like(parameter, device=place)
+            return nn.Parameter(empty, parameter.requires_grad)
+
+        base.materialize(model, self.world.device, make)
+
+
+class HSDPEngine(FSDP2Engine):
+    """The base sharded inside groups of `shard_size` neighbours; the groups are replicas.
+
+    Between groups only adapter gradients travel.
+    """
+
+    def _make_mesh(self) -> DeviceMesh:
+        size, shards = self.world.size, self.shard_size
+        assert size % shards == 0, (size, shards)
+        return init_device_mesh(
+            self.world.device.type,
+            (size // shards, shards),
+            mesh_dim_names=("replicate", "shard"),
+        )

@@ -1,0 +1,44 @@
+"""The proof, at every launch, that each process holds the bytes of the base that it must hold.
+
+Mends nothing: a base that is not sharded as it should be is not trained on.
+"""
+
+from torch import nn
+
+from peft_dist.common.errors import ModelError, TrainingError
+from peft_dist.distributed.collectives import gather_objects
+from peft_dist.sharding.engine import Engine
+
+
+def prove_sharded(
+    engine: Engine,
+    frozen: dict[str, nn.Parameter],
+    trained: dict[str, nn.Parameter],
+    strategy: str,
+) -> tuple[int, list[int]]:
+    """Count the bytes every rank holds and refuse to train where they are not what they must be.
+
+    Silent replication is how sharded fine-tuning usually fails: finite loss, no error, no memory
+    saved. Collective.
+    """
+    for name, parameter in {**frozen, **trained}.items():
+        sharded = engine.sharded and name in frozen
+        if parameter.is_meta or engine.is_shard(parameter) != sharded:
+            raise TrainingError(
+                f"{name} is not placed as strategy {strategy} says",
+                where="parallel.strategy",
+                remedy="please report this",
+            )
+    expected = gather_objects(engine.expected_bytes(frozen))
+    held = gather_objects(engine.held_bytes(frozen))
+    wrong = [rank for rank, (e, h) in enumerate(zip(expected, held, strict=True)) if e != h]
+    if wrong:
+        rank = wrong[0]
+        raise TrainingError(
+            f"rank {rank} holds {held[rank]} bytes of the base, {expected[rank]} expected",
+            where="parallel.strategy",
+            remedy="please report this",
+        )
+    if not trained:
+        raise ModelError("nothing to train", where="method", remedy="choose other targets")
+    return engine.total_bytes(frozen), held

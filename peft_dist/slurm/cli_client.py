@@ -1,0 +1,91 @@
+"""Run Slurm's own commands: argument lists, no shell, and its own words where it refuses."""
+
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from peft_dist.common.errors import SlurmError
+from peft_dist.common.process_identity import AFTER_JOB
+
+
+def run_slurm(
+    argv: Sequence[str],
+    *,
+    timeout_s: float = 30,
+    environment: Mapping[str, str] | None = None,
+    text: str | None = None,
+) -> str:
+    """Return what a command prints.
+
+    Args:
+        argv: The command.
+        timeout_s: How long it may take.
+        environment: Its whole environment. Default: ours.
+        text: What it reads on standard input.
+
+    Raises:
+        SlurmError: Where there is no such command, or it fails, in its own words.
+    """
+    try:
+        done = subprocess.run(
+            list(argv),
+            input=text or "",
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            env=dict(environment) if environment is not None else None,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise SlurmError(
+            "no such command", where=argv[0], remedy="run this where Slurm's commands are"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise SlurmError(f"no answer in {timeout_s:g} s", where=argv[0]) from error
+    except OSError as error:
+        raise SlurmError(f"cannot be run: {error}", where=argv[0]) from error
+    if done.returncode:
+        told = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+        raise SlurmError(told.removeprefix(f"{argv[0]}: error: "), where=argv[0])
+    return done.stdout
+
+
+def check_script(script: str) -> None:
+    """Have Slurm check a batch script without submitting it.
+
+    Raises:
+        SlurmError: Where Slurm would refuse it.
+    """
+    run_slurm(["sbatch", "--test-only"], environment=submitting_environment(), text=script)
+
+
+def sbatch(argv: Sequence[str]) -> str:
+    """Run a command that submits and prints the job's id; return that.
+
+    Raises:
+        SlurmError: Where Slurm refuses.
+    """
+    told = run_slurm(argv, environment=submitting_environment()).strip()
+    job = told.partition(";")[0]  # "47;cluster" where a site has several
+    if not job.isdecimal():
+        raise SlurmError(f"printed {told!r} and no job id", where="sbatch")
+    return job
+
+
+def scancel(jobs: Sequence[str], *, options: Sequence[str] = ()) -> None:
+    """Cancel jobs, or with `--signal` signal their steps.
+
+    Raises:
+        SlurmError: Where Slurm refuses.
+    """
+    run_slurm(["scancel", *options, *jobs])
+
+
+def submitting_environment() -> dict[str, str]:
+    """Return our environment without what an enclosing job would impose on the new one."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SBATCH_", AFTER_JOB))
+    }

@@ -1,0 +1,164 @@
+"""The Slurm jobs of a run, as its directory remembers them: one JSON line per event.
+
+Asks Slurm nothing; `states.py` does. The batch script appends its own lines to the same file.
+"""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from peft_dist.common.errors import RunDirError
+
+Event = dict[str, Any]
+"""`event` (submitted, started, decided, ended), `job` as `squeue -r` prints it, `time` and more."""
+
+
+def jobs_file(run_path: Path) -> Path:
+    """Return the file of a run's job events."""
+    return run_path / "slurm" / "jobs.jsonl"
+
+
+def record(run_path: Path, event: Event) -> None:
+    """Append one event, durably: a job id that is lost is a job nobody can find again.
+
+    Args:
+        run_path: The run directory; its `slurm/` is made where it is missing.
+        event: What to say; `time` is now where it has none.
+
+    Raises:
+        RunDirError: Where it cannot be written.
+    """
+    path = jobs_file(run_path)
+    line = (json.dumps(event | {"time": event.get("time", time.time())}) + "\n").encode()
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            size = os.fstat(file).st_size
+            if size and os.pread(file, 1, size - 1) != b"\n":  # of a writer that was killed
+                line = b"\n" + line
+            if os.write(file, line) < len(line):
+                raise OSError(0, "the disk took half a line")
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise RunDirError(
+            f"cannot be written: {error.strerror}",
+            where=str(path),
+            remedy="free space or mend its permissions",
+        ) from error
+
+
+def events(run_path: Path) -> list[Event]:
+    """Return all events, the oldest first; lines that are none, such as a half one, are left out.
+
+    So is what a start of a job wrote after another one had begun: a node that was given up may
+    live on.
+
+    Raises:
+        RunDirError: Where the file is there and cannot be read.
+    """
+    found: list[Event] = []
+    begun: list[tuple[str, Any]] = []
+    for event in _all_events(run_path):
+        start = (event["job"], event.get("restart"))
+        if event["event"] == "started":
+            begun.append(start)
+        if start not in begun[:-1]:
+            found.append(event)
+    return found
+
+
+def others(run_path: Path) -> list[str]:
+    """Return jobs that began before the newest one and have not said that they ended.
+
+    A script that is submitted by hand while another job trains the run gives up, and is the newest.
+
+    Raises:
+        RunDirError: As `events`.
+    """
+    last = {event["job"]: event["event"] for event in _all_events(run_path)}
+    return [job for job, event in list(last.items())[:-1] if event in ("submitted", "started")]
+
+
+def _all_events(run_path: Path) -> list[Event]:
+    path = jobs_file(run_path)
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunDirError(
+            f"cannot be read: {error.strerror}", where=str(path), remedy="mend its permissions"
+        ) from error
+    return [event for line in lines if (event := _parse(line)) is not None]
+
+
+def newest_job(run_path: Path) -> str | None:
+    """Return the job that was submitted or started last, or None for a run that had none.
+
+    Raises:
+        RunDirError: As `events`.
+    """
+    return newest_of(events(run_path))
+
+
+def newest_of(history: Sequence[Event]) -> str | None:
+    """Return the job of the last `submitted` or `started` event."""
+    jobs = [event["job"] for event in history if event["event"] in ("submitted", "started")]
+    return jobs[-1] if jobs else None
+
+
+def candidates(run_path: Path, history: Sequence[Event]) -> list[str]:
+    """Return the jobs that may be live: the newest, and one queued to take over from it.
+
+    Args:
+        run_path: The run directory.
+        history: Its `events`.
+    """
+    newest = newest_of(history)
+    if newest is None:
+        return []
+    with suppress(OSError, UnicodeDecodeError):
+        successor = (run_path / "slurm" / "successor").read_text(encoding="utf-8").strip()
+        # sbatch prints no element: a successor has one where its run is one of an array.
+        _, underscore, element = newest.partition("_")
+        job = successor + underscore + element
+        if successor and all(event["job"] != job for event in history):
+            return [newest, job]
+    return [newest]
+
+
+def _parse(line: bytes) -> Event | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(event, dict):
+        return None
+    fits = isinstance(event.get("event"), str) and isinstance(event.get("job"), str)
+    return event if fits else None
+
+
+def newest_logs(run_path: Path, history: Sequence[Event]) -> Path | None:
+    """Return the folder of what the newest start of a job left beside its logs.
+
+    Args:
+        run_path: The run directory.
+        history: Its `events`.
+    """
+    starts = [event for event in history if event["event"] == "started"]
+    if not starts:
+        return None
+    return run_path / "logs" / f"{starts[-1]['job']}-{starts[-1].get('restart', 0)}"
+
+
+def this_job() -> str:
+    """Return the job that this process runs in, as `squeue -r` prints it."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "")

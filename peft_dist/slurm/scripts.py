@@ -1,0 +1,244 @@
+"""Write the two scripts of a job: `job.sbatch` for its first node, `node.sh` for each.
+
+Pure: the same job gives the same bytes. `template` quotes what gets in or refuses it.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_dist import __version__
+from peft_dist.common.durations import duration_text
+from peft_dist.common.errors import ClusterError
+from peft_dist.config.cluster import Cluster, Container
+from peft_dist.launch.command import Meeting, launch_environment, worker_command
+from peft_dist.launch.placement import Placement
+from peft_dist.slurm.template import fill
+
+JOB_SCRIPT = "job.sbatch"
+NODE_SCRIPT = "node.sh"
+MEETING = Meeting(
+    node="$SLURM_NODEID", host="$PEFT_DIST_HEAD", port="$PEFT_DIST_PORT", settings="$rendezvous"
+)
+SHARE = Path("$share")
+"""Where `launch/` is for the interpreter on the nodes: it may be another one's, or an image's."""
+FIND_SHARE = "from peft_dist.common import paths; print(paths.root())"
+
+
+@dataclass(frozen=True)
+class Array:
+    """A job whose elements are runs of their own."""
+
+    elements: int
+    limit: int | None
+    """Most elements that run at once."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is submitted: one run, or every run of an array, on so many nodes."""
+
+    name: str
+    folder: Path
+    """The run directory, or the folder that holds those of an array."""
+    cluster: Cluster
+    placement: Placement
+    time_s: int | None
+    """Time limit; None leaves it to the partition."""
+    lead_s: int
+    """Seconds before the time limit at which the ranks are told to save."""
+    max_restarts: int
+    array: Array | None = None
+    singleton: bool = False
+    """Whether to wait until no other job of this name runs."""
+    allow_changed: tuple[str, ...] = ()
+    """Settings that may differ from those a run was trained with."""
+
+
+def render_job(job: Job) -> str:
+    """Return the batch script.
+
+    Raises:
+        ClusterError: For a value that no script can hold safely.
+    """
+    container = job.cluster.container
+    srun_options = []
+    if container is not None and container.runtime == "pyxis":
+        srun_options = [
+            ("container-image", container.image),
+            ("container-mounts", ",".join(_mounts(job, container))),
+        ]
+    return fill(
+        "job.sbatch.j2",
+        version=__version__,
+        directives=_directives(job),
+        array_root=str(job.folder) if job.array else None,
+        run=str(job.folder),
+        script=str(job.folder / JOB_SCRIPT),
+        nodes=job.placement.nodes,
+        requeue=job.cluster.requeue.allowed,
+        singleton=job.singleton,
+        srun_options=srun_options,
+    )
+
+
+def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
+    """Return the script that each node runs for one run.
+
+    Args:
+        job: The job.
+        run_dir: The run; an element's own in an array.
+        model: Folder of the model, where it can be copied to the nodes' own disks.
+
+    Raises:
+        ClusterError: For a value that no script can hold safely.
+    """
+    cluster, placement = job.cluster, job.placement
+    environment = {
+        **launch_environment(placement, {"OMP_NUM_THREADS": ""}),  # each node counts its CPUs
+        **_interfaces(cluster),
+        # What is installed in a home must not hide what is in the image.
+        **({} if cluster.container is None else {"PYTHONNOUSERSITE": "1"}),
+        **{name: str(value) for name, value in cluster.environment.items()},
+    }
+    launcher = worker_command(
+        placement,
+        "train.py",
+        [
+            str(run_dir / "recipe.yaml"),
+            *(word for name in job.allow_changed for word in ("--allow-changed", name)),
+        ],
+        python=cluster.interpreter,
+        root=SHARE,
+        max_restarts=job.max_restarts,
+        meeting=MEETING if placement.nodes > 1 else None,
+    )
+    stage = None
+    if cluster.stage is not None and model is not None:
+        stage = ["-m", "peft_dist.slurm.stage_model", "--json", model, cluster.stage.folder]
+    return fill(
+        "node.sh.j2",
+        version=__version__,
+        setup=cluster.setup,
+        environment=sorted(environment.items()),
+        processes_per_node=placement.processes_per_node,
+        several_nodes=placement.nodes > 1,
+        python=[*_container(job), cluster.interpreter],
+        find_share=FIND_SHARE,
+        stage=stage,
+        supervisor=_supervisor(job, run_dir),
+        launcher=launcher,
+    )
+
+
+def _directives(job: Job) -> list[tuple[str, str | None]]:
+    """Return the options of sbatch, in the order a reader looks for them."""
+    cluster, nodes = job.cluster, job.placement.nodes
+    given: list[tuple[str, Any]] = [
+        ("job-name", job.name),
+        ("partition", cluster.partition),
+        ("account", cluster.account),
+        ("qos", cluster.qos),
+        ("reservation", cluster.reservation),
+        ("constraint", cluster.constraint),
+        ("nodes", nodes),
+        ("ntasks-per-node", 1),
+        ("cpus-per-task", cluster.cpus_of_a_node),
+        ("gres", cluster.gres_request),
+        ("mem", cluster.memory_per_node),
+        ("time", None if job.time_s is None else duration_text(job.time_s)),
+        ("signal", f"USR1@{job.lead_s}"),
+        ("array", None if job.array is None else _array(job.array)),
+        ("dependency", "singleton" if job.singleton else None),
+        ("open-mode", "append"),
+        ("output", _log_path(job)),
+        # A list of names would have Slurm run the user's profile on the node as well, and hold the
+        # job where that is slow: "user env retrieval failed requeued held".
+        ("export", "ALL"),
+    ]
+    flags = ["requeue" if cluster.requeue.allowed else "no-requeue"]
+    if cluster.exclusive:
+        flags.append("exclusive")
+    return [
+        *((option, str(value)) for option, value in given if value is not None),
+        *((flag, None) for flag in flags),
+    ]
+
+
+def _array(array: Array) -> str:
+    limit = "" if array.limit is None else f"%{array.limit}"
+    return f"0-{array.elements - 1}{limit}"
+
+
+def _log_path(job: Job) -> str:
+    folder = str(job.folder / "logs").replace("%", "%%")
+    return f"{folder}/job-%A_%a.log" if job.array else f"{folder}/job-%j.log"
+
+
+def _interfaces(cluster: Cluster) -> dict[str, str]:
+    if cluster.interface is None:
+        return {}
+    return {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
+
+
+def _container(job: Job) -> list[str]:
+    """Return what a node puts before a command that runs in the image."""
+    container = job.cluster.container
+    if container is None or container.runtime != "apptainer":
+        return []
+    mounts = [word for mount in _mounts(job, container) for word in ("--bind", mount)]
+    gpus = ["--nv"] if job.placement.on_gpu else []
+    return ["apptainer", "exec", *gpus, *mounts, container.image]
+
+
+def _mounts(job: Job, container: Container) -> list[str]:
+    """Return what the image sees of the node, as OUTSIDE:INSIDE or OUTSIDE:INSIDE:MODE."""
+    mounts = []
+    for mount in container.mounts:
+        folder, *rest = mount.split(":")
+        inside = [] if rest and rest[0].startswith("/") else [folder]
+        mounts.append(":".join([folder, *inside, *rest]))
+    own = {"--run-dir": str(job.folder), "secrets_file": job.cluster.secrets_file}
+    for where, path in own.items():
+        if path is not None and re.search("[:,]", path):
+            raise ClusterError(
+                f"{path!r} cannot be seen in a container",
+                where=where,
+                remedy="choose a name without : and ,",
+            )
+        if path is not None:
+            mounts.append(f"{path}:{path}")
+    return mounts
+
+
+def _supervisor(job: Job, run_dir: Path) -> list[str]:
+    cluster = job.cluster
+    words = ["-m", "peft_dist.slurm.supervisor", "--run-dir", str(run_dir)]
+    words += ["--max-starts", str(cluster.requeue.max_starts)]
+    limit = cluster.requeue.max_starts_without_progress
+    words += ["--max-starts-without-progress", str(limit)]
+    if cluster.secrets_file is not None:
+        words += ["--secrets", cluster.secrets_file]
+    if cluster.preflight.enabled:
+        words += ["--devices", str(cluster.gpus_per_node)]
+        words += ["--preflight-timeout-s", f"{cluster.preflight.timeout_s:.12g}"]
+        words += ["--min-free-gb", f"{cluster.preflight.min_free_gb:.12g}"]
+        words += ["--max-clock-offset-s", f"{cluster.preflight.max_clock_offset_s:.12g}"]
+    else:
+        words += ["--no-preflight"]
+    return words
+
+
+def scripts(job: Job, runs: Sequence[tuple[Path, str | None]]) -> dict[Path, str]:
+    """Return every file of a job with its text: one batch script, and a node script per run.
+
+    Args:
+        job: The job.
+        runs: The folder of each run, with that of its model.
+    """
+    texts = {job.folder / JOB_SCRIPT: render_job(job)}
+    for folder, model in runs:
+        texts[folder / NODE_SCRIPT] = render_node(job, folder, model=model)
+    return texts

@@ -1,0 +1,255 @@
+"""Copy a model to this node's own disk, once for all its processes and for later jobs.
+
+A copy is used only when it is whole: it gets its name last, and with it a manifest of what every
+file must be. Whatever goes wrong, training can read the model where it lies.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft_dist.common.console import say
+from peft_dist.common.errors import EXIT_DONE
+from peft_dist.common.paths import MODEL_FILES
+
+MANIFEST = "peft_dist_staged.json"
+"""In a copy: the size and sha256 of each of its files."""
+LOCK_WAIT_S = 3600.0
+"""How long to wait for another process that copies the same model."""
+LOOK_EVERY_S = 0.2
+"""Seconds between two looks at its lock."""
+SPARE_BYTES = 1 << 28
+"""What must stay free beside a copy, for everybody else on the node."""
+CHUNK_BYTES = 1 << 23
+
+
+class CannotStage(Exception):
+    """Why a model is read where it lies instead."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder as it is now."""
+
+    folder: Path
+    files: dict[str, os.stat_result]
+    """What training reads of it, by name."""
+
+    @classmethod
+    def of(cls, folder: Path) -> "Source":
+        """Look at a folder.
+
+        Raises:
+            CannotStage: For one that holds no model.
+            OSError: For one that cannot be read.
+        """
+        found = (path for pattern in MODEL_FILES for path in folder.glob(pattern))
+        names = {path.name for path in found if path.is_file()}
+        index = folder / "model.safetensors.index.json"
+        weights = (
+            set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            if index.is_file()
+            else {"model.safetensors"}
+        )
+        # Folders may hold the weights in another form beside the one that is read.
+        kept = {name for name in names if not name.endswith(".safetensors")} | weights
+        if not all((folder / name).is_file() for name in weights):
+            raise CannotStage(f"{folder} holds no whole model")
+        if any(Path(name).name != name for name in kept):
+            raise CannotStage(f"{folder} keeps weights in other folders")
+        return cls(folder, {name: (folder / name).stat() for name in sorted(kept)})
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(stat.st_size for stat in self.files.values())
+
+    @property
+    def digest(self) -> str:
+        """What tells it from itself after any file was changed."""
+        facts = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in self.files.items()]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the folder on this node that holds a model; the model's own where there is no copy."""
+    parser = argparse.ArgumentParser(prog="peft_dist.slurm.stage_model", description=main.__doc__)
+    parser.add_argument("source", help="the model's folder")
+    parser.add_argument("folder", type=Path, help="where copies are kept, on the node's own disk")
+    parser.add_argument("--verify", action="store_true", help="hash a copy that is there already")
+    parser.add_argument("--json", action="store_true", help="print the value of PEFT_DIST_STAGED")
+    options = parser.parse_args(argv)
+    os.umask(0o077)
+    try:
+        path = str(stage(Path(options.source), options.folder, verify=options.verify))
+    except (CannotStage, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        say(f"peft-dist: warning: the model is not copied to this node: {reason}", sys.stderr)
+        path = options.source
+    print(json.dumps({options.source: path}) if options.json else path)
+    return EXIT_DONE
+
+
+def stage(source: Path, folder: Path, *, verify: bool = False) -> Path:
+    """Return a whole copy of a model, which is made where there is none.
+
+    Args:
+        source: The model's folder.
+        folder: Where copies are kept.
+        verify: Whether to hash a copy that is there, instead of comparing sizes.
+
+    Raises:
+        CannotStage, OSError: Where there can be no copy; nothing is left of it then.
+    """
+    model = Source.of(source)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    copy = folder.absolute() / f"{source.absolute().name[:100]}-{model.digest}"
+    with _lock(folder / f".{copy.name}.lock"):
+        if copy.is_symlink() or (copy.exists() and copy.stat().st_uid != os.getuid()):
+            raise CannotStage(f"{copy} is somebody else's")
+        problem = find_damage(copy, model.files, verify=verify)
+        if problem is None:
+            return copy
+        if copy.exists():
+            say(f"peft-dist: warning: {copy} is made again: {problem}", sys.stderr)
+            copy.rename(_partial(copy))  # who has its files open keeps them
+        for leftover in folder.iterdir():
+            if leftover.name.startswith(_partial_prefix(copy)):  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+        _make(model, copy)
+    return copy
+
+
+def find_damage(copy: Path, names: Iterable[str], *, verify: bool) -> str | None:
+    """Return what is wrong with a copy, or None.
+
+    Args:
+        copy: Its folder.
+        names: The files that it must have.
+        verify: Whether to read and hash all of them.
+    """
+    try:
+        files = json.loads((copy / MANIFEST).read_text(encoding="utf-8"))["files"]
+        if sorted(files) != sorted(names):
+            return "its manifest names other files"
+        for name, facts in files.items():
+            if (copy / name).stat().st_size != facts["bytes"]:
+                return f"{name} has another size"
+            if verify and _sha256(copy / name) != facts["sha256"]:
+                return f"{name} has other bytes"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"it cannot be read: {error}"
+    return None
+
+
+def _make(model: Source, copy: Path) -> None:
+    """Copy a model, all of it or nothing."""
+    free = shutil.disk_usage(copy.parent).free
+    if free < model.size + SPARE_BYTES:
+        raise CannotStage(
+            f"{free / 1e9:.3g} GB free in {copy.parent}, {model.size / 1e9:.3g} GB needed"
+        )
+    started = time.monotonic()
+    partial = _partial(copy)
+    try:
+        files = {
+            name: {"bytes": stat.st_size, "sha256": _copy(model.folder / name, partial / name)}
+            for name, stat in model.files.items()
+        }
+        for name, facts in files.items():
+            if _sha256(partial / name) != facts["sha256"]:
+                raise CannotStage(f"{copy.parent} gives back other bytes of {name} than it took")
+        if Source.of(model.folder).digest != model.digest:
+            raise CannotStage(f"{model.folder} was changed meanwhile")
+        manifest = {"source": str(model.folder.absolute()), "files": files}
+        _write_durably(partial / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
+        _sync_folder(partial)
+        partial.rename(copy)
+        _sync_folder(copy.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    seconds = time.monotonic() - started
+    say(f"peft-dist: {model.size / 1e9:.3g} GB copied to {copy} in {seconds:.1f} s", sys.stderr)
+
+
+def _partial(copy: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=_partial_prefix(copy), dir=copy.parent))
+
+
+def _partial_prefix(copy: Path) -> str:
+    return f".{copy.name}.partial-"
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copy a file to a disk, past its cache; return the sha256 of what was read."""
+    digest = hashlib.sha256()
+    with source.open("rb") as reader, target.open("xb") as writer:
+        while chunk := reader.read(CHUNK_BYTES):
+            digest.update(chunk)
+            writer.write(chunk)
+        writer.flush()
+        os.fsync(writer.fileno())
+        # So that the check reads what the disk holds.
+        os.posix_fadvise(writer.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold a lock file of ours; the kernel lets go of it when its holder is killed.
+
+    Raises:
+        CannotStage: Where another process holds it too long.
+        OSError: Where it is somebody else's.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise CannotStage(f"another process holds {path}") from None
+                time.sleep(LOOK_EVERY_S)
+        yield
+    finally:
+        os.close(handle)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""Refuse what cannot run on a cluster, before anything is made: limits, paths, files, batches.
+
+Asks Slurm nothing, and makes nothing.
+"""
+
+import os
+import stat
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft_dist.common.durations import duration_s, duration_text
+from peft_dist.common.errors import ClusterError, LaunchError, RecipeError, RunDirError
+from peft_dist.config import Recipe
+from peft_dist.config.batch_shape import batch_shape
+from peft_dist.config.cluster import Cluster
+from peft_dist.slurm.scripts import Job
+from peft_dist.slurm.secrets import read_secrets
+
+NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+"""Folders that each node has for itself, nearly everywhere."""
+
+
+LONGEST_NAME = 200
+"""Bytes of a folder's name: files take 255, and what is being made has a longer one for a while."""
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made whatever else is so.
+
+    Raises:
+        RunDirError: Naming it.
+    """
+    remedy = "choose another folder with --run-dir"
+    if len(os.fsencode(folder.name)) > LONGEST_NAME:
+        problem = f"has a name of more than {LONGEST_NAME} bytes"
+        raise RunDirError(problem, where=f"{folder.parent}/{folder.name[:20]}...", remedy=remedy)
+    try:
+        if not stat.S_ISDIR(folder.stat().st_mode):
+            raise RunDirError("is a file", where=str(folder), remedy=remedy)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunDirError(
+            f"cannot be used: {reason}", where=repr(str(folder)), remedy=remedy
+        ) from error
+
+
+def check_limits(job: Job, *, time_from: str) -> None:
+    """Refuse more nodes or time than the cluster file allows, and a time too short to train in.
+
+    Args:
+        job: What would be submitted.
+        time_from: Where its time limit was given.
+
+    Raises:
+        LaunchError: Naming the limit.
+    """
+    cluster, nodes = job.cluster, job.placement.nodes
+    if cluster.max_nodes is not None and nodes > cluster.max_nodes:
+        raise LaunchError(
+            f"{nodes} is more than the {cluster.max_nodes} that a job may have",
+            where="--nodes",
+            remedy="ask for fewer, or mend max_nodes in the cluster file",
+        )
+    if job.time_s is None:
+        return
+    longest_s = job.time_s if cluster.max_time is None else duration_s(cluster.max_time)
+    if job.time_s > longest_s:
+        raise LaunchError(
+            f"{duration_text(job.time_s)} is more than the {duration_text(longest_s)} "
+            "that a job may take",
+            where=time_from,
+            remedy="ask for less: the run goes on by itself in the next job",
+        )
+    if job.time_s <= 2 * job.lead_s:
+        lead = duration_text(job.lead_s)
+        raise LaunchError(
+            f"{duration_text(job.time_s)} leaves no time to train: saving begins {lead} before "
+            "the end",
+            where=time_from,
+            remedy=f"ask for more than {duration_text(2 * job.lead_s)}"
+            + (
+                ", or lower signal_lead_s in the cluster file"
+                if job.lead_s == cluster.signal_lead_s
+                else ": that is what a step and a save of this run have taken"
+            ),
+        )
+
+
+def check_processes(cluster: Cluster, nodes: int, recipe: Recipe) -> None:
+    """Refuse more processes than the nodes have GPUs.
+
+    Raises:
+        LaunchError: Naming both numbers.
+    """
+    gpus, processes = nodes * cluster.gpus_per_node, recipe.parallel.processes or 0
+    if 0 < gpus < processes:
+        raise LaunchError(
+            f"{processes} processes for {gpus} GPUs on {nodes} node{'s' * (nodes > 1)}",
+            where="parallel.processes",
+            remedy=f"set it to {gpus}, or ask for more nodes with --nodes",
+        )
+
+
+def check_paths(cluster: Cluster, nodes: int, folder: Path, recipe: Recipe) -> list[str]:
+    """Refuse paths that the nodes surely do not share; return what is only worth a word.
+
+    Raises:
+        LaunchError: Naming the path and what gave it.
+    """
+    paths = {
+        "--run-dir": str(folder),
+        "model.name": local_model(recipe),
+        "data.train": recipe.data.train,
+        "data.eval": recipe.data.eval,
+    }
+    not_shared: dict[str, list[str]] = {}
+    for field, text in paths.items():
+        if text is None or not text.startswith("/"):  # a hub name
+            continue
+        path = Path(os.path.realpath(text))
+        own = next((root for root in NODE_LOCAL if path.is_relative_to(root)), None)
+        if cluster.shared:
+            if not any(path.is_relative_to(os.path.realpath(root)) for root in cluster.shared):
+                raise LaunchError(
+                    f"{text} is in none of {', '.join(cluster.shared)}",
+                    where=field,
+                    remedy="put it in one of them, or mend shared: in the cluster file",
+                )
+        elif own is not None and nodes > 1:
+            raise LaunchError(
+                f"{text} is on a disk that each node has for itself",
+                where=field,
+                remedy="put it elsewhere, or name it under shared: in the cluster file",
+            )
+        elif own is not None and cluster.max_nodes != 1:
+            not_shared.setdefault(own, []).append(field)
+    return [
+        f"{', '.join(fields)}: in {own}, which the node of the job must share with this machine"
+        for own, fields in not_shared.items()
+    ]
+
+
+def check_cluster_files(cluster: Cluster) -> None:
+    """Refuse a secrets file that cannot be used, and set-up lines that bash cannot read.
+
+    Raises:
+        ClusterError: Naming the fault.
+    """
+    if cluster.secrets_file is not None:
+        read_secrets(Path(cluster.secrets_file))
+    if not cluster.setup:
+        return
+    checked = subprocess.run(
+        ["bash", "-n"],
+        input=cluster.setup.rstrip("\n") + "\n",
+        env={**os.environ, "LC_ALL": "C"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if checked.returncode or checked.stderr:  # of text without an end bash only warns
+        told = (checked.stderr.splitlines() or ["cannot be read"])[0]
+        raise ClusterError(
+            told.removeprefix("bash: "), where="setup", remedy="mend it in the cluster file"
+        )
+
+
+def check_batch(recipe: Recipe, processes: int) -> list[str]:
+    """Refuse steps with fewer rows than processes; return what is only worth a word.
+
+    Raises:
+        RecipeError: Naming both numbers.
+    """
+    shape = batch_shape(recipe, processes)
+    if shape is None:
+        return []
+    if shape.rows_per_step < processes:
+        raise RecipeError(
+            f"{shape.rows_per_step} rows for {processes} processes",
+            where="train.global_batch_size",
+            remedy=f"set it to {processes} or more, or take fewer nodes",
+        )
+    if shape.rows_per_step % processes:
+        return [
+            f"train.global_batch_size: {shape.rows_per_step} rows are not shared out evenly "
+            f"over {processes} processes; some wait for others in every step"
+        ]
+    return []
+
+
+def check_alike(recipes: Sequence[Recipe]) -> None:
+    """Refuse runs of one array that do not start in the same way.
+
+    Raises:
+        RecipeError: Where their `parallel` differs.
+    """
+    if any(recipe.parallel != recipes[0].parallel for recipe in recipes):
+        raise RecipeError(
+            "the runs of one array differ in parallel",
+            where="--array",
+            remedy="submit them one by one",
+        )
+
+
+def local_model(recipe: Recipe) -> str | None:
+    """Return the folder of a recipe's model, or None for one of a hub."""
+    return recipe.model.name if Path(recipe.model.name).is_absolute() else None

@@ -1,0 +1,180 @@
+"""`peft-dist status`: how runs are, in one table, now or again and again.
+
+Gathers what directories and Slurm say; `run_view.py` judges it and `table.py` draws it. Changes
+nothing.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peft_dist.common.errors import EXIT_DONE
+from peft_dist.run.directory import ARRAY_FILE, RunDir
+from peft_dist.run.sweep import array_elements
+from peft_dist.slurm.job_state import JobState, job_states
+from peft_dist.status.run_state import Reading, RunView, read_run, result_of, view
+from peft_dist.status.table import ArrayView, render
+
+SHOWN_RUNS = 20
+"""Runs that are shown where none is named."""
+REDRAW_EVERY_S = 2.0
+ASK_SLURM_EVERY_S = 6.0
+"""Seconds for which an answer of Slurm is good: its controller serves everybody."""
+SLURM_TIMEOUT_S = 10.0
+CLEAR = "\033[H\033[2J"
+
+View = RunView | ArrayView
+Answers = dict[str, JobState]
+Judge = Callable[[Reading, str], RunView]
+
+
+def show_status(run_dirs: Sequence[str], *, watch: bool = False, as_json: bool = False) -> int:
+    """Print how runs are; with `watch` until Ctrl-C.
+
+    Args:
+        run_dirs: Run directories or folders of arrays; none for the newest below ./runs.
+        watch: Print it again every `REDRAW_EVERY_S`.
+        as_json: Print one JSON list, with `watch` one per line, instead of the table.
+
+    Raises:
+        RunDirError: For a folder that holds neither a run nor an array.
+    """
+    answers: Answers = {}
+    asked_s = -ASK_SLURM_EVERY_S
+    try:
+        while True:
+            paths = [find_run(name) for name in run_dirs] or newest_runs(Path("runs"))
+            if time.monotonic() - asked_s >= ASK_SLURM_EVERY_S:
+                answers, asked_s = {}, time.monotonic()
+            views = gather(paths, answers)
+            print(_text(views, watch=watch, as_json=as_json), flush=True)
+            if not watch:
+                return EXIT_DONE
+            time.sleep(REDRAW_EVERY_S)
+    except KeyboardInterrupt:
+        if not watch:
+            raise
+        return EXIT_DONE
+
+
+def find_run(name: str | Path) -> Path:
+    """Return the folder of a run or an array.
+
+    Raises:
+        RunDirError: Where it holds neither.
+    """
+    path = Path(name).absolute()
+    return path if (path / ARRAY_FILE).is_file() else RunDir.open(name).path
+
+
+def newest_runs(folder: Path, at_most: int = SHOWN_RUNS) -> list[Path]:
+    """Return the runs and arrays in a folder, the newest first."""
+    made: dict[Path, float] = {}
+    if folder.is_dir():
+        for path in folder.absolute().iterdir():
+            for file in (path / ARRAY_FILE, path / "run.json"):
+                if file.is_file():
+                    made[path] = file.stat().st_mtime
+                    break
+    return sorted(made, key=lambda path: (-made[path], path.name))[:at_most]
+
+
+def gather(paths: Sequence[Path], answers: Answers | None = None) -> list[View]:
+    """Return how runs and arrays are, after asking Slurm once for all of them.
+
+    Args:
+        paths: Their folders.
+        answers: What Slurm has said lately; the jobs that are missing in it are asked, and added.
+    """
+    answers = {} if answers is None else answers
+    names = _names(paths)
+    arrays = {path: array_elements(path) for path in paths}
+    readings = {
+        path: [read_run(path / element["run_dir"]) for element in elements] or [read_run(path)]
+        for path, elements in arrays.items()
+    }
+    # A run that has finished proves it; its job may be forgotten.
+    open_runs = [one for found in readings.values() for one in found if not one.run.is_finished]
+    new = [job for reading in open_runs for job in reading.jobs if job not in answers]
+    answers.update(job_states(new, timeout_s=SLURM_TIMEOUT_S))
+    now = time.time()
+
+    def one(reading: Reading, name: str) -> RunView:
+        return view(reading, answers, name=name, now=now)
+
+    return [
+        _array(path, names[path], elements, readings[path], one)
+        if (elements := arrays[path])
+        else one(readings[path][0], names[path])
+        for path in readings
+    ]
+
+
+def _array(
+    path: Path,
+    name: str,
+    elements: Sequence[dict[str, Any]],
+    readings: Sequence[Reading],
+    one: Judge,
+) -> ArrayView:
+    views = [
+        one(reading, element["run_dir"])
+        for element, reading in zip(elements, readings, strict=True)
+    ]
+    jobs = {element.job.partition("_")[0] for element in views}
+    return ArrayView(
+        run=name,
+        path=str(path),
+        job=jobs.pop() if len(jobs) == 1 else "",
+        elements=views,
+        settings=[[str(text) for text in element.get("settings", [])] for element in elements],
+        results=[result_of(reading.run) for reading in readings],
+    )
+
+
+def _names(paths: Sequence[Path]) -> dict[Path, str]:
+    """Return what to call each run: its folder's name where that is enough."""
+    alike = Counter(path.name for path in set(paths))
+    return {path: path.name if alike[path.name] == 1 else os.path.relpath(path) for path in paths}
+
+
+def _text(views: Sequence[View], *, watch: bool, as_json: bool) -> str:
+    if as_json:
+        found = [_facts(entry) for entry in views]
+        return json.dumps(found, indent=None if watch else 2)
+    on_terminal = sys.stdout.isatty()
+    size = shutil.get_terminal_size() if on_terminal else None
+    lines = render(views, size.columns if size else None) if views else ["no runs below ./runs"]
+    if not watch:
+        return "\n".join(lines)
+    if size is None:
+        return "\n".join([*lines, ""])
+    left_out = len(lines) - (size.lines - 2)
+    if left_out > 0:
+        lines = [*lines[: size.lines - 3], f"... and {left_out + 1} more lines"]
+    return CLEAR + "\n".join([*lines, f"{time.strftime('%H:%M:%S')}  Ctrl-C ends"])
+
+
+def _facts(entry: View) -> dict[str, Any]:
+    if isinstance(entry, RunView):
+        return asdict(entry)
+    elements = [
+        {**asdict(element), "settings": settings, "result": result}
+        for element, settings, result in zip(
+            entry.elements, entry.settings, entry.results, strict=True
+        )
+    ]
+    return {
+        "run": entry.run,
+        "path": entry.path,
+        "job": entry.job,
+        "counts": entry.counts,
+        "elements": elements,
+    }

@@ -1,0 +1,267 @@
+"""Runs as a table of plain text, as wide as its terminal.
+
+Pure: rows in, lines out. Where a terminal is narrow, the speed is left out, node lists and
+reasons share a column as in squeue, and what is too long still ends in a `+`.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft_dist.slurm.job_state import UNKNOWN
+from peft_dist.status.run_state import DONE, WAITING, RunView, has_failed, is_at_work
+
+GAPS = ("  ", " ")
+"""Between columns, and where that is too wide."""
+LEAST_WIDTH = 12
+"""A column that is cut keeps this much."""
+NO_VALUE = "-"
+
+Cells = Sequence[str]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table."""
+
+    title: str
+    right: bool = False
+    """Whether it is aligned to the right, as figures are."""
+    cut: int = 0
+    """In which turn it is cut where the table is too wide; 0 never."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A row of text that keeps to no column after its first cell."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ArrayView:
+    """An array: its own line, and one run per element."""
+
+    run: str
+    path: str
+    job: str
+    elements: list[RunView]
+    settings: list[list[str]]
+    """What each element was given: `train.seed=1`."""
+    results: list[dict[str, Any] | None]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Return how many elements are done, running, pending, failed, stopped and unknown."""
+        found = dict.fromkeys(("done", "running", "pending", "failed", "stopped", "unknown"), 0)
+        for element in self.elements:
+            found[_kind(element.state)] += 1
+        return found
+
+    @property
+    def is_over(self) -> bool:
+        """Say whether no element will come to anything more by itself."""
+        return not any(self.counts[kind] for kind in ("running", "pending", "unknown"))
+
+
+WHO = (Column("run", cut=2), Column("job"), Column("state"))
+PLACE = (Column("reason"), Column("nodes"))
+NARROW_PLACE = (Column("nodes/reason", cut=1),)
+HOW_FAR = tuple(
+    Column(title, right=True) for title in ("try", "step", "loss", "tok/s", "eta", "beat")
+)
+NARROW_HOW_FAR = tuple(column for column in HOW_FAR if column.title != "tok/s")
+
+
+def render(views: Sequence[RunView | ArrayView], width: int | None) -> list[str]:
+    """Return the lines of the table of runs, and of the results of arrays that are over.
+
+    Args:
+        views: What to show, in order.
+        width: Columns of the terminal; None for as many as it takes.
+    """
+    columns: Sequence[Column] = (*WHO, *PLACE, *HOW_FAR)
+    rows = _rows(views)
+    if width is not None and _total(_widths(columns, rows), GAPS[0]) > width:
+        columns, rows = (*WHO, *NARROW_PLACE, *NARROW_HOW_FAR), _rows(views, narrow=True)
+    lines = lay_out(columns, rows, width)
+    for entry in views:
+        if isinstance(entry, ArrayView) and entry.is_over and any(entry.results):
+            lines += ["", f"results of {entry.run}", *_results(entry, width)]
+    return lines
+
+
+def lay_out(
+    columns: Sequence[Column], rows: Sequence[Cells | Span], width: int | None
+) -> list[str]:
+    """Return aligned lines under their titles, none of them wider than `width`."""
+    wide, gap = _widths(columns, rows), GAPS[0]
+    if width is not None and _total(wide, gap) > width:
+        gap = GAPS[1]
+        _narrow(columns, wide, width - _total([0] * len(wide), gap))
+    lines = []
+    for row in ([column.title for column in columns], *rows):
+        if isinstance(row, Span):
+            lines += _wrap(_printable(row.text), width)
+            continue
+        aligned = [
+            _fit(cell, room).rjust(room) if column.right else _fit(cell, room).ljust(room)
+            for column, cell, room in zip(columns, row, wide, strict=True)
+        ]
+        lines.append(_fit(_printable(gap.join(aligned).rstrip()), width))
+    return lines
+
+
+def _widths(columns: Sequence[Column], rows: Sequence[Cells | Span]) -> list[int]:
+    cells = [row for row in rows if not isinstance(row, Span)]
+    return [
+        max(len(text) for text in (column.title, *(row[index] for row in cells)))
+        for index, column in enumerate(columns)
+    ]
+
+
+def _total(wide: Sequence[int], gap: str) -> int:
+    return sum(wide) + len(gap) * (len(wide) - 1)
+
+
+def _narrow(columns: Sequence[Column], wide: list[int], width: int) -> None:
+    """Take from the widths what is too much, in the order of `cut`."""
+    for _, index in sorted((column.cut, index) for index, column in enumerate(columns)):
+        if columns[index].cut:
+            least = min(wide[index], LEAST_WIDTH)
+            wide[index] = max(least, wide[index] - max(0, sum(wide) - width))
+
+
+def _fit(text: str, width: int | None) -> str:
+    return text if width is None or len(text) <= width else text[: width - 1] + "+"
+
+
+def _wrap(text: str, width: int | None) -> list[str]:
+    if width is None or len(text) <= width:
+        return [text]
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    return textwrap.wrap(text, width, subsequent_indent=indent, drop_whitespace=True)
+
+
+def _printable(text: str) -> str:
+    """Return a text without anything that a terminal would obey."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _rows(views: Sequence[RunView | ArrayView], *, narrow: bool = False) -> list[Cells | Span]:
+    rows: list[Cells | Span] = []
+    for entry in views:
+        if isinstance(entry, RunView):
+            rows += _run_rows(entry, narrow=narrow)
+        else:
+            rows.append(Span(_summary(entry)))
+            for element in entry.elements:
+                rows += _run_rows(element, narrow=narrow, indent="  ")
+    return rows
+
+
+def _run_rows(view: RunView, *, narrow: bool, indent: str = "") -> list[Cells | Span]:
+    place = [view.reason or NO_VALUE, view.nodes or NO_VALUE]
+    if narrow:
+        reason = f"({view.reason})" if view.reason else ""
+        place = [" ".join(filter(None, (view.nodes, reason))) or NO_VALUE]
+    speed = NO_VALUE if view.tokens_per_s is None else f"{view.tokens_per_s:,.0f}"
+    row = [
+        indent + view.run,
+        view.job or NO_VALUE,
+        view.state,
+        *place,
+        str(view.attempt) if view.attempt else NO_VALUE,
+        _progress(view),
+        NO_VALUE if view.loss is None else f"{view.loss:.4f}",
+        *([] if narrow else [speed]),
+        NO_VALUE if view.eta_s is None else duration(view.eta_s),
+        NO_VALUE if view.heartbeat_s is None else duration(view.heartbeat_s),
+    ]
+    return [row, Span(f"{indent}  ^ {view.cause}")] if view.cause else [row]
+
+
+def _progress(view: RunView) -> str:
+    if view.step is None:
+        return NO_VALUE
+    return f"{view.step}/{'?' if view.steps is None else view.steps}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its two largest units: 12s, 4m05s, 1h02m, 3d04h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    minutes = whole // 60
+    if minutes < 24 * 60:
+        return f"{minutes // 60}h{minutes % 60:02}m"
+    hours = minutes // 60
+    return f"{hours // 24}d{hours % 24:02}h"
+
+
+def _summary(entry: ArrayView) -> str:
+    always = ("done", "running", "pending", "failed")
+    counts = [f"{n} {kind}" for kind, n in entry.counts.items() if n or kind in always]
+    job = f"job {entry.job}, " if entry.job else ""
+    return f"{entry.run}: {job}{len(entry.elements)} runs: {', '.join(counts)}"
+
+
+def _kind(state: str) -> str:
+    if state == DONE:
+        return "done"
+    if state in WAITING:
+        return "pending"
+    if is_at_work(state):
+        return "running"
+    if state == UNKNOWN:
+        return "unknown"
+    return "failed" if has_failed(state) else "stopped"
+
+
+def _results(entry: ArrayView, width: int | None) -> list[str]:
+    """Return what the elements of an array came to, one line each."""
+    names = list(dict.fromkeys(_name(text) for given in entry.settings for text in given))
+    titles = ["loss", "eval first", "eval last", "accuracy first", "accuracy last"]
+    rows = []
+    for element, given, result in zip(entry.elements, entry.settings, entry.results, strict=True):
+        values = dict(text.partition("=")[::2] for text in given)
+        figures = [NO_VALUE] * len(titles) if result is None else _figures(result)
+        rows.append([element.run, *(values.get(name, NO_VALUE) for name in names), *figures])
+    columns = [
+        Column("run", cut=2),
+        *(Column(_short(name, names), cut=1) for name in names),
+        *(Column(title, right=True) for title in titles),
+    ]
+    # Most runs have no accuracy.
+    shown = [
+        index
+        for index, column in enumerate(columns)
+        if not column.right or any(row[index] != NO_VALUE for row in rows)
+    ]
+    kept = [[row[index] for index in shown] for row in rows]
+    return lay_out([columns[index] for index in shown], kept, width)
+
+
+def _figures(result: dict[str, Any]) -> list[str]:
+    scores = result.get("eval") if isinstance(result.get("eval"), dict) else {}
+    first, last = ((scores or {}).get(name) or {} for name in ("first", "last"))
+    values = [
+        result.get("final_loss"),
+        *(score.get("loss") for score in (first, last)),
+        *(score.get("accuracy") for score in (first, last)),
+    ]
+    return [f"{value:.4f}" if isinstance(value, int | float) else NO_VALUE for value in values]
+
+
+def _name(setting: str) -> str:
+    return setting.partition("=")[0]
+
+
+def _short(name: str, names: Sequence[str]) -> str:
+    """Return the last part of a setting's name, where that tells it from the others."""
+    last = name.rpartition(".")[2]
+    alike = [other for other in names if other.rpartition(".")[2] == last]
+    return last if len(alike) == 1 else name

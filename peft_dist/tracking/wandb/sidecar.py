@@ -1,0 +1,166 @@
+"""The process beside training that sends the ledger to W&B: `python -m ... RUN_DIR`.
+
+It reads what rank 0 writes and is never waited for by a step. It ends when its standard input does,
+which is when rank 0 says so or is gone, however that came about.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+from peft_dist.common.errors import PeftDistError
+from peft_dist.run.directory import RunDir
+from peft_dist.tracking.wandb.alerts import ALERT_EVERY_S, Alert, alert_of, crashed
+from peft_dist.ledger.writer import Record
+from peft_dist.tracking.wandb.identity import only_writer, prove_room, reachable, wandb_environment
+from peft_dist.tracking.wandb.rows import LedgerRows, Numbered
+from peft_dist.tracking.wandb.session import NotAllowed, Session, Unreachable, recipe_of
+
+log = logging.getLogger(__name__)
+
+LEAVE_AFTER_S = 9.5
+"""Seconds after the end of training at which this process is gone, whatever W&B does."""
+LOOK_EVERY_S = 1.0
+"""Seconds between two looks at the ledger."""
+TRY_AGAIN_S = 120.0
+"""Seconds between two looks whether a server that did not answer is back."""
+PREDECESSOR_S = 10.0
+"""How long the side-car of the attempt before may still be sending."""
+NICENESS = 10
+
+EXIT_SENT, EXIT_OFFLINE, EXIT_INCOMPLETE = 0, 4, 5
+"""The server has every row; none was to be sent; it lacks some."""
+
+
+def main(argv: list[str]) -> int:
+    """Follow the run in a directory until its attempt is over; return what became of its rows."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # training ends in its own time, and so do we
+    with suppress(OSError):
+        os.nice(NICENESS)
+    os.umask(0o077)
+    environment = wandb_environment(os.environ)
+    os.environ.clear()
+    os.environ.update(environment)
+    logging.basicConfig(format="peft-dist: %(levelname)s: %(message)s", level=logging.WARNING)
+    over = threading.Event()
+    threading.Thread(target=_wait_for_end, args=(over,), daemon=True).start()
+    try:
+        return SideCar(RunDir.open(argv[0]), over).follow()
+    except Exception as error:  # of whatever kind: it ends this process and nothing else
+        log.warning("W&B gets no more rows: %s", error)
+        return EXIT_INCOMPLETE
+
+
+def _wait_for_end(over: threading.Event) -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    over.set()
+    time.sleep(LEAVE_AFTER_S)
+    log.warning("W&B did not take the last rows within %.0f s", LEAVE_AFTER_S)
+    os._exit(EXIT_INCOMPLETE)
+
+
+class SideCar:
+    """Sends the rows of one run while it trains, to the server or into a file."""
+
+    def __init__(self, run: RunDir, over: threading.Event) -> None:
+        """Prepare; `over` is set once no more records will come."""
+        self._run, self._over = run, over
+        self._settings = recipe_of(run).tracking.wandb
+        self._rows = LedgerRows(run.ledger)
+        self._start, self._last = _newest_start(run)
+        self._attempt: int = self._start["attempt"]
+        self._may_go_online = self._settings.mode != "offline"
+        self._told: set[int] = set()
+        """Rows whose alert was sent."""
+
+    def follow(self) -> int:
+        """Send rows until the attempt is over; return one of the exit codes."""
+        with only_writer(self._run, PREDECESSOR_S):
+            session = self._open()
+            next_try = time.monotonic() + TRY_AGAIN_S
+            while not self._over.wait(LOOK_EVERY_S):
+                try:
+                    self._send(session)
+                except Unreachable as error:
+                    log.warning("W&B's process is gone (%s); it is started again", error)
+                    session.abandon()
+                    session = self._open()
+                late = time.monotonic() > next_try
+                if late and not session.is_online and self._may_go_online:
+                    next_try = time.monotonic() + TRY_AGAIN_S
+                    if reachable():
+                        session.finish(None, 0)
+                        session = self._open()
+            return self._end(session)
+
+    def _open(self) -> Session:
+        """Begin at the server, where that can be, else in a file."""
+        written = self._rows.count
+        if self._may_go_online:
+            try:
+                session = Session(self._run, self._start, online=True)
+                self._rows = LedgerRows(self._run.ledger)
+                return session
+            except Unreachable as error:
+                log.warning("W&B does not answer (%s); logging offline", error)
+            except NotAllowed as error:
+                self._may_go_online = False
+                # No key and `auto` is how one asks for this.
+                if self._settings.mode != "auto" or "no key" not in str(error):
+                    log.warning("%s; logging offline", error)
+        earlier = sum(1 for one in _all_rows(self._run) if one.record["attempt"] < self._attempt)
+        return Session(self._run, self._start, online=False, first_row=max(written, earlier))
+
+    def _send(self, session: Session) -> None:
+        for number, record, row in self._rows.new():
+            self._last = record
+            if number >= session.first_row:
+                session.log(row)
+            if record["attempt"] == self._attempt:
+                self._alert(session, number, alert_of(record))
+
+    def _alert(self, session: Session, number: int, alert: Alert | None) -> None:
+        if alert is None or number in self._told:
+            return
+        self._told.add(number)
+        session.alert(alert.title, alert.text, alert.level, at_most_every_s=ALERT_EVERY_S)
+
+    def _end(self, session: Session) -> int:
+        try:
+            self._send(session)
+            ended = self._last["event"] == "end" and self._last["attempt"] == self._attempt
+            outcome = str(self._last.get("outcome")) if ended else "crashed"
+            if not ended:
+                self._alert(session, self._rows.count, crashed(self._last["step"]))
+            if session.finish(outcome, self._rows.count):
+                return EXIT_SENT
+        except Unreachable as error:
+            log.warning("W&B may lack rows: %s", error)
+            return EXIT_INCOMPLETE
+        if not session.is_online:
+            prove_room(self._run)
+        return EXIT_INCOMPLETE if self._may_go_online else EXIT_OFFLINE
+
+
+def _all_rows(run: RunDir) -> Iterator[Numbered]:
+    return LedgerRows(run.ledger).new()
+
+
+def _newest_start(run: RunDir) -> tuple[Record, Record]:
+    """Return the record of the newest attempt's start, and the last record there is."""
+    records = [one.record for one in _all_rows(run)]
+    starts = [record for record in records if record["event"] == "start"]
+    if not starts:
+        raise PeftDistError("has not begun to train", where=str(run.path))
+    return starts[-1], records[-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

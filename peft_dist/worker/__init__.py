@@ -1,0 +1,1 @@
+"""The process around a training: signals, watchdog, exit codes."""

@@ -1,0 +1,98 @@
+"""Remember on one rank which signal asked it to stop; the training loop acts on it.
+
+While a rank sets itself up there is nothing to save, and the main thread may be blocked in C++ for
+minutes (a rendezvous, a download), where Python runs no handler. Then a thread ends the process.
+Saves nothing itself. The ranks have no data-loader processes (rows are memory-mapped), which would
+inherit these handlers by fork and outlive a SIGTERM; keep it so.
+"""
+
+import functools
+import os
+import signal
+import socket
+import threading
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from peft_dist.common.errors import EXIT_DONE, EXIT_INTERRUPTED
+
+LAUNCH_MARK = "PEFT_DIST_LAUNCH"
+"""Is in the environment of what `peft-dist` starts, and tells it from all other processes."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+class StopRequests:
+    """The signals this process got since `install`."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        """Name of the first signal, such as "SIGTERM"; the rank saves and ends at its next step."""
+        self.count = 0
+        """How many signals there were; all but the first change nothing."""
+        self.on_setup_stop: Callable[[str], None] | None = None
+        """Called with the signal's name just before a stop during setup ends the process."""
+        self._in_setup = True
+        self._ending = threading.Lock()
+        """Held while setup is ended, so that either the main thread or ours does it, and once."""
+
+    def begin_training(self) -> None:
+        """Leave setup: from here on a signal is only recorded. Ends the process if one is already.
+
+        A signal that comes while this runs is either seen here or left in `requested`.
+        """
+        with self._ending:
+            if self.requested is not None:
+                self._end_setup(self.requested)
+            self._in_setup = False
+
+    def _install(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        # Python writes each signal's number here from C, whatever the main thread is doing.
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="stop", daemon=True).start()
+        for number in STOP_SIGNALS:
+            # Under nohup SIGHUP is ignored, and that is what its user wants.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._record)
+
+    def _record(self, number: int, _frame: FrameType | None) -> None:
+        self.count += 1
+        if self.requested is None:
+            self.requested = signal.Signals(number).name
+
+    def _watch(self) -> None:
+        while True:
+            for number in self._reader.recv(4096):
+                if number in STOP_SIGNALS:
+                    with self._ending:
+                        if self._in_setup:
+                            self._end_setup(signal.Signals(number).name)
+
+    def _end_setup(self, name: str) -> NoReturn:
+        try:
+            if self.on_setup_stop is not None:
+                self.on_setup_stop(name)
+        except Exception:  # a note that cannot be written must not keep the process alive
+            traceback.print_exc()
+        os._exit(EXIT_INTERRUPTED)
+
+
+def interrupted_code() -> int:
+    """Return the exit code of a rank that was told to stop while it trained, and has saved."""
+    # torchrun would start the group again for any code but 0; `peft-dist` asks the run directory.
+    return EXIT_DONE if LAUNCH_MARK in os.environ else EXIT_INTERRUPTED
+
+
+@functools.cache
+def install() -> StopRequests:
+    """Record signals from now on; return this process's one record of them.
+
+    The first thing a worker does, in its main thread, before torch is imported: until then a
+    signal has its usual effect. Later calls return the same record.
+    """
+    requests = StopRequests()
+    requests._install()
+    return requests

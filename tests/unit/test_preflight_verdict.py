@@ -1,0 +1,265 @@
+"""What is said of nodes before training, by their facts: every sentence, and who is to blame."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_dist.common.time_limit import within
+from peft_dist.preflight import node_info as facts_module
+from peft_dist.preflight.node_info import SILENT, NodeFacts, code_digest, gather
+from peft_dist.preflight.verdict import Limits, Report, judge, report_path
+
+GB = 10**9
+LIMITS = Limits(devices=8, min_free_bytes=GB, max_clock_offset_s=60, arrival_s=30)
+FINE = NodeFacts(
+    index=0,
+    host="",
+    devices=8,
+    free_device_bytes=79 * GB,
+    device_bytes=80 * GB,
+    code="c0de",
+    python="3.11.2",
+    versions={"peft": "0.21.0", "torch": "2.13.0"},
+    clock_uncertainty_s=0.001,
+    free_bytes=500 * GB,
+    write_s=0.002,
+)
+
+
+def report_of(*nodes: NodeFacts | None | dict[str, Any]) -> Report:
+    """Judge node1, node2, ..., each fine but for some facts; None has not come."""
+    hosts = [f"node{number}" for number in range(1, len(nodes) + 1)]
+    came = [
+        replace(FINE, index=index, host=hosts[index], **(node if isinstance(node, dict) else {}))
+        for index, node in enumerate(nodes)
+        if node is not None
+    ]
+    return judge(came, expected_nodes=hosts, limits=LIMITS)
+
+
+def assert_bad(report: Report, *lines: str) -> None:
+    """See that some nodes are blamed, each in one line."""
+    assert report.lines == lines
+    assert report.bad == tuple(line.partition(":")[0] for line in lines)
+    assert report.common is None
+    assert not report.ok
+
+
+def assert_common(report: Report, text: str) -> None:
+    """See that no node is blamed."""
+    assert report.common == text
+    assert report.bad == ()
+    assert report.lines == ()
+    assert not report.ok
+
+
+def test_nodes_that_are_fine_are_fine() -> None:
+    report = report_of({}, {"clock_offset_s": 0.2}, {})
+    assert report.ok
+    assert (report.bad, report.lines, report.warnings, report.common) == ((), (), (), None)
+    done = replace(report, seconds=2.14, all_reduce_s=0.003)
+    assert done.summary == "3 nodes fine in 2.1 s: all-reduce of 1 MB 3 ms, clocks within 0.20 s"
+    assert replace(report_of({}), seconds=1.0).summary == "1 node fine in 1.0 s"
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        (None, "did not come within 30 s"),
+        ({"error": SILENT}, "stopped answering"),
+        ({"error": "its devices do not answer"}, "its devices do not answer"),
+        ({"devices": 7}, "7 devices, 8 expected"),
+        (
+            {"free_device_bytes": 12 * GB},
+            "12 of 80 GB free on a device: another process has the rest",
+        ),
+        ({"code": "other"}, "other code of peft-dist than node1"),
+        ({"versions": {"peft": "0.20.1", "torch": "2.13.0"}}, "peft 0.20.1, node1 has 0.21.0"),
+        ({"versions": {"torch": "2.13.0"}}, "no peft, node1 has 0.21.0"),
+        ({"versions": FINE.versions | {"wandb": "1.0"}}, "wandb 1.0, node1 has none"),
+        ({"python": "3.12.0"}, "Python 3.12.0, node1 has 3.11.2"),
+        ({"clock_offset_s": 90.0}, "its clock is 90.0 s ahead, 60 s allowed"),
+        ({"clock_offset_s": -90.0}, "its clock is 90.0 s behind, 60 s allowed"),
+        (
+            {"free_bytes": GB // 2},
+            "0.5 GB free for the run directory, 1 GB expected",
+        ),
+        (
+            {"write_error": "cannot write to /x: Read-only file system"},
+            "cannot write to /x: Read-only file system",
+        ),
+    ],
+)  # fmt: skip
+def test_a_node_at_fault_is_named_with_its_fault(fault: dict[str, Any] | None, text: str) -> None:
+    assert_bad(report_of({}, {}, fault, {}), f"node3: {text}")
+
+
+def test_a_node_with_several_faults_has_one_line() -> None:
+    report = report_of({}, {}, {"devices": 0, "python": "3.12.0", "free_bytes": 0})
+    (line,) = report.lines
+    assert line == (
+        "node3: 0 devices, 8 expected; 0 GB free for the run directory, 1 GB expected; "
+        "Python 3.12.0, node1 has 3.11.2"
+    )
+
+
+def test_more_devices_than_expected_and_none_looked_at_are_no_fault() -> None:
+    assert report_of({"devices": 16}, {"devices": None, "free_device_bytes": None}).ok
+
+
+def test_the_minority_is_at_fault_though_it_be_the_head() -> None:
+    old = {"versions": {"peft": "0.20.1", "torch": "2.13.0"}}
+    assert_bad(report_of(old, {}, {}), "node1: peft 0.20.1, node2 has 0.21.0")
+    assert_bad(
+        report_of({}, old, old, {}, {}),
+        "node2: peft 0.20.1, node1 has 0.21.0",
+        "node3: peft 0.20.1, node1 has 0.21.0",
+    )
+
+
+def test_in_a_tie_the_head_is_right() -> None:
+    assert_bad(report_of({}, {"code": "b"}), "node2: other code of peft-dist than node1")
+    assert_bad(
+        report_of({"python": "3.12.1"}, {}, {"python": "3.12.1"}, {}),
+        "node2: Python 3.11.2, node1 has 3.12.1",
+        "node4: Python 3.11.2, node1 has 3.12.1",
+    )
+
+
+def test_a_head_whose_clock_is_wrong_is_named_instead_of_all_others() -> None:
+    ahead = {"clock_offset_s": 90.0}
+    assert_bad(report_of({}, ahead, ahead), "node1: its clock is 90.0 s behind, 60 s allowed")
+    assert report_of({}, ahead).bad == ("node2",)
+    assert report_of({}, ahead, ahead, {}).bad == ("node2", "node3")
+
+
+def test_a_clock_that_may_be_right_is_no_fault() -> None:
+    seen_badly = {"clock_offset_s": 61.0, "clock_uncertainty_s": 1.5}
+    assert report_of({}, seen_badly, {}).ok
+    assert not report_of({}, seen_badly | {"clock_uncertainty_s": 0.5}, {}).ok
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        (
+            {"devices": 4},
+            "all 3 nodes: 4 devices, 8 expected; mend gpus_per_node in the cluster file",
+        ),
+        (
+            {"free_bytes": 0},
+            "all 3 nodes: 0 GB free for the run directory, 1 GB expected; free space there, or "
+            "lower preflight.min_free_gb in the cluster file",
+        ),
+        (
+            {"write_error": "cannot write to /x: No space left on device"},
+            "all 3 nodes: cannot write to /x: No space left on device; mend its permissions, free "
+            "space there, or choose another --run-dir",
+        ),
+        (
+            {"free_device_bytes": GB},
+            "all 3 nodes: 1 of 80 GB free on a device: another process has the rest; wait until "
+            "the devices are free, or ask for nodes of your own (exclusive)",
+        ),
+        ({"error": "no two nodes can talk"}, "all 3 nodes: no two nodes can talk"),
+    ],
+)
+def test_a_fault_of_all_nodes_is_no_nodes_fault(fault: dict[str, Any], text: str) -> None:
+    assert_common(report_of(fault, fault, fault), text)
+
+
+def test_a_fault_of_all_that_came_is_no_nodes_fault_and_absence_still_is_told() -> None:
+    full = {"free_bytes": 0}
+    report = report_of(full, None, full)
+    assert report.common is not None
+    assert report.bad == ()
+    assert report.lines == ("node2: did not come within 30 s",)
+
+
+def test_different_errors_are_faults_of_different_nodes() -> None:
+    report = report_of({"error": "a"}, {"error": "b"})
+    assert_bad(report, "node1: a", "node2: b")
+
+
+def test_a_head_that_all_others_miss_is_not_their_fault() -> None:
+    assert_common(
+        report_of({}, None, None),
+        "no other node came to node1 within 30 s; see that the others know its name and that no "
+        "firewall is between them",
+    )
+    assert_bad(report_of({}, None), "node2: did not come within 30 s")
+
+
+def test_a_node_that_is_alone_is_blamed_for_its_own_and_not_for_the_disk() -> None:
+    assert_bad(report_of({"devices": 7}), "node1: 7 devices, 8 expected")
+    report = report_of({"free_bytes": 0})
+    assert report.bad == ()
+    assert (report.common or "").startswith("node1: 0 GB free for the run directory, ")
+
+
+def test_a_slow_disk_is_worth_a_word_and_no_more() -> None:
+    report = report_of({}, {"write_s": 3.21})
+    assert report.ok
+    assert report.warnings == ("node2: a small durable write to the run directory takes 3.2 s",)
+
+
+def test_a_report_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    assert Report.read(tmp_path) is None
+    report = replace(report_of({}, None, {"devices": 1}), seconds=1.5, all_reduce_s=0.1)
+    report.write(tmp_path)
+    assert Report.read(tmp_path) == report
+    assert json.loads(report_path(tmp_path).read_text())["ok"] is False
+    for text in ("", "[]", "{}", '{"nodes": 1'):
+        report_path(tmp_path).write_text(text, encoding="utf-8")
+        assert Report.read(tmp_path) is None
+
+
+def test_facts_of_another_version_can_still_be_read() -> None:
+    assert NodeFacts.from_json(FINE.to_json()) == FINE
+    assert NodeFacts.from_json('{"index": 3, "host": "a", "new": 1}') == NodeFacts(3, "a")
+    for text in ("", "[]", "{}", '{"host": "a"}'):
+        with pytest.raises(ValueError):
+            NodeFacts.from_json(text)
+
+
+def test_a_node_gathers_its_facts_and_leaves_nothing(tmp_path: Path) -> None:
+    facts = gather(2, "node3", tmp_path, limit_s=10)
+    assert (facts.index, facts.host, facts.error, facts.write_error) == (2, "node3", None, None)
+    assert facts.code == code_digest()
+    assert facts.free_bytes
+    assert facts.write_s is not None
+    assert facts.versions["peft"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_that_cannot_be_written_is_a_fact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = gather(0, "node1", tmp_path / "none", limit_s=10)
+    assert facts.write_error == f"cannot write to {tmp_path / 'none'}: No such file or directory"
+    monkeypatch.setattr(facts_module, "_probe", lambda _: time.sleep(60))
+    facts = gather(0, "node1", tmp_path, limit_s=0.1)
+    assert facts.write_error == f"a write to {tmp_path} does not end within 0.1 s"
+    assert facts.code
+
+
+def test_work_within_a_limit_returns_raises_or_is_given_up() -> None:
+    assert within(10, lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        within(10, lambda: 1 // 0)
+    with pytest.raises(TimeoutError):
+        within(0.05, lambda: time.sleep(30))
+
+
+def test_checks_and_facts_import_no_torch() -> None:
+    code = (
+        "import peft_dist.preflight.verdict, peft_dist.preflight.main, sys\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
