@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-# Under nohup it would be ignored, and so it would by every process that a test starts.
+# Under nohup, or in the background of a shell, they would be ignored, and so they would by every
+# process that a test starts.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture
 def alone() -> Iterator[object]:
