@@ -20,7 +20,8 @@ from peft_dist.ledger.goodput import Goodput, Record, counting_records, current_
 from peft_dist.ledger.goodput import read_ledger as read_records
 from peft_dist.report.series import number, numbers
 from peft_dist.run.directory import RunDir
-from peft_dist.run.restart_policy import LOST_PEER, crash_notes
+from peft_dist.run.history import crash_notes
+from peft_dist.run.restart_policy import Kind
 
 PLAN_FILE = "plan.json"
 """What was foreseen before the run, where somebody planned it: `bytes_per_rank`."""
@@ -192,7 +193,7 @@ def _crashes(folder: Path, attempts: Sequence[int]) -> dict[int, str]:
     for attempt in attempts:
         notes = crash_notes(folder, attempt)
         # Who lost a peer says nothing of why that one ended.
-        for note in [note for note in notes if note["kind"] != LOST_PEER] or notes:
+        for note in [note for note in notes if note["kind"] != Kind.LOST_PEER] or notes:
             found[attempt] = f"rank {note['rank']}: {note['error']}"
             break
     return found

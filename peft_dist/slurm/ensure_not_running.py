@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft_dist.common.errors import RunDirError
+from peft_dist.run import job_events
 from peft_dist.run.directory import RunDir
 from peft_dist.run.lease import refuse_if_held
-from peft_dist.slurm import history
 from peft_dist.slurm.job_state import is_live, is_over, job_states
 
 
@@ -20,12 +20,12 @@ def refuse_if_live(folders: Sequence[Path], script: Path) -> None:
     Raises:
         RunDirError: Naming the job.
     """
-    histories = {folder: history.events(folder) for folder in folders}
-    others = {job: folder for folder in folders for job in history.others(folder)}
+    histories = {folder: job_events.events(folder) for folder in folders}
+    others = {job: folder for folder in folders for job in job_events.others(folder)}
     may_live = {
         job: folder
         for folder, events in histories.items()
-        for job in history.candidates(folder, events)
+        for job in job_events.candidates(folder, events)
     }
     states = job_states([*may_live, *others]) if may_live or others else {}
     for job, folder in (others | may_live).items():
@@ -49,7 +49,7 @@ def refuse_if_live(folders: Sequence[Path], script: Path) -> None:
             refuse_if_held(RunDir(folder).attempts)
 
 
-def _has_said_its_last(job: str, events: Sequence[history.Event]) -> bool:
+def _has_said_its_last(job: str, events: Sequence[job_events.Event]) -> bool:
     """Say whether a job's script wrote that it ends for good; Slurm forgets jobs in minutes."""
     own = [event for event in events if event["job"] == job]
     return bool(own) and own[-1]["event"] == "ended" and own[-1].get("decision") != "again"

@@ -279,7 +279,8 @@ def test_a_workers_own_error_is_the_only_line_and_its_code_is_kept(
         "from peft_dist.common.errors import DataError\n"
         "error = DataError('no rows', where='train.jsonl')\n"
         "print('noise', file=sys.stderr)\n"
-        "print(f'peft-dist: error: {error}', file=sys.stderr)\n"
+        "from peft_dist.run.failure_files import write_failure\n"
+        "write_failure(error, rank=0)\n"
         "sys.exit(error.exit_code)\n"
     )
     installation(tmp_path, monkeypatch, worker)
