@@ -3,14 +3,13 @@
 Each entry has a test that provokes the real message: a library that words it anew is found there.
 """
 
-OUT_OF_MEMORY = (
-    "DefaultCPUAllocator: can't allocate memory",  # torch on Linux
-    "DefaultCPUAllocator: not enough memory",  # torch where the size itself is refused
-)
+OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory",)
+"""Of torch on a CPU; on a GPU it has a type for this."""
 LOST_PEER = (
-    "Connection closed by peer",  # gloo: the process at the other end has ended
-    "Connection reset",  # gloo: it was killed with data on the way
+    "Connection closed by peer",  # the process at the other end has ended
+    "Connection reset",  # it was killed with data on the way
 )
+"""Of gloo."""
 PORT_TAKEN = ("EADDRINUSE",)
 """Of torch's TCPStore."""
 

@@ -140,7 +140,7 @@ def _take(options: argparse.Namespace, recipe: Recipe, context: WorkerContext) -
             remedy="name another folder with --run-dir",
         )
     # A person who starts again after a failure has done something about it.
-    after_failure = run.verdict() is not None
+    after_failure = run.read_failure() is not None
     attempt = Attempt.begin(run.attempts, after_verdict=after_failure, world_size=context.size)
     context.run_dir, context.attempt, context.attempt_number = run, attempt, attempt.number
     run.remove_leftovers()

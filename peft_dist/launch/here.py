@@ -86,7 +86,7 @@ def train_here(start: Start, *, fresh: bool = False) -> int:
         allow_changed=start.allow_changed,
     )
     log = run.launcher_log
-    before = run.verdict()
+    before = run.read_failure()
     environment = start.environment | {LAUNCHED_AT: repr(time.time())}
     ended = run_launcher(start.command, environment=environment, error_log=log)
     ending = ending_of_launch(

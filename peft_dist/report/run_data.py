@@ -155,7 +155,7 @@ def read_run(run: RunDir, name: str) -> Run:
     """Read one run directory, to be called by a name."""
     records = current_records(read_records(run.ledger))
     figures = goodput(records)
-    verdict = run.verdict()
+    failure = run.read_failure()
     return Run(
         name=name,
         path=run.path,
@@ -163,7 +163,7 @@ def read_run(run: RunDir, name: str) -> Run:
         recipe=flat(read_mapping(run.recipe, remedy="name another run")),
         made=_read_json(run.run_facts),
         result=_read_json(run.result),
-        failure="" if verdict is None else verdict.error,
+        failure="" if failure is None else failure.error,
         planned_bytes=_planned(run),
         records=records,
         counting=counting_records(records),

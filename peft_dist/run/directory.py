@@ -39,7 +39,7 @@ def write_text_atomic(path: Path, text: str) -> None:
         raise _cannot_write(path, error) from error
 
 
-class Verdict(NamedTuple):
+class RecordedFailure(NamedTuple):
     """Why starting a run again cannot help."""
 
     exit_code: int
@@ -282,15 +282,15 @@ class RunDir:
         steps = [int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")]
         return max(steps, default=0)
 
-    def verdict(self) -> Verdict | None:
+    def read_failure(self) -> RecordedFailure | None:
         """Return why starting the run again cannot help, if that is so."""
         try:
             facts = json.loads(self.failure.read_text(encoding="utf-8"))
-            return Verdict(int(facts["exit_code"]), str(facts["error"]), str(facts["time"]))
+            return RecordedFailure(int(facts["exit_code"]), str(facts["error"]), str(facts["time"]))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            return Verdict(EXIT_DO_NOT_RETRY, f"{self.failure} cannot be read: {error}", "")
+            return RecordedFailure(EXIT_DO_NOT_RETRY, f"{self.failure} cannot be read: {error}", "")
 
     def record_failure(self, error: PeftDistError, *, by: str = "") -> None:
         """Note what must change (and who says so) before the run can go on; the first stays."""

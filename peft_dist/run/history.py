@@ -13,7 +13,7 @@ from typing import Any
 from peft_dist.common.errors import EXIT_USER_ERROR
 from peft_dist.common.process_identity import AFTER_JOB
 from peft_dist.run import job_events
-from peft_dist.run.directory import RunDir, Verdict
+from peft_dist.run.directory import RecordedFailure, RunDir
 from peft_dist.run.failure_files import WorkerFailure
 from peft_dist.run.lease import Record, latest, record_path, records, write_json
 from peft_dist.run.restart_policy import Ending, History, Kind
@@ -100,7 +100,7 @@ def ending_of_run(run: RunDir) -> Ending | None:
     """Return what a run has come to as its directory shows it; None where its end is not known."""
     if run.is_finished:
         return Ending(Kind.DONE)
-    failure = run.verdict()
+    failure = run.read_failure()
     if failure is not None:
         return Ending(_kind_of_failure(failure.exit_code), failure.error)
     return _newest_stop(run)
@@ -109,7 +109,7 @@ def ending_of_run(run: RunDir) -> Ending | None:
 def ending_of_launch(
     run: RunDir,
     *,
-    before: Verdict | None,
+    before: RecordedFailure | None,
     signal: str | None,
     failure: WorkerFailure | None,
     otherwise: Ending,
@@ -125,7 +125,7 @@ def ending_of_launch(
     """
     if run.is_finished:
         return Ending(Kind.DONE)
-    recorded = run.verdict()
+    recorded = run.read_failure()
     if recorded is not None and recorded != before:
         return Ending(_kind_of_failure(recorded.exit_code), recorded.error)
     if signal is not None:

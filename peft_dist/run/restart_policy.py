@@ -18,7 +18,7 @@ from peft_dist.common.errors import (
 
 
 class Kind(StrEnum):
-    """How a start ended; those that a rank notes before it ends have the word of its note."""
+    """How a start ended; the values of the first are the kinds of crash notes."""
 
     DONE = "done"
     INTERRUPTED = "stopped"
@@ -226,7 +226,7 @@ def _no_progress(row: Sequence[Ending], checkpoint: int, limits: Limits) -> str 
     line = f"no progress in {len(last)} {limits.unit}: none saved a checkpoint after step"
     hint = " (is the time limit too short?)" if last[-1].kind is Kind.INTERRUPTED else ""
     # Who lost a peer says nothing of why that one ended.
-    told = [one for one in reversed(last) if one.error]
-    told.sort(key=lambda one: one.kind is Kind.LOST_PEER)
-    cause = f"; last: {told[0].described_error}" if told else ""
+    known = [one for one in reversed(last) if one.error]
+    known.sort(key=lambda one: one.kind is Kind.LOST_PEER)
+    cause = f"; last: {known[0].described_error}" if known else ""
     return f"{line} {checkpoint}{hint}{cause}"

@@ -1,4 +1,4 @@
-"""Refuse to submit a run that a job has, or may have. What Slurm does not tell is not guessed."""
+"""Refuse to submit a run that a job trains, or may train where Slurm gives no answer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from peft_dist.run.lease import refuse_if_held
 from peft_dist.slurm.job_state import is_live, is_over, job_states
 
 
-def refuse_if_live(folders: Sequence[Path], script: Path) -> None:
+def ensure_not_running(folders: Sequence[Path], script: Path) -> None:
     """Refuse runs that wait, run, or may do so.
 
     Args:
@@ -36,8 +36,8 @@ def refuse_if_live(folders: Sequence[Path], script: Path) -> None:
                 where=str(folder),
                 remedy=f"wait for it, or `peft-dist cancel {folder}`",
             )
-        told = job not in may_live or _has_said_its_last(job, histories[folder])
-        if not is_over(state.state) and not told:
+        ended = job not in may_live or _has_ended(job, histories[folder])
+        if not is_over(state.state) and not ended:
             raise RunDirError(
                 f"cannot tell whether job {job} is over: {state.reason}",
                 where=str(folder),
@@ -49,7 +49,7 @@ def refuse_if_live(folders: Sequence[Path], script: Path) -> None:
             refuse_if_held(RunDir(folder).attempts)
 
 
-def _has_said_its_last(job: str, events: Sequence[job_events.Event]) -> bool:
-    """Say whether a job's script wrote that it ends for good; Slurm forgets jobs in minutes."""
+def _has_ended(job: str, events: Sequence[job_events.Event]) -> bool:
+    """Whether a job's script wrote that it ends for good; Slurm forgets jobs in minutes."""
     own = [event for event in events if event["job"] == job]
     return bool(own) and own[-1]["event"] == "ended" and own[-1].get("decision") != "again"

@@ -30,7 +30,7 @@ from peft_dist.run.sweep import (
     write_array,
 )
 from peft_dist.slurm import cli_client, validate
-from peft_dist.slurm.ensure_not_running import refuse_if_live
+from peft_dist.slurm.ensure_not_running import ensure_not_running
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.scripts import JOB_SCRIPT, Array, Job, scripts
 
@@ -189,7 +189,7 @@ def _submit(
     script = job.folder / JOB_SCRIPT
     if job.array:
         refuse_another_array(job.folder, elements)
-    refuse_if_live([run.folder for run in wanted.values()], script)
+    ensure_not_running([run.folder for run in wanted.values()], script)
     cli_client.check_script(submission.files[script])
     for run in wanted.values():
         made = RunDir.claim(

@@ -123,7 +123,7 @@ class Node:
             RANK_LOGS: str(self.log.with_suffix("")),
             **({} if self.options.secrets is None else read_secrets(self.options.secrets)),
         }
-        before = run.verdict()
+        before = run.read_failure()
         if self.is_head and len(self.hosts) > 1 and not _is_free(self.port):
             return self._port_taken(self.port)
         if not self.options.no_preflight:

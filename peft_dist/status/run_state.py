@@ -249,9 +249,9 @@ def _cause(reading: Reading, state: str) -> str:
         return reading.problem
     if state in (DONE, NOT_STARTED) or is_at_work(state):
         return ""
-    verdict = reading.run.verdict()
-    if verdict is not None and state not in WAITING:
-        return verdict.error
+    failure = reading.run.read_failure()
+    if failure is not None and state not in WAITING:
+        return failure.error
     return _decision(reading) or ("" if state in WAITING else _crash(reading))
 
 

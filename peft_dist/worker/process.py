@@ -174,7 +174,7 @@ def _record_failure(error: PeftDistError, context: WorkerContext, by: str) -> No
     assert context.run_dir is not None
     if by:
         deadline = time.monotonic() + SAME_FAULT_S
-        while context.run_dir.verdict() is None and time.monotonic() < deadline:
+        while context.run_dir.read_failure() is None and time.monotonic() < deadline:
             time.sleep(LOOK_EVERY_S)
     with suppress(RunDirError):  # a full disk is often the very fault
         context.run_dir.record_failure(error, by=by)

@@ -327,8 +327,8 @@ def test_ctrl_c_ends_every_worker(recipe_file: Path, tmp_path: Path) -> None:
     )
     run = tmp_path / "run"
     ours = subprocess.Popen(
-        [sys.executable, "-c", code, str(package / "common" / "paths.py"), "train", str(recipe_file),
-         "--nproc", "2", "--run-dir", str(run)],
+        [sys.executable, "-c", code, str(package / "common" / "paths.py"),
+         "train", str(recipe_file), "--nproc", "2", "--run-dir", str(run)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stderr=subprocess.PIPE,
         text=True,

@@ -89,14 +89,14 @@ def test_a_file_in_the_way_is_named(tmp_path: Path, recipe: Recipe) -> None:
 
 def test_a_failure_is_noted_once_with_its_time(tmp_path: Path, recipe: Recipe) -> None:
     run = RunDir.create(tmp_path / "a", recipe)
-    assert run.verdict() is None
+    assert run.read_failure() is None
     run.record_failure(DataError("no rows", where="train.jsonl"))
-    first = run.verdict()
+    first = run.read_failure()
     run.record_failure(TrainingError("a later one"))
     assert first is not None
     assert (first.exit_code, first.error) == (2, "train.jsonl: no rows")
     assert datetime.fromisoformat(first.time).tzinfo == UTC
-    assert run.verdict() == first
+    assert run.read_failure() == first
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"exit_code": 3}', '{"exit_code": "x"}'])
@@ -105,7 +105,7 @@ def test_a_damaged_failure_still_asks_for_a_person(
 ) -> None:
     run = RunDir.create(tmp_path / "a", recipe)
     run.failure.write_text(text, encoding="utf-8")
-    found = run.verdict()
+    found = run.read_failure()
     assert found is not None
     assert found.exit_code == 3
     assert "failure.json cannot be read" in found.error

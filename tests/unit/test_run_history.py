@@ -190,7 +190,7 @@ def test_a_launch_ended_as_the_run_says_and_only_then_as_its_launcher_does(
     assert ending(signal="SIGINT").error == "stopped by SIGINT"
     run.record_failure(TrainingError("loss nan"))
     assert ending(signal="SIGINT") == Ending(Kind.TRAINING_FAILED, "loss nan")
-    assert ending(before=run.verdict(), signal="SIGINT").kind is Kind.INTERRUPTED
+    assert ending(before=run.read_failure(), signal="SIGINT").kind is Kind.INTERRUPTED
     assert ending_of_run(run) == Ending(Kind.TRAINING_FAILED, "loss nan")
     run.result.write_text("{}", encoding="utf-8")
     assert ending(signal="SIGINT") == ending_of_run(run) == Ending(Kind.DONE)

@@ -138,7 +138,7 @@ def test_a_run_that_another_process_trains_is_not_set_aside_or_changed(prepared:
 def test_a_fresh_start_after_a_verdict_tries_again(prepared: RunDir) -> None:
     prepared.record_failure(TrainingError("loss nan"))
     assert taken(started(prepared.recipe)).attempt_number == 1
-    assert prepared.verdict() is None
+    assert prepared.read_failure() is None
 
 
 def test_crashes_without_progress_end_in_a_verdict_and_a_new_start_is_not_held_to_it(

@@ -29,7 +29,7 @@ def test_a_fault_is_noted_by_any_rank_of_the_attempt_that_holds_the_run(
     context = WorkerContext(rank, 2, run_dir=run, attempt_number=1 if rank == 0 else 0)
     try:
         assert _report(FAULT, context) == EXIT_USER_ERROR
-        found = run.verdict()
+        found = run.read_failure()
         assert found is not None
         assert found.exit_code == EXIT_USER_ERROR
         assert found.error.startswith("rank 1 on host ") == (rank == 1)
@@ -47,7 +47,7 @@ def test_of_an_attempt_that_was_taken_over_no_fault_is_noted(run: RunDir, rank: 
     try:
         assert _report(FAULT, context) == EXIT_USER_ERROR
         context.note_crash(Kind.CRASHED, "x")
-        assert run.verdict() is None
+        assert run.read_failure() is None
         assert not crash_notes(run.attempts, 1)
     finally:
         attempt.end("interrupted")
@@ -63,7 +63,7 @@ def test_a_start_that_was_refused_notes_nothing_in_the_run_of_its_holder(
             context = WorkerContext(rank, 2, run_dir=run, started_s=float("-inf"))
             assert _report(FAULT, context) == EXIT_USER_ERROR
             context.stopped_in_setup("SIGINT")
-        assert run.verdict() is None
+        assert run.read_failure() is None
         assert ending_of_run(run) is None
     finally:
         attempt.end("interrupted")
