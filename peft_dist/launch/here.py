@@ -24,7 +24,7 @@ from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.local import run_launcher
 from peft_dist.launch.placement import place, this_machine
 from peft_dist.run.directory import LAUNCHED_AT, RunDir
-from peft_dist.run.history import ending_of_launch
+from peft_dist.run.history import ending_of_launch, mark_launch
 from peft_dist.run.lease import end_for, refuse_if_held
 from peft_dist.run.restart_policy import Ending, History, Kind, Limits, decide
 
@@ -86,7 +86,7 @@ def train_here(start: Start, *, fresh: bool = False) -> int:
         allow_changed=start.allow_changed,
     )
     log = run.launcher_log
-    before = run.read_failure()
+    before = mark_launch(run)
     environment = start.environment | {LAUNCHED_AT: repr(time.time())}
     ended = run_launcher(start.command, environment=environment, error_log=log)
     ending = ending_of_launch(

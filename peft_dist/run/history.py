@@ -8,7 +8,7 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft_dist.common.errors import EXIT_USER_ERROR
 from peft_dist.common.process_identity import AFTER_JOB
@@ -106,10 +106,24 @@ def ending_of_run(run: RunDir) -> Ending | None:
     return _newest_stop(run)
 
 
+class LaunchMark(NamedTuple):
+    """What a run directory shows before a launch, and what therefore says nothing of it."""
+
+    failure: RecordedFailure | None
+    attempt: int
+    """The newest attempt; 0 where there was none."""
+
+
+def mark_launch(run: RunDir) -> LaunchMark:
+    """Return what a run directory shows just before its processes are launched."""
+    newest = latest(run.attempts)
+    return LaunchMark(run.read_failure(), 0 if newest is None else newest["attempt"])
+
+
 def ending_of_launch(
     run: RunDir,
     *,
-    before: RecordedFailure | None,
+    before: LaunchMark,
     signal: str | None,
     failure: WorkerFailure | None,
     otherwise: Ending,
@@ -118,7 +132,7 @@ def ending_of_launch(
 
     Args:
         run: The run.
-        before: The run's failure before the launch, which says nothing of this one.
+        before: What `mark_launch` returned before the launch.
         signal: The signal that the launcher was asked to stop with, or None.
         failure: What one of its processes wrote before it ended, if one did.
         otherwise: How it ended where nothing else is known.
@@ -126,11 +140,11 @@ def ending_of_launch(
     if run.is_finished:
         return Ending(Kind.DONE)
     recorded = run.read_failure()
-    if recorded is not None and recorded != before:
+    if recorded is not None and recorded != before.failure:
         return Ending(_kind_of_failure(recorded.exit_code), recorded.error)
     if signal is not None:
         return Ending(Kind.INTERRUPTED, f"stopped by {signal}", signal)
-    stop = _newest_stop(run)
+    stop = _newest_stop(run, after=before.attempt)
     if stop is not None:
         return stop
     if failure is not None:
@@ -164,11 +178,13 @@ def was_interrupted(folder: Path, record: Record) -> bool:
     )
 
 
-def _newest_stop(run: RunDir) -> Ending | None:
-    """Return how the newest attempt ended, where a signal ended it."""
+def _newest_stop(run: RunDir, *, after: int = 0) -> Ending | None:
+    """Return how the newest attempt after a certain one ended, where a signal ended it."""
     newest = latest(run.attempts)
-    ending = None if newest is None else _ending_of_attempt(run.attempts, newest)
-    return ending if ending is not None and ending.kind is Kind.INTERRUPTED else None
+    if newest is None or newest["attempt"] <= after:
+        return None
+    ending = _ending_of_attempt(run.attempts, newest)
+    return ending if ending.kind is Kind.INTERRUPTED else None
 
 
 def _ending_of_attempt(folder: Path, record: Record) -> Ending:

@@ -161,7 +161,8 @@ def decide(history: History, ending: Ending, limits: Limits) -> Decision:
     if kind is Kind.PORT_TAKEN:
         if ending.tries < limits.ports:
             return Decision("port-taken", ending.error)
-        return Decision("stop", f"no free port in {limits.ports} tries", EXIT_DO_NOT_RETRY)
+        why = f"no free port in {limits.ports} tries; last: {ending.error}"
+        return Decision("stop", why, EXIT_DO_NOT_RETRY)
     if kind is Kind.INTERRUPTED and not limits.after_signal:
         return Decision("stop", ending.error, EXIT_INTERRUPTED)
     problem = _limit_reached(history, ending, limits)

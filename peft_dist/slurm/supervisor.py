@@ -28,7 +28,7 @@ from peft_dist.launch.local import PASSED_ON, run_launcher
 from peft_dist.preflight.verdict import PORT_TAKEN, Report
 from peft_dist.run import job_events
 from peft_dist.run.directory import LAUNCHED_AT, RunDir
-from peft_dist.run.history import ending_of_launch, is_machine_start, read_history
+from peft_dist.run.history import ending_of_launch, mark_launch, read_history
 from peft_dist.run.lease import end_for, latest, records
 from peft_dist.run.restart_policy import STOPS, Decision, Ending, Kind, Limits, decide
 from peft_dist.slurm import memory_kills
@@ -114,16 +114,14 @@ class Node:
         run = RunDir.open(self.options.run_dir)
         if run.is_finished:
             return Ending(Kind.DONE)
-        if self.cancelled.exists() and is_machine_start():
+        if self.cancelled.exists():
             return Ending(Kind.CANCELLED)
-        if self.is_head:
-            self.cancelled.unlink(missing_ok=True)  # a person has submitted the run again
         environment = {
             LAUNCHED_AT: repr(time.time()),
             RANK_LOGS: str(self.log.with_suffix("")),
             **({} if self.options.secrets is None else read_secrets(self.options.secrets)),
         }
-        before = run.read_failure()
+        before = mark_launch(run)
         if self.is_head and len(self.hosts) > 1 and not _is_free(self.port):
             return self._port_taken(self.port)
         if not self.options.no_preflight:
@@ -162,7 +160,7 @@ class Node:
         """Return how a start ended whose head left no decision, or that Slurm has cancelled."""
         if self.run.is_finished:
             return Ending(Kind.DONE)
-        if self.options.after == "cancelled":
+        if self.options.after == "cancelled" or self.cancelled.exists():
             return Ending(Kind.CANCELLED)
         logs, code = self.log.parent, self.options.srun_code
         return Ending(Kind.NO_DECISION, f"srun ended with code {code} before the run; see {logs}")

@@ -117,8 +117,8 @@ ENDINGS: dict[str, tuple[Limits, Ending, str, int | None, str]] = {
         OF_JOB, job(Kind.PORT_TAKEN, "20120 on node1"), "port-taken 20120 on node1", None, "",
     ),
     "no port": (
-        OF_JOB, job(Kind.PORT_TAKEN, "20128 on node1", tries=5), "stop no free port in 5 tries", 1,
-        "no free port in 5 tries",
+        OF_JOB, job(Kind.PORT_TAKEN, "20128 on node1", tries=5),
+        "stop no free port in 5 tries; last: 20128 on node1", 1, "no free port in 5 tries",
     ),
     "user error": (
         OF_JOB, job(Kind.USER_ERROR, "data.train: no rows"), "stop data.train: no rows", 1,

@@ -11,9 +11,11 @@ from peft_dist.run import job_events
 from peft_dist.run.directory import RunDir
 from peft_dist.run.failure_files import FAILURES, WorkerFailure, read_failure, write_failure
 from peft_dist.run.history import (
+    LaunchMark,
     crash_notes,
     ending_of_launch,
     ending_of_run,
+    mark_launch,
     note_crash,
     read_history,
     was_interrupted,
@@ -180,7 +182,7 @@ def test_a_launch_ended_as_the_run_says_and_only_then_as_its_launcher_does(
     fault = WorkerFailure(2, "no rows", 0, "h", 0.0)
 
     def ending(**known: Any) -> Ending:
-        given = {"before": None, "signal": None, "failure": None, **known}
+        given = {"before": LaunchMark(None, 0), "signal": None, "failure": None, **known}
         return ending_of_launch(run, otherwise=CRASH, **given)
 
     assert ending() == CRASH
@@ -190,7 +192,8 @@ def test_a_launch_ended_as_the_run_says_and_only_then_as_its_launcher_does(
     assert ending(signal="SIGINT").error == "stopped by SIGINT"
     run.record_failure(TrainingError("loss nan"))
     assert ending(signal="SIGINT") == Ending(Kind.TRAINING_FAILED, "loss nan")
-    assert ending(before=run.read_failure(), signal="SIGINT").kind is Kind.INTERRUPTED
+    assert ending(before=mark_launch(run), failure=fault).kind is Kind.USER_ERROR
+    assert ending(before=mark_launch(run)) == CRASH, "an older attempt was stopped, not this one"
     assert ending_of_run(run) == Ending(Kind.TRAINING_FAILED, "loss nan")
     run.result.write_text("{}", encoding="utf-8")
     assert ending(signal="SIGINT") == ending_of_run(run) == Ending(Kind.DONE)
