@@ -1,5 +1,8 @@
 """What a node decides about a run, and what it hears of the other nodes and of the kernel."""
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from peft_dist.run.directory import RunDir
 from peft_dist.run.restart_policy import Ending, Kind
 from peft_dist.slurm import failed_nodes, memory_kills
 from peft_dist.slurm.failed_nodes import FailedNodes
+from tests.processes import ROOT
 from tests.unit.run_folders import make_run, submitted
 
 
@@ -21,6 +25,50 @@ def run(tmp_path: Path) -> RunDir:
 def decided(run: RunDir, restart: int, step: int, reason: str = "node1 crashed") -> None:
     event = {"event": "decided", "job": "7", "restart": restart, "step": step, "reason": reason}
     job_events.record(run.path, event | {"decision": "again"})
+
+
+def look_back(run: RunDir, why: str, *, restart: int = 0) -> str:
+    """Have the batch host decide of a start that is over; return the decision."""
+    logs = run.logs / f"7-{restart}"
+    logs.mkdir(exist_ok=True)
+    job_events.record(run.path, {"event": "started", "job": "7", "restart": restart})
+    done = subprocess.run(
+        [sys.executable, "-m", "peft_dist.slurm.supervisor", "--run-dir", str(run.path),
+         "--max-starts", "100", "--max-starts-without-progress", "5", "--no-preflight",
+         "--after", why, "--srun-code", "137", "--", "false"],
+        env={
+            **os.environ, "PYTHONPATH": str(ROOT), "SLURM_NODEID": "0", "SLURM_JOB_ID": "7",
+            "SLURM_RESTART_COUNT": str(restart), "PEFT_DIST_HOSTS": "node1,node2",
+            "PEFT_DIST_PORT": "20120", "PEFT_DIST_LOGS": str(logs), "PEFT_DIST_NONCE": "ab",
+        },
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    told = (logs / "decision").read_text(encoding="utf-8").strip()
+    assert done.stdout.strip() == f"peft-dist: {told}", done.stderr
+    return told
+
+
+def test_starts_that_left_no_decision_are_tried_three_times(run: RunDir) -> None:
+    for restart in (0, 1):
+        told = look_back(run, "ended", restart=restart)
+        assert told.startswith("again srun ended with code 137 before the run; see ")
+    told = look_back(run, "ended", restart=2)
+    assert told.startswith("stop 3 starts in a row ended without a decision; last: srun ended")
+    assert [event["kind"] for event in job_events.events(run.path)[1::2]] == ["no decision"] * 3
+
+
+@pytest.mark.parametrize("by", ["scancel", "peft-dist cancel"])
+def test_a_job_that_was_cancelled_is_not_started_again(run: RunDir, by: str) -> None:
+    if by == "peft-dist cancel":
+        (run.path / "slurm").mkdir()
+        (run.path / "slurm" / "cancelled").touch()
+    why = "cancelled" if by == "scancel" else "ended"
+    assert look_back(run, why) == "cancelled cancelled by its user"
+
+
+def test_a_run_that_has_finished_is_done_however_its_job_ended(run: RunDir) -> None:
+    run.result.write_text("{}", encoding="utf-8")
+    assert look_back(run, "cancelled") == "done"
 
 
 def test_what_a_start_says_after_the_next_one_has_begun_is_not_heard(run: RunDir) -> None:
