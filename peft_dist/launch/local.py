@@ -73,7 +73,8 @@ def run_launcher(
     received: list[int] = []
     with _handled(lambda number, _frame: received.append(number)), ExitStack() as stack:
         try:
-            failures = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peft-dist-")))
+            folder = tempfile.TemporaryDirectory(prefix="peft-dist-", ignore_cleanup_errors=True)
+            failures = Path(stack.enter_context(folder))
             with error_log.open("ab") if error_log else contextlib.nullcontext() as errors:
                 process = subprocess.Popen(
                     list(command),
