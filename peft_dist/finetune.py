@@ -36,11 +36,12 @@ from peft_dist.optim.lr_schedule import peak_learning_rate
 from peft_dist.run.directory import LAUNCHED_AT, RunDir, write_text_atomic
 from peft_dist.run.lease import Attempt
 from peft_dist.run.provenance import versions
+from peft_dist.run.restart_policy import Kind
 from peft_dist.tracking.nodes import watch_machine
 from peft_dist.tracking.terminal import Terminal
 from peft_dist.tracking.wandb.tracker import WandbSideCar
 from peft_dist.trainer import Trainer
-from peft_dist.worker.process import Place
+from peft_dist.worker.process import WorkerContext
 from peft_dist.worker.signals import StopRequests
 from peft_dist.worker.watchdog import Limits, Watchdog
 
@@ -50,7 +51,9 @@ RNG_RULE = "dropout is seeded by (train.seed, step, global micro-batch); rows by
 class _Process:
     """What the training loop hears from, and tells, the process it runs in."""
 
-    def __init__(self, place: Place, stop_requests: StopRequests, watchdog: Watchdog) -> None:
+    def __init__(
+        self, place: WorkerContext, stop_requests: StopRequests, watchdog: Watchdog
+    ) -> None:
         self._place, self._requests, self._watchdog = place, stop_requests, watchdog
 
     def stop_requested(self) -> bool:
@@ -75,7 +78,7 @@ class _Data(NamedTuple):
 
 def fine_tune(
     recipe: Recipe,
-    place: Place,
+    place: WorkerContext,
     stop_requests: StopRequests,
     *,
     logs: Path,
@@ -104,7 +107,7 @@ def fine_tune(
         folder=logs,
         limits=Limits(limits.min_s, limits.setup_s, limits.evaluation_s, limits.save_s),
         world_size=world.size,
-        on_hang=lambda line: place.note_crash("hang", line),
+        on_hang=lambda line: place.note_crash(Kind.HUNG, line),
     )
     meeting = rendezvous.meet(world)
     # What can take minutes comes before the process group, whose collectives would not wait.
@@ -187,7 +190,7 @@ def _read(recipe: Recipe) -> _Data:
     return _Data(rows, held, find_base(recipe, cache))
 
 
-def _share_run(place: Place) -> None:
+def _share_run(place: WorkerContext) -> None:
     """Tell every process which attempt of which run this is. Collective."""
     path = "" if place.run_dir is None else str(place.run_dir.path)
     path, place.attempt_number = broadcast_object([path, place.attempt_number])
@@ -195,7 +198,11 @@ def _share_run(place: Place) -> None:
 
 
 def _trainer(
-    saver: Saver, data: _Data, place: Place, process: _Process, allow_changed: Collection[str]
+    saver: Saver,
+    data: _Data,
+    place: WorkerContext,
+    process: _Process,
+    allow_changed: Collection[str],
 ) -> Trainer:
     """Return a trainer that stands where the newest checkpoint stood. Collective."""
     session, run = saver.session, _run(place)
@@ -226,7 +233,7 @@ def _trainer(
     return trainer
 
 
-def _begin(trainer: Trainer, rows: TokenizedRows, place: Place, **facts: Any) -> None:
+def _begin(trainer: Trainer, rows: TokenizedRows, place: WorkerContext, **facts: Any) -> None:
     """Say, in the lease, in the ledger (with these facts) and aloud where this attempt begins."""
     step, steps, session = trainer.progress.step, trainer.plan.total_steps, trainer.session
     _lease(place).note(from_step=step, steps=steps, world_size=session.world.size)
@@ -265,12 +272,12 @@ def _end(trainer: Trainer, outcome: str) -> None:
         trainer.tell({"event": "end", "step": trainer.progress.step, "outcome": outcome})
 
 
-def _run(place: Place) -> RunDir:
+def _run(place: WorkerContext) -> RunDir:
     assert place.run_dir is not None
     return place.run_dir
 
 
-def _lease(place: Place) -> Attempt:
+def _lease(place: WorkerContext) -> Attempt:
     assert place.attempt is not None, "rank 0 alone holds the run"
     return place.attempt
 

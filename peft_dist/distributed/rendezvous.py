@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch.distributed as torch_dist
 
 from peft_dist.common.errors import LaunchError
+from peft_dist.common.library_messages import is_port_taken
 from peft_dist.distributed.world import World, env_int
 
 MEETING_TIMEOUT = timedelta(seconds=28)
@@ -43,7 +44,7 @@ def meet(world: World, *, within: timedelta = MEETING_TIMEOUT) -> torch_dist.Sto
             store = connect(host, port, serves, within)
             break
         except (torch_dist.DistError, RuntimeError, TimeoutError) as error:
-            taken = "EADDRINUSE" in str(error)
+            taken = is_port_taken(error)
             if taken and time.monotonic() < deadline:
                 time.sleep(0.5)  # the attempt before this one may still be letting go of the port
                 continue

@@ -12,14 +12,14 @@ import time
 from pathlib import Path
 
 from peft_dist.common.console import to_rank_log
-from peft_dist.common.errors import EXIT_DONE, RunDirError, TrainingError
-from peft_dist.common.process_identity import AFTER_JOB
+from peft_dist.common.errors import RunDirError, TrainingError
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.run.directory import RunDir
+from peft_dist.run.history import ending_of_run, is_machine_start, read_history
 from peft_dist.run.lease import Attempt, end_for, refuse_if_held
-from peft_dist.run.restart_policy import verdict
+from peft_dist.run.restart_policy import History, Kind, Limits, decide, decide_by_attempts
 from peft_dist.worker import signals
-from peft_dist.worker.process import Place, run_worker
+from peft_dist.worker.process import FIX_FIRST, WorkerContext, run_worker
 
 
 def main(argv: list[str]) -> int:
@@ -41,10 +41,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--deepspeed", type=Path, metavar="FILE", help="DeepSpeed JSON file")
     parser.add_argument("--local_rank", help="ignored: the deepspeed launcher's own")
     options = parser.parse_intermixed_args(argv)
-    code = _verdict_of_this_launch(options)
+    code = _exit_code_before_start(options)
     if code is not None:
         return code
-    return run_worker(lambda place: _train(options, place, stop_requests))
+    return run_worker(lambda context: _train(options, context, stop_requests))
 
 
 def _run_of(options: argparse.Namespace) -> tuple[RunDir, bool]:
@@ -63,42 +63,42 @@ def _recipe_of(options: argparse.Namespace) -> Path:
 
 
 def _is_restart() -> bool:
-    """Say whether torchrun starts the processes again, after one of them has ended early."""
+    """Whether torchrun starts the processes again, after one of them has ended early."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
-def _is_requeue() -> bool:
-    """Say whether Slurm starts the job again, by itself or because a user asked it to."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" or AFTER_JOB in os.environ
+def _exit_code_before_start(options: argparse.Namespace) -> int | None:
+    """Return the exit code of a start that nobody asked for, where the run has come to its end.
 
-
-def _verdict_of_this_launch(options: argparse.Namespace) -> int | None:
-    """Return the exit code that this launch has come to already, if it has.
-
-    torchrun starts again whatever does not end with 0, be it told to stop or beyond help.
+    torchrun starts again whatever does not end with 0, also what a signal or an error has ended.
     """
-    if not (_is_restart() or _is_requeue()):
+    if not (_is_restart() or is_machine_start()):
         return None
     run, _ = _run_of(options)
-    if run.is_finished:
+    ending = ending_of_run(run)
+    if ending is None:
+        return None
+    # How often it has crashed is for the one rank to judge that takes the run.
+    decision = decide(History(), ending, Limits(after_signal=not _is_restart()))
+    if decision.again:
+        return None
+    if ending.kind is Kind.DONE:
         end_for(run.attempts, "done")  # its holder may have been killed just before it said so
-        return EXIT_DONE
-    found = run.verdict()
-    if found is not None:
-        return found.exit_code
-    if _is_restart() and run.was_interrupted:
-        end_for(run.attempts, "interrupted")  # where its ranks were told while they loaded
+    if ending.kind is Kind.INTERRUPTED:
+        end_for(run.attempts, "interrupted")  # where its ranks had the signal while they loaded
         return signals.interrupted_code()
-    return None
+    return decision.exit_code
 
 
-def _train(options: argparse.Namespace, place: Place, stop_requests: signals.StopRequests) -> None:
+def _train(
+    options: argparse.Namespace, context: WorkerContext, stop_requests: signals.StopRequests
+) -> None:
     zero_s = time.monotonic() - process_age_s()
-    place.run_dir = _run_of(options)[0]
-    stop_requests.on_setup_stop = place.stopped_in_setup
+    context.run_dir = _run_of(options)[0]
+    stop_requests.on_setup_stop = context.stopped_in_setup
     recipe = load_recipe(_recipe_of(options), options.overrides)
-    if place.rank == 0:
-        _take(options, recipe, place)
+    if context.rank == 0:
+        _take(options, recipe, context)
     # Only now, for it takes seconds: torch, transformers and all that stands on them.
     from peft_dist.finetune import fine_tune
     from peft_dist.sharding.launcher_env import deepspeed_exports
@@ -107,15 +107,15 @@ def _train(options: argparse.Namespace, place: Place, stop_requests: signals.Sto
         os.environ.update(deepspeed_exports(options.deepspeed))
     fine_tune(
         recipe,
-        place,
+        context,
         stop_requests,
-        logs=place.run_dir.logs,
+        logs=context.run_dir.logs,
         zero_s=zero_s,
         allow_changed=options.allow_changed,
     )
 
 
-def _take(options: argparse.Namespace, recipe: Recipe, place: Place) -> None:
+def _take(options: argparse.Namespace, recipe: Recipe, context: WorkerContext) -> None:
     """Take the run directory for this attempt, as rank 0.
 
     Raises:
@@ -139,16 +139,16 @@ def _take(options: argparse.Namespace, recipe: Recipe, place: Place) -> None:
             where=str(run.path),
             remedy="name another folder with --run-dir",
         )
-    # A person who starts again after a verdict has done something about it.
-    after_verdict = run.verdict() is not None
-    attempt = Attempt.begin(run.attempts, after_verdict=after_verdict, world_size=place.size)
-    place.run_dir, place.attempt, place.attempt_number = run, attempt, attempt.number
+    # A person who starts again after a failure has done something about it.
+    after_failure = run.read_failure() is not None
+    attempt = Attempt.begin(run.attempts, after_verdict=after_failure, world_size=context.size)
+    context.run_dir, context.attempt, context.attempt_number = run, attempt, attempt.number
     run.remove_leftovers()
-    if after_verdict:
+    if after_failure:
         run.failure.unlink(missing_ok=True)
-    problem = verdict(run.attempts, run.newest_step())
-    if problem is not None:
-        raise TrainingError(problem, where=str(run.path), remedy="start again once that is mended")
+    decision = decide_by_attempts(read_history(run, before=attempt.number))
+    if decision is not None and decision.word == "stop":
+        raise TrainingError(decision.reason, where=str(run.path), remedy=FIX_FIRST)
 
 
 def process_age_s() -> float:

@@ -1,7 +1,7 @@
-"""Run workers on this machine to their end, and say in one line how that was.
+"""Run workers on this machine to their end, and report in one line how they ended.
 
-What a training came to stands in its run directory: a launcher's own exit code only says that a
-process failed.
+A launcher's own exit code only says that a process failed: how a training ended stands in its run
+directory, and what ended any other command in the file of the worker that failed.
 """
 
 import sys
@@ -18,15 +18,15 @@ from peft_dist.common.errors import (
     EXIT_CRASHED,
     EXIT_DO_NOT_RETRY,
     EXIT_DONE,
-    EXIT_INTERRUPTED,
-    EXIT_USER_ERROR,
 )
 from peft_dist.config import Recipe
 from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.local import run_launcher
 from peft_dist.launch.placement import place, this_machine
-from peft_dist.run.directory import LAUNCHED_AT, RunDir, error_in_log
+from peft_dist.run.directory import LAUNCHED_AT, RunDir
+from peft_dist.run.history import ending_of_launch, mark_launch
 from peft_dist.run.lease import end_for, refuse_if_held
+from peft_dist.run.restart_policy import Ending, History, Kind, Limits, decide
 
 LOG_TAIL_LINES = 15
 """Lines of the launcher's log shown after an end that nobody foresaw."""
@@ -86,30 +86,30 @@ def train_here(start: Start, *, fresh: bool = False) -> int:
         allow_changed=start.allow_changed,
     )
     log = run.launcher_log
-    log_start = log.stat().st_size if log.exists() else 0
-    verdict_before = run.verdict()
+    before = mark_launch(run)
     environment = start.environment | {LAUNCHED_AT: repr(time.time())}
     ended = run_launcher(start.command, environment=environment, error_log=log)
-    if run.is_finished:
-        return EXIT_DONE
-    verdict = run.verdict()
-    if verdict is not None and verdict != verdict_before:
-        return complain(verdict.error, verdict.exit_code)
+    ending = ending_of_launch(
+        run,
+        before=before,
+        signal=ended.signal_name,
+        failure=ended.failure,
+        otherwise=Ending(Kind.CRASHED, f"a worker failed; see {log}"),
+    )
+    # Only torchrun starts again here; a person reads what would come of another start.
+    decision = decide(History(run.newest_step()), ending, Limits())
+    if not decision.again:
+        return EXIT_DONE if ending.kind is Kind.DONE else fail(decision.reason, decision.exit_code)
     go_on = f"`peft-dist resume {run.path}` goes on after step {run.newest_step()}"
-    if ended.signal_name is not None or run.was_interrupted:
-        told = {} if ended.signal_name is None else {"signal": ended.signal_name}
-        end_for(run.attempts, "interrupted", **told)
-        say(f"peft-dist: stopped by {ended.signal_name or 'a signal'}; {go_on}", sys.stderr)
-        return EXIT_INTERRUPTED
-    error = error_in_log(log, log_start)
-    if error is not None:
-        return complain(error, EXIT_USER_ERROR)
-    if disk_usage(run.path).free < LEAST_FREE_BYTES:  # then there was no room for any word of it
-        return complain(
-            f"{run.path}: No space left on device; free some; {go_on}", EXIT_DO_NOT_RETRY
-        )
+    if ending.kind is Kind.INTERRUPTED:
+        signal = {} if ending.signal is None else {"signal": ending.signal}
+        end_for(run.attempts, "interrupted", **signal)
+        say(f"peft-dist: {ending.error}; {go_on}", sys.stderr)
+        return decision.exit_code
+    if disk_usage(run.path).free < LEAST_FREE_BYTES:  # then there was no room for any error
+        return fail(f"{run.path}: No space left on device; free some; {go_on}", EXIT_DO_NOT_RETRY)
     _print_tail(log)
-    return complain(f"a worker failed; see {log}; {go_on}", EXIT_CRASHED)
+    return fail(f"{ending.error}; {go_on}", decision.exit_code)
 
 
 def run_here(command: Sequence[str], environment: Mapping[str, str], *, log: Path) -> int:
@@ -118,16 +118,15 @@ def run_here(command: Sequence[str], environment: Mapping[str, str], *, log: Pat
     if ended.code == EXIT_DONE:
         return EXIT_DONE
     if ended.signal_name is not None:
-        return complain(f"stopped by {ended.signal_name}", ended.code)
-    told = error_in_log(log)
-    if told is not None:
-        return complain(told, EXIT_USER_ERROR)
+        return fail(f"stopped by {ended.signal_name}", ended.code)
+    if ended.failure is not None:
+        return fail(ended.failure.error, ended.failure.exit_code)
     _print_tail(log)
-    return complain(f"a worker failed; see {log}", EXIT_CRASHED)
+    return fail(f"a worker failed; see {log}", EXIT_CRASHED)
 
 
-def complain(line: str, code: int) -> int:
-    """Print a fault as every fault is printed; return its exit code."""
+def fail(line: str, code: int) -> int:
+    """Print an error as every error is printed; return its exit code."""
     say(f"{ERROR_PREFIX}{line}", sys.stderr)
     return code
 

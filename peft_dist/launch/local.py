@@ -8,14 +8,17 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from peft_dist.common.errors import LaunchError
+from peft_dist.run.failure_files import FAILURES, WorkerFailure, read_failure
 from peft_dist.worker.signals import LAUNCH_MARK
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -24,7 +27,7 @@ RESCAN_S = 0.2
 SURVIVOR_GRACE_S = 30.0
 """How long workers that outlived their launcher may take to save and end before they are killed."""
 IDLE_GRACE_S = 2.0
-"""How long a launcher without workers may take to end once it is told: torchrun can wait for the
+"""How long a launcher without workers may take to end once it is asked: torchrun can wait for the
 launchers of other nodes inside C++, where Python hears no signal, for five minutes."""
 KILL_WAIT_S = 5.0
 """How long killed processes may take to go; one in a dead file system never does."""
@@ -41,6 +44,8 @@ class Ended:
     """Its exit code; 128 + signal where a signal ended it."""
     signal_name: str | None = None
     """The signal that we were asked to stop with, or None."""
+    failure: WorkerFailure | None = None
+    """The error that ended its workers, where one of them left it."""
 
 
 def run_launcher(
@@ -66,12 +71,14 @@ def run_launcher(
     """
     mark = uuid.uuid4().hex
     received: list[int] = []
-    with _handled(lambda number, _frame: received.append(number)):
+    with _handled(lambda number, _frame: received.append(number)), ExitStack() as stack:
         try:
+            folder = tempfile.TemporaryDirectory(prefix="peft-dist-", ignore_cleanup_errors=True)
+            failures = Path(stack.enter_context(folder))
             with error_log.open("ab") if error_log else contextlib.nullcontext() as errors:
                 process = subprocess.Popen(
                     list(command),
-                    env={**os.environ, **environment, LAUNCH_MARK: mark},
+                    env={**os.environ, **environment, LAUNCH_MARK: mark, FAILURES: str(failures)},
                     stdin=subprocess.DEVNULL,
                     stderr=errors,
                     start_new_session=True,
@@ -83,9 +90,10 @@ def run_launcher(
             code = _supervise(process, mark, received, is_lost)
         finally:
             _end_survivors(mark, received)
+        failure = read_failure(failures)
     if received:
-        return Ended(128 + received[0], signal.Signals(received[0]).name)
-    return Ended(code if code >= 0 else 128 - code)
+        return Ended(128 + received[0], signal.Signals(received[0]).name, failure)
+    return Ended(code if code >= 0 else 128 - code, failure=failure)
 
 
 def run_tool(command: Sequence[str], *, environment: Mapping[str, str]) -> int:
@@ -130,7 +138,7 @@ def _supervise(
             _send(signal.SIGKILL, _marked(mark))
             continue
         workers = _workers(mark, process.pid)
-        # Once those that were told have ended, new ones are a restart by torchrun, which takes
+        # Once those that had the signal have ended, new ones are a restart by torchrun, which takes
         # every exit code but 0 for a crash. They have nothing to save yet.
         if launcher_asked_s is None:
             if not passed_on.keys() & workers and (passed_on or not workers):
@@ -150,7 +158,7 @@ def _is_killed(received: Sequence[int]) -> bool:
 
 def _end_survivors(mark: str, received: Sequence[int]) -> None:
     """End the workers whose launcher is gone: first politely, then for good."""
-    start, told = time.monotonic(), set[int]()
+    start, asked = time.monotonic(), set[int]()
     while survivors := _survivors(mark):
         waited_s = time.monotonic() - start
         if waited_s > SURVIVOR_GRACE_S or _is_killed(received):
@@ -160,8 +168,8 @@ def _end_survivors(mark: str, received: Sequence[int]) -> None:
         else:
             # Children of a worker are its own business for as long as it lives.
             workers = _workers(mark, None)
-            _send(signal.SIGTERM, workers - told)
-            told |= workers
+            _send(signal.SIGTERM, workers - asked)
+            asked |= workers
         time.sleep(0.1)
 
 

@@ -20,7 +20,8 @@ from peft_dist.ledger.goodput import Goodput, Record, counting_records, current_
 from peft_dist.ledger.goodput import read_ledger as read_records
 from peft_dist.report.series import number, numbers
 from peft_dist.run.directory import RunDir
-from peft_dist.run.restart_policy import LOST_PEER, crash_notes
+from peft_dist.run.history import crash_notes
+from peft_dist.run.restart_policy import Kind
 
 PLAN_FILE = "plan.json"
 """What was foreseen before the run, where somebody planned it: `bytes_per_rank`."""
@@ -154,7 +155,7 @@ def read_run(run: RunDir, name: str) -> Run:
     """Read one run directory, to be called by a name."""
     records = current_records(read_records(run.ledger))
     figures = goodput(records)
-    verdict = run.verdict()
+    failure = run.read_failure()
     return Run(
         name=name,
         path=run.path,
@@ -162,7 +163,7 @@ def read_run(run: RunDir, name: str) -> Run:
         recipe=flat(read_mapping(run.recipe, remedy="name another run")),
         made=_read_json(run.run_facts),
         result=_read_json(run.result),
-        failure="" if verdict is None else verdict.error,
+        failure="" if failure is None else failure.error,
         planned_bytes=_planned(run),
         records=records,
         counting=counting_records(records),
@@ -192,7 +193,7 @@ def _crashes(folder: Path, attempts: Sequence[int]) -> dict[int, str]:
     for attempt in attempts:
         notes = crash_notes(folder, attempt)
         # Who lost a peer says nothing of why that one ended.
-        for note in [note for note in notes if note["kind"] != LOST_PEER] or notes:
+        for note in [note for note in notes if note["kind"] != Kind.LOST_PEER] or notes:
             found[attempt] = f"rank {note['rank']}: {note['error']}"
             break
     return found

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from peft_dist.common.atomic import replace_file
-from peft_dist.common.errors import ERROR_PREFIX, EXIT_DO_NOT_RETRY, PeftDistError, RunDirError
+from peft_dist.common.errors import EXIT_DO_NOT_RETRY, PeftDistError, RunDirError
 from peft_dist.config import Recipe, load_recipe, render_recipe
 from peft_dist.config.resume_rules import differences, learning_settings, refuse_changes
-from peft_dist.run.lease import latest
 from peft_dist.run.provenance import run_facts
-from peft_dist.run.restart_policy import was_stopped
 
 ARRAY_FILE = "array.json"
 """In the folder of an array: which runs it has."""
@@ -41,23 +39,7 @@ def write_text_atomic(path: Path, text: str) -> None:
         raise _cannot_write(path, error) from error
 
 
-def error_in_log(log: Path, start: int = 0) -> str | None:
-    """Return the first fault that workers told in their log, without its prefix.
-
-    Args:
-        log: The file.
-        start: Where the part of this launch begins, in bytes.
-    """
-    try:
-        lines = log.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    told = (line for line in lines if line.startswith(ERROR_PREFIX))
-    line = next(told, None)
-    return None if line is None else line.removeprefix(ERROR_PREFIX)
-
-
-class Verdict(NamedTuple):
+class RecordedFailure(NamedTuple):
     """Why starting a run again cannot help."""
 
     exit_code: int
@@ -295,26 +277,20 @@ class RunDir:
         """Forget a recipe that the run does not go on by."""
         self.next_recipe.unlink(missing_ok=True)
 
-    @property
-    def was_interrupted(self) -> bool:
-        """Say whether the newest attempt was told to stop."""
-        newest = latest(self.attempts)
-        return newest is not None and was_stopped(self.attempts, newest)
-
     def newest_step(self) -> int:
         """Return the step of the newest checkpoint, whole or not; 0 where there is none."""
         steps = [int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")]
         return max(steps, default=0)
 
-    def verdict(self) -> Verdict | None:
+    def read_failure(self) -> RecordedFailure | None:
         """Return why starting the run again cannot help, if that is so."""
         try:
             facts = json.loads(self.failure.read_text(encoding="utf-8"))
-            return Verdict(int(facts["exit_code"]), str(facts["error"]), str(facts["time"]))
+            return RecordedFailure(int(facts["exit_code"]), str(facts["error"]), str(facts["time"]))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            return Verdict(EXIT_DO_NOT_RETRY, f"{self.failure} cannot be read: {error}", "")
+            return RecordedFailure(EXIT_DO_NOT_RETRY, f"{self.failure} cannot be read: {error}", "")
 
     def record_failure(self, error: PeftDistError, *, by: str = "") -> None:
         """Note what must change (and who says so) before the run can go on; the first stays."""

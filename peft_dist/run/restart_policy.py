@@ -1,167 +1,233 @@
-"""Whether starting a run again can help: what its attempts before say of their ends.
+"""Decide whether a run starts again: a pure function of how its starts have ended.
 
-A crash leaves an attempt without outcome; what ranks could still say is in their notes. Holds no
-lease and ends nothing.
+Ranks, the local launcher, the supervisor of a node and the batch script ask `decide` and obey.
+`history` reads what it needs to know from the run directory.
 """
 
-import json
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
-from peft_dist.common.process_identity import is_this_process
-from peft_dist.run.lease import Record, record_path, records, write_json
-
-ATTEMPTS_WITHOUT_PROGRESS = 3
-"""So many attempts in a row that reach no new checkpoint are a crash loop."""
-ATTEMPTS_OUT_OF_MEMORY = 2
-"""So many attempts in a row that run out of memory at one step are a crash loop."""
-
-LOST_PEER = "lost peer"
-"""The kind of a crash that only follows from another rank's."""
-
-STOPPED = "stopped"
-"""The kind of an end that a signal asked for while the rank set itself up; the error names it."""
-
-CrashNote = dict[str, Any]
-"""What a rank said before it ended: `rank`, `kind`, `step`, `error`."""
+from peft_dist.common.errors import (
+    EXIT_CRASHED,
+    EXIT_DO_NOT_RETRY,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+)
 
 
-def note_crash(
-    folder: Path, attempt: int, *, rank: int, kind: str, step: int | None, error: str
-) -> bool:
-    """Leave word of why a rank ends; return False where the disk does not take it.
+class Kind(StrEnum):
+    """How a start ended; the values of the first are the kinds of crash notes."""
 
-    Of an attempt that another has taken over, nobody may write any more.
+    DONE = "done"
+    INTERRUPTED = "stopped"
+    """A signal ended it: of a person, a time limit or a preemption."""
+    CRASHED = "error"
+    HUNG = "hang"
+    OUT_OF_MEMORY = "oom"
+    LOST_PEER = "lost peer"
+    """A process that it worked with was lost, which only follows from another crash."""
+    NODE_FAILED = "node failed"
+    """The launcher of another node failed, or was lost."""
+    NO_DECISION = "no decision"
+    """The supervisors ended, or never began, and left no decision: the set-up failed, say."""
+    PREFLIGHT_INCOMPLETE = "pre-flight incomplete"
+    NODES_UNFIT = "nodes unfit"
+    """Some nodes failed the pre-flight."""
+    ALL_NODES_UNFIT = "all nodes unfit"
+    """All nodes have one fault, which a person must fix."""
+    PORT_TAKEN = "port taken"
+    USER_ERROR = "user error"
+    TRAINING_FAILED = "training failed"
+    CANCELLED = "cancelled"
+    SUPERSEDED = "superseded"
+    """Another start has taken the run over."""
+
+
+STOPS = {
+    Kind.USER_ERROR: EXIT_USER_ERROR,
+    Kind.ALL_NODES_UNFIT: EXIT_USER_ERROR,
+    Kind.TRAINING_FAILED: EXIT_DO_NOT_RETRY,
+}
+"""Exit code of what no further start can change."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What is known of how a start ended."""
+
+    kind: Kind
+    error: str = ""
+    """The cause, in one line."""
+    signal: str | None = None
+    """Name of the signal that ended it, where that is known."""
+    rank: int | None = None
+    """Which rank noted the error."""
+    step: int | None = None
+    """The step that a rank was at, where one noted it."""
+    began_at: int | None = None
+    """The step that it went on from; None where it is not known, or it did not come so far."""
+    checkpoint: int | None = None
+    """The step of the newest checkpoint when it ended; None where that was not noted."""
+    nodes: tuple[str, ...] = ()
+    """The nodes that failed the pre-flight."""
+    tries: int = 1
+    """Of a port that is taken: how many ports have been tried."""
+
+    @property
+    def described_error(self) -> str:
+        """The error with the rank that noted it."""
+        return self.error if self.rank is None else f"{self.error} (rank {self.rank})"
+
+
+@dataclass(frozen=True)
+class History:
+    """How earlier starts of a run ended, the oldest first, since a person last started it."""
+
+    checkpoint: int = 0
+    """The step of the newest checkpoint."""
+    attempts: tuple[Ending, ...] = ()
+    """Of the processes that train, which a launcher can start again in place."""
+    starts: tuple[Ending, ...] = ()
+    """Of the Slurm jobs, each of which can hold several attempts."""
+    job_starts: int = 0
+    """How often a job has started, the present start included."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How often a run may start again."""
+
+    unit: str = "attempts"
+    """What is counted: `attempts` of processes, or `starts` of a job."""
+    without_progress: int = 3
+    """So many in a row that reach no new checkpoint are the last."""
+    out_of_memory: int = 2
+    """So many in a row that run out of memory at one step are the last."""
+    job_starts: int | None = None
+    """Starts of a job in all; None for no limit."""
+    without_decision: int = 3
+    """So many in a row that left no decision are the last."""
+    ports: int = 5
+    """So many ports are tried."""
+    after_signal: bool = True
+    """Whether a start that a signal ended is followed by another one: by torchrun it is not."""
+
+    @classmethod
+    def of_job(cls, *, starts: int, without_progress: int) -> "Limits":
+        """Return the limits of a Slurm job, as its cluster file has them."""
+        return cls("starts", without_progress=without_progress, job_starts=starts)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What comes of the run."""
+
+    word: str
+    """`done`, `stop`, `again`, `again-without`, `port-taken`, `cancelled` or `superseded`."""
+    reason: str = ""
+    exit_code: int = EXIT_CRASHED
+    nodes: tuple[str, ...] = ()
+    """With `again-without`: the nodes to do without."""
+
+    def __str__(self) -> str:
+        """Return it as one line, which the batch script reads."""
+        return " ".join([self.word, *filter(None, [",".join(self.nodes)]), *self.reason.split()])
+
+    @property
+    def again(self) -> bool:
+        """Whether the run is to start again."""
+        return self.word in ("again", "again-without")
+
+
+def decide(history: History, ending: Ending, limits: Limits) -> Decision:
+    """Decide whether a run starts again.
 
     Args:
-        folder: The run's folder of attempts.
-        attempt: Which attempt the rank belongs to.
-        rank: Which rank ends.
-        kind: The class of the crash: `oom`, `hang`, `lost peer`, ...
-        step: The optimizer step it was at, where it had begun any.
-        error: What happened; folded into one line.
+        history: How its earlier starts ended; the present one is not among them.
+        ending: How the present start ended.
+        limits: How often it may start again.
     """
-    if record_path(folder, attempt + 1).exists():
-        return False
-    note = {"rank": rank, "kind": kind, "step": step, "error": " ".join(error.split())}
-    try:
-        write_json(record_path(folder, attempt).with_name(f"{attempt:08d}-rank-{rank}.json"), note)
-    except OSError:
-        return False
-    return True
+    kind = ending.kind
+    if kind in STOPS:
+        return Decision("stop", ending.error, STOPS[kind])
+    if kind is Kind.DONE:
+        return Decision("done", exit_code=EXIT_DONE)
+    if kind is Kind.SUPERSEDED:
+        return Decision("superseded", "the run is another start's", EXIT_DO_NOT_RETRY)
+    if kind is Kind.CANCELLED:
+        return Decision("cancelled", "cancelled by its user", EXIT_INTERRUPTED)
+    if kind is Kind.PORT_TAKEN:
+        if ending.tries < limits.ports:
+            return Decision("port-taken", ending.error)
+        why = f"no free port in {limits.ports} tries; last: {ending.error}"
+        return Decision("stop", why, EXIT_DO_NOT_RETRY)
+    if kind is Kind.INTERRUPTED and not limits.after_signal:
+        return Decision("stop", ending.error, EXIT_INTERRUPTED)
+    problem = _limit_reached(history, ending, limits)
+    if problem is not None:
+        return Decision("stop", problem, EXIT_DO_NOT_RETRY)
+    reason = f"{ending.described_error or ending.kind}; goes on after step {history.checkpoint}"
+    if kind is Kind.NODES_UNFIT:
+        return Decision("again-without", reason, nodes=ending.nodes)
+    return Decision("again", reason, EXIT_INTERRUPTED if kind is Kind.INTERRUPTED else EXIT_CRASHED)
 
 
-def crash_notes(folder: Path, attempt: int) -> list[CrashNote]:
-    """Return what the ranks of an attempt said before they crashed, by rank."""
-    notes = []
-    for path in folder.glob(f"{attempt:08d}-rank-*.json"):
-        with suppress(OSError, ValueError):
-            note = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(note, dict) and {"rank", "kind", "step", "error"} <= note.keys():
-                notes.append(note)
-    return sorted(notes, key=lambda note: int(note["rank"]))
-
-
-def was_stopped(folder: Path, record: Record) -> bool:
-    """Say whether an attempt was told to stop: by its own word, or by its ranks' while they loaded.
-
-    Where a rank has crashed, a launcher sends SIGTERM to the others. The one that crashed has left
-    no word of a signal, so that of SIGTERM counts only where every rank has had it, or has lost
-    one that had.
-
-    Args:
-        folder: The run's folder of attempts.
-        record: The attempt's.
-    """
-    if "outcome" in record:
-        return bool(record["outcome"] == "interrupted")
-    notes = crash_notes(folder, record["attempt"])
-    signals = [note["error"] for note in notes if note["kind"] == STOPPED]
-    followed = [note for note in notes if note["kind"] in (STOPPED, LOST_PEER)]
-    return any(name != "SIGTERM" for name in signals) or (
-        bool(signals) and len(followed) == record.get("world_size")
-    )
-
-
-def verdict(folder: Path, step: int) -> str | None:
-    """Return in one line why starting again cannot help, or None where it may.
-
-    To be asked by the process that holds the run; its own attempt does not count.
-
-    Args:
-        folder: The run's folder of attempts.
-        step: The step the run would go on from.
-
-    Raises:
-        OSError: Where the folder cannot be read.
-    """
-    row = _crashes_in_a_row(folder)
-    return _out_of_memory(folder, row) or _no_progress(folder, row, step)
-
-
-def out_of_memory_again(folder: Path) -> str | None:
-    """Return in one line why starting again cannot help, or None where it may.
-
-    To be asked by a process that ends for want of memory and has noted it; its attempt counts.
-
-    Args:
-        folder: The run's folder of attempts.
-
-    Raises:
-        OSError: Where the folder cannot be read.
-    """
-    return _out_of_memory(folder, _crashes_in_a_row(folder, with_ours=True))
-
-
-def _crashes_in_a_row(folder: Path, *, with_ours: bool = False) -> list[Record]:
-    """Return the attempts that crashed one after another, the newest first."""
-    row = []
-    for record in reversed(records(folder)):
-        if record.get("outcome") == "done" or was_stopped(folder, record):
-            break
-        if with_ours or "outcome" in record or not is_this_process(record):
-            row.append(record)
-        if record.get("counts_from"):
-            break
-    return row
-
-
-def _out_of_memory(folder: Path, row: Sequence[Record]) -> str | None:
-    if len(row) < ATTEMPTS_OUT_OF_MEMORY:
+def decide_by_attempts(history: History) -> Decision | None:
+    """Decide by how the newest attempt ended; None where there was none that counts."""
+    if not history.attempts:
         return None
-    last, *before = (
-        {
-            note["step"]: note
-            for note in reversed(crash_notes(folder, record["attempt"]))
-            if note["kind"] == "oom" and note["step"] is not None
-        }
-        for record in row[:ATTEMPTS_OUT_OF_MEMORY]
+    *earlier, newest = history.attempts
+    return decide(replace(history, attempts=tuple(earlier)), newest, Limits())
+
+
+def _limit_reached(history: History, ending: Ending, limits: Limits) -> str | None:
+    """Return in one line which limit forbids another start, or None where none does."""
+    of_job = limits.unit == "starts"
+    row = [*(history.starts if of_job else history.attempts), ending]
+    if not of_job:  # those that a signal ended, or that a person has ended, were no failures
+        harmless = [n for n, one in enumerate(row) if one.kind in (Kind.DONE, Kind.INTERRUPTED)]
+        row = row[harmless[-1] + 1 :] if harmless else row
+    last = f"; last: {ending.described_error}" if of_job and ending.error else ""
+    if limits.job_starts is not None and history.job_starts >= limits.job_starts:
+        allowed = f"{limits.job_starts} starts are all that the cluster file's"
+        return f"{allowed} requeue.max_starts allows{last}"
+    undecided = [one.kind is Kind.NO_DECISION for one in row[-limits.without_decision :]]
+    if len(undecided) == limits.without_decision and all(undecided):
+        return f"{len(undecided)} {limits.unit} in a row ended without a decision{last}"
+    return _out_of_memory(row, history.checkpoint, limits) or _no_progress(
+        row, history.checkpoint, limits
     )
-    for step, note in last.items():
-        if all(step in notes for notes in before):
-            return (
-                f"out of memory at step {step} in {ATTEMPTS_OUT_OF_MEMORY} attempts"
-                f" (rank {note['rank']}: {note['error']})"
-            )
-    return None
 
 
-def _no_progress(folder: Path, row: Sequence[Record], step: int) -> str | None:
-    last = row[:ATTEMPTS_WITHOUT_PROGRESS]
-    # An attempt that crashed before it knew where to go on has got no further either.
-    if len(last) < ATTEMPTS_WITHOUT_PROGRESS or any(
-        record.get("from_step", step) != step for record in last
+def _out_of_memory(row: Sequence[Ending], checkpoint: int, limits: Limits) -> str | None:
+    """Return why the last starts of a row were the last, where each ran out of memory."""
+    last = row[-limits.out_of_memory :]
+    # Where the kernel ended a rank nobody knows its step, but that of the checkpoint before it.
+    places = {(one.step, one.checkpoint if one.step is None else None) for one in last}
+    out = all(one.kind is Kind.OUT_OF_MEMORY for one in last)
+    if len(last) < limits.out_of_memory or not out or len(places) > 1:
+        return None
+    ending = last[-1]
+    where = f"after step {checkpoint}" if ending.step is None else f"at step {ending.step}"
+    by = "" if ending.rank is None else f"rank {ending.rank}: "
+    return f"out of memory {where} in {len(last)} {limits.unit} ({by}{ending.error})"
+
+
+def _no_progress(row: Sequence[Ending], checkpoint: int, limits: Limits) -> str | None:
+    """Return why the last starts of a row were the last, where none reached a new checkpoint."""
+    last = row[-limits.without_progress :]
+    # One that ended before it knew where to go on from has got no further either.
+    if len(last) < limits.without_progress or any(
+        one.began_at not in (None, checkpoint) or one.checkpoint not in (None, checkpoint)
+        for one in last
     ):
         return None
-    line = (
-        f"no progress in {ATTEMPTS_WITHOUT_PROGRESS} attempts: each began at step {step}"
-        " and ended before another checkpoint"
-    )
-    for record in last:
-        # Who lost a peer says nothing of why that one ended.
-        notes = crash_notes(folder, record["attempt"])
-        for note in sorted(notes, key=lambda note: bool(note["kind"] == LOST_PEER)):
-            return f"{line}; last: {note['error']} (rank {note['rank']})"
-    return line
+    line = f"no progress in {len(last)} {limits.unit}: none saved a checkpoint after step"
+    hint = " (is the time limit too short?)" if last[-1].kind is Kind.INTERRUPTED else ""
+    # Who lost a peer says nothing of why that one ended.
+    known = [one for one in reversed(last) if one.error]
+    known.sort(key=lambda one: one.kind is Kind.LOST_PEER)
+    cause = f"; last: {known[0].described_error}" if known else ""
+    return f"{line} {checkpoint}{hint}{cause}"

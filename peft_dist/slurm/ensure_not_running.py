@@ -1,16 +1,16 @@
-"""Refuse to submit a run that a job has, or may have. What Slurm does not tell is not guessed."""
+"""Refuse to submit a run that a job trains, or may train where Slurm gives no answer."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from peft_dist.common.errors import RunDirError
+from peft_dist.run import job_events
 from peft_dist.run.directory import RunDir
 from peft_dist.run.lease import refuse_if_held
-from peft_dist.slurm import history
 from peft_dist.slurm.job_state import is_live, is_over, job_states
 
 
-def refuse_if_live(folders: Sequence[Path], script: Path) -> None:
+def ensure_not_running(folders: Sequence[Path], script: Path) -> None:
     """Refuse runs that wait, run, or may do so.
 
     Args:
@@ -20,12 +20,12 @@ def refuse_if_live(folders: Sequence[Path], script: Path) -> None:
     Raises:
         RunDirError: Naming the job.
     """
-    histories = {folder: history.events(folder) for folder in folders}
-    others = {job: folder for folder in folders for job in history.others(folder)}
+    histories = {folder: job_events.events(folder) for folder in folders}
+    others = {job: folder for folder in folders for job in job_events.others(folder)}
     may_live = {
         job: folder
         for folder, events in histories.items()
-        for job in history.candidates(folder, events)
+        for job in job_events.candidates(folder, events)
     }
     states = job_states([*may_live, *others]) if may_live or others else {}
     for job, folder in (others | may_live).items():
@@ -36,8 +36,8 @@ def refuse_if_live(folders: Sequence[Path], script: Path) -> None:
                 where=str(folder),
                 remedy=f"wait for it, or `peft-dist cancel {folder}`",
             )
-        told = job not in may_live or _has_said_its_last(job, histories[folder])
-        if not is_over(state.state) and not told:
+        ended = job not in may_live or _has_ended(job, histories[folder])
+        if not is_over(state.state) and not ended:
             raise RunDirError(
                 f"cannot tell whether job {job} is over: {state.reason}",
                 where=str(folder),
@@ -49,7 +49,7 @@ def refuse_if_live(folders: Sequence[Path], script: Path) -> None:
             refuse_if_held(RunDir(folder).attempts)
 
 
-def _has_said_its_last(job: str, events: Sequence[history.Event]) -> bool:
-    """Say whether a job's script wrote that it ends for good; Slurm forgets jobs in minutes."""
+def _has_ended(job: str, events: Sequence[job_events.Event]) -> bool:
+    """Whether a job's script wrote that it ends for good; Slurm forgets jobs in minutes."""
     own = [event for event in events if event["job"] == job]
     return bool(own) and own[-1]["event"] == "ended" and own[-1].get("decision") != "again"

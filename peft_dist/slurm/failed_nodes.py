@@ -1,21 +1,23 @@
-"""How the nodes of a job learn that the launcher of one of them has failed.
+"""Tell the nodes of a job that the launcher of one of them has failed, by a file for each.
 
-torchrun on the other nodes would wait minutes for it to come back. Decides nothing.
+torchrun on the other nodes would wait minutes for it to come back.
 """
 
+import json
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from peft_dist.common.atomic import replace_file
+from peft_dist.run.restart_policy import Ending, Kind
 
 LOOK_EVERY_S = 1.0
 GRACE_S = 10.0
 """How long ours may run on after another node's launcher failed: most often it ends by itself."""
 
 
-class Peers:
-    """The other nodes in this start of the job."""
+class FailedNodes:
+    """The nodes of this start of the job whose launcher has failed."""
 
     def __init__(self, folder: Path, *, name: str, nonce: str) -> None:
         """Take the folder of this start's logs, this node's name, and what tells this try apart."""
@@ -23,16 +25,16 @@ class Peers:
         self._own = folder / f"{name}{self._suffix}"
         self._look_at_s = 0.0
         self._seen_at_s: float | None = None
-        self.lost: str | None = None
-        """What another node said, whose launcher failed while ours went on."""
+        self.ending: Ending | None = None
+        """How another node's launcher failed while ours went on."""
 
-    def say_failed(self, reason: str) -> None:
-        """Tell the others in one line that, and how, this node's launcher has failed."""
+    def add_own(self, ending: Ending) -> None:
+        """Tell the other nodes how this node's launcher has failed."""
         with suppress(OSError):  # then they wait until srun ends them
-            replace_file(self._own, reason)
+            replace_file(self._own, json.dumps({"kind": ending.kind, "error": ending.error}))
 
-    def have_lost_one(self) -> bool:
-        """Say whether another node's launcher has failed some time ago."""
+    def have_one(self) -> bool:
+        """Whether another node's launcher has failed some time ago."""
         now_s = time.monotonic()
         if now_s < self._look_at_s:
             return False
@@ -43,5 +45,8 @@ class Peers:
         if self._seen_at_s is None or now_s - self._seen_at_s < GRACE_S:
             return False
         if failed:
-            self.lost = failed[0].read_text(encoding="utf-8")
-        return self.lost is not None
+            found = json.loads(failed[0].read_text(encoding="utf-8"))
+            of_memory = found["kind"] == Kind.OUT_OF_MEMORY
+            kind = Kind.OUT_OF_MEMORY if of_memory else Kind.NODE_FAILED
+            self.ending = Ending(kind, found["error"])
+        return self.ending is not None

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from peft_dist.common.atomic import replace_file
 from peft_dist.common.errors import RunDirError
+from peft_dist.run import job_events
 from peft_dist.run.directory import RunDir
-from peft_dist.slurm import cli_client, history
+from peft_dist.slurm import cli_client
 from peft_dist.slurm.job_state import JobState, is_live, is_over, job_states
 from peft_dist.slurm.save_lead import lead_s
 
@@ -32,7 +33,10 @@ def cancel(folders: Sequence[Path], *, now: bool, tell: Callable[[str], None]) -
         SlurmError: Where Slurm cannot be asked or refuses.
     """
     wanted = {
-        folder: [*history.candidates(folder, history.events(folder)), *history.others(folder)]
+        folder: [
+            *job_events.candidates(folder, job_events.events(folder)),
+            *job_events.others(folder),
+        ]
         for folder in folders
     }
     if not any(wanted.values()):
@@ -64,7 +68,7 @@ def cancel(folders: Sequence[Path], *, now: bool, tell: Callable[[str], None]) -
     for folder, names in wanted.items():
         for job in names:
             if job in live:  # its script may have been killed before it could say so
-                history.record(folder, {"event": "ended", "job": job, "decision": "cancelled"})
+                job_events.record(folder, {"event": "ended", "job": job, "decision": "cancelled"})
             tell(f"job {job}: {_outcome(states[job], was_live=job in live)}")
         if names:
             step = RunDir(folder).newest_step()

@@ -1,6 +1,6 @@
-"""Whether the kernel has killed processes of this job for its memory, from the job's own cgroup.
+"""Count the processes of this job that the kernel killed for its memory, from the job's cgroup.
 
-Slurm says so only to its own log, and a launcher sees a process that was killed.
+Slurm writes it only to its own log, and a launcher only sees that a process was killed.
 """
 
 import re

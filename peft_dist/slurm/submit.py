@@ -19,6 +19,7 @@ from peft_dist.common.errors import LaunchError, RecipeError, RunDirError
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, load_cluster, render_cluster
 from peft_dist.launch.placement import Machine, place
+from peft_dist.run import job_events
 from peft_dist.run.directory import ARRAY_FILE, RunDir, write_text_atomic
 from peft_dist.run.sweep import (
     Element,
@@ -28,8 +29,8 @@ from peft_dist.run.sweep import (
     refuse_another_array,
     write_array,
 )
-from peft_dist.slurm import cli_client, history, validate
-from peft_dist.slurm.ensure_not_running import refuse_if_live
+from peft_dist.slurm import cli_client, validate
+from peft_dist.slurm.ensure_not_running import ensure_not_running
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.scripts import JOB_SCRIPT, Array, Job, scripts
 
@@ -188,7 +189,7 @@ def _submit(
     script = job.folder / JOB_SCRIPT
     if job.array:
         refuse_another_array(job.folder, elements)
-    refuse_if_live([run.folder for run in wanted.values()], script)
+    ensure_not_running([run.folder for run in wanted.values()], script)
     cli_client.check_script(submission.files[script])
     for run in wanted.values():
         made = RunDir.claim(
@@ -211,7 +212,7 @@ def _submit(
             "time_limit": None if job.time_s is None else duration_text(job.time_s),
             "singleton": job.singleton,
         }
-        history.record(run.folder, event)
+        job_events.record(run.folder, event)
     return job_id
 
 
@@ -239,7 +240,7 @@ def again(
     """
     elements = array_elements(folder)
     first = RunDir.open(folder / elements[0]["run_dir"] if elements else folder).path
-    before = [event for event in history.events(first) if "nodes" in event and "by" in event]
+    before = [event for event in job_events.events(first) if "nodes" in event and "by" in event]
     own_cluster = first / "slurm" / "cluster.yaml"
     if cluster is None and not own_cluster.is_file():
         raise RunDirError(
@@ -314,6 +315,6 @@ def _job_name(name: str) -> str:
 def _make_slurm_folder(run: RunDir, cluster: Cluster) -> None:
     folder = run.path / "slurm"
     folder.mkdir(mode=0o700, exist_ok=True)
-    for name in ("cancelled", "excluded", "undecided", "successor"):
+    for name in ("cancelled", "excluded", "successor"):
         (folder / name).unlink(missing_ok=True)
     write_text_atomic(folder / "cluster.yaml", render_cluster(cluster))

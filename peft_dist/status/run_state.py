@@ -14,9 +14,10 @@ from typing import Any
 from peft_dist.common.errors import RunDirError
 from peft_dist.common.process_identity import is_alive
 from peft_dist.run.directory import RunDir
+from peft_dist.run.history import crash_notes
+from peft_dist.run.job_events import Event, candidates, events, newest_logs, others
 from peft_dist.run.lease import STALE_AFTER_S, Record, record_path, records
-from peft_dist.run.restart_policy import LOST_PEER, crash_notes
-from peft_dist.slurm.history import Event, candidates, events, newest_logs, others
+from peft_dist.run.restart_policy import Kind
 from peft_dist.slurm.job_state import UNKNOWN, JobState, is_live, is_over
 from peft_dist.status.progress import Standing, read_tail, standing
 
@@ -248,9 +249,9 @@ def _cause(reading: Reading, state: str) -> str:
         return reading.problem
     if state in (DONE, NOT_STARTED) or is_at_work(state):
         return ""
-    verdict = reading.run.verdict()
-    if verdict is not None and state not in WAITING:
-        return verdict.error
+    failure = reading.run.read_failure()
+    if failure is not None and state not in WAITING:
+        return failure.error
     return _decision(reading) or ("" if state in WAITING else _crash(reading))
 
 
@@ -278,5 +279,5 @@ def _crash(reading: Reading) -> str:
         return ""
     notes = crash_notes(reading.run.attempts, record.get("attempt", 0))
     # Who lost a peer says nothing of why that one ended.
-    told = [note for note in notes if note["kind"] != LOST_PEER] or notes
+    told = [note for note in notes if note["kind"] != Kind.LOST_PEER] or notes
     return f"rank {told[0]['rank']}: {told[0]['error']}" if told else ""

@@ -1,8 +1,8 @@
-"""Remember on one rank which signal asked it to stop; the training loop acts on it.
+"""Record on one rank which signal asked it to stop; the training loop acts on it.
 
 While a rank sets itself up there is nothing to save, and the main thread may be blocked in C++ for
 minutes (a rendezvous, a download), where Python runs no handler. Then a thread ends the process.
-Saves nothing itself. The ranks have no data-loader processes (rows are memory-mapped), which would
+The ranks have no data-loader processes (rows are memory-mapped), which would
 inherit these handlers by fork and outlive a SIGTERM; keep it so.
 """
 
@@ -19,7 +19,7 @@ from typing import NoReturn
 from peft_dist.common.errors import EXIT_DONE, EXIT_INTERRUPTED
 
 LAUNCH_MARK = "PEFT_DIST_LAUNCH"
-"""Is in the environment of what `peft-dist` starts, and tells it from all other processes."""
+"""Environment variable by which the processes that `peft-dist` starts are found."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
@@ -81,7 +81,7 @@ class StopRequests:
 
 
 def interrupted_code() -> int:
-    """Return the exit code of a rank that was told to stop while it trained, and has saved."""
+    """Return the exit code of a rank that a signal stopped while it trained, and that has saved."""
     # torchrun would start the group again for any code but 0; `peft-dist` asks the run directory.
     return EXIT_DONE if LAUNCH_MARK in os.environ else EXIT_INTERRUPTED
 

@@ -1,7 +1,7 @@
-"""End a rank that hangs, after saying which rank, where, since when, and with every Python stack.
+"""End a rank that hangs, and report which rank, where, since when, and every Python stack.
 
 Slow is not hung: a step's limit follows the steps before it. A rank whose interpreter is stopped
-or held cannot watch itself; the others, which wait for it, name it. Restarts nothing.
+or blocked cannot watch itself; the others, which wait for it, name it.
 """
 
 import faulthandler
@@ -31,7 +31,7 @@ SLOWEST_FACTOR = 5.0
 PEERS_WAIT_S = 1.0
 """How long a rank that hangs waits for the other ranks' reports."""
 SPEAKER_WAIT_S = 0.5
-"""How long the others wait for the rank that says whom all wait for."""
+"""How long the others wait for the rank that reports whom all wait for."""
 REPORT_S = 10.0
 """A report that takes longer (a dead file system) is given up, and the process with it."""
 
@@ -92,7 +92,7 @@ class Watchdog:
         self._thread.start()
 
     def phase(self, name: str, step: int | None = None) -> None:
-        """Say what begins now; also at every step and at every batch of an evaluation.
+        """Note what begins now; also at every step and at every batch of an evaluation.
 
         Takes about a microsecond: the thread only reads what is left here.
 
@@ -113,7 +113,7 @@ class Watchdog:
         self._current = _Phase(name, step, now, is_first_step)
 
     def stop(self) -> None:
-        """End the watch."""
+        """Stop watching."""
         self._stopped.set()
         self._thread.join(timeout=PEERS_WAIT_S)
 
@@ -149,9 +149,9 @@ class Watchdog:
         return max(limits.min_s, SLOWEST_FACTOR * p99_s)
 
     def _is_asked(self, elapsed_s: float) -> bool:
-        """Say whether another rank reported a hang while this one may be waiting for it.
+        """Whether another rank reported a hang while this one may be waiting for it.
 
-        Its limit can be longer than theirs, and its report tells them that it still lives. Files
+        Its limit can be longer than theirs, and its report shows them that it still lives. Files
         are only looked for when no healthy step lasts this long.
         """
         if self._world_size == 1 or elapsed_s < self._limits.min_s / 2:
@@ -164,7 +164,7 @@ class Watchdog:
     def _report(self, phase: _Phase, elapsed_s: float) -> None:
         faulthandler.dump_traceback_later(REPORT_S, exit=True)
         line = (
-            f"rank {self._rank} has been in {_place(phase.step, phase.name)} "
+            f"rank {self._rank} has been in {_position(phase.step, phase.name)} "
             f"for {elapsed_s:.1f} s, limit {self._limit_s:.1f} s"
         )
         _say(line)
@@ -184,7 +184,7 @@ class Watchdog:
         reports = {self._rank: line, **self._read_reports()}
         if self._world_size > 1 and self._rank == min(reports):
             stacks = self._folder / f"hang-a{self.attempt}-rank-*.txt"
-            _say(f"{verdict(reports, self._world_size)}; stacks: {stacks}")
+            _say(f"{describe_hang(reports, self._world_size)}; stacks: {stacks}")
         elif self._world_size > 1:
             # The speaker's main thread may wait for this rank, and crash as soon as it is gone.
             time.sleep(SPEAKER_WAIT_S)
@@ -224,8 +224,8 @@ class Watchdog:
         return reports
 
 
-def verdict(reports: Mapping[int, str], world_size: int) -> str:
-    """Say in one line which rank the others wait for, as far as their reports tell.
+def describe_hang(reports: Mapping[int, str], world_size: int) -> str:
+    """Return in one line which rank the others wait for, as far as their reports show.
 
     Args:
         reports: Each rank's report: the line that names the hang, then its stacks.
@@ -236,24 +236,24 @@ def verdict(reports: Mapping[int, str], world_size: int) -> str:
         one = "it is stopped, gone or holds the interpreter"
         many = "they are stopped, gone or hold the interpreter"
         return f"no word from {_ranks(silent)}: {one if len(silent) == 1 else many}"
-    places = {rank: _parse_place(text) for rank, text in reports.items()}
-    last = min(places.values(), key=_order)
-    behind = sorted(rank for rank, place in places.items() if place == last)
+    positions = {rank: _parse_position(text) for rank, text in reports.items()}
+    last = min(positions.values(), key=_order)
+    behind = sorted(rank for rank, position in positions.items() if position == last)
     if len(behind) == world_size:
         busy = sorted(rank for rank, text in reports.items() if not _is_in_collective(text))
         if not 0 < len(busy) < world_size:
-            return f"all ranks are in {_place(*last)}"
+            return f"all ranks are in {_position(*last)}"
         verb = "is" if len(busy) == 1 else "are"
         return f"all ranks but {_ranks(busy)}, which {verb} elsewhere, are in a collective"
     verb = "is" if len(behind) == 1 else "are"
-    return f"{_ranks(behind)} {verb} furthest behind: {_place(*last)}"
+    return f"{_ranks(behind)} {verb} furthest behind: {_position(*last)}"
 
 
-def _place(step: int | None, phase: str) -> str:
+def _position(step: int | None, phase: str) -> str:
     return f"phase {phase}" if step is None else f"step {step} (phase {phase})"
 
 
-def _parse_place(line: str) -> tuple[int | None, str]:
+def _parse_position(line: str) -> tuple[int | None, str]:
     found = re.search(r"in (?:step (\d+) \()?phase (\w+)", line)
     if found is None:
         return None, PHASES[0]
@@ -265,8 +265,8 @@ def _is_in_collective(report: str) -> bool:
     return "/torch/distributed/" in main_thread
 
 
-def _order(place: tuple[int | None, str]) -> tuple[float, int]:
-    step, phase = place
+def _order(position: tuple[int | None, str]) -> tuple[float, int]:
+    step, phase = position
     at = PHASES.index(phase) if phase in PHASES else 0
     if step is None:  # before the first step, or after the last
         return (float("inf") if phase == "end" else -1.0), at

@@ -11,7 +11,7 @@ import pytest
 from peft_dist.common.errors import PeftDistError
 from peft_dist.config.cluster import load_cluster
 from peft_dist.config.load import render_yaml
-from peft_dist.slurm import history
+from peft_dist.run import job_events
 from peft_dist.slurm.submit import Request, prepare, submit
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.submitted import Runs
@@ -61,7 +61,7 @@ def test_no_name_runs_a_command(
         lambda: not cluster.run(["squeue", "-h"]).stdout, f"{len(folders)} jobs", timeout_s=600
     )
     for path in folders:  # a container needs pyxis, which is not there: that job ends by itself
-        ended = history.events(path)[-1]["decision"]
+        ended = job_events.events(path)[-1]["decision"]
         assert ended == ("done" if (path / "called").exists() else "stop"), path
     assert sum((path / "called").exists() for path in folders) > 0.8 * len(folders)
     assert not canary.exists()

@@ -36,7 +36,9 @@ def test_three_attempts_without_a_new_checkpoint_are_the_last(
     assert len(records(run_dir, "start")) == crashes  # the last one trained nothing
     failure = json.loads((run_dir / "failure.json").read_text(encoding="utf-8"))
     assert failure["exit_code"] == EXIT_DO_NOT_RETRY
-    assert f"no progress in 3 attempts: each began at step {saved}" in failure["error"]
+    assert (
+        f"no progress in 3 attempts: none saved a checkpoint after step {saved}" in failure["error"]
+    )
     assert f"planted at step {step}" in failure["error"]
     (line,) = [line for line in ended.groups[-1].errors().splitlines() if "error:" in line]
     assert failure["error"] in line
@@ -46,8 +48,8 @@ def test_three_attempts_without_a_new_checkpoint_are_the_last(
     by_hand = harness.start(project, run_dir, overrides=SHORT, faults=planted)
     assert by_hand.wait_for_end_of(1) == EXIT_CRASHED, by_hand.told()  # it was tried, at least
     by_hand.kill_all()
-    mended = harness.start(project, run_dir, overrides=SHORT)
-    assert mended.wait() == [0, 0], mended.told()
+    fixed = harness.start(project, run_dir, overrides=SHORT)
+    assert fixed.wait() == [0, 0], fixed.told()
     assert_same_run(run_dir, undisturbed(2, "fsdp", *SHORT))
 
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import pytest
 
 from peft_dist.common.errors import EXIT_CRASHED
-from peft_dist.run.restart_policy import LOST_PEER, crash_notes
+from peft_dist.run.history import crash_notes
+from peft_dist.run.restart_policy import Kind
 from peft_dist.worker.watchdog import SLOWEST_FACTOR
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Fault, Group, Harness, fault
@@ -171,7 +172,10 @@ def test_a_rank_that_hangs_says_so_itself(
     assert hang.verdict.format(rank=hang.rank, step=hang.step) in told, told
     notes = {note["rank"]: note["kind"] for note in crash_notes(group.run_dir / "attempts", 1)}
     assert notes[hang.rank] == "hang"
-    assert notes[1 - hang.rank] in ("hang", LOST_PEER)  # whichever of the two it was told first
+    assert notes[1 - hang.rank] in (
+        "hang",
+        Kind.LOST_PEER,
+    )  # whichever of the two it was told first
     assert group.codes == [EXIT_CRASHED] * 2
     restart(harness, project, undisturbed, group, hang.strategy)
 

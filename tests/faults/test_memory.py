@@ -5,7 +5,7 @@ import json
 import pytest
 
 from peft_dist.common.errors import EXIT_CRASHED, EXIT_DO_NOT_RETRY
-from peft_dist.run.restart_policy import crash_notes
+from peft_dist.run.history import crash_notes
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Group, Harness, fault
 from tests.faults.long import cases

@@ -9,8 +9,8 @@ from typing import Any
 
 from peft_dist.common.atomic import replace_file
 from peft_dist.common.process_identity import this_process
+from peft_dist.run import job_events
 from peft_dist.run.lease import record_path, write_json
-from peft_dist.slurm import history
 
 ELSEWHERE = {"host": "node1", "boot_id": "another boot", "pid": 4242, "start_ticks": 1}
 
@@ -53,25 +53,25 @@ def ledger(
 
 def submitted(run: Path, job: str, *, started: bool = True, restarts: int = 0) -> None:
     """Note a job, and its starts."""
-    history.record(run, {"event": "submitted", "job": job, "nodes": 2, "by": "submit"})
+    job_events.record(run, {"event": "submitted", "job": job, "nodes": 2, "by": "submit"})
     for restart in range(restarts + 1 if started else 0):
         if restart:
             ended = {"code": 75, "decision": "again"}
-            history.record(run, {"event": "ended", "job": job, "restart": restart - 1, **ended})
+            job_events.record(run, {"event": "ended", "job": job, "restart": restart - 1, **ended})
         begun = {"restart": restart, "nodes": "node[1-2]", "host": "node1"}
-        history.record(run, {"event": "started", "job": job, **begun})
+        job_events.record(run, {"event": "started", "job": job, **begun})
 
 
 def ended(run: Path, job: str, decision: str, code: int = 3) -> None:
     """Note how a job's newest start ended: `decision` as in the file beside its logs."""
-    starts = [event for event in history.events(run) if event["event"] == "started"]
+    starts = [event for event in job_events.events(run) if event["event"] == "started"]
     restart = starts[-1]["restart"]
     logs = run / "logs" / f"{job}-{restart}"
     logs.mkdir(parents=True, exist_ok=True)
     replace_file(logs / "decision", decision + "\n")
     word = decision.partition(" ")[0]
     told = {"event": "ended", "job": job, "restart": restart, "code": code, "decision": word}
-    history.record(run, told)
+    job_events.record(run, told)
 
 
 def failure(run: Path, error: str) -> None:

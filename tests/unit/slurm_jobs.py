@@ -117,6 +117,9 @@ case "$1 $2" in
     echo '{"a": "b"}'
     exit ;;
 esac
+case " $* " in
+  *" --after "*) printf '%s\0' "$@" >"$SEEN/after"; STAND_IN_DECISION=$STAND_IN_AFTER ;;
+esac
 printf '%s\0' "$@" >"$SEEN/argv-$SLURM_NODEID"
 env -0 >"$SEEN/environment-$SLURM_NODEID"
 while [ "$1" != --run-dir ]; do shift; done
@@ -135,7 +138,7 @@ SCONTROL = r"""
 case "$1 $2" in
   "show hostnames") node=0
     while [ "$node" -lt "$SLURM_JOB_NUM_NODES" ]; do node=$((node + 1)); echo "node$node"; done ;;
-  "show job") echo "JobId=12 JobState=RUNNING Restarts=0 PreemptTime=None" ;;
+  "show job") echo "JobId=12 JobState=$STAND_IN_STATE Restarts=0 PreemptTime=None" ;;
   "requeue "*) printf '%s\0' "$2" >"$SEEN/requeued" ;;
 esac
 """
@@ -183,6 +186,8 @@ class Machines:
             "SEEN": str(self.seen),
             "STAND_IN_SHARE": "/share of/it",
             "STAND_IN_DECISION": decision,
+            "STAND_IN_AFTER": "",
+            "STAND_IN_STATE": "RUNNING",
             "SLURM_JOB_ID": "12",
             "SLURM_JOB_NUM_NODES": str(nodes),
             "SLURM_JOB_NODELIST": f"node[1-{nodes}]",

@@ -279,7 +279,8 @@ def test_a_workers_own_error_is_the_only_line_and_its_code_is_kept(
         "from peft_dist.common.errors import DataError\n"
         "error = DataError('no rows', where='train.jsonl')\n"
         "print('noise', file=sys.stderr)\n"
-        "print(f'peft-dist: error: {error}', file=sys.stderr)\n"
+        "from peft_dist.run.failure_files import write_failure\n"
+        "write_failure(error, rank=0)\n"
         "sys.exit(error.exit_code)\n"
     )
     installation(tmp_path, monkeypatch, worker)
@@ -326,8 +327,8 @@ def test_ctrl_c_ends_every_worker(recipe_file: Path, tmp_path: Path) -> None:
     )
     run = tmp_path / "run"
     ours = subprocess.Popen(
-        [sys.executable, "-c", code, str(package / "common" / "paths.py"), "train", str(recipe_file),
-         "--nproc", "2", "--run-dir", str(run)],
+        [sys.executable, "-c", code, str(package / "common" / "paths.py"),
+         "train", str(recipe_file), "--nproc", "2", "--run-dir", str(run)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stderr=subprocess.PIPE,
         text=True,

@@ -15,8 +15,9 @@ import pytest
 from peft_dist.common import atomic
 from peft_dist.common.errors import EXIT_DO_NOT_RETRY, RunDirError, Superseded
 from peft_dist.run import lease
+from peft_dist.run.history import note_crash
 from peft_dist.run.lease import Attempt, latest, record_path, records, refuse_if_held, write_json
-from peft_dist.run.restart_policy import note_crash
+from peft_dist.run.restart_policy import Kind
 
 HOLD = """
 import sys, time
@@ -418,7 +419,7 @@ def test_a_full_disk_ends_neither_the_heartbeat_nor_training(
     with monkeypatch.context() as patched:
         patched.setattr(atomic, "_write_temporary", full)
         attempt.note(from_step=40)
-        assert note_crash(folder, 1, rank=0, kind="oom", step=1, error="x") is False
+        assert note_crash(folder, 1, rank=0, kind=Kind.OUT_OF_MEMORY, step=1, error="x") is False
         time.sleep(1.5 * lease.HEARTBEAT_S)
         attempt.check(now=True)
         with pytest.raises(RunDirError, match="No space left on device"):
@@ -437,7 +438,7 @@ def test_the_files_are_private_and_leftovers_of_the_dead_are_removed(
     umask = os.umask(0)
     try:
         begin()
-        note_crash(folder, 2, rank=1, kind="hang", step=None, error="x")
+        note_crash(folder, 2, rank=1, kind=Kind.HUNG, step=None, error="x")
     finally:
         os.umask(umask)
     names = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}

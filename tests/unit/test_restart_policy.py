@@ -1,157 +1,258 @@
-"""Crash loops: what attempts left behind says whether starting again can help."""
+"""Every ending that a run's start can have, and what comes of it: again, without nodes, or not."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
-from peft_dist.run.lease import Attempt, record_path, records, write_json
 from peft_dist.run.restart_policy import (
-    LOST_PEER,
-    STOPPED,
-    crash_notes,
-    note_crash,
-    verdict,
-    was_stopped,
+    Decision,
+    Ending,
+    History,
+    Kind,
+    Limits,
+    decide,
+    decide_by_attempts,
 )
 
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "attempts"
-
-
-@pytest.fixture
-def begin(folder: Path) -> Iterator[Callable[..., Attempt]]:
-    """Begin attempts in this process; end them all."""
-    begun: list[Attempt] = []
-
-    def start(**options: bool) -> Attempt:
-        begun.append(Attempt.begin(folder, **options))
-        return begun[-1]
-
-    yield start
-    for attempt in begun:
-        attempt.end("done")
+OF_JOB = Limits.of_job(starts=100, without_progress=5)
+IN_PLACE = Limits(after_signal=False)
+STEP = 40
+"""Where the newest checkpoint is."""
 
 
-def crash(folder: Path, number: int, **facts: Any) -> None:
-    """Leave what an attempt leaves that crashed: its record, without an outcome."""
-    folder.mkdir(exist_ok=True)
-    write_json(record_path(folder, number), {"attempt": number, "pid": -1, "host": "h", **facts})
+def job(kind: Kind, error: str = "", **known: object) -> Ending:
+    """Return how a start of a job ended, as its supervisor knows it."""
+    return replace(Ending(kind, error, checkpoint=STEP), **known)  # type: ignore[arg-type]
 
 
-def test_three_attempts_without_progress_are_a_crash_loop(folder: Path) -> None:
-    assert verdict(folder, 40) is None
-    crash(folder, 1, from_step=40)
-    crash(folder, 2)  # crashed before it knew where to go on
-    assert verdict(folder, 40) is None
-    crash(folder, 3, from_step=40, outcome="failed")
-    assert verdict(folder, 40) == (
-        "no progress in 3 attempts: each began at step 40 and ended before another checkpoint"
+def attempt(kind: Kind, error: str = "", **known: object) -> Ending:
+    """Return how an attempt ended that went on from the newest checkpoint."""
+    return replace(Ending(kind, error, began_at=STEP), **known)  # type: ignore[arg-type]
+
+
+GOES_ON = f"; goes on after step {STEP}"
+NO_MORE = f"none saved a checkpoint after step {STEP}"
+
+ENDINGS: dict[str, tuple[Limits, Ending, str, int | None, str]] = {
+    # name: limits; ending; what follows the first; how many in a row are the last; and then why
+    "done": (OF_JOB, job(Kind.DONE), "done", None, ""),
+    "interrupted, in a job": (
+        OF_JOB, job(Kind.INTERRUPTED, "stopped by SIGTERM", signal="SIGTERM"),
+        f"again stopped by SIGTERM{GOES_ON}", 5,
+        f"no progress in 5 starts: {NO_MORE} (is the time limit too short?)",
+    ),
+    "interrupted, under torchrun": (
+        IN_PLACE, attempt(Kind.INTERRUPTED, "stopped by SIGINT"), "stop stopped by SIGINT", 1,
+        "stopped by SIGINT",
+    ),
+    "interrupted, started by a person": (
+        Limits(), attempt(Kind.INTERRUPTED, "stopped by SIGINT"),
+        f"again stopped by SIGINT{GOES_ON}", None, "",
+    ),
+    "time limit": (
+        OF_JOB, job(Kind.INTERRUPTED, "stopped by SIGUSR1", signal="SIGUSR1"),
+        f"again stopped by SIGUSR1{GOES_ON}", 5, "(is the time limit too short?)",
+    ),
+    "preempted": (
+        OF_JOB, job(Kind.INTERRUPTED, "stopped by SIGTERM", signal="SIGTERM"),
+        f"again stopped by SIGTERM{GOES_ON}", 5, "no progress in 5 starts",
+    ),
+    "crash of a rank": (
+        Limits(), attempt(Kind.CRASHED, "ValueError: bug", rank=1),
+        f"again ValueError: bug (rank 1){GOES_ON}", 3,
+        f"no progress in 3 attempts: {NO_MORE}; last: ValueError: bug (rank 1)",
+    ),
+    "crash of a node's launcher": (
+        OF_JOB, job(Kind.CRASHED, "node1 crashed"), f"again node1 crashed{GOES_ON}", 5,
+        f"no progress in 5 starts: {NO_MORE}; last: node1 crashed",
+    ),
+    "launcher killed": (
+        OF_JOB, job(Kind.CRASHED, "node1 crashed"), f"again node1 crashed{GOES_ON}", 5,
+        "no progress in 5 starts",
+    ),
+    "hang": (
+        Limits(), attempt(Kind.HUNG, "rank 0 has been in step 41", rank=0),
+        f"again rank 0 has been in step 41 (rank 0){GOES_ON}", 3, "no progress in 3 attempts",
+    ),
+    "lost peer": (
+        Limits(), attempt(Kind.LOST_PEER, "Connection reset", rank=1),
+        f"again Connection reset (rank 1){GOES_ON}", 3, "no progress in 3 attempts",
+    ),
+    "out of memory, a rank": (
+        Limits(), attempt(Kind.OUT_OF_MEMORY, "2 GiB", rank=1, step=43),
+        f"again 2 GiB (rank 1){GOES_ON}", 2,
+        "out of memory at step 43 in 2 attempts (rank 1: 2 GiB)",
+    ),
+    "out of memory, killed by the kernel": (
+        OF_JOB, job(Kind.OUT_OF_MEMORY, "node1 ran out"), f"again node1 ran out{GOES_ON}", 2,
+        f"out of memory after step {STEP} in 2 starts (node1 ran out)",
+    ),
+    "ended before it knew where to go on": (
+        Limits(), Ending(Kind.CRASHED), f"again error{GOES_ON}", 3,
+        f"no progress in 3 attempts: {NO_MORE}",
+    ),
+    "node lost": (
+        OF_JOB, job(Kind.NODE_FAILED, "node2 crashed"), f"again node2 crashed{GOES_ON}", 5,
+        "no progress in 5 starts",
+    ),
+    "set-up failed, or no decision left": (
+        OF_JOB, job(Kind.NO_DECISION, "srun ended with code 1"),
+        f"again srun ended with code 1{GOES_ON}", 3,
+        "3 starts in a row ended without a decision; last: srun ended with code 1",
+    ),
+    "pre-flight without a report": (
+        OF_JOB, job(Kind.PREFLIGHT_INCOMPLETE, "no report"), f"again no report{GOES_ON}", 5,
+        "no progress in 5 starts",
+    ),
+    "pre-flight: some nodes": (
+        OF_JOB, job(Kind.NODES_UNFIT, "pre-flight: node2: no GPU", nodes=("node2", "node3")),
+        f"again-without node2,node3 pre-flight: node2: no GPU{GOES_ON}", 5,
+        "no progress in 5 starts",
+    ),
+    "pre-flight: all nodes": (
+        OF_JOB, job(Kind.ALL_NODES_UNFIT, "pre-flight: no space"), "stop pre-flight: no space", 1,
+        "pre-flight: no space",
+    ),
+    "port taken": (
+        OF_JOB, job(Kind.PORT_TAKEN, "20120 on node1"), "port-taken 20120 on node1", None, "",
+    ),
+    "no port": (
+        OF_JOB, job(Kind.PORT_TAKEN, "20128 on node1", tries=5),
+        "stop no free port in 5 tries; last: 20128 on node1", 1, "no free port in 5 tries",
+    ),
+    "user error": (
+        OF_JOB, job(Kind.USER_ERROR, "data.train: no rows"), "stop data.train: no rows", 1,
+        "data.train: no rows",
+    ),
+    "training cannot go on": (
+        OF_JOB, job(Kind.TRAINING_FAILED, "loss nan"), "stop loss nan", 1, "loss nan",
+    ),
+    "cancelled": (
+        OF_JOB, job(Kind.CANCELLED), "cancelled cancelled by its user", None, "",
+    ),
+    "superseded": (
+        OF_JOB, job(Kind.SUPERSEDED), "superseded the run is another start's", None, "",
+    ),
+}  # fmt: skip
+each_ending = pytest.mark.parametrize("name", ENDINGS)
+
+
+def after(limits: Limits, *earlier: Ending) -> History:
+    """Return a history of such endings, of the kind that the limits count."""
+    of_job = limits.unit == "starts"
+    return History(
+        STEP,
+        attempts=() if of_job else earlier,
+        starts=earlier if of_job else (),
+        job_starts=len(earlier) + 1 if of_job else 0,
     )
-    note_crash(folder, 2, rank=1, kind="error", step=41, error="older")
-    note_crash(folder, 3, rank=0, kind="lost peer", step=41, error="connection closed")
-    note_crash(folder, 3, rank=1, kind="error", step=41, error="disk\non fire")
-    told = verdict(folder, 40)
-    assert told is not None
-    assert told.endswith("; last: disk on fire (rank 1)")
-    assert verdict(folder, 60) is None, "the third attempt has got on"
+
+
+def test_the_table_has_every_ending_there_is() -> None:
+    assert {ending.kind for _, ending, *_ in ENDINGS.values()} == set(Kind)
+
+
+@each_ending
+def test_what_comes_of_an_ending_the_first_time(name: str) -> None:
+    limits, ending, first, *_ = ENDINGS[name]
+    assert str(decide(after(limits), ending, limits)) == first
+
+
+@each_ending
+def test_what_comes_of_an_ending_again_and_again(name: str) -> None:
+    limits, ending, first, last, why = ENDINGS[name]
+    for earlier in range(8):
+        decision = decide(after(limits, *[ending] * earlier), ending, limits)
+        if last is None or earlier + 1 < last:
+            assert str(decision) == first
+        else:
+            assert decision.word == "stop"
+            assert why in decision.reason
 
 
 @pytest.mark.parametrize(
-    "facts", [{"outcome": "interrupted"}, {"outcome": "done"}, {"from_step": 20}]
-)
-def test_an_attempt_that_was_no_fruitless_crash_breaks_the_row(
-    folder: Path, facts: dict[str, Any]
-) -> None:
-    crash(folder, 1, from_step=40)
-    crash(folder, 2, from_step=40)
-    crash(folder, 3, **{"from_step": 40, **facts})
-    assert verdict(folder, 40) is None
-    crash(folder, 4, from_step=40)
-    crash(folder, 5, from_step=40)
-    assert verdict(folder, 40) is None
-    crash(folder, 6, from_step=40)
-    assert verdict(folder, 40) is not None
-
-
-def test_a_start_by_hand_after_a_verdict_counts_anew(
-    begin: Callable[..., Attempt], folder: Path
-) -> None:
-    for number in (1, 2, 3):
-        crash(folder, number, from_step=40, outcome="failed")
-        note_crash(folder, number, rank=0, kind="oom", step=41, error="CUDA out of memory")
-    assert verdict(folder, 40) is not None
-    by_hand = begin(after_verdict=True)
-    assert verdict(folder, 40) is None
-    by_hand.note(from_step=40)
-    by_hand.end("failed")
-    for _ in range(2):
-        again = begin()
-        assert verdict(folder, 40) is None
-        again.note(from_step=40)
-        again.end("failed")
-    begin()
-    assert verdict(folder, 40) is not None
-
-
-def test_the_attempt_that_asks_does_not_count(begin: Callable[..., Attempt], folder: Path) -> None:
-    crash(folder, 1, from_step=40, outcome="failed")
-    crash(folder, 2, from_step=40, outcome="failed")
-    attempt = begin()
-    attempt.note(from_step=40)
-    assert verdict(folder, 40) is None
-    attempt.end("failed")
-    assert verdict(folder, 40) is not None
-
-
-def test_memory_that_runs_out_twice_at_one_step_is_a_crash_loop(folder: Path) -> None:
-    crash(folder, 1, from_step=0)
-    note_crash(folder, 1, rank=1, kind="oom", step=43, error="out of memory")
-    crash(folder, 2, from_step=40)
-    note_crash(folder, 2, rank=0, kind="error", step=43, error="connection reset by peer")
-    assert verdict(folder, 40) is None
-    note_crash(folder, 2, rank=1, kind="oom", step=42, error="out of memory")
-    assert verdict(folder, 40) is None, "at another step"
-    note_crash(folder, 2, rank=1, kind="oom", step=43, error="tried to allocate\n2 GiB")
-    assert verdict(folder, 40) == (
-        "out of memory at step 43 in 2 attempts (rank 1: tried to allocate 2 GiB)"
-    )
-    crash(folder, 3, from_step=40)
-    assert verdict(folder, 40) is None, "the last attempt did not run out"
-
-
-def test_crash_notes_that_are_half_written_are_passed_over(folder: Path) -> None:
-    crash(folder, 3)
-    for rank in (10, 2):
-        assert note_crash(folder, 3, rank=rank, kind="hang", step=None, error="stuck")
-    (folder / "00000003-rank-1.json").write_text('{"rank"', encoding="utf-8")
-    assert [note["rank"] for note in crash_notes(folder, 3)] == [2, 10]
-    assert [record["attempt"] for record in records(folder)] == [3]
-
-
-@pytest.mark.parametrize(
-    ("words", "stopped"),
+    "name",
     [
-        ([(STOPPED, "SIGUSR1"), None], True),
-        ([None, (STOPPED, "SIGINT")], True),
-        ([(STOPPED, "SIGTERM"), (STOPPED, "SIGTERM")], True),
-        ([(LOST_PEER, "reset"), (STOPPED, "SIGTERM")], True),
-        ([(STOPPED, "SIGTERM"), None], False),  # the other one was killed
-        ([(STOPPED, "SIGTERM"), ("error", "bug")], False),
-        ([(LOST_PEER, "reset"), (LOST_PEER, "reset")], False),
-        ([None, None], False),
+        name
+        for name, (_, ending, *_) in ENDINGS.items()
+        # These two make no progress.
+        if ending.kind is not Kind.NO_DECISION and ending != Ending(Kind.CRASHED)
     ],
 )
-def test_ranks_that_were_told_to_stop_while_they_loaded_have_not_crashed(
-    folder: Path, words: list[tuple[str, str] | None], stopped: bool
-) -> None:
-    for number in (1, 2, 3):
-        crash(folder, number, world_size=2)
-        for rank, word in enumerate(words):
-            if word is not None:
-                note_crash(folder, number, rank=rank, kind=word[0], step=None, error=word[1])
-    assert was_stopped(folder, records(folder)[-1]) == stopped
-    assert (verdict(folder, 0) is None) == stopped
+def test_progress_in_between_begins_the_count_anew(name: str) -> None:
+    """Before it the same ending came at an earlier checkpoint, as often as one likes."""
+    limits, ending, first, last, _ = ENDINGS[name]
+    old = replace(
+        ending,
+        began_at=None if ending.began_at is None and ending.checkpoint is not None else 20,
+        checkpoint=None if ending.checkpoint is None else 20,
+        step=None if ending.step is None else 23,
+    )
+    decision = decide(after(limits, *[old] * 8), ending, limits)
+    assert str(decision) == first
+    if last is not None and last > 2:
+        row = [ending] * (last - 2)
+        assert decide(after(limits, *[old] * 8, *row), ending, limits).again
+        assert decide(after(limits, *[old] * 8, ending, *row), ending, limits).word == "stop"
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        (Kind.DONE, 0), (Kind.CRASHED, 1), (Kind.OUT_OF_MEMORY, 1), (Kind.USER_ERROR, 2),
+        (Kind.ALL_NODES_UNFIT, 2), (Kind.TRAINING_FAILED, 3), (Kind.SUPERSEDED, 3),
+        (Kind.INTERRUPTED, 75), (Kind.CANCELLED, 75),
+    ],
+)  # fmt: skip
+def test_exit_codes_are_those_that_the_readme_promises(kind: Kind, code: int) -> None:
+    assert decide(after(OF_JOB), job(kind), OF_JOB).exit_code == code
+
+
+def test_a_limit_ends_with_the_code_that_asks_for_a_person() -> None:
+    crash = attempt(Kind.CRASHED)
+    assert decide(after(Limits(), crash, crash), crash, Limits()).exit_code == 3
+
+
+def test_starts_that_get_on_are_only_counted() -> None:
+    few = Limits.of_job(starts=6, without_progress=3)
+    starts = tuple(Ending(Kind.CRASHED, checkpoint=step) for step in (0, 10, 20, 30, 35))
+    history = History(STEP, starts=starts, job_starts=5)
+    assert decide(history, job(Kind.CRASHED, "node1 crashed"), few).again
+    decision = decide(replace(history, job_starts=6), job(Kind.CRASHED, "node1 crashed"), few)
+    assert decision.reason == (
+        "6 starts are all that the cluster file's requeue.max_starts allows; last: node1 crashed"
+    )
+
+
+@pytest.mark.parametrize("kind", [Kind.INTERRUPTED, Kind.DONE])
+def test_an_attempt_that_was_no_failure_breaks_the_row_of_those_that_were(kind: Kind) -> None:
+    crash = attempt(Kind.CRASHED)
+    assert decide(after(Limits(), crash, crash, attempt(kind)), crash, Limits()).again
+    assert decide(after(Limits(), attempt(kind), crash, crash), crash, Limits()).word == "stop"
+
+
+def test_memory_that_runs_out_elsewhere_is_no_loop() -> None:
+    out = attempt(Kind.OUT_OF_MEMORY, "2 GiB", rank=1, step=43)
+    assert decide(after(Limits(), replace(out, step=42)), out, Limits()).again
+    assert decide(after(Limits(), attempt(Kind.CRASHED)), out, Limits()).again
+
+
+def test_the_cause_that_is_told_is_not_a_lost_peer_where_there_is_another() -> None:
+    history = after(
+        Limits(), attempt(Kind.CRASHED, "disk on fire", rank=1), attempt(Kind.LOST_PEER, "reset")
+    )
+    decision = decide(history, attempt(Kind.LOST_PEER, "reset"), Limits())
+    assert decision.reason.endswith("; last: disk on fire (rank 1)")
+
+
+def test_attempts_alone_decide_by_the_newest_of_them() -> None:
+    assert decide_by_attempts(History(STEP)) is None
+    crash = attempt(Kind.CRASHED)
+    assert (decide_by_attempts(after(Limits(), crash, crash)) or Decision("none")).again
+    last = decide_by_attempts(after(Limits(), crash, crash, crash))
+    assert last is not None and last.word == "stop"
+
+
+def test_a_decision_is_one_line_whatever_the_error_was() -> None:
+    told = str(decide(after(OF_JOB), job(Kind.USER_ERROR, "a\n  b\tc"), OF_JOB))
+    assert told == "stop a b c"

@@ -14,7 +14,7 @@ import pytest
 
 from peft_dist.common.errors import DataError, RunDirError, TrainingError
 from peft_dist.config import Recipe, load_recipe
-from peft_dist.run.directory import RunDir, error_in_log, write_text_atomic
+from peft_dist.run.directory import RunDir, write_text_atomic
 
 
 @pytest.fixture
@@ -89,14 +89,14 @@ def test_a_file_in_the_way_is_named(tmp_path: Path, recipe: Recipe) -> None:
 
 def test_a_failure_is_noted_once_with_its_time(tmp_path: Path, recipe: Recipe) -> None:
     run = RunDir.create(tmp_path / "a", recipe)
-    assert run.verdict() is None
+    assert run.read_failure() is None
     run.record_failure(DataError("no rows", where="train.jsonl"))
-    first = run.verdict()
+    first = run.read_failure()
     run.record_failure(TrainingError("a later one"))
     assert first is not None
     assert (first.exit_code, first.error) == (2, "train.jsonl: no rows")
     assert datetime.fromisoformat(first.time).tzinfo == UTC
-    assert run.verdict() == first
+    assert run.read_failure() == first
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"exit_code": 3}', '{"exit_code": "x"}'])
@@ -105,7 +105,7 @@ def test_a_damaged_failure_still_asks_for_a_person(
 ) -> None:
     run = RunDir.create(tmp_path / "a", recipe)
     run.failure.write_text(text, encoding="utf-8")
-    found = run.verdict()
+    found = run.read_failure()
     assert found is not None
     assert found.exit_code == 3
     assert "failure.json cannot be read" in found.error
@@ -236,16 +236,6 @@ def test_the_newest_step_is_read_from_the_names(tmp_path: Path, recipe: Recipe) 
     for name in ("step-00000040", "step-00000120", *unusable):
         (run.checkpoints / name).mkdir(parents=True)
     assert (run.newest_step(), run.has_checkpoints) == (120, True)
-
-
-def test_only_the_error_of_this_launch_is_told(tmp_path: Path) -> None:
-    log = tmp_path / "launcher.log"
-    old = "peft-dist: error: of yesterday\n"
-    log.write_text(old, encoding="utf-8")
-    assert error_in_log(log) == "of yesterday"
-    assert error_in_log(log, len(old)) is None
-    log.write_text(f"{old}noise\npeft-dist: error: of today\n", encoding="utf-8")
-    assert error_in_log(log, len(old)) == "of today"
 
 
 def test_of_many_launches_at_once_one_gets_the_folder(tmp_path: Path, recipe: Recipe) -> None:

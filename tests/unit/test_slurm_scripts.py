@@ -260,3 +260,77 @@ def test_a_set_up_that_fails_ends_the_node_before_python(tmp_path: Path) -> None
     )
     assert machines.run(node_of(machines, made), **ON_A_NODE).returncode == 1
     assert not (machines.seen / "argv-0").exists()
+
+
+def job_of(machines: Machines, tmp_path: Path, **cluster: Any) -> Path:
+    """Write both scripts of a job whose folder is real; return the batch script."""
+    made = job({**CPUS, "python": str(machines.interpreter), **cluster}, folder=tmp_path / "run")
+    node_of(machines, made)
+    script: Path = made.folder / "job.sbatch"
+    script.write_text(render_job(made), encoding="utf-8")
+    return script
+
+
+@pytest.mark.parametrize(
+    ("decision", "state", "why", "after", "code"),
+    [
+        ("", "RUNNING", "ended", "again srun ended", 75),
+        ("", "RUNNING", "ended", "stop 3 starts in a row", 3),
+        ("again stopped by SIGTERM", "COMPLETING", "cancelled", "cancelled by its user", 3),
+        ("", "COMPLETING", "cancelled", "cancelled by its user", 3),
+    ],
+)
+def test_what_the_nodes_cannot_know_is_decided_once_more(
+    tmp_path: Path, decision: str, state: str, why: str, after: str, code: int
+) -> None:
+    machines = Machines(tmp_path)
+    script = job_of(machines, tmp_path, stage={"folder": "/local"})
+    done = machines.run(script, decision=decision, STAND_IN_STATE=state, STAND_IN_AFTER=after)
+    assert done.returncode == code, done.stderr
+    words = machines.words("after")
+    own = words[: words.index("--")]
+    assert own[-4:] == ["--after", why, "--srun-code", "0"]
+    events = json_lines(tmp_path / "run" / "slurm" / "jobs.jsonl")
+    expected = {"again": "again", "stop": "stop", "cancelled": "cancelled"}[after.split()[0]]
+    assert (events[-1]["event"], events[-1]["decision"]) == ("ended", expected)
+    assert (machines.seen / "requeued").exists() is (expected == "again")
+
+
+def test_a_job_that_slurm_has_queued_again_decides_nothing(tmp_path: Path) -> None:
+    machines = Machines(tmp_path)
+    done = machines.run(job_of(machines, tmp_path), decision="again", STAND_IN_STATE="PENDING")
+    assert done.returncode == 75
+    assert not (machines.seen / "requeued").exists()
+    assert not (machines.seen / "after").exists()
+
+
+def test_a_set_up_that_fails_everywhere_ends_the_job_with_its_last_line(tmp_path: Path) -> None:
+    machines = Machines(tmp_path)
+    setup = "echo 'module: cuda/99 not found' >&2\nfalse\n"
+    done = machines.run(job_of(machines, tmp_path, setup=setup))
+    assert done.returncode == 3
+    (line,) = [text for text in done.stderr.splitlines() if "peft-dist: error: " in text]
+    assert line.endswith("node1 cannot run node.sh: module: cuda/99 not found")
+    logs = tmp_path / "run" / "logs" / "12-0"
+    assert (logs / "decision").read_text(encoding="utf-8").startswith("stop srun ended with 1, ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-c", "from peft_dist import resources; print(resources.root())"],
+        ["-m", "peft_dist.slurm.node", "--run-dir", "/a", "--max-starts", "3", "--", "python"],
+    ],
+)
+def test_the_scripts_of_an_earlier_version_are_refused_in_one_line(
+    tmp_path: Path, words: list[str]
+) -> None:
+    places = {"PYTHONPATH": str(ROOT), "PEFT_DIST_LOGS": str(tmp_path), "SLURM_NODEID": "0"}
+    done = subprocess.run(
+        [sys.executable, *words], env={**os.environ, **places}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "were made by another version" in line and "`peft-dist resume RUN`" in line
+    assert (tmp_path / "decision").read_text(encoding="utf-8").startswith("stop job.sbatch and")

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from peft_dist.cli.main import main
+from peft_dist.run.history import note_crash
 from peft_dist.run.lease import STALE_AFTER_S
-from peft_dist.run.restart_policy import LOST_PEER, note_crash
+from peft_dist.run.restart_policy import Kind
 from peft_dist.slurm.job_state import JobState
 from peft_dist.status.command import gather, newest_runs
 from peft_dist.status.progress import TAIL_BYTES, Standing, read_tail, standing
@@ -174,8 +175,8 @@ def test_a_run_that_ended_says_how(run: Path, outcome: str, state: str) -> None:
 def test_a_run_whose_process_is_gone_crashed_and_says_why(run: Path) -> None:
     lease(run, here=True, start_ticks=1)
     attempts = run / "attempts"
-    note_crash(attempts, 1, rank=0, kind=LOST_PEER, step=4, error="connection closed by peer")
-    note_crash(attempts, 1, rank=3, kind="oom", step=4, error="out of memory:\n  4 GB")
+    note_crash(attempts, 1, rank=0, kind=Kind.LOST_PEER, step=4, error="connection closed by peer")
+    note_crash(attempts, 1, rank=3, kind=Kind.OUT_OF_MEMORY, step=4, error="out of memory:\n  4 GB")
     found = seen(run)
     assert (found.state, found.cause) == ("CRASHED", "rank 3: out of memory: 4 GB")
 

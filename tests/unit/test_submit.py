@@ -8,8 +8,8 @@ import pytest
 
 from peft_dist.cli.main import main
 from peft_dist.config.cluster import load_cluster
+from peft_dist.run import job_events
 from peft_dist.run.directory import RunDir
-from peft_dist.slurm import history
 from tests.unit.run_folders import ledger, result
 from tests.unit.slurm_desk import NOT_THERE, Capture, Desk, told
 
@@ -21,7 +21,7 @@ def test_a_run_is_made_submitted_and_remembered(desk: Desk, capsys: Capture) -> 
     )
     script = str(desk.run / "job.sbatch")
     assert desk.calls() == [["--test-only"], ["--parsable", script]]
-    (event,) = history.events(desk.run)
+    (event,) = job_events.events(desk.run)
     assert event.pop("time") > 1e9
     assert event == {"event": "submitted", "job": "4711", "by": "submit", "nodes": 2,
                      "time_limit": "02:00:00", "singleton": False}  # fmt: skip
@@ -75,7 +75,7 @@ def test_a_finished_run_is_submitted_only_anew(desk: Desk, capsys: Capture) -> N
     assert desk.submit("--fresh") == 0
     assert (desk.run.with_name("mine.old-1") / "result.json").exists()
     assert not RunDir(desk.run).is_finished
-    assert len(history.events(desk.run)) == 1
+    assert len(job_events.events(desk.run)) == 1
 
 
 def test_changed_settings_of_a_run_with_checkpoints_are_refused(
@@ -87,15 +87,15 @@ def test_changed_settings_of_a_run_with_checkpoints_are_refused(
     capsys.readouterr()
     assert desk.submit("train.seed=9") == 2
     assert "train.seed is not what the run has been trained with" in told(capsys)
-    assert len(history.events(desk.run)) == 1
+    assert len(job_events.events(desk.run)) == 1
     words = ["train.seed=9", "--allow-changed", "train.seed"]
     assert main(["resume", "runs/mine", *words]) == 0
-    assert history.events(desk.run)[-1]["by"] == "resume"
+    assert job_events.events(desk.run)[-1]["by"] == "resume"
 
 
 def test_a_run_goes_on_with_other_nodes_and_what_it_had(desk: Desk) -> None:
     assert desk.submit("train.seed=7", "--nodes", "2", "--time", "2:00:00", "--singleton") == 0
-    for leftover in ("cancelled", "excluded", "undecided", "successor"):
+    for leftover in ("cancelled", "excluded", "successor"):
         (desk.run / "slurm" / leftover).write_text("4711\n")
     desk.job_is("TIMEOUT")
     assert main(["resume", "runs/mine", "--nodes", "4"]) == 0
@@ -108,7 +108,7 @@ def test_a_run_goes_on_with_other_nodes_and_what_it_had(desk: Desk) -> None:
         "cluster.yaml",
         "jobs.jsonl",
     ]
-    assert [event["nodes"] for event in history.events(desk.run)] == [2, 4]
+    assert [event["nodes"] for event in job_events.events(desk.run)] == [2, 4]
 
 
 def test_a_run_goes_on_as_submitted_although_the_cluster_file_has_changed(desk: Desk) -> None:
@@ -128,7 +128,7 @@ def test_a_run_of_this_machine_is_handed_to_a_cluster(desk: Desk, capsys: Captur
     for path in sorted((desk.run / "slurm").iterdir()):
         path.unlink()
     assert main(["resume", "runs/mine", "--cluster", "cluster.yaml", "--nodes", "2"]) == 0
-    assert history.events(desk.run)[0]["nodes"] == 2
+    assert job_events.events(desk.run)[0]["nodes"] == 2
     capsys.readouterr()
     assert main(["resume", "runs/none", "--cluster", "cluster.yaml"]) == 2
     assert "runs/none: is no folder" in told(capsys)
@@ -148,7 +148,7 @@ def test_an_array_makes_a_run_of_each_element_and_one_job(desk: Desk, capsys: Ca
     }
     for index in range(4):
         run = desk.run / f"{index:03d}"
-        (event,) = history.events(run)
+        (event,) = job_events.events(run)
         assert event["job"] == f"4711_{index}"
         assert f"--run-dir {run} " in (run / "node.sh").read_text()
         assert not (run / "job.sbatch").exists()
@@ -170,11 +170,11 @@ def test_an_array_goes_on_with_the_runs_that_have_not_finished(desk: Desk, capsy
                       (lambda: desk.submit(*words, "--nodes", "2"), "submit")):  # fmt: skip
         assert again() == 0
         assert desk.calls()[-1] == ["--parsable", "--array=1,3%2", script]
-        assert [len(history.events(run)) for run in (runs[0], runs[2])] == [1, 1]
-        assert [history.events(run)[-1]["by"] for run in (runs[1], runs[3])] == [by, by]
+        assert [len(job_events.events(run)) for run in (runs[0], runs[2])] == [1, 1]
+        assert [job_events.events(run)[-1]["by"] for run in (runs[1], runs[3])] == [by, by]
         assert "seed: 4" in (runs[3] / "recipe.yaml").read_text()
         desk.answer(squeue=f"cat <<'END'\n{over.replace('4711_', '4800_')}\nEND")
-    assert history.events(runs[1])[1] | {"time": 0} == {
+    assert job_events.events(runs[1])[1] | {"time": 0} == {
         "event": "submitted", "job": "4800_1", "time": 0, "by": "resume", "nodes": 2,
         "time_limit": "08:00:00", "singleton": True,
     }  # fmt: skip

@@ -1,17 +1,20 @@
 """What a node decides about a run, and what it hears of the other nodes and of the kernel."""
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from peft_dist.run import job_events
 from peft_dist.run.directory import RunDir
-from peft_dist.slurm import failed_nodes, history, memory_kills
-from peft_dist.slurm.failed_nodes import Peers
-from peft_dist.slurm.supervisor import OUT_OF_MEMORY, Limits, too_many_starts
+from peft_dist.run.restart_policy import Ending, Kind
+from peft_dist.slurm import failed_nodes, memory_kills
+from peft_dist.slurm.failed_nodes import FailedNodes
+from tests.processes import ROOT
 from tests.unit.run_folders import make_run, submitted
-
-FEW = Limits(starts=6, without_progress=3)
 
 
 @pytest.fixture
@@ -19,98 +22,89 @@ def run(tmp_path: Path) -> RunDir:
     return RunDir(make_run(tmp_path / "run"))
 
 
-def started(run: RunDir, restart: int) -> None:
-    history.record(run.path, {"event": "started", "job": "7", "restart": restart})
-
-
 def decided(run: RunDir, restart: int, step: int, reason: str = "node1 crashed") -> None:
-    told = {"event": "decided", "job": "7", "restart": restart, "step": step, "reason": reason}
-    history.record(run.path, told | {"decision": "again"})
+    event = {"event": "decided", "job": "7", "restart": restart, "step": step, "reason": reason}
+    job_events.record(run.path, event | {"decision": "again"})
 
 
-def begin_again(run: RunDir, *steps: int, reason: str = "node1 crashed") -> None:
-    """Note starts that ended at these steps, and the present one that has not ended."""
-    history.record(run.path, {"event": "submitted", "job": "7", "by": "submit"})
-    for restart, step in enumerate(steps):
-        started(run, restart)
-        decided(run, restart, step, reason)
-    started(run, len(steps))
+def look_back(run: RunDir, why: str, *, restart: int = 0) -> str:
+    """Have the batch host decide of a start that is over; return the decision."""
+    logs = run.logs / f"7-{restart}"
+    logs.mkdir(exist_ok=True)
+    job_events.record(run.path, {"event": "started", "job": "7", "restart": restart})
+    done = subprocess.run(
+        [sys.executable, "-m", "peft_dist.slurm.supervisor", "--run-dir", str(run.path),
+         "--max-starts", "100", "--max-starts-without-progress", "5", "--no-preflight",
+         "--after", why, "--srun-code", "137", "--", "false"],
+        env={
+            **os.environ, "PYTHONPATH": str(ROOT), "SLURM_NODEID": "0", "SLURM_JOB_ID": "7",
+            "SLURM_RESTART_COUNT": str(restart), "PEFT_DIST_HOSTS": "node1,node2",
+            "PEFT_DIST_PORT": "20120", "PEFT_DIST_LOGS": str(logs), "PEFT_DIST_NONCE": "ab",
+        },
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    told = (logs / "decision").read_text(encoding="utf-8").strip()
+    assert done.stdout.strip() == f"peft-dist: {told}", done.stderr
+    return told
 
 
-def checkpoint(run: RunDir, step: int) -> None:
-    (run.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+def test_starts_that_left_no_decision_are_tried_three_times(run: RunDir) -> None:
+    for restart in (0, 1):
+        told = look_back(run, "ended", restart=restart)
+        assert told.startswith("again srun ended with code 137 before the run; see ")
+    told = look_back(run, "ended", restart=2)
+    assert told.startswith("stop 3 starts in a row ended without a decision; last: srun ended")
+    assert [event["kind"] for event in job_events.events(run.path)[1::2]] == ["no decision"] * 3
 
 
-def test_starts_that_end_at_one_step_are_enough_some_day(run: RunDir) -> None:
-    begin_again(run, 0)
-    assert too_many_starts(run, FEW, "stopped") is None
-    decided(run, 1, 0)
-    started(run, 2)
-    assert str(too_many_starts(run, FEW, "stopped")).startswith("no progress in 3 starts")
+@pytest.mark.parametrize("by", ["scancel", "peft-dist cancel"])
+def test_a_job_that_was_cancelled_is_not_started_again(run: RunDir, by: str) -> None:
+    if by == "peft-dist cancel":
+        (run.path / "slurm").mkdir()
+        (run.path / "slurm" / "cancelled").touch()
+    why = "cancelled" if by == "scancel" else "ended"
+    assert look_back(run, why) == "cancelled cancelled by its user"
 
 
-def test_starts_that_get_on_are_only_counted(run: RunDir) -> None:
-    begin_again(run, 10, 20, 30, 40)
-    checkpoint(run, 50)
-    assert too_many_starts(run, FEW, "stopped") is None
-    decided(run, 4, 50)
-    started(run, 5)
-    checkpoint(run, 60)
-    assert str(too_many_starts(run, FEW, "stopped")).startswith("6 starts are all")
-
-
-def test_starts_that_could_not_decide_count_too(run: RunDir) -> None:
-    history.record(run.path, {"event": "submitted", "job": "7", "by": "submit"})
-    for restart in range(6):
-        started(run, restart)
-    assert str(too_many_starts(run, FEW, "stopped")).startswith("6 starts are all")
-
-
-def test_who_submits_a_run_once_more_begins_to_count_anew(run: RunDir) -> None:
-    begin_again(run, 0, 0, 0, 0, 0)
-    history.record(run.path, {"event": "submitted", "job": "8", "by": "resume"})
-    assert too_many_starts(run, FEW, "stopped") is None
-
-
-def test_running_out_of_memory_twice_at_one_step_is_enough(run: RunDir) -> None:
-    begin_again(run, 0, reason=f"node2 {OUT_OF_MEMORY}")
-    assert too_many_starts(run, FEW, "node1 crashed") is None
-    assert too_many_starts(run, FEW, f"node1 {OUT_OF_MEMORY}") == "out of memory twice after step 0"
-    checkpoint(run, 10)
-    assert too_many_starts(run, FEW, f"node1 {OUT_OF_MEMORY}") is None
+def test_a_run_that_has_finished_is_done_however_its_job_ended(run: RunDir) -> None:
+    run.result.write_text("{}", encoding="utf-8")
+    assert look_back(run, "cancelled") == "done"
 
 
 def test_what_a_start_says_after_the_next_one_has_begun_is_not_heard(run: RunDir) -> None:
     submitted(run.path, "7", restarts=1)
-    before = history.events(run.path)
+    before = job_events.events(run.path)
     decided(run, 0, 5, "from a node that was given up")
-    history.record(run.path, {"event": "ended", "job": "7", "restart": 0, "decision": "stop"})
-    assert history.events(run.path) == before
+    job_events.record(run.path, {"event": "ended", "job": "7", "restart": 0, "decision": "stop"})
+    assert job_events.events(run.path) == before
     decided(run, 1, 5)
-    assert len(history.events(run.path)) == len(before) + 1
+    assert len(job_events.events(run.path)) == len(before) + 1
 
 
 def test_a_job_beside_the_newest_one_is_known_until_it_says_that_it_ended(run: RunDir) -> None:
     submitted(run.path, "7")
     submitted(run.path, "8")
-    assert history.others(run.path) == ["7"]
-    history.record(run.path, {"event": "ended", "job": "7", "restart": 0, "decision": "done"})
-    assert history.others(run.path) == []
+    assert job_events.others(run.path) == ["7"]
+    job_events.record(run.path, {"event": "ended", "job": "7", "restart": 0, "decision": "done"})
+    assert job_events.others(run.path) == []
 
 
-def test_a_node_hears_after_a_while_that_another_one_has_failed(
+def test_a_node_sees_after_a_while_that_another_one_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(failed_nodes, "GRACE_S", 0.3)
     monkeypatch.setattr(failed_nodes, "LOOK_EVERY_S", 0.0)
-    ours, other = (Peers(tmp_path, name=name, nonce="ab") for name in ("node1", "node2"))
-    Peers(tmp_path, name="node3", nonce="of another try").say_failed("node3 crashed")
-    assert not ours.have_lost_one()
-    other.say_failed("node2 crashed")
-    assert not ours.have_lost_one()
+    ours, other = (FailedNodes(tmp_path, name=name, nonce="ab") for name in ("node1", "node2"))
+    FailedNodes(tmp_path, name="node3", nonce="of another try").add_own(Ending(Kind.CRASHED))
+    assert not ours.have_one()
+    other.add_own(Ending(Kind.CRASHED, "node2 crashed"))
+    assert not ours.have_one()
     time.sleep(0.4)
-    assert ours.have_lost_one()
-    assert ours.lost == "node2 crashed"
+    assert ours.have_one()
+    assert ours.ending == Ending(Kind.NODE_FAILED, "node2 crashed")
+    other.add_own(Ending(Kind.OUT_OF_MEMORY, "node2 ran out"))
+    assert ours.have_one()
+    assert ours.ending == Ending(Kind.OUT_OF_MEMORY, "node2 ran out")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from peft_dist.entrypoints import train
 from peft_dist.finetune import _require_trackers
 from peft_dist.run.directory import RunDir
 from peft_dist.run.lease import Attempt, latest, record_path
-from peft_dist.worker.process import Place
+from peft_dist.worker.process import WorkerContext
 from peft_dist.worker.signals import LAUNCH_MARK
 from tests.processes import ROOT, environment, run
 
@@ -35,26 +35,26 @@ def started(
     )
 
 
-def taken(options: argparse.Namespace, **train_section: object) -> Place:
+def taken(options: argparse.Namespace, **train_section: object) -> WorkerContext:
     """Take a run as rank 0 does, and leave it again."""
-    place = Place()
+    context = WorkerContext()
     recipe = Recipe.model_validate(RAW | {"train": train_section})
     try:
-        train._take(options, recipe, place)
+        train._take(options, recipe, context)
     finally:
-        if place.attempt is not None:
-            place.attempt.end("interrupted")
-    return place
+        if context.attempt is not None:
+            context.attempt.end("interrupted")
+    return context
 
 
-def verdict_of(options: argparse.Namespace) -> int | None:
-    return train._verdict_of_this_launch(options)
+def exit_code_of(options: argparse.Namespace) -> int | None:
+    return train._exit_code_before_start(options)
 
 
 def test_the_recipe_of_a_prepared_run_trains_in_its_own_folder(prepared: RunDir) -> None:
-    place = taken(started(prepared.recipe))
-    assert place.run_dir == prepared
-    assert place.attempt_number == 1
+    context = taken(started(prepared.recipe))
+    assert context.run_dir == prepared
+    assert context.attempt_number == 1
     assert taken(started(prepared.recipe)).attempt_number == 2
 
 
@@ -95,8 +95,8 @@ def test_any_other_recipe_is_in_no_run(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_worker_of_any_launcher_goes_on_with_the_run_that_is_there(tmp_path: Path) -> None:
     options = started(tmp_path / "mine.yaml", run_dir=tmp_path / "run")
     assert [taken(options).attempt_number for _ in range(2)] == [1, 2]
-    place = taken(started(tmp_path / "mine.yaml", run_dir=tmp_path / "run", fresh=True), seed=1)
-    assert place.attempt_number == 1
+    context = taken(started(tmp_path / "mine.yaml", run_dir=tmp_path / "run", fresh=True), seed=1)
+    assert context.attempt_number == 1
     assert (tmp_path / "run.old-1" / "attempts" / "00000002.json").is_file()
     assert load_recipe(tmp_path / "run" / "recipe.yaml", check_paths=False).train.seed == 1
 
@@ -138,7 +138,7 @@ def test_a_run_that_another_process_trains_is_not_set_aside_or_changed(prepared:
 def test_a_fresh_start_after_a_verdict_tries_again(prepared: RunDir) -> None:
     prepared.record_failure(TrainingError("loss nan"))
     assert taken(started(prepared.recipe)).attempt_number == 1
-    assert prepared.verdict() is None
+    assert prepared.read_failure() is None
 
 
 def test_crashes_without_progress_end_in_a_verdict_and_a_new_start_is_not_held_to_it(
@@ -147,20 +147,20 @@ def test_crashes_without_progress_end_in_a_verdict_and_a_new_start_is_not_held_t
     """The verdict of the crash loop is what a run gives up with; a person may overrule it once."""
     told = ""
     for _ in range(10):
-        place = Place()
+        context = WorkerContext()
         try:
-            train._take(started(prepared.recipe), Recipe.model_validate(RAW), place)
+            train._take(started(prepared.recipe), Recipe.model_validate(RAW), context)
         except TrainingError as error:
             told = str(error)
-            assert place.attempt is not None
+            assert context.attempt is not None
             prepared.record_failure(error)
-            place.attempt.end("failed")
+            context.attempt.end("failed")
             break
-        assert place.attempt is not None
-        place.attempt.end("crashed")  # no outcome that anything knows: it ended by itself
-        record = json.loads(record_path(prepared.attempts, place.attempt_number).read_text())
+        assert context.attempt is not None
+        context.attempt.end("crashed")  # no outcome that anything knows: it ended by itself
+        record = json.loads(record_path(prepared.attempts, context.attempt_number).read_text())
         assert record["outcome"] == "crashed"
-    assert "start again once that is mended" in told
+    assert "start again once that is fixed" in told
     assert taken(started(prepared.recipe)).run_dir == prepared
 
 
@@ -171,13 +171,13 @@ def test_a_start_by_a_machine_honours_what_the_run_came_to(
     options = started(prepared.recipe)
     monkeypatch.setenv(count, "0")
     prepared.record_failure(DataError("no rows"))
-    assert verdict_of(options) is None  # a person's start
+    assert exit_code_of(options) is None  # a person's start
     monkeypatch.setenv(count, "1")
-    assert verdict_of(options) == 2
+    assert exit_code_of(options) == 2
     prepared.failure.write_text("half a line", encoding="utf-8")
-    assert verdict_of(options) == 3
+    assert exit_code_of(options) == 3
     prepared.result.write_text("{}", encoding="utf-8")
-    assert verdict_of(options) == 0
+    assert exit_code_of(options) == 0
 
 
 def test_torchrun_does_not_undo_a_stop_and_a_requeue_does(
@@ -187,11 +187,11 @@ def test_torchrun_does_not_undo_a_stop_and_a_requeue_does(
     options = started(prepared.recipe)
     Attempt.begin(prepared.attempts).end("interrupted", signal="SIGTERM")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert verdict_of(options) is None
+    assert exit_code_of(options) is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert verdict_of(options) == 75
+    assert exit_code_of(options) == 75
     monkeypatch.setenv(LAUNCH_MARK, "x")  # then torchrun must think that all is well
-    assert verdict_of(options) == 0
+    assert exit_code_of(options) == 0
 
 
 def test_a_worker_that_may_not_run_has_not_imported_torch(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peft_dist.cli.main import main
-from peft_dist.slurm import history
+from peft_dist.run import job_events
 from tests.unit.run_folders import lease
 from tests.unit.slurm_desk import NOT_THERE, Capture, Desk, told
 from tests.unit.slurm_jobs import json_lines
@@ -115,7 +115,7 @@ def test_a_limit_of_the_cluster_file_is_named_as_such(desk: Desk, capsys: Captur
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED"])
 def test_a_live_run_is_not_submitted_twice(desk: Desk, capsys: Capture, state: str) -> None:
     assert desk.submit() == 0
-    before = history.jobs_file(desk.run).read_bytes()
+    before = job_events.jobs_file(desk.run).read_bytes()
     desk.job_is(state)
     capsys.readouterr()
     for again in (desk.submit, lambda: main(["resume", "runs/mine"])):
@@ -123,14 +123,14 @@ def test_a_live_run_is_not_submitted_twice(desk: Desk, capsys: Capture, state: s
         assert told(capsys) == (
             f"{desk.run}: job 4711 is {state}; wait for it, or `peft-dist cancel {desk.run}`"
         )
-    assert history.jobs_file(desk.run).read_bytes() == before
+    assert job_events.jobs_file(desk.run).read_bytes() == before
     assert len(desk.calls()) == 2
 
 
 def test_a_successor_that_waits_keeps_a_run_live(desk: Desk, capsys: Capture) -> None:
     assert desk.submit() == 0
     (desk.run / "slurm" / "successor").write_text("4712\n")
-    history.record(desk.run, {"event": "ended", "job": "4711", "code": 75, "decision": "again"})
+    job_events.record(desk.run, {"event": "ended", "job": "4711", "code": 75, "decision": "again"})
     gone = "4711|4711|COMPLETED|node1|N/A|None"
     desk.answer(squeue=f"echo '{gone}'; echo '4712|4712|PENDING||N/A|Dependency'")
     capsys.readouterr()
@@ -156,14 +156,14 @@ def test_a_job_that_slurm_has_forgotten_is_over_where_it_said_so_itself(
     desk: Desk, decision: str, code: int
 ) -> None:
     assert desk.submit() == 0
-    history.record(desk.run, {"event": "ended", "job": "4711", "code": 3, "decision": decision})
+    job_events.record(desk.run, {"event": "ended", "job": "4711", "code": 3, "decision": decision})
     desk.answer(squeue="", sacct="", scontrol=NOT_THERE)
     assert desk.submit() == code
 
 
 def test_a_run_that_trains_without_slurm_is_not_submitted(desk: Desk, capsys: Capture) -> None:
     assert desk.submit() == 0
-    history.jobs_file(desk.run).unlink()
+    job_events.jobs_file(desk.run).unlink()
     lease(desk.run, here=True)
     capsys.readouterr()
     assert desk.submit() == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.worker.watchdog import verdict
+from peft_dist.worker.watchdog import describe_hang
 
 PRELUDE = """
 import os, sys, threading, time
@@ -238,7 +238,7 @@ print(best / 1000 < 20e-6)
 
 
 @pytest.mark.parametrize(
-    ("places", "expected"),
+    ("positions", "expected"),
     [
         (["step 4 (phase step)"] * 2, "all ranks are in step 4 (phase step)"),
         (
@@ -252,11 +252,12 @@ print(best / 1000 < 20e-6)
         (["phase end", "step 9 (phase step)"], "rank 1 is furthest behind: step 9 (phase step)"),
     ],
 )
-def test_the_rank_furthest_behind_is_found(places: list[str], expected: str) -> None:
+def test_the_rank_furthest_behind_is_found(positions: list[str], expected: str) -> None:
     lines = {
-        rank: f"rank {rank} has been in {place} for 9.0 s" for rank, place in enumerate(places)
+        rank: f"rank {rank} has been in {position} for 9.0 s"
+        for rank, position in enumerate(positions)
     }
-    assert verdict(lines, len(places)) == expected
+    assert describe_hang(lines, len(positions)) == expected
 
 
 def test_in_one_step_the_rank_outside_the_collective_is_named() -> None:
@@ -267,10 +268,10 @@ def test_in_one_step_the_rank_outside_the_collective_is_named() -> None:
         f'Thread 0x1 (most recent call first):\n  File "{file}", line 7 in f\n'
         for rank, file in enumerate(["/x/torch/distributed/c10d.py", "/x/torch/nn/linear.py"])
     }
-    said = verdict(reports, 2)
+    said = describe_hang(reports, 2)
     assert said == "all ranks but rank 1, which is elsewhere, are in a collective"
 
 
 def test_silent_ranks_are_named_before_anything_else() -> None:
-    said = verdict({1: "rank 1 has been in step 4 (phase step) for 6.0 s"}, 3)
+    said = describe_hang({1: "rank 1 has been in step 4 (phase step) for 6.0 s"}, 3)
     assert said == "no word from ranks 0, 2: they are stopped, gone or hold the interpreter"

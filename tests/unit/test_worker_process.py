@@ -7,9 +7,10 @@ import pytest
 from peft_dist.common.errors import EXIT_USER_ERROR, DataError
 from peft_dist.config import Recipe
 from peft_dist.run.directory import RunDir
+from peft_dist.run.history import crash_notes, ending_of_run
 from peft_dist.run.lease import Attempt, record_path, write_json
-from peft_dist.run.restart_policy import crash_notes
-from peft_dist.worker.process import Place, _report
+from peft_dist.run.restart_policy import Kind
+from peft_dist.worker.process import WorkerContext, _report
 
 FAULT = DataError("no rows", where="data.train")
 
@@ -25,14 +26,14 @@ def test_a_fault_is_noted_by_any_rank_of_the_attempt_that_holds_the_run(
     run: RunDir, rank: int
 ) -> None:
     attempt = Attempt.begin(run.attempts)
-    place = Place(rank, 2, run_dir=run, attempt_number=1 if rank == 0 else 0)
+    context = WorkerContext(rank, 2, run_dir=run, attempt_number=1 if rank == 0 else 0)
     try:
-        assert _report(FAULT, place) == EXIT_USER_ERROR
-        found = run.verdict()
+        assert _report(FAULT, context) == EXIT_USER_ERROR
+        found = run.read_failure()
         assert found is not None
         assert found.exit_code == EXIT_USER_ERROR
         assert found.error.startswith("rank 1 on host ") == (rank == 1)
-        place.note_crash("error", "x")
+        context.note_crash(Kind.CRASHED, "x")
         assert [note["rank"] for note in crash_notes(run.attempts, 1)] == [rank]
     finally:
         attempt.end("interrupted")
@@ -41,12 +42,12 @@ def test_a_fault_is_noted_by_any_rank_of_the_attempt_that_holds_the_run(
 @pytest.mark.parametrize("rank", [0, 1])
 def test_of_an_attempt_that_was_taken_over_no_fault_is_noted(run: RunDir, rank: int) -> None:
     attempt = Attempt.begin(run.attempts)
-    place = Place(rank, 2, run_dir=run, attempt_number=1, has_met=True)
+    context = WorkerContext(rank, 2, run_dir=run, attempt_number=1, has_met=True)
     write_json(record_path(run.attempts, 2), {"attempt": 2})
     try:
-        assert _report(FAULT, place) == EXIT_USER_ERROR
-        place.note_crash("error", "x")
-        assert run.verdict() is None
+        assert _report(FAULT, context) == EXIT_USER_ERROR
+        context.note_crash(Kind.CRASHED, "x")
+        assert run.read_failure() is None
         assert not crash_notes(run.attempts, 1)
     finally:
         attempt.end("interrupted")
@@ -59,11 +60,11 @@ def test_a_start_that_was_refused_notes_nothing_in_the_run_of_its_holder(
     monkeypatch.setenv("MASTER_PORT", "4711")  # the second start meets elsewhere
     try:
         for rank in (0, 1):
-            place = Place(rank, 2, run_dir=run, started_s=float("-inf"))
-            assert _report(FAULT, place) == EXIT_USER_ERROR
-            place.stopped_in_setup("SIGINT")
-        assert run.verdict() is None
-        assert not run.was_interrupted
+            context = WorkerContext(rank, 2, run_dir=run, started_s=float("-inf"))
+            assert _report(FAULT, context) == EXIT_USER_ERROR
+            context.stopped_in_setup("SIGINT")
+        assert run.read_failure() is None
+        assert ending_of_run(run) is None
     finally:
         attempt.end("interrupted")
 
@@ -71,15 +72,16 @@ def test_a_start_that_was_refused_notes_nothing_in_the_run_of_its_holder(
 def test_a_rank_that_is_told_to_stop_before_rank_0_has_the_run_waits_for_that(
     run: RunDir,
 ) -> None:
-    place = Place(1, 2, run_dir=run)
+    context = WorkerContext(1, 2, run_dir=run)
     run.attempts.mkdir()
     write_json(record_path(run.attempts, 1), {"attempt": 1, "group": "another start"})
-    place.stopped_in_setup("SIGUSR1")
-    assert not run.was_interrupted, "that was of another start"
+    context.stopped_in_setup("SIGUSR1")
+    assert ending_of_run(run) is None, "that was of another start"
     attempt = Attempt.begin(run.attempts)
     try:
-        place.stopped_in_setup("SIGUSR1")
-        assert place.attempt_number == attempt.number == 2
-        assert run.was_interrupted
+        context.stopped_in_setup("SIGUSR1")
+        assert context.attempt_number == attempt.number == 2
+        ending = ending_of_run(run)
+        assert ending is not None and ending.kind is Kind.INTERRUPTED
     finally:
         attempt.end("done")

@@ -1,5 +1,6 @@
 #!/bin/bash
-# Made by peft-dist VERSION; job.sbatch starts it once on each node of the job.
+# Made by peft-dist VERSION; job.sbatch starts it once on each node of the job, and
+# once more, with arguments, where the job is over and nobody has decided what comes of the run.
 # shellcheck disable=SC1090,SC1091 # what the set-up reads is on the cluster
 # shellcheck disable=SC2016 # a value that holds a dollar sign is text
 set -eo pipefail
@@ -19,7 +20,7 @@ exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --devices 4 \
   --preflight-timeout-s 60 \
   --min-free-gb 1 \
-  --max-clock-offset-s 60 -- \
+  --max-clock-offset-s 60 "$@" -- \
   /opt/venv/bin/python -m accelerate.commands.launch \
   --config_file "$share/launch/strategies/ddp.yaml" \
   --num_processes 4 \

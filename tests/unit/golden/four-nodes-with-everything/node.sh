@@ -1,5 +1,6 @@
 #!/bin/bash
-# Made by peft-dist VERSION; job.sbatch starts it once on each node of the job.
+# Made by peft-dist VERSION; job.sbatch starts it once on each node of the job, and
+# once more, with arguments, where the job is over and nobody has decided what comes of the run.
 # shellcheck disable=SC1090,SC1091 # what the set-up reads is on the cluster
 # shellcheck disable=SC2016 # a value that holds a dollar sign is text
 set -eo pipefail
@@ -26,9 +27,11 @@ python=(/opt/venv/bin/python)
 share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
 export PET_RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$PEFT_DIST_NONCE
 rendezvous=is_host=$((SLURM_NODEID == 0)),join_timeout=120
-PEFT_DIST_STAGED=$("${python[@]}" -m peft_dist.slurm.stage_model \
+if [ $# -eq 0 ]; then
+  PEFT_DIST_STAGED=$("${python[@]}" -m peft_dist.slurm.stage_model \
   --json /scratch/models/llama /local/peft-dist)
-export PEFT_DIST_STAGED
+  export PEFT_DIST_STAGED
+fi
 
 exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --run-dir /scratch/alice/runs/first \
@@ -38,7 +41,7 @@ exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --devices 4 \
   --preflight-timeout-s 90 \
   --min-free-gb 20.5 \
-  --max-clock-offset-s 60 -- \
+  --max-clock-offset-s 60 "$@" -- \
   /opt/venv/bin/python -m accelerate.commands.launch \
   --config_file "$share/launch/strategies/fsdp.yaml" \
   --num_processes 16 \

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from peft_dist.common.errors import RunDirError
-from peft_dist.slurm.history import candidates, events, jobs_file, newest_job, record
+from peft_dist.run.job_events import candidates, events, jobs_file, newest_job, record
 from tests.unit.run_folders import submitted
 
 

@@ -1,6 +1,6 @@
-"""The Slurm jobs of a run, as its directory remembers them: one JSON line per event.
+"""Write and read the events of a run's Slurm jobs: one JSON line each, in the run directory.
 
-Asks Slurm nothing; `states.py` does. The batch script appends its own lines to the same file.
+The batch script appends its own lines to the same file.
 """
 
 import json
@@ -50,7 +50,7 @@ def record(run_path: Path, event: Event) -> None:
         raise RunDirError(
             f"cannot be written: {error.strerror}",
             where=str(path),
-            remedy="free space or mend its permissions",
+            remedy="free space or set its permissions",
         ) from error
 
 
@@ -94,7 +94,7 @@ def _all_events(run_path: Path) -> list[Event]:
         return []
     except OSError as error:
         raise RunDirError(
-            f"cannot be read: {error.strerror}", where=str(path), remedy="mend its permissions"
+            f"cannot be read: {error.strerror}", where=str(path), remedy="set its permissions"
         ) from error
     return [event for line in lines if (event := _parse(line)) is not None]
 
