@@ -402,7 +402,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
     may_write.set()
     second.join(30)
     keeper.wait()
-    assert [record["step"] for record in keeper.results()] == [1, 2]
+    assert [event.step for event in keeper.results()] == [1, 2]
     assert names(tmp_path / "checkpoints") == ["step-00000001", "step-00000002"]
     trainer.session.engine.load_adapter_state({name: t + 9 for name, t in state.items()})
     keeper.load(tmp_path / "checkpoints" / "step-00000001", trainer.optimizer)

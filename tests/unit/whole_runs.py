@@ -99,7 +99,8 @@ class _Writer:
                    "memory_total_bytes": 80 * 10**9}  # fmt: skip
             self.tell(
                 "system", step, cpu_percent=35 + dice.random() * 10, memory_used_bytes=100 * 10**9,
-                memory_total_bytes=500 * 10**9, **({"gpus": [gpu] * story.gpus} if story.gpus else {}),
+                memory_total_bytes=500 * 10**9,
+                **({"gpus": [gpu] * story.gpus} if story.gpus else {}),
             )  # fmt: skip
 
     def evaluate(self, step: int) -> None:
