@@ -5,14 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 
-from peft_dist.ledger.events import (
-    EndEvent,
-    LedgerEvent,
-    RollbackEvent,
-    SaveFailedEvent,
-    SkippedEvent,
-    StartEvent,
-)
+from peft_dist.ledger import events
 from peft_dist.report.run_data import RunData
 from peft_dist.report.text import duration, some
 
@@ -68,29 +61,29 @@ def timeline_of(run: RunData) -> list[TimelineEntry]:
     return found
 
 
-def _described(run: RunData, event: LedgerEvent) -> tuple[str, str, str] | None:
+def _described(run: RunData, event: events.LedgerEvent) -> tuple[str, str, str] | None:
     """Return kind, words and detail of an event that is worth a line."""
     match event:
-        case StartEvent():
+        case events.StartEvent():
             words = "started" if event is run.starts[0] else "went on"
             return "plain", words, _start_detail(event)
-        case EndEvent():
+        case events.EndEvent():
             kind = {"done": "good", "interrupted": "notice"}.get(event.outcome, "bad")
             words = {"done": "finished", "interrupted": "interrupted, and saved"}.get(
                 event.outcome, event.outcome
             )
             return kind, words, run.crashes.get(event.attempt, "")
-        case SkippedEvent():
+        case events.SkippedEvent():
             return "notice", "step skipped", event.reason
-        case RollbackEvent():
+        case events.RollbackEvent():
             detail = f"back to step {event.last_step}: {event.reason}"
             return "notice", "rolled back", detail
-        case SaveFailedEvent():
+        case events.SaveFailedEvent():
             return "bad", "checkpoint not written", event.reason
     return None
 
 
-def _start_detail(start: StartEvent) -> str:
+def _start_detail(start: events.StartEvent) -> str:
     ranks, hosts = start.world_size, list(dict.fromkeys(start.hosts or []))
     parts = [
         ("1 process" if ranks == 1 else f"{ranks} processes") if ranks else "",
@@ -102,7 +95,9 @@ def _start_detail(start: StartEvent) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _entry(run: RunData, event: LedgerEvent, kind: str, what: str, detail: str) -> TimelineEntry:
+def _entry(
+    run: RunData, event: events.LedgerEvent, kind: str, what: str, detail: str
+) -> TimelineEntry:
     begun = run.events[0].time - run.events[0].at_s
     when = datetime.fromtimestamp(min(event.time, LAST_TIME_S), UTC)
     return TimelineEntry(

@@ -11,14 +11,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from peft_dist.common.console import to_nowhere
-from peft_dist.ledger.events import (
-    EvaluationEvent,
-    LedgerEvent,
-    RollbackEvent,
-    SaveFailedEvent,
-    SkippedEvent,
-    StepEvent,
-)
+from peft_dist.ledger import events
 
 log = logging.getLogger(__name__)
 
@@ -52,21 +45,21 @@ class Terminal:
         except OSError as error:
             self._give_up(error)
 
-    def write(self, event: LedgerEvent) -> None:
+    def write(self, event: events.LedgerEvent) -> None:
         """Show one event, if it is of a kind that people follow."""
         if self._off:
             return
         try:
             match event:
-                case StepEvent():
+                case events.StepEvent():
                     self._step(event)
-                case EvaluationEvent():
+                case events.EvaluationEvent():
                     self._line(_evaluation(event))
-                case RollbackEvent():
+                case events.RollbackEvent():
                     self._line(f"step {event.step}  rolled back: {event.reason}")
-                case SkippedEvent():
+                case events.SkippedEvent():
                     self._line(f"step {event.step}  skipped: {event.reason}")
-                case SaveFailedEvent():
+                case events.SaveFailedEvent():
                     self._line(f"step {event.step}  save failed: {event.reason}")
         except OSError as error:
             self._give_up(error)
@@ -80,7 +73,7 @@ class Terminal:
         except OSError as error:
             self._give_up(error)
 
-    def _step(self, event: StepEvent) -> None:
+    def _step(self, event: events.StepEvent) -> None:
         metrics = f"loss {event.loss:.4f}  {event.tokens_per_s:,.0f} tok/s "
         step = event.step
         if self._bar is not None:
@@ -116,7 +109,7 @@ class Terminal:
         to_nowhere(self._stream)
 
 
-def _evaluation(event: EvaluationEvent) -> str:
+def _evaluation(event: events.EvaluationEvent) -> str:
     text = f"step {event.step}  held-out loss {event.eval_loss:.4f}"
     if event.eval_accuracy is not None:
         text += f"  accuracy {event.eval_accuracy:.3f}"

@@ -2,14 +2,7 @@
 
 from typing import NamedTuple
 
-from peft_dist.ledger.events import (
-    EndEvent,
-    LedgerEvent,
-    RollbackEvent,
-    SaveFailedEvent,
-    SkippedEvent,
-    StartEvent,
-)
+from peft_dist.ledger import events
 
 ALERT_EVERY_S = 300.0
 """An alert of one kind is sent no more often than this, however often it happens."""
@@ -24,21 +17,21 @@ class Alert(NamedTuple):
     """`INFO`, `WARN` or `ERROR`."""
 
 
-def alert_of(event: LedgerEvent) -> Alert | None:
+def alert_of(event: events.LedgerEvent) -> Alert | None:
     """Return the message that an event is worth, if any."""
     step = event.step
     match event:
-        case StartEvent() if event.attempt > 1:
+        case events.StartEvent() if event.attempt > 1:
             return Alert("Started again", f"attempt {event.attempt}, after step {step}", "INFO")
-        case RollbackEvent():
+        case events.RollbackEvent():
             return Alert("Rolled back", f"{event.reason}; back to step {event.last_step}", "WARN")
-        case SkippedEvent():
+        case events.SkippedEvent():
             return Alert("Step skipped", event.reason, "WARN")
-        case SaveFailedEvent():
+        case events.SaveFailedEvent():
             return Alert("Checkpoint not written", f"step {step}: {event.reason}", "ERROR")
-        case EndEvent(outcome="interrupted"):
+        case events.EndEvent(outcome="interrupted"):
             return Alert("Interrupted", f"after step {step}; the same command goes on", "WARN")
-        case EndEvent() if event.outcome != "done":
+        case events.EndEvent() if event.outcome != "done":
             return Alert("Ended early", f"{event.outcome} after step {step}", "ERROR")
     return None
 

@@ -9,18 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft_dist.ledger.events import (
-    EndEvent,
-    LedgerEvent,
-    RollbackEvent,
-    SavedEvent,
-    SaveFailedEvent,
-    SkippedEvent,
-    StartEvent,
-    StepEvent,
-    SystemEvent,
-    event_name,
-)
+from peft_dist.ledger import events
 from peft_dist.ledger.goodput import PHASES, GoodputMeter
 from peft_dist.ledger.reader import LedgerReader
 
@@ -39,7 +28,7 @@ PEAK_MEMORY = "memory/peak_bytes"
 GOODPUT = "goodput/fraction"
 SHARES = tuple(f"goodput/{phase}" for phase in PHASES)
 """Shares of the run's time so far, as `peft-dist goodput` divides it."""
-MISHAPS = tuple(event_name(kind) for kind in (SkippedEvent, RollbackEvent, SaveFailedEvent))
+MISHAPS = tuple(events.event_name(kind) for kind in (events.SkippedEvent, events.RollbackEvent, events.SaveFailedEvent))
 MISHAP_COUNTS = tuple(f"mishaps/{name}" for name in MISHAPS)
 """How often each has happened so far."""
 STEP_S_MAX, STEP_S_MEDIAN, SLOWEST_RANK = "rank/step_s_max", "rank/step_s_median", "rank/slowest"
@@ -53,23 +42,23 @@ MAX_RANKS = 64
 SHARES_EVERY = 20
 """Goodput stands in the rows of starts and ends, and in every so many."""
 
-_SECTIONS: dict[type[LedgerEvent], str] = {
-    StepEvent: "train",
-    SavedEvent: "checkpoint",
-    SaveFailedEvent: "checkpoint",
+_SECTIONS: dict[type[events.LedgerEvent], str] = {
+    events.StepEvent: "train",
+    events.SavedEvent: "checkpoint",
+    events.SaveFailedEvent: "checkpoint",
 }
 """First part of the names of an event's metrics, where it is not the event's name."""
 _NAMES = {"peak_memory_bytes": PEAK_MEMORY}
 _TEXTS = ("reason", "outcome")
 """The only texts that are sent; others may say more of the node than anybody needs."""
-_NO_METRICS = frozenset((*LedgerEvent.model_fields, "node"))
+_NO_METRICS = frozenset((*events.LedgerEvent.model_fields, "node"))
 
 
 class Numbered(NamedTuple):
     """An event, the row it is, and its number in the run, from 0."""
 
     number: int
-    event: LedgerEvent
+    event: events.LedgerEvent
     row: Row
 
 
@@ -96,7 +85,7 @@ class LedgerRows:
             number, self.count = self.count, self.count + 1
             yield Numbered(number, event, self._row(event) | self._shares(event, number))
 
-    def _row(self, event: LedgerEvent) -> Row:
+    def _row(self, event: events.LedgerEvent) -> Row:
         row: Row = {
             STEP: event.step,
             ATTEMPT: event.attempt,
@@ -105,7 +94,7 @@ class LedgerRows:
             "event": event.event,
         }
         section = _SECTIONS.get(type(event), event.event)
-        if isinstance(event, SystemEvent) and event.node is not None:
+        if isinstance(event, events.SystemEvent) and event.node is not None:
             section = f"system/node_{event.node}"
         for name, value in event.fields().items():
             if name in _NO_METRICS:
@@ -122,8 +111,8 @@ class LedgerRows:
             row[f"mishaps/{event.event}"] = self._mishaps[event.event]
         return row
 
-    def _shares(self, event: LedgerEvent, number: int) -> Row:
-        if number % SHARES_EVERY and not isinstance(event, StartEvent | EndEvent):
+    def _shares(self, event: events.LedgerEvent, number: int) -> Row:
+        if number % SHARES_EVERY and not isinstance(event, events.StartEvent | events.EndEvent):
             return {}
         found = self._meter.result()
         if not found.total_s:
