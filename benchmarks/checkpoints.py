@@ -18,6 +18,9 @@ from typing import Any
 from peers import SETTLING_STEPS, Job, first_rows, machine, recipe
 from timed_command import ROOT, free_port, run_command
 
+from peft_dist.ledger.events import CheckpointEvent, SavedEvent, StepEvent
+from peft_dist.ledger.reader import LedgerReader
+
 SIDES = {"trl": "TRL ddp", "ours": "ours fsdp"}
 Figures = dict[str, list[float]]
 """`step_s`, `after_s`: of steps that follow no save, or one; `stall_s`, `bytes`: of saves."""
@@ -50,17 +53,17 @@ def run_ours(job: Job, every: int, *, folder: Path, cache: Path) -> Figures:
     path.write_text(json.dumps(settings))  # JSON is YAML
     argv = [sys.executable, "-m", "peft_dist", "train", str(path), "--run-dir", str(run_dir)]
     run_command(argv, folder=folder, cache=cache, limit_s=job.time_limit_s)
-    lines = [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]
+    events = list(LedgerReader(run_dir / "ledger.jsonl").all())
     took = {
-        line["step"]: line["tokens"] / line["tokens_per_s"]
-        for line in lines
-        if line["event"] == "step"
+        event.step: event.tokens / event.tokens_per_s
+        for event in events
+        if isinstance(event, StepEvent)
     }
     return figures(
         took,
         every,
-        [line["stall_s"] for line in lines if line["event"] == "checkpoint"],
-        [line["bytes"] for line in lines if line["event"] == "saved"],
+        [event.stall_s for event in events if isinstance(event, CheckpointEvent)],
+        [event.bytes for event in events if isinstance(event, SavedEvent)],
     )
 
 

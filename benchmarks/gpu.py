@@ -211,7 +211,7 @@ def train(
         with autocast:
             loss = model(batch).nll.mean() / world.size
         loss.backward()
-        engine.reduce(torch.zeros(engine.riders, device=world.device))
+        engine.reduce(torch.zeros(engine.extras, device=world.device))
         engine.clip(1.0)
         optimizer.step()
         engine.zero_gradients()

@@ -21,6 +21,9 @@ from typing import Any
 
 from timed_command import ROOT, free_port, run_command
 
+from peft_dist.ledger.events import StepEvent
+from peft_dist.ledger.reader import LedgerReader
+
 SIDES = {"trl": "TRL ddp", "ddp": "ours ddp", "fsdp": "ours fsdp"}
 SETTLING_STEPS = 2
 """First steps left out of s/step and tokens/s: allocators and caches fill in them."""
@@ -134,15 +137,15 @@ def run_ours(job: Job, round_number: int, strategy: str, *, folder: Path, cache:
     path.write_text(json.dumps(recipe(job, strategy), indent=1))  # JSON is YAML
     argv = [sys.executable, "-m", "peft_dist", "train", str(path), "--run-dir", str(run_dir)]
     started = run_command(argv, folder=folder, cache=cache, limit_s=job.time_limit_s)
-    lines = [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line and "tokens" in line]
+    events = LedgerReader(run_dir / "ledger.jsonl").all()
+    steps = [event for event in events if isinstance(event, StepEvent)]
     return as_run(
         strategy,
         round_number,
         started=started,
-        ended=[line["time"] for line in steps],
-        tokens=[line["tokens"] for line in steps],
-        loss=[line["loss"] for line in steps],
+        ended=[step.time for step in steps],
+        tokens=[step.tokens for step in steps],
+        loss=[step.loss for step in steps],
         result=json.loads((run_dir / "result.json").read_text()),
     )
 

@@ -27,7 +27,8 @@ from peft_dist.distributed import process_group, rendezvous
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.distributed.world import read_world
 from peft_dist.evaluation.scoring import HeldOut, held_out
-from peft_dist.ledger.writer import Ledger, Record, Tracker
+from peft_dist.ledger.events import EndEvent, StartEvent
+from peft_dist.ledger.writer import LedgerWriter, Tracker
 from peft_dist.metrics.memory import peak_device_bytes, peak_rss_bytes
 from peft_dist.metrics.result import make_result, summary
 from peft_dist.model.source import BaseSource, find_base
@@ -39,7 +40,7 @@ from peft_dist.run.provenance import versions
 from peft_dist.run.restart_policy import Kind
 from peft_dist.tracking.nodes import watch_machine
 from peft_dist.tracking.terminal import Terminal
-from peft_dist.tracking.wandb.tracker import WandbSideCar
+from peft_dist.tracking.wandb.tracker import WandbTracker
 from peft_dist.trainer import Trainer
 from peft_dist.worker.process import WorkerContext
 from peft_dist.worker.signals import StopRequests
@@ -127,7 +128,7 @@ def fine_tune(
     write = None
     if world.is_main:
         lease = _lease(place)
-        ledger = Ledger(
+        ledger = LedgerWriter(
             _run(place).ledger, attempt=lease.number, clock_zero=zero_s, check=lease.check
         )
         trainer.trackers = _trackers(ledger, _run(place), trainer)
@@ -240,24 +241,24 @@ def _begin(trainer: Trainer, rows: TokenizedRows, place: WorkerContext, **facts:
     _report_rows(rows)
     if step:
         say(f"going on after step {step} (attempt {place.attempt_number})")
-    record: Record = {
-        "event": "start",
-        "step": step,
-        "steps": steps,
-        "world_size": session.world.size,
-        "strategy": session.strategy,
-        **facts,
-        "device": session.world.device_name,
-        "base_parameters": session.base_parameters,
-        "base_bytes_per_rank": session.base_bytes_by_rank,
-        "versions": versions(),
-    }
     job = slurm_job()
     if job["slurm_job_id"] is not None:
-        record |= job
+        facts |= job
     if LAUNCHED_AT in os.environ:
-        record["launched"] = float(os.environ[LAUNCHED_AT])
-    trainer.tell(record)
+        facts["launched"] = float(os.environ[LAUNCHED_AT])
+    trainer.write(
+        StartEvent(
+            step=step,
+            steps=steps,
+            world_size=session.world.size,
+            strategy=session.strategy,
+            device=session.world.device_name,
+            base_parameters=session.base_parameters,
+            base_bytes_per_rank=session.base_bytes_by_rank,
+            versions=versions(),
+            **facts,
+        )
+    )
 
 
 def _end(trainer: Trainer, outcome: str) -> None:
@@ -269,7 +270,7 @@ def _end(trainer: Trainer, outcome: str) -> None:
         for tracker in trainer.trackers:
             closing.callback(tracker.close)
         trainer.finish_saves()
-        trainer.tell({"event": "end", "step": trainer.progress.step, "outcome": outcome})
+        trainer.write(EndEvent(step=trainer.progress.step, outcome=outcome))
 
 
 def _run(place: WorkerContext) -> RunDir:
@@ -346,10 +347,10 @@ def _report_rows(rows: TokenizedRows) -> None:
         )
 
 
-def _trackers(ledger: Ledger, run: RunDir, trainer: Trainer) -> list[Tracker]:
+def _trackers(ledger: LedgerWriter, run: RunDir, trainer: Trainer) -> list[Tracker]:
     """Return the views of a run, in the order in which they get a record; closed in the other."""
     trackers: list[Tracker] = [ledger]
     if trainer.recipe.tracking.wandb.mode != "disabled":
-        trackers.append(WandbSideCar(run))
+        trackers.append(WandbTracker(run))
     terminal = Terminal(trainer.plan.total_steps, first_step=trainer.progress.step)
     return [*trackers, terminal]

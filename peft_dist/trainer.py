@@ -8,6 +8,7 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,10 +20,19 @@ from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import barrier
 from peft_dist.evaluation.generation import Sampler
 from peft_dist.evaluation.scoring import HeldOut, ScoringStopped, score_rows
-from peft_dist.ledger.writer import Record, Tracker
+from peft_dist.ledger.events import (
+    CheckpointEvent,
+    EvaluationEvent,
+    LedgerEvent,
+    RollbackEvent,
+    SampleEvent,
+    SkippedEvent,
+    StepEvent,
+)
+from peft_dist.ledger.writer import Tracker
 from peft_dist.metrics.memory import peak_memory_bytes
 from peft_dist.metrics.mfu import Utilisation
-from peft_dist.metrics.step import Figures, FiguresReader, make_riders
+from peft_dist.metrics.step import StepInputs, StepMetrics, StepMetricsReader, make_extras
 from peft_dist.model_setup import Session
 from peft_dist.optim.lr_schedule import learning_rate, peak_learning_rate
 from peft_dist.sharding.optimizer import AdapterOptimizer
@@ -77,7 +87,7 @@ class Trainer:
         self.peak_rate = peak_learning_rate(self.recipe)
         self.optimizer: AdapterOptimizer = session.engine.share_optimizer(make_optimizer(session))
         self.progress = Progress()
-        self._reader = FiguresReader(self.world.device)
+        self._reader = StepMetricsReader(self.world.device)
         self._stop = self._save_due = self._give_up = False
         self._saved_step = -1
         self._saved_at = self._mark = time.monotonic()
@@ -144,39 +154,32 @@ class Trainer:
             (nll_sum / predictions).backward()
             loss += nll_sum.detach()
         engine.own_time.end()
-        # What the processes want to tell each other travels with the gradients.
-        riders = make_riders(
+        # Flags and metrics of all processes are carried by the gradient all-reduce.
+        extras = make_extras(
             self.world,
             loss,
-            told=self._told(),
+            flags=self._flags(),
             step_s=engine.own_time.latest_s(),
             memory_bytes=peak_memory_bytes(device),
         )
-        summed = engine.reduce(riders)
+        summed = engine.reduce(extras)
         norm = engine.clip(self.recipe.train.max_grad_norm)
-        figures = torch.cat([torch.stack([summed[0] / predictions, norm.float()]), summed[1:]])
+        metrics = torch.cat([torch.stack([summed[0] / predictions, norm.float()]), summed[1:]])
         rate = learning_rate(self.recipe.train, step, total, peak=self.peak_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
-        self.optimizer.step(torch.isfinite(figures[:2]).all())
+        self.optimizer.step(torch.isfinite(metrics[:2]).all())
         engine.zero_gradients()
         engine.own_time.begin()
         self.progress.step, self.progress.cursor = step, cursor
-        record: Record = {
-            "event": "step",
-            "step": step,
-            "lr": rate,
-            "rows": len(ids),
-            "cursor": cursor,
-            "tokens": int(self.rows.lengths[ids].sum()),
-        }
-        self._reader.put(record, figures)
-        # To roll back a step later would undo one that was sound, and is in the records.
+        tokens = int(self.rows.lengths[ids].sum())
+        self._reader.put(StepInputs(step, rate, len(ids), cursor, tokens), metrics)
+        # To roll back a step later would undo one that was sound, and is in the ledger.
         waits = not self._reader.is_late or self.recipe.train.non_finite == "rollback"
         self._publish(keep=0 if waits else 1)
 
-    def _told(self) -> tuple[bool, bool, bool]:
-        """Return what this process has to tell the others at the end of a step."""
+    def _flags(self) -> tuple[bool, bool, bool]:
+        """Return what this process asks of all at the end of a step: stop, save, give up."""
         save = give_up = False
         if self.keeper is not None and self.world.is_main:
             save_s, since_s = self.recipe.watchdog.save_s, time.monotonic() - self._saved_at
@@ -196,7 +199,7 @@ class Trainer:
         save_due &= step not in (0, self._saved_step)
         if evaluate_due or save_due or self._save_due or self._stop:
             self._settle()
-        self._tell_saves()
+        self._write_saves()
         if self._give_up:
             raise TrainingError(
                 f"{self.recipe.checkpoint.max_failed_saves} checkpoints in a row could not be "
@@ -226,7 +229,7 @@ class Trainer:
             self.keeper.take(facts, self.optimizer)
             self._saved_step = step
             stall = time.monotonic() - started
-            self.tell({"event": "checkpoint", "step": step, "stall_s": stall})
+            self.write(CheckpointEvent(step=step, stall_s=stall))
         if self._stop:
             self.finish_saves()
             # All end together: torchrun kills within 30 s what outlives the first that ends.
@@ -237,12 +240,12 @@ class Trainer:
         """Wait for the checkpoint that is being written, if there is one, and record it."""
         if self.keeper is not None:
             self.keeper.wait()
-            self._tell_saves()
+            self._write_saves()
 
-    def _tell_saves(self) -> None:
+    def _write_saves(self) -> None:
         """Record what became of the checkpoints that were being written."""
-        for record in [] if self.keeper is None else self.keeper.results():
-            self.tell(record)
+        for event in [] if self.keeper is None else self.keeper.results():
+            self.write(event)
 
     def _seed_dropout(self, step: int, index: int) -> None:
         """Make dropout a function of (seed, step, micro-batch), so that any restart repeats it.
@@ -253,39 +256,39 @@ class Trainer:
         torch.manual_seed(hash((self.recipe.train.seed, step, place)) & (2**63 - 1))
 
     def _publish(self, *, keep: int) -> None:
-        """Write the records of all but the last `keep` steps, and hear what was told in them."""
-        for record, figures in self._reader.take(keep=keep):
+        """Write the events of all but the last `keep` steps, and take over their flags."""
+        for inputs, metrics in self._reader.take(keep=keep):
             now = time.monotonic()
             seconds, self._mark = now - self._mark, now
-            self._stop |= figures.stop > 0
-            self._save_due |= figures.save > 0
-            self._give_up |= figures.give_up > 0
-            if not (math.isfinite(figures.loss) and math.isfinite(figures.norm)):
-                self._not_finite(record, figures)
+            self._stop |= metrics.stop > 0
+            self._save_due |= metrics.save > 0
+            self._give_up |= metrics.give_up > 0
+            if not (math.isfinite(metrics.loss) and math.isfinite(metrics.norm)):
+                self._not_finite(inputs, metrics)
                 continue
             self.progress.skipped_in_a_row = 0
             self.progress.step_seconds += seconds
-            self.progress.tokens += record["tokens"]
-            self.progress.final_loss = figures.loss
-            tokens_per_s = record["tokens"] / seconds
-            self.tell(
-                record
-                | figures.facts()
-                | {
-                    "tokens_per_s": tokens_per_s,
-                    "mfu": self._utilisation.mfu(tokens_per_s),
-                    "peak_memory_bytes": peak_memory_bytes(self.world.device),
-                }
+            self.progress.tokens += inputs.tokens
+            self.progress.final_loss = metrics.loss
+            tokens_per_s = inputs.tokens / seconds
+            self.write(
+                StepEvent(
+                    **inputs._asdict(),
+                    **metrics.fields(),
+                    tokens_per_s=tokens_per_s,
+                    mfu=self._utilisation.mfu(tokens_per_s),
+                    peak_memory_bytes=peak_memory_bytes(self.world.device),
+                )
             )
 
-    def _not_finite(self, record: Record, figures: Figures) -> None:
+    def _not_finite(self, inputs: StepInputs, metrics: StepMetrics) -> None:
         """Deal with a step that has left the adapter as it was. Collective under `rollback`.
 
         Raises:
             TrainingError: Where the recipe says so, or too many have come in a row.
         """
-        train, step = self.recipe.train, record["step"]
-        reason = f"loss {figures.loss:g}, gradient norm {figures.norm:g} at step {step}"
+        train, step = self.recipe.train, inputs.step
+        reason = f"loss {metrics.loss:g}, gradient norm {metrics.norm:g} at step {step}"
         self.progress.skipped_in_a_row += 1
         if train.non_finite == "stop" or self.progress.skipped_in_a_row > train.max_skipped_steps:
             in_a_row = self.progress.skipped_in_a_row
@@ -295,9 +298,11 @@ class Trainer:
                 remedy="lower train.learning_rate, or look at the rows; the adapter of the last "
                 "checkpoint is sound",
             )
-        event = {"skip": "skipped", "rollback": "rollback"}[train.non_finite]
-        told = {name: record[name] for name in ("step", "rows", "cursor", "tokens")}
-        if train.non_finite == "rollback":
+        fields: dict[str, Any] = {**inputs._asdict(), "reason": reason}
+        del fields["lr"]
+        if train.non_finite == "skip":
+            self.write(SkippedEvent(**fields))
+        else:
             newest = None if self.keeper is None else self.keeper.newest()
             if self.keeper is None or newest is None:
                 raise TrainingError(
@@ -305,12 +310,12 @@ class Trainer:
                     where="train.non_finite",
                     remedy="set checkpoint.every_steps, or non_finite: skip",
                 )
-            told["back_to"] = self.keeper.load(newest, self.optimizer)["step"]
+            back_to = self.keeper.load(newest, self.optimizer)["step"]
             self.session.engine.own_time.begin()
-        self.tell({"event": event, "reason": reason, **told})
+            self.write(RollbackEvent(**fields, back_to=back_to))
 
     def _settle(self) -> None:
-        """Bring every record up to date, before anything is saved or scored."""
+        """Write the events of all steps, before anything is saved or scored."""
         self._publish(keep=0)
 
     def _evaluate(self, step: int) -> None:
@@ -325,13 +330,13 @@ class Trainer:
             self.surroundings.phase("evaluation", step)
             return self.surroundings.stop_requested()
 
-        samples: list[Record] = []
+        samples: list[SampleEvent] = []
         try:
             result, predicted = score_rows(self.session, self.held, wants_stop=wants_stop)
             seconds = time.monotonic() - started
             if step in (0, self.plan.total_steps):
                 sampler = Sampler(self.session, self.held)
-                samples = sampler.records(step, predicted, wants_stop=wants_stop)
+                samples = sampler.events(step, predicted, wants_stop=wants_stop)
         except ScoringStopped:
             self.progress.evaluated, self._stop = -1, True
             return
@@ -345,19 +350,18 @@ class Trainer:
         if step == 0:
             self.progress.first = result
         self._go_on()
-        self.tell(
-            {
-                "event": "evaluation",
-                "step": step,
-                "eval_loss": result.loss,
-                "eval_accuracy": result.accuracy,
-                "eval_seconds": seconds,
-            }
+        self.write(
+            EvaluationEvent(
+                step=step,
+                eval_loss=result.loss,
+                eval_accuracy=result.accuracy,
+                eval_seconds=seconds,
+            )
         )
         for sample in samples:
-            self.tell(sample)
+            self.write(sample)
 
-    def tell(self, record: Record) -> None:
-        """Pass a record on to every tracker."""
+    def write(self, event: LedgerEvent) -> None:
+        """Pass an event on to every tracker."""
         for tracker in self.trackers:
-            tracker.write(record)
+            tracker.write(event)

@@ -11,6 +11,7 @@ import pytest
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
 @pytest.fixture
 def alone() -> Iterator[object]:
     """Start a process group of one and return its world; end what is left of it afterwards."""

@@ -26,11 +26,13 @@ from peft_dist.common.errors import RunDirError, Superseded, TrainingError
 from peft_dist.common.manifest import seal, step_name
 from peft_dist.config.recipe import Checkpoint
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
+from peft_dist.ledger.events import SavedEvent, SaveFailedEvent
 from peft_dist.sharding.optimizer import AdapterOptimizer, Moments
 
 log = logging.getLogger(__name__)
 
 Facts = dict[str, Any]
+SaveEvent = SavedEvent | SaveFailedEvent
 ADAPTER_FOLDER = "adapter"
 FORMAT = 1
 """Of what a checkpoint holds, and how."""
@@ -85,7 +87,7 @@ class Keeper:
         self._writer: threading.Thread | None = None
         self._writing_since_s = 0.0
         self._superseded: Superseded | None = None
-        self._results: list[Facts] = []
+        self._results: list[SaveEvent] = []
 
     def take(self, progress: Facts, optimizer: AdapterOptimizer) -> None:
         """Copy the training to host memory and let rank 0 write it. Collective.
@@ -174,8 +176,8 @@ class Keeper:
         if self._superseded is not None:
             raise self._superseded
 
-    def results(self) -> list[Facts]:
-        """Return what became of the checkpoints written since the last call, as records."""
+    def results(self) -> list[SaveEvent]:
+        """Return what became of the checkpoints written since the last call."""
         found = list(self._results)
         del self._results[: len(found)]  # the writer may append one at any time
         return found
@@ -237,7 +239,9 @@ class Keeper:
         """Write one checkpoint; what goes wrong is a result, not an end."""
         started = time.monotonic()
         try:
-            record = {"event": "saved", "step": snapshot.step, "bytes": self._publish(snapshot)}
+            size = self._publish(snapshot)
+            write_s = time.monotonic() - started
+            result: SaveEvent = SavedEvent(step=snapshot.step, bytes=size, write_s=write_s)
             self.failed_in_a_row, self.newest_step = 0, snapshot.step
         except Superseded as error:
             self._superseded = error
@@ -246,8 +250,9 @@ class Keeper:
             self.failed_in_a_row += 1
             reason = getattr(error, "strerror", None) or str(error)
             log.warning("the checkpoint of step %d was not written: %s", snapshot.step, reason)
-            record = {"event": "save_failed", "step": snapshot.step, "reason": reason}
-        self._results.append(record | {"write_s": time.monotonic() - started})
+            write_s = time.monotonic() - started
+            result = SaveFailedEvent(step=snapshot.step, reason=reason, write_s=write_s)
+        self._results.append(result)
 
     def _publish(self, snapshot: _Snapshot) -> int:
         """Write, check and rename a checkpoint into place; return its bytes."""

@@ -292,11 +292,12 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _goodput(arguments: argparse.Namespace) -> int:
-    from peft_dist.ledger.goodput import goodput, read_ledger, render
+    from peft_dist.ledger.goodput import goodput, render
+    from peft_dist.ledger.reader import LedgerReader
     from peft_dist.run.directory import RunDir
 
-    figures = goodput(read_ledger(RunDir.open(arguments.run_dir).ledger))
-    print(figures.to_json() if arguments.json else render(figures))
+    found = goodput(LedgerReader(RunDir.open(arguments.run_dir).ledger).all())
+    print(found.to_json() if arguments.json else render(found))
     return EXIT_DONE
 
 

@@ -17,7 +17,7 @@ from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import any_of, first_of_all
 from peft_dist.evaluation.scoring import HeldOut, ScoringStopped
-from peft_dist.ledger.writer import Record
+from peft_dist.ledger.events import SampleEvent
 from peft_dist.model.loss import ALL_TOKENS
 from peft_dist.model_setup import Session
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SHOWN_CHARACTERS = 500
-"""Longest text in a record."""
+"""Longest text in an event."""
 ENDED = -1
 """In the place of a token: this row has come to its end."""
 
@@ -41,14 +41,14 @@ class Sampler:
         count = min(session.recipe.evaluate.samples, held.rows.n_rows)
         self.rows = np.unique(np.linspace(0, held.rows.n_rows - 1, count).astype(np.int64))
 
-    def records(
+    def events(
         self,
         step: int,
         predicted: NDArray[np.int64] | None,
         *,
         wants_stop: Callable[[], bool] | None = None,
-    ) -> list[Record]:
-        """Return one `sample` record per row; on rank 0 alone, none elsewhere. Collective.
+    ) -> list[SampleEvent]:
+        """Return one event per row; on rank 0 alone, none elsewhere. Collective.
 
         Args:
             step: After which step.
@@ -66,24 +66,23 @@ class Sampler:
         if not self._session.world.is_main:
             return []
         names = self._session.recipe.evaluate.choices or self._held.rows.label_names
-        records = []
+        events = []
         for place, (row, (prompt, expected)) in enumerate(zip(self.rows, pairs, strict=True)):
             if predicted is None:
                 texts = self._text(expected), self._text(answers[place])
             else:
                 assert self._held.truth is not None
                 texts = names[self._held.truth[row]], names[predicted[row]]
-            records.append(
-                {
-                    "event": "sample",
-                    "step": step,
-                    "row": int(row) + 1,
-                    "prompt": shortened(self._text(prompt)),
-                    "expected": shortened(texts[0]),
-                    "predicted": shortened(texts[1]),
-                }
+            events.append(
+                SampleEvent(
+                    step=step,
+                    row=int(row) + 1,
+                    prompt=shortened(self._text(prompt)),
+                    expected=shortened(texts[0]),
+                    predicted=shortened(texts[1]),
+                )
             )
-        return records
+        return events
 
     def _write_on(
         self, prompts: Sequence[Ids], wants_stop: Callable[[], bool] | None

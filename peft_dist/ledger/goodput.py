@@ -1,20 +1,25 @@
-"""Where the wall-clock time of a run went, from its ledger: which share of it trained the adapter.
+"""Divide the wall-clock time of a run into phases: which share of it trained the adapter.
 
-Reads files and does sums; measures nothing. Within an attempt it trusts the monotonic `at_s`
-alone; between attempts the wall clock.
+Reads the events of a ledger one by one and keeps 17 bytes of each step. Within an attempt it uses
+the monotonic `at_s` alone; between attempts the wall clock.
 """
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import groupby
-from pathlib import Path
-from typing import Any
 
-from peft_dist.common.errors import RunDirError
-
-Record = dict[str, Any]
+from peft_dist.ledger.events import (
+    CheckpointEvent,
+    EndEvent,
+    EvaluationEvent,
+    LedgerEvent,
+    RollbackEvent,
+    SkippedEvent,
+    StartEvent,
+    StepEvent,
+)
 
 PHASES = {
     "startup": "launcher, imports",
@@ -27,19 +32,24 @@ PHASES = {
     "other": "the rest",
 }
 """Every phase that time is put in, and what it is."""
-CLOSING = {
-    "step": "step",
-    "evaluation": "evaluation",
-    "checkpoint": "checkpoint",
-    "skipped": "lost_work",
-    "rollback": "lost_work",
-    "end": "other",
+WORK: dict[type[LedgerEvent], str] = {
+    StepEvent: "step",
+    EvaluationEvent: "evaluation",
+    CheckpointEvent: "checkpoint",
+}
+"""Events of work that is part of the run unless it is taken back, and the phase of their time."""
+CLOSING: dict[type[LedgerEvent], str] = {
+    **WORK,
+    SkippedEvent: "lost_work",
+    RollbackEvent: "lost_work",
+    EndEvent: "other",
 }
 """Events that end an interval, which began with the last such event, and the phase it was.
 
-`start` divides its interval by its own figures. Others, such as `saved` of the thread that writes
-checkpoints, come in the midst of one.
+`start` divides its interval by its own fields. Others, such as `saved` of the thread that writes
+checkpoints, come in the middle of one.
 """
+WORK_PHASES = tuple(WORK.values())
 BAR_WIDTH = 20
 SHOWN_ATTEMPTS = 10
 """Attempts that fit one screen; JSON has them all."""
@@ -55,7 +65,7 @@ class AttemptSpan:
     to_step: int
     """The last step it did."""
     outcome: str
-    """As it said itself at its end; `cut off` where it could not, `unfinished` for the last one."""
+    """As its `end` has it; `cut off` without one, `unfinished` for the newest attempt."""
     wall_s: float
 
 
@@ -68,7 +78,7 @@ class Goodput:
 
     @property
     def total_s(self) -> float:
-        """All the time from the launch to the last record."""
+        """All the time from the launch to the last event."""
         return math.fsum(self.seconds.values())
 
     @property
@@ -77,113 +87,163 @@ class Goodput:
         return self.seconds["step"] / self.total_s if self.total_s else 0.0
 
     def to_json(self) -> str:
-        """Return every figure, for programs."""
-        figures = {
+        """Return every number, for programs."""
+        numbers = {
             "goodput": self.fraction,
             "total_s": self.total_s,
             "phases_s": self.seconds,
             "attempts": [asdict(span) for span in self.attempts],
         }
-        return json.dumps(figures, indent=2)
+        return json.dumps(numbers, indent=2)
 
 
-def read_ledger(path: Path) -> list[Record]:
-    """Return the records of a ledger; a last line without its end is left out.
-
-    Raises:
-        RunDirError: Where the file cannot be read, or a line is no record; it names the line.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise RunDirError(
-            f"cannot be read: {error.strerror or error}",
-            where=str(path),
-            remedy="name the folder of a run that has begun to train",
-        ) from error
-    whole = enumerate(lines[:-1], start=1)
-    return [parse_record(line, where=f"{path}:{number}") for number, line in whole]
-
-
-def parse_record(line: bytes, *, where: str) -> Record:
-    """Return the record that a line of a ledger holds.
-
-    Args:
-        line: The line, without its end.
-        where: Which line of which file this is, for the error.
-
-    Raises:
-        RunDirError: Where it is no record.
-    """
-    try:
-        record: Record = json.loads(line)
-        _check(record)
-    except ValueError as error:
-        raise RunDirError(
-            f"{line[:60].decode(errors='replace')!r} is no record: {error}",
-            where=where,
-            remedy="remove this line",
-        ) from error
-    return record
-
-
-def _check(record: Any) -> None:
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    if not isinstance(record.get("event"), str):
-        raise ValueError("`event` must be a text")
-    for name in ("step", "attempt", "back_to"):
-        if type(record.get(name, 0 if name == "back_to" else None)) is not int:
-            raise ValueError(f"`{name}` must be a whole number")
-    for name in ("time", "at_s", "startup_s", "load_s", "launched"):
-        value: Any = record.get(name, None if name in ("time", "at_s") else 0)
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
-            raise ValueError(f"`{name}` must be seconds, 0 or more")
-
-
-def final_steps(records: Iterable[Record]) -> list[Record]:
-    """Return the `step` records that made the adapter, in order: each step once, as last done."""
-    counting = counting_records(current_records(records))
-    return [record for record in counting if record["event"] == "step"]
-
-
-def goodput(records: Iterable[Record], *, now: float | None = None) -> Goodput:
+def goodput(events: Iterable[LedgerEvent], *, now: float | None = None) -> Goodput:
     """Divide the time of a run into phases.
 
     Args:
-        records: What `read_ledger` returns.
-        now: Unix time up to which to count, as `down`; by default up to the last record.
+        events: All events of its ledger.
+        now: Unix time up to which to count, as `down`; by default up to the last event.
     """
-    current = current_records(records)
-    counting = {id(record) for record in counting_records(current)}
-    attempts = [list(group) for _, group in groupby(current, key=lambda record: record["attempt"])]
-    seconds = dict.fromkeys(PHASES, 0.0)
-    spans = []
-    ended = -math.inf  # unix time of the last record
-    for index, own in enumerate(attempts):
-        launching = _launching(own[0], ended)
-        if index > 0:
-            seconds["down"] += max(0.0, _process_start(own[0]) - launching - ended)
-        seconds["startup"] += launching
-        own_s = _add_phases(own, counting, seconds)
-        cut = "unfinished" if index == len(attempts) - 1 else "cut off"
-        spans.append(_span(own, launching + own_s, cut))
-        ended = own[-1]["time"]
-    if now is not None and attempts:
-        seconds["down"] += max(0.0, now - ended)
-    return Goodput(seconds, spans)
+    meter = GoodputMeter()
+    for event in events:
+        meter.add(event)
+    return meter.result(now=now)
 
 
-def render(figures: Goodput) -> str:
+class GoodputMeter:
+    """Takes the events of a run in order, and has its goodput after each of them."""
+
+    def __init__(self) -> None:
+        """Start before the first event."""
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._spans: list[AttemptSpan] = []
+        self._attempt: _Attempt | None = None
+        self._last_time, self._last_step = 0.0, 0
+        # Of all work that counts so far: its step, the index of its phase in `WORK_PHASES`, and the
+        # seconds of that phase before it.
+        self._steps, self._phases, self._before_s = array("q"), bytearray(), array("d")
+
+    def add(self, event: LedgerEvent) -> None:
+        """Take the next event; one of an attempt that had lost the run counts nothing."""
+        own = self._attempt
+        if own is None or event.attempt > own.number:
+            own = self._begin(event)
+        elif event.attempt < own.number:
+            return
+        self._last_time = event.time
+        own.last_s = max(own.last_s, event.at_s)
+        kept_step = last_kept_step(event, self._last_step)
+        if kept_step is not None:
+            self._take_back(kept_step)
+            self._last_step = kept_step
+        kind = type(event)
+        if kind is StepEvent:
+            self._last_step = own.to_step = event.step
+            own.first_step = min(own.first_step, event.step)
+        if kind is not StartEvent and kind not in CLOSING:
+            return
+        interval = max(0.0, event.at_s - own.mark_s)
+        own.mark_s += interval
+        phase = CLOSING.get(kind, "other")
+        if isinstance(event, StartEvent):
+            startup = min(event.startup_s, interval)
+            load = min(event.load_s, interval - startup)
+            self._seconds["startup"] += startup
+            self._seconds["load"] += load
+            interval -= startup + load
+            own.from_step = event.step if own.from_step is None else own.from_step
+        elif not own.started:  # it holds an unknown startup: its `start` was never written
+            self._seconds["other"] += interval
+            interval = 0.0
+        if isinstance(event, EndEvent):
+            own.outcome = event.outcome
+        own.started = True
+        if kind in WORK:
+            self._steps.append(event.step)
+            self._phases.append(WORK_PHASES.index(phase))
+            self._before_s.append(self._seconds[phase])
+        self._seconds[phase] += interval
+
+    def result(self, *, now: float | None = None) -> Goodput:
+        """Return the goodput so far; `now` as in `goodput`."""
+        if self._attempt is None:
+            return Goodput(dict(self._seconds), [])
+        seconds = dict(self._seconds)
+        seconds["other"] += self._attempt.rest_s
+        if now is not None:
+            seconds["down"] += max(0.0, now - self._last_time)
+        return Goodput(seconds, [*self._spans, self._attempt.span("unfinished")])
+
+    def _begin(self, first: LedgerEvent) -> "_Attempt":
+        process_start = first.time - first.at_s
+        ended = -math.inf
+        if self._attempt is not None:
+            ended = self._last_time
+            self._seconds["other"] += self._attempt.rest_s
+            self._spans.append(self._attempt.span("cut off"))
+        # A launcher that restarts its processes in place was itself launched before the attempt
+        # before ended; then the time since is `down`.
+        launched = first.launched if isinstance(first, StartEvent) else 0.0
+        launching = max(0.0, process_start - launched) if launched > max(0.0, ended) else 0.0
+        if self._attempt is not None:
+            self._seconds["down"] += max(0.0, process_start - launching - ended)
+        self._seconds["startup"] += launching
+        self._attempt = _Attempt(first.attempt, launching)
+        return self._attempt
+
+    def _take_back(self, last_step: int) -> None:
+        """Move the time of all work past a step to `lost_work`."""
+        while self._steps and self._steps[-1] > last_step:
+            self._steps.pop()
+            phase, before_s = WORK_PHASES[self._phases.pop()], self._before_s.pop()
+            self._seconds["lost_work"] += self._seconds[phase] - before_s
+            self._seconds[phase] = before_s
+
+
+@dataclass
+class _Attempt:
+    """The attempt whose events are being read."""
+
+    number: int
+    launching_s: float
+    mark_s: float = 0.0
+    """Where the next interval begins, since the process started."""
+    last_s: float = 0.0
+    started: bool = False
+    from_step: int | None = None
+    first_step: float = math.inf
+    to_step: int | None = None
+    outcome: str = ""
+
+    @property
+    def rest_s(self) -> float:
+        """Seconds from the last interval to the last event."""
+        return max(0.0, self.last_s - self.mark_s)
+
+    def span(self, cut: str) -> AttemptSpan:
+        """Return the attempt's line; `cut` is its outcome where it could not write one."""
+        from_step = self.from_step
+        if from_step is None:
+            from_step = 0 if self.to_step is None else int(self.first_step) - 1
+        return AttemptSpan(
+            attempt=self.number,
+            from_step=from_step,
+            to_step=from_step if self.to_step is None else self.to_step,
+            outcome=self.outcome or cut,
+            wall_s=self.launching_s + max(self.last_s, self.mark_s),
+        )
+
+
+def render(found: Goodput) -> str:
     """Return one screen of text: the share that counts, the phases, the attempts."""
-    total = figures.total_s
+    total = found.total_s
     lines = [
-        f"goodput {figures.fraction:.1%}: {figures.seconds['step']:,.1f} s of {total:,.1f} s "
+        f"goodput {found.fraction:.1%}: {found.seconds['step']:,.1f} s of {total:,.1f} s "
         "went into steps that count",
         "",
         f"{'phase':<11}{'seconds':>12}{'share':>8}",
     ]
-    for phase, seconds in figures.seconds.items():
+    for phase, seconds in found.seconds.items():
         share = seconds / total if total else 0.0
         bar = "#" * round(BAR_WIDTH * share)
         name = phase.replace("_", " ")
@@ -194,105 +254,54 @@ def render(figures: Goodput) -> str:
         "",
         f"{'attempt':>7}{'from step':>11}{'to step':>9}{'wall s':>12}  outcome",
     ]
-    left_out = len(figures.attempts) - SHOWN_ATTEMPTS
+    left_out = len(found.attempts) - SHOWN_ATTEMPTS
     if left_out > 0:
         lines.append(f"{'...':>7}  {left_out} earlier; see --json")
     lines += [
         f"{span.attempt:>7}{span.from_step:>11}{span.to_step:>9}{span.wall_s:>12,.1f}"
         f"  {span.outcome}"
-        for span in figures.attempts[-SHOWN_ATTEMPTS:]
+        for span in found.attempts[-SHOWN_ATTEMPTS:]
     ]
     return "\n".join(lines)
 
 
-def current_records(records: Iterable[Record]) -> list[Record]:
-    """Leave out what an attempt wrote after a later one had begun: the run was no longer its own.
+def current_events(events: Iterable[LedgerEvent]) -> Iterator[LedgerEvent]:
+    """Leave out what an attempt wrote after a later one had begun: it had lost the run.
 
-    Told by the order of the lines, which needs no clock.
+    Decided by the order of the lines, which needs no clock.
     """
-    kept: list[Record] = []
-    for record in records:
-        if not kept or record["attempt"] >= kept[-1]["attempt"]:
-            kept.append(record)
-    return kept
+    attempt = -math.inf
+    for event in events:
+        if event.attempt >= attempt:
+            attempt = event.attempt
+            yield event
 
 
-def counting_records(records: Sequence[Record]) -> list[Record]:
+def counting_events(events: Iterable[LedgerEvent]) -> list[LedgerEvent]:
     """Return the steps, evaluations and checkpoints whose work is part of the run.
 
     What an attempt did past the step that a later one starts from is lost; so is, within one
     attempt, what a rollback took back and did again.
     """
-    kept: list[Record] = []
+    kept: list[LedgerEvent] = []
     last_step = 0
-    for record in records:
-        event: str = record["event"]
-        step: int = record["step"]
-        if event in ("start", "rollback"):
-            last_step = record.get("back_to", step)
-            kept = [earlier for earlier in kept if earlier["step"] <= last_step]
-        elif event == "step":
-            if step <= last_step:  # done again
-                kept = [earlier for earlier in kept if earlier["step"] < step]
-            last_step = step
-        if event in ("step", "evaluation", "checkpoint"):
-            kept.append(record)
+    for event in current_events(events):
+        kept_step = last_kept_step(event, last_step)
+        if kept_step is not None:
+            while kept and kept[-1].step > kept_step:
+                kept.pop()
+            last_step = kept_step
+        if isinstance(event, StepEvent):
+            last_step = event.step
+        if type(event) in WORK:
+            kept.append(event)
     return kept
 
 
-def _process_start(first: Record) -> float:
-    """Return the unix time at which the process of an attempt started."""
-    return float(first["time"] - first["at_s"])
-
-
-def _launching(first: Record, ended: float) -> float:
-    """Return the seconds from the launch of an attempt to its process.
-
-    A launcher that restarts its processes in place was itself launched before the attempt before
-    ended; then the time since is `down`.
-    """
-    launched = first.get("launched", 0.0)
-    return max(0.0, _process_start(first) - launched) if launched > max(0.0, ended) else 0.0
-
-
-def _add_phases(own: Sequence[Record], counting: set[int], seconds: dict[str, float]) -> float:
-    """Add the intervals of one attempt to the phases; return how long it lasted."""
-    mark, started = 0.0, False
-    for record in own:
-        event = record["event"]
-        if event != "start" and event not in CLOSING:
-            continue
-        interval = max(0.0, record["at_s"] - mark)
-        mark += interval
-        if event == "start":
-            started = True
-            startup = min(record.get("startup_s", 0.0), interval)
-            load = min(record.get("load_s", 0.0), interval - startup)
-            seconds["startup"] += startup
-            seconds["load"] += load
-            seconds["other"] += interval - startup - load
-        elif not started:  # It holds an unknown startup: its `start` was never written.
-            started = True
-            seconds["other"] += interval
-        elif event in ("step", "evaluation", "checkpoint") and id(record) not in counting:
-            seconds["lost_work"] += interval
-        else:
-            seconds[CLOSING[event]] += interval
-    last = max(record["at_s"] for record in own)
-    seconds["other"] += max(0.0, last - mark)
-    return float(max(last, mark))
-
-
-def _span(own: Sequence[Record], wall_s: float, cut: str) -> AttemptSpan:
-    """Return an attempt's line; `cut` is its outcome where it could not tell one."""
-    starts = [record["step"] for record in own if record["event"] == "start"]
-    steps = [record["step"] for record in own if record["event"] == "step"]
-    from_step = starts[0] if starts else min(steps, default=0) - bool(steps)
-    outcomes = [str(record.get("outcome")) for record in own if record["event"] == "end"]
-    return AttemptSpan(
-        attempt=own[0]["attempt"],
-        from_step=from_step,
-        to_step=steps[-1] if steps else from_step,
-        outcome=outcomes[-1] if outcomes else cut,
-        wall_s=wall_s,
-    )
+def last_kept_step(event: LedgerEvent, last_step: int) -> int | None:
+    """Return the step after which an event takes work back; None where it takes nothing back."""
+    if isinstance(event, StepEvent):
+        return event.step - 1 if event.step <= last_step else None
+    if isinstance(event, StartEvent):
+        return event.step
+    return event.last_step if isinstance(event, RollbackEvent) else None

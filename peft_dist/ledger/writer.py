@@ -1,8 +1,4 @@
-"""The record of a run, as lines of JSON, and what every view of it must offer.
-
-A record is one event of the run, most often an optimizer step. Nothing here computes a metric;
-`goodput.py` reads the lines back.
-"""
+"""Append the events of a run to its ledger, and the protocol of everything that takes events."""
 
 import json
 import logging
@@ -13,36 +9,34 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from peft_dist.common.errors import TrainingError
+from peft_dist.ledger.events import LedgerEvent
 
 log = logging.getLogger(__name__)
 
 MAX_PENDING = 10_000
 """Lines kept in memory while the disk takes none; one more ends the run."""
 TAIL_BYTES = 65_536
-"""How much of a file's end is read at once in search of its last whole line."""
-
-Record = dict[str, Any]
-"""`event`, `step` and the event's own figures; the ledger adds `attempt`, `time` and `at_s`."""
+"""How much of a file's end is read at once in search of its last newline."""
 
 
 class Tracker(Protocol):
     """A view of the run."""
 
-    def write(self, record: Record) -> None:
-        """Take one record."""
+    def write(self, event: LedgerEvent) -> None:
+        """Take one event."""
 
     def close(self) -> None:
-        """Show what is still held back."""
+        """Show or write what still waits."""
 
 
-class Ledger:
-    """`ledger.jsonl`: every record of the run, each a whole line as soon as it is written.
+class LedgerWriter:
+    """Writes `ledger.jsonl`: each event is a complete line as soon as it is written.
 
-    A full disk does not end training: its lines wait in memory and are tried again, in order, with
-    every later one. May be written to from several threads.
+    A full disk does not end training: lines wait in memory and are tried again, in order, with
+    every later one. May be used from several threads.
     """
 
     def __init__(
@@ -82,11 +76,11 @@ class Ledger:
             os.close(self._fd)
             raise self._lost(error) from error
 
-    def write(self, record: Record) -> None:
-        """Append one line, with `attempt`, `time` (unix) and `at_s` (since the process started).
+    def write(self, event: LedgerEvent) -> None:
+        """Append one event, with `attempt`, `time` and `at_s` unless it has them.
 
         Raises:
-            TrainingError: Where the disk has taken no line for `MAX_PENDING` records.
+            TrainingError: Where the disk has taken no line for `MAX_PENDING` events.
             PeftDistError: Whatever `check` raises.
         """
         with self._lock:
@@ -98,7 +92,8 @@ class Ledger:
                 "time": time.time(),
                 "at_s": time.monotonic() - self._clock_zero,
             }
-            self._pending.append((json.dumps(stamp | record, allow_nan=False) + "\n").encode())
+            line = json.dumps(stamp | event.fields(), allow_nan=False)
+            self._pending.append(f"{line}\n".encode())
             try:
                 self._write_pending()
                 self._warned = False
@@ -108,7 +103,7 @@ class Ledger:
                 if not self._warned:
                     self._warned = True
                     log.warning(
-                        "%s: cannot be written: %s; training goes on, its records wait in memory",
+                        "%s: cannot be written: %s; training goes on, its events wait in memory",
                         self._path,
                         error.strerror or error,
                     )
@@ -117,8 +112,8 @@ class Ledger:
         """Write what waits and close the file; a second time does nothing.
 
         Raises:
-            TrainingError: Where records of the run would be lost.
-            PeftDistError: Whatever `check` raises while records wait.
+            TrainingError: Where events of the run would be lost.
+            PeftDistError: Whatever `check` raises while events wait.
         """
         with self._lock:
             if self._closed:
@@ -164,7 +159,7 @@ class Ledger:
         self._half = None
 
     def _lost(self, error: OSError) -> TrainingError:
-        waiting = f" ({len(self._pending)} records not written)" if self._pending else ""
+        waiting = f" ({len(self._pending)} events not written)" if self._pending else ""
         return TrainingError(
             f"cannot be written: {error.strerror or error}{waiting}",
             where=str(self._path),

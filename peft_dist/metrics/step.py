@@ -1,20 +1,29 @@
 """What a training step leaves on the device, brought to the host without waiting for it.
 
-Some of it are figures of each process, which travel with the gradients.
+Flags and metrics of each process are carried by the gradient all-reduce.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from peft_dist.distributed.world import World
-from peft_dist.ledger.writer import Record
-from peft_dist.sharding.engine import RANK_RIDERS, SHARED_RIDERS
+from peft_dist.sharding.engine import RANK_EXTRAS, SHARED_EXTRAS
 
 
-class Figures(NamedTuple):
+class StepInputs(NamedTuple):
+    """What is known of a step before the device has computed it; the fields of its event."""
+
+    step: int
+    lr: float
+    rows: int
+    cursor: int
+    tokens: int
+
+
+class StepMetrics(NamedTuple):
     """What is read from the device after a step; the same on every process."""
 
     loss: float
@@ -28,50 +37,50 @@ class Figures(NamedTuple):
     rank_step_s: tuple[float, ...]
     """Each process's own part of the step; 0: not known yet."""
     rank_memory_bytes: tuple[float, ...]
-    """The most memory each process has held: its GPU's, or the host's where it has none."""
+    """Peak memory of each process: its GPU's, or the host's where it has none."""
 
-    def facts(self) -> Record:
-        """Return what a record says of them; times that are not known yet are left out."""
-        found: Record = {"loss": self.loss, "grad_norm": self.norm}
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of the step's event; times that are not known yet are left out."""
+        found: dict[str, Any] = {"loss": self.loss, "grad_norm": self.norm}
         if all(self.rank_step_s):
             found["rank_step_s"] = [round(value, 6) for value in self.rank_step_s]
         return found | {"rank_memory_bytes": [int(value) for value in self.rank_memory_bytes]}
 
 
-def make_riders(
+def make_extras(
     world: World,
     loss: torch.Tensor,
     *,
-    told: Sequence[bool],
+    flags: Sequence[bool],
     step_s: float | None,
     memory_bytes: int,
 ) -> torch.Tensor:
-    """Return what this process adds to the sum over all, float32 [riders].
+    """Return the flags and metrics that this process adds to the all-reduce, float32 [extras].
 
-    Each process has slots of its own for its own figures, and 0 in those of the others: the sum is
+    Each process has slots of its own for its own metrics, and 0 in those of the others: the sum is
     the list of all. float32 holds bytes and seconds alike to seven digits.
 
     Args:
-        world: This process's place.
+        world: This process's rank and device.
         loss: Its share of the loss.
-        told: What it wants the others to know, three of them.
+        flags: Its flags for all processes: stop, save, give up.
         step_s: The time of its own part of a step, if it is known.
-        memory_bytes: The most memory it has held.
+        memory_bytes: Its peak memory.
     """
-    riders = torch.zeros(SHARED_RIDERS + RANK_RIDERS * world.size, device=world.device)
-    riders[0] = loss
+    extras = torch.zeros(SHARED_EXTRAS + RANK_EXTRAS * world.size, device=world.device)
+    extras[0] = loss
     # Fills on the device; a copy of the whole to it would wait for it.
-    for index, wanted in enumerate(told, start=1):
-        if wanted:
-            riders[index] = 1.0
+    for index, flag in enumerate(flags, start=1):
+        if flag:
+            extras[index] = 1.0
     if step_s is not None:
-        riders[SHARED_RIDERS + world.rank] = step_s
-    riders[SHARED_RIDERS + world.size + world.rank] = float(memory_bytes)
-    return riders
+        extras[SHARED_EXTRAS + world.rank] = step_s
+    extras[SHARED_EXTRAS + world.size + world.rank] = float(memory_bytes)
+    return extras
 
 
-class FiguresReader:
-    """Reads the figures of steps in order; those of a GPU one step late.
+class StepMetricsReader:
+    """Reads the metrics of steps in order; those of a GPU one step late.
 
     The host then prepares a step while the device computes the one before it.
     """
@@ -79,26 +88,26 @@ class FiguresReader:
     def __init__(self, device: torch.device) -> None:
         """Start with nothing to read."""
         self.is_late = device.type == "cuda"
-        self._unread: deque[tuple[Record, torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._unread: deque[tuple[StepInputs, torch.Tensor, torch.cuda.Event | None]] = deque()
 
-    def put(self, record: Record, figures: torch.Tensor) -> None:
-        """Take a step's figures beside its record: loss, norm, and the riders after their first."""
+    def put(self, inputs: StepInputs, metrics: torch.Tensor) -> None:
+        """Take a step's metrics: loss, norm, and the reduced extras after their first."""
         if not self.is_late:
-            self._unread.append((record, figures, None))
+            self._unread.append((inputs, metrics, None))
             return
-        host = torch.empty(figures.shape, pin_memory=True)
-        host.copy_(figures, non_blocking=True)
+        host = torch.empty(metrics.shape, pin_memory=True)
+        host.copy_(metrics, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._unread.append((record, host, event))
+        self._unread.append((inputs, host, event))
 
-    def take(self, *, keep: int) -> Iterator[tuple[Record, Figures]]:
-        """Yield records and figures of all but the last `keep` steps."""
+    def take(self, *, keep: int) -> Iterator[tuple[StepInputs, StepMetrics]]:
+        """Yield inputs and metrics of all but the last `keep` steps."""
         while len(self._unread) > keep:
-            record, host, event = self._unread.popleft()
+            inputs, host, event = self._unread.popleft()
             if event is not None:
                 event.synchronize()
             loss, norm, stop, save, give_up, *own = host.tolist()
-            size = len(own) // RANK_RIDERS
+            size = len(own) // RANK_EXTRAS
             by_rank = tuple(own[:size]), tuple(own[size:])
-            yield record, Figures(loss, norm, stop, save, give_up, *by_rank)
+            yield inputs, StepMetrics(loss, norm, stop, save, give_up, *by_rank)

@@ -1,20 +1,21 @@
-"""What several runs differ in: settings, versions, and what came out."""
+"""Compare runs: their settings, versions and results."""
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from peft_dist.report.run_data import Run
+from peft_dist.ledger.events import LedgerEvent, RollbackEvent, SkippedEvent
+from peft_dist.report.run_data import RunData
 from peft_dist.report.series import Series, number
 from peft_dist.report.text import count, duration, figure, share, sizes, some
 
 UNKNOWN = "–"  # noqa: RUF001
 
 
-def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
+def differing_settings(runs: Sequence[RunData]) -> list[list[str]]:
     """Return a row per setting that is not the same in all runs: its field, and each run's value.
 
-    Versions of packages and the place of the run count as settings too.
+    Versions of packages count as settings too.
     """
     of_runs = [{**run.recipe, **versions(run)} for run in runs]
     fields = list(dict.fromkeys(field for settings in of_runs for field in settings))
@@ -26,22 +27,22 @@ def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
     return rows
 
 
-def versions(run: Run) -> dict[str, str]:
+def versions(run: RunData) -> dict[str, str]:
     """Return what the run was made with: packages, Python, revision of the checkout."""
-    found = run.start.get("versions") or run.made.get("versions")
+    found = run.start.versions or run.made.get("versions")
     packages = found if isinstance(found, Mapping) else {}
-    told = {str(name): str(version) for name, version in packages.items()}
+    known = {str(name): str(version) for name, version in packages.items()}
     if run.made.get("python"):
-        told["python"] = str(run.made["python"])
+        known["python"] = str(run.made["python"])
     git = run.made.get("git")
     if isinstance(git, Mapping):
         modified = ", modified" if git.get("modified") else ""
-        told["git revision"] = f"{str(git.get('revision'))[:12]}{modified}"
-    return told
+        known["git revision"] = f"{str(git.get('revision'))[:12]}{modified}"
+    return known
 
 
 def shown(value: Any) -> str:
-    """Return a setting as a recipe would say it."""
+    """Return a setting as a recipe has it."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -51,8 +52,8 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def outcomes(run: Run) -> dict[str, str]:
-    """Return what came out of a run, the most wanted first; empty is what is not known."""
+def outcomes(run: RunData) -> dict[str, str]:
+    """Return the results of a run, the most wanted first; unknown ones are empty."""
     return {
         "state": run.state,
         "steps": _steps(run),
@@ -65,33 +66,33 @@ def outcomes(run: Run) -> dict[str, str]:
         "attempts": count(len(run.goodput.attempts)),
         "steps left out": _left_out(run),
         "processes": _processes(run),
-        "device": str(run.start.get("device") or run.result.get("device") or ""),
+        "device": str(run.start.device or run.result.get("device") or ""),
         "base per rank": sizes(run.base_bytes) if run.base_bytes else "",
         "peak memory per rank": sizes(run.peak_bytes) if run.peak_bytes else "",
         "trained parameters": _known(run.result.get("trainable_parameters"), count),
     }
 
 
-def _steps(run: Run) -> str:
-    done = run.steps[-1]["step"] if run.steps else 0
+def _steps(run: RunData) -> str:
+    done = run.steps[-1].step if run.steps else 0
     total = run.total_steps
     return count(done) if total in (None, done) else f"{count(done)} of {count(total or 0)}"
 
 
-def _last(records: Sequence[Mapping[str, Any]], name: str, shown_as: Callable[[float], str]) -> str:
-    series = Series.of(records, name)
+def _last(events: Sequence[LedgerEvent], name: str, shown_as: Callable[[float], str]) -> str:
+    series = Series.of(events, name)
     return shown_as(series.y[-1]) if len(series) else ""
 
 
-def _change(run: Run, name: str, shown_as: Callable[[float], str]) -> str:
+def _change(run: RunData, name: str, shown_as: Callable[[float], str]) -> str:
     series = Series.of(run.evaluations, name)
     if len(series) < 2:
         return _last(run.evaluations, name, shown_as)
     return f"{shown_as(series.y[0])} → {shown_as(series.y[-1])}"
 
 
-def _speed(run: Run) -> str:
-    # The mean of the whole run, where it has one; a step's own figure says little.
+def _speed(run: RunData) -> str:
+    # The mean of the whole run, where it has one; the number of a single step means little.
     whole = number(run.result.get("tokens_per_second"))
     series = Series.of(run.steps, "tokens_per_s")
     if whole is None and not len(series):
@@ -104,14 +105,14 @@ def _known(value: Any, shown_as: Callable[[float], str]) -> str:
     return "" if known is None else shown_as(known)
 
 
-def _processes(run: Run) -> str:
-    ranks = number(run.start.get("world_size")) or number(run.result.get("world_size"))
-    strategy = run.start.get("strategy") or run.result.get("strategy")
-    told = [count(ranks)] if ranks else []
-    return ", ".join([*told, str(strategy)] if strategy else told)
+def _processes(run: RunData) -> str:
+    ranks = run.start.world_size or number(run.result.get("world_size"))
+    strategy = run.start.strategy or run.result.get("strategy")
+    parts = [count(ranks)] if ranks else []
+    return ", ".join([*parts, str(strategy)] if strategy else parts)
 
 
-def _left_out(run: Run) -> str:
-    skipped, back = len(run.events("skipped")), len(run.events("rollback"))
-    told = [f"{some('step', skipped)} skipped"] if skipped else []
-    return ", ".join([*told, *([some("rollback", back)] if back else [])])
+def _left_out(run: RunData) -> str:
+    skipped, back = len(run.of(SkippedEvent)), len(run.of(RollbackEvent))
+    parts = [f"{some('step', skipped)} skipped"] if skipped else []
+    return ", ".join([*parts, *([some("rollback", back)] if back else [])])

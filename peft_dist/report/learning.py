@@ -1,7 +1,8 @@
-"""Figures of what was learned: loss, held-out loss and accuracy, learning rate, gradient norm."""
+"""Panels of what was learned: loss, held-out loss and accuracy, learning rate, gradient norm."""
 
 from collections.abc import Callable, Sequence
 
+from peft_dist.ledger.events import RollbackEvent, SkippedEvent
 from peft_dist.report.panel import (
     OVER_STEPS_HEAD,
     Look,
@@ -15,14 +16,14 @@ from peft_dist.report.panel import (
     over_steps_rows,
     restart_marks,
 )
-from peft_dist.report.run_data import Run
+from peft_dist.report.run_data import RunData
 from peft_dist.report.series import Series, number, short
 from peft_dist.report.text import figure, rate, share, some
 
 STEP_AXIS = axis("step", rangemode="tozero")
 
 
-def learning_panels(runs: Sequence[Run]) -> list[Panel]:
+def learning_panels(runs: Sequence[RunData]) -> list[Panel]:
     """Return the figures of what was learned, those that the runs have numbers for."""
     found = [
         _training_loss(runs),
@@ -35,9 +36,9 @@ def learning_panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def with_series(
-    runs: Sequence[Run], name: str, event: str = "step"
-) -> tuple[list[tuple[int, Run]], list[Series]]:
-    """Return the runs whose records have a figure, each with its place, and their series."""
+    runs: Sequence[RunData], name: str, event: str = "step"
+) -> tuple[list[tuple[int, RunData]], list[Series]]:
+    """Return the runs whose events have a field, each with its index, and their series."""
     pairs = []
     for place, run in enumerate(runs):
         series = Series.of(run.steps if event == "step" else run.evaluations, name)
@@ -46,7 +47,7 @@ def with_series(
     return [placed for placed, _ in pairs], [series for _, series in pairs]
 
 
-def _training_loss(runs: Sequence[Run]) -> Panel | None:
+def _training_loss(runs: Sequence[RunData]) -> Panel | None:
     placed, lines = with_series(runs, "loss")
     if not placed:
         return None
@@ -71,23 +72,23 @@ def _training_loss(runs: Sequence[Run]) -> Panel | None:
     )
 
 
-def _words_of_loss(runs: Sequence[Run], lines: Sequence[Series]) -> str:
+def _words_of_loss(runs: Sequence[RunData], lines: Sequence[Series]) -> str:
     text, restarts = in_words(runs, lines, figure), sum(len(run.restarts) for run in runs)
     return f"{text} {some('restart', restarts)}." if restarts else text
 
 
-def _left_out(run: Run, look: Look, series: Series, *, shown: bool) -> list[Trace]:
+def _left_out(run: RunData, look: Look, series: Series, *, shown: bool) -> list[Trace]:
     """Return a mark for each step whose loss or gradient was not finite."""
-    records = run.events("skipped", "rollback")
-    if not records:
+    events = [e for e in run.events if isinstance(e, SkippedEvent | RollbackEvent)]
+    if not events:
         return []
-    words = {"skipped": "skipped", "rollback": "rolled back"}
+    words = {SkippedEvent: "skipped", RollbackEvent: "rolled back"}
     return [
         {
             "type": "scatter", "mode": "markers", "name": "skipped or rolled back",
-            "x": [record["step"] for record in records],
-            "y": short(series.at(record["step"]) or series.y[0] for record in records),
-            "text": [f"step {record['step']} {words[record['event']]}" for record in records],
+            "x": [event.step for event in events],
+            "y": short(series.at(event.step) or series.y[0] for event in events),
+            "text": [f"step {event.step} {words[type(event)]}" for event in events],
             "hovertemplate": "%{text}<extra></extra>", "showlegend": shown,
             "marker": {"symbol": "x-open", "size": 11, "color": look.colour,
                        "line": {"width": 2, "color": look.colour}},
@@ -96,7 +97,7 @@ def _left_out(run: Run, look: Look, series: Series, *, shown: bool) -> list[Trac
 
 
 def _held_out(
-    runs: Sequence[Run], name: str, title: str, unit: str, shown: Callable[[float], str]
+    runs: Sequence[RunData], name: str, title: str, unit: str, shown: Callable[[float], str]
 ) -> Panel | None:
     placed, lines = with_series(runs, name, "evaluation")
     if not placed:
@@ -132,7 +133,7 @@ def _held_out(
     )
 
 
-def _learning_rate(runs: Sequence[Run]) -> Panel | None:
+def _learning_rate(runs: Sequence[RunData]) -> Panel | None:
     placed, lines = with_series(runs, "lr")
     if not placed:
         return None
@@ -161,7 +162,7 @@ def _learning_rate(runs: Sequence[Run]) -> Panel | None:
     )
 
 
-def _gradient_norm(runs: Sequence[Run]) -> Panel | None:
+def _gradient_norm(runs: Sequence[RunData]) -> Panel | None:
     placed, lines = with_series(runs, "grad_norm")
     if not placed:
         return None

@@ -1,4 +1,4 @@
-"""Figures of memory: what each rank held over the steps, and what its bytes were."""
+"""Panels of memory: the peak of each rank over the steps, and what it consists of."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from peft_dist.report.panel import (
     make_panel,
     over_steps_rows,
 )
-from peft_dist.report.run_data import Run
-from peft_dist.report.series import Series, number, numbers, short
+from peft_dist.report.run_data import RunData
+from peft_dist.report.series import Series, number, short
 from peft_dist.report.text import size, sizes
 
 LINES_OF_RANKS = 8
@@ -29,7 +29,7 @@ BARS_OF_RANKS = 16
 PARTS = ("base", "adapter", "gradients", "optimizer", "the rest")
 
 
-def memory_panels(runs: Sequence[Run]) -> list[Panel]:
+def memory_panels(runs: Sequence[RunData]) -> list[Panel]:
     """Return the figures of memory, those that the runs have numbers for."""
     found = [_over_steps(runs), _bytes(runs)]
     return [panel for panel in found if panel is not None]
@@ -46,7 +46,7 @@ class RankBytes:
     planned: float | None
 
 
-def rank_bytes(run: Run) -> list[RankBytes]:
+def rank_bytes(run: RunData) -> list[RankBytes]:
     """Return what is known of every rank of a run."""
     base, peaks, planned = run.base_bytes, run.peak_bytes, run.planned_bytes
     ranks = max(len(base), len(peaks))
@@ -74,8 +74,8 @@ def _at(values: Sequence[float], rank: int) -> float | None:
     return values[rank] if rank < len(values) else None
 
 
-def _over_steps(runs: Sequence[Run]) -> Panel | None:
-    labels: list[Run] = []
+def _over_steps(runs: Sequence[RunData]) -> Panel | None:
+    labels: list[RunData] = []
     lines: list[Series] = []
     traces: list[Trace] = []
     for place, run in enumerate(runs):
@@ -123,10 +123,9 @@ def _over_steps(runs: Sequence[Run]) -> Panel | None:
     )
 
 
-def _lines_of(run: Run, *, alone: bool) -> list[tuple[str, Series]]:
+def _lines_of(run: RunData, *, alone: bool) -> list[tuple[str, Series]]:
     """Return the lines of one run, each with its name."""
-    told = [(r["step"], numbers(r.get("rank_memory_bytes"))) for r in run.steps]
-    known = [(step, ranks) for step, ranks in told if ranks]
+    known = [(s.step, s.rank_memory_bytes) for s in run.steps if s.rank_memory_bytes]
     steps = [step for step, _ in known]
     if not known:
         series = Series.of(run.steps, "peak_memory_bytes")
@@ -145,7 +144,7 @@ def _lines_of(run: Run, *, alone: bool) -> list[tuple[str, Series]]:
     ]
 
 
-def _bytes(runs: Sequence[Run]) -> Panel | None:
+def _bytes(runs: Sequence[RunData]) -> Panel | None:
     every = [(run, found) for run in runs for found in rank_bytes(run)]
     if not any(part for _, found in every for part in found.parts):
         return None
@@ -206,7 +205,7 @@ def _bytes(runs: Sequence[Run]) -> Panel | None:
     )
 
 
-def _fullest(run: Run) -> tuple[Run, RankBytes]:
+def _fullest(run: RunData) -> tuple[RunData, RankBytes]:
     ranks = rank_bytes(run) or [RankBytes(0, [], None, None)]
     return run, max(ranks, key=lambda found: found.peak or 0.0)
 
@@ -215,14 +214,14 @@ def _shown(value: float | None) -> str:
     return "" if value is None else size(value)
 
 
-def _bytes_text(runs: Sequence[Run]) -> str:
-    told = []
+def _bytes_text(runs: Sequence[RunData]) -> str:
+    parts = []
     for run in runs:
         if not run.base_bytes:
             continue
         whole = number(run.result.get("base_bytes_total"))
         of_whole = f" of {size(whole)}" if whole else ""
         name = f"{run.name}: e" if len(runs) > 1 else "E"
-        told.append(f"{name}ach rank holds {sizes(run.base_bytes)}{of_whole} of the base.")
-    told.append("The rest is activations, buffers and libraries, up to the peak.")
-    return " ".join(told)
+        parts.append(f"{name}ach rank holds {sizes(run.base_bytes)}{of_whole} of the base.")
+    parts.append("The rest is activations, buffers and libraries, up to the peak.")
+    return " ".join(parts)

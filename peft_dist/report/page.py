@@ -1,4 +1,4 @@
-"""The page: what it shows of which runs, put into its template. Reads and writes no file of a run.
+"""Render the page of a report from the data of its runs and a template.
 
 Every value passes the template's escaping; plotly.js and the numbers of the figures are part of
 the page, which may load nothing.
@@ -20,12 +20,12 @@ from peft_dist.report.differences import UNKNOWN, differing_settings, outcomes, 
 from peft_dist.report.learning import learning_panels
 from peft_dist.report.memory import memory_panels
 from peft_dist.report.panel import Look, Panel, in_rows
-from peft_dist.report.run_data import Run, Sample
+from peft_dist.report.run_data import RunData, SampleAnswers
 from peft_dist.report.series import MOST_POINTS, PARTS
 from peft_dist.report.speed import speed_panels
 from peft_dist.report.text import duration
 from peft_dist.report.time_use import clock_panels
-from peft_dist.report.timeline import happenings
+from peft_dist.report.timeline import timeline
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters that no text shows: a model that has not learned yet writes them."""
@@ -35,16 +35,16 @@ MOST_ATTEMPTS = 50
 
 @dataclass(frozen=True)
 class SampleRow:
-    """One held-out row, and what each run answered to it: before, after, and which of them fit."""
+    """One example of the eval set, and what each run answered to it."""
 
     row: int
     prompt: str
     expected: str
     answers: Sequence[tuple[str, str | None, str | None]]
-    """Of each run that was asked: its name, and what it said before and after training."""
+    """Of each run that was asked: its name, and its answers before and after training."""
 
 
-def render_page(runs: Sequence[Run]) -> str:
+def render_page(runs: Sequence[RunData]) -> str:
     """Return the page about some runs as HTML."""
     environment = Environment(
         loader=PackageLoader("peft_dist", "report"),
@@ -74,10 +74,10 @@ def _moment(text: Any) -> str:
 
 
 def context(
-    runs: Sequence[Run], sections: Sequence[tuple[str, str, Sequence[Panel]]]
+    runs: Sequence[RunData], sections: Sequence[tuple[str, str, Sequence[Panel]]]
 ) -> dict[str, Any]:
     """Return what the template is filled with."""
-    told, untold = happenings(runs)
+    entries, entries_left_out = timeline(runs)
     panels = [panel for _, _, some in sections for panel in some]
     return {
         "title": ", ".join(run.name for run in runs),
@@ -89,8 +89,8 @@ def context(
         "sections": [part for part in sections if part[2]],
         "figures": {panel.key: panel.figure for panel in panels},
         "attempts": [(run.name, *_shown_attempts(run)) for run in runs],
-        "happenings": told,
-        "untold": untold,
+        "timeline": entries,
+        "timeline_left_out": entries_left_out,
         "samples": sample_rows(runs),
         "versions": {run.name: versions(run) for run in runs},
         # Our own script, and plotly's as it is: neither holds a value of a run.
@@ -102,16 +102,16 @@ def context(
     }
 
 
-def outcomes_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Return what came out, a row per figure that any run has, with a text for each run."""
+def outcomes_table(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
+    """Return the results, a row for each that any run has, with a text for each run."""
     of_runs = [outcomes(run) for run in runs]
     rows = [(name, [found[name] for found in of_runs]) for name in of_runs[0]]
     return [(name, [text or UNKNOWN for text in texts]) for name, texts in rows if any(texts)]
 
 
-def sample_rows(runs: Sequence[Run]) -> list[SampleRow]:
-    """Return the held-out rows that any run was asked, each with all answers to it."""
-    found: dict[tuple[int, str, str], list[tuple[str, Sample]]] = {}
+def sample_rows(runs: Sequence[RunData]) -> list[SampleRow]:
+    """Return the examples that any run was asked, each with all answers to it."""
+    found: dict[tuple[int, str, str], list[tuple[str, SampleAnswers]]] = {}
     for run in runs:
         for sample in run.samples:
             key = (sample.row, sample.prompt, sample.expected)
@@ -122,21 +122,23 @@ def sample_rows(runs: Sequence[Run]) -> list[SampleRow]:
     ]
 
 
-def _how_to_read(runs: Sequence[Run]) -> str:
-    """Say where a line is not every number of the ledger; empty where it is."""
-    told = []
+def _how_to_read(runs: Sequence[RunData]) -> str:
+    """Return where a line is not every number of the ledger; empty where it is."""
+    notes = []
     if len(runs) > 1:
-        told.append(f"Of several runs, noisy lines are means over a {PARTS}th of each run's steps.")
+        notes.append(
+            f"Of several runs, noisy lines are means over a {PARTS}th of each run's steps."
+        )
     longest = max(len(run.counting) for run in runs)
     if longest > MOST_POINTS:
-        told.append(
+        notes.append(
             f"Lines have {MOST_POINTS:,} points at most, of up to {longest:,}: the lowest and the "
             "highest of every part, so that no spike is lost."
         )
-    return " ".join([*told, "Means, texts and tables count every step."] if told else [])
+    return " ".join([*notes, "Means, texts and tables count every step."] if notes else [])
 
 
-def _shown_attempts(run: Run) -> tuple[list[Any], int]:
+def _shown_attempts(run: RunData) -> tuple[list[Any], int]:
     spans = run.goodput.attempts
     left_out = len(spans) - MOST_ATTEMPTS
     if left_out <= 0:

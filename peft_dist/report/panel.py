@@ -1,7 +1,7 @@
-"""What all figures of the page share: how a run is drawn, the axes, and the words beside a figure.
+"""What all panels of the page share: styles, axes, and the text beside a figure.
 
 Colours are names that the page's style sheet gives a value to, in light and in dark. No run is
-told by its colour alone: dashes, markers, hatching and names say the same.
+identified by its colour alone: dashes, markers, hatching and names do so too.
 """
 
 import html
@@ -11,7 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from peft_dist.report.run_data import Run
+from peft_dist.report.run_data import RunData
 from peft_dist.report.series import Series, short
 
 SERIES_COLOURS = 8
@@ -130,12 +130,12 @@ def byte_axis(title: str) -> dict[str, Any]:
     return axis(title, tickformat="~s", ticksuffix="B", rangemode="tozero")
 
 
-def legend_name(run: Run) -> str:
+def legend_name(run: RunData) -> str:
     """Return a run's name, short enough for a legend."""
     return _shortened(run.name, SHOWN_NAME)
 
 
-def bar_name(run: Run) -> str:
+def bar_name(run: RunData) -> str:
     """Return a run's name, short enough to stand before a bar on a phone."""
     return _shortened(run.name, SHOWN_BEFORE_BAR)
 
@@ -166,10 +166,10 @@ def line_over_steps(
     return [faint, {**main, "name": f"mean of {series.window:,} steps"}]
 
 
-def restart_marks(run: Run, look: Look, series: Series, *, shown: bool) -> list[Trace]:
+def restart_marks(run: RunData, look: Look, series: Series, *, shown: bool) -> list[Trace]:
     """Return a mark where each attempt but the first goes on, on the line of a series."""
     mean = series.mean()
-    found = [(r["step"], r["attempt"], mean.at(max(r["step"], mean.x[0]))) for r in run.restarts]
+    found = [(r.step, r.attempt, mean.at(max(r.step, mean.x[0]))) for r in run.restarts]
     placed = [(step, attempt, y) for step, attempt, y in found if y is not None]
     if not placed:
         return []
@@ -188,7 +188,7 @@ def restart_marks(run: Run, look: Look, series: Series, *, shown: bool) -> list[
 
 
 def over_steps_rows(
-    runs: Sequence[Run], all_series: Sequence[Series], shown: Callable[[float], str]
+    runs: Sequence[RunData], all_series: Sequence[Series], shown: Callable[[float], str]
 ) -> list[list[str]]:
     """Return a table row per run: first, last, lowest and highest value."""
     return [
@@ -201,19 +201,19 @@ OVER_STEPS_HEAD = ("run", "first", "last", "lowest", "highest")
 
 
 def in_words(
-    runs: Sequence[Run],
+    runs: Sequence[RunData],
     all_series: Sequence[Series],
     shown: Callable[[float], str],
     *,
     highest: bool = False,
 ) -> str:
-    """Say where a line begins and ends and where it is lowest; of several, which end where.
+    """Return where a line begins and ends and where it is lowest; of several, which end where.
 
     Args:
         runs: Whose lines they are.
         all_series: One for each run.
         shown: Makes a text of a value.
-        highest: Whether where a line is highest says more.
+        highest: Whether to report the highest value instead of the lowest.
     """
     if len(runs) > 1:
         ends = [max(s.y) if highest else s.y[-1] for s in all_series]

@@ -1,6 +1,6 @@
-"""What a run directory says of its run, read once and as it is; draws nothing and judges little.
+"""Read a run directory into the data of its report.
 
-What is missing is missing: a run that trains at this moment, was cut off, or comes from a version
+What is missing is left out: a run that trains at this moment, was cut off, or comes from a version
 that wrote less has a report all the same.
 """
 
@@ -12,24 +12,34 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft_dist.common.errors import RunDirError
 from peft_dist.config.load import read_mapping
-from peft_dist.ledger.goodput import Goodput, Record, counting_records, current_records, goodput
-from peft_dist.ledger.goodput import read_ledger as read_records
+from peft_dist.ledger.events import (
+    EndEvent,
+    EvaluationEvent,
+    LedgerEvent,
+    SampleEvent,
+    StartEvent,
+    StepEvent,
+)
+from peft_dist.ledger.goodput import Goodput, counting_events, current_events, goodput
+from peft_dist.ledger.reader import LedgerReader
 from peft_dist.report.series import number, numbers
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import crash_notes
 from peft_dist.run.restart_policy import Kind
 
 PLAN_FILE = "plan.json"
-"""What was foreseen before the run, where somebody planned it: `bytes_per_rank`."""
+"""The plan made before the run, if there is one: `bytes_per_rank`."""
+
+AnyEvent = TypeVar("AnyEvent", bound=LedgerEvent)
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What the model answered to one held-out row."""
+class SampleAnswers:
+    """What the model answered to one example of the eval set."""
 
     row: int
     prompt: str
@@ -39,7 +49,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunData:
     """One run, as its directory shows it."""
 
     name: str
@@ -54,44 +64,48 @@ class Run:
     failure: str
     """Why starting again cannot help; empty where it can."""
     planned_bytes: Sequence[float]
-    """Foreseen memory of every rank; empty without a plan."""
-    records: Sequence[Record]
+    """Planned memory of every rank; empty without a plan."""
+    events: Sequence[LedgerEvent]
     """The ledger, without what an attempt wrote after it had lost the run."""
-    counting: Sequence[Record]
-    """Steps and evaluations whose work is part of the run."""
+    counting: Sequence[LedgerEvent]
+    """Steps, evaluations and checkpoints whose work is part of the run."""
     goodput: Goodput
     crashes: Mapping[int, str]
-    """What a rank said before it ended, by attempt."""
+    """The error of a rank that crashed, by attempt."""
 
-    def events(self, *names: str) -> list[Record]:
-        """Return the records of these events."""
-        return [record for record in self.records if record["event"] in names]
+    def of(self, *kinds: type[AnyEvent]) -> list[AnyEvent]:
+        """Return the events of these classes."""
+        return [event for event in self.events if isinstance(event, kinds)]
 
     @cached_property
-    def steps(self) -> list[Record]:
+    def steps(self) -> list[StepEvent]:
         """The steps that made the adapter."""
-        return [record for record in self.counting if record["event"] == "step"]
+        return [event for event in self.counting if isinstance(event, StepEvent)]
 
     @cached_property
-    def evaluations(self) -> list[Record]:
+    def evaluations(self) -> list[EvaluationEvent]:
         """The evaluations that count."""
-        return [record for record in self.counting if record["event"] == "evaluation"]
+        return [event for event in self.counting if isinstance(event, EvaluationEvent)]
+
+    @cached_property
+    def starts(self) -> list[StartEvent]:
+        """The start of every attempt that came so far."""
+        return self.of(StartEvent)
 
     @property
-    def start(self) -> Record:
-        """The newest start; empty where none was written."""
-        starts = self.events("start")
-        return starts[-1] if starts else {}
+    def start(self) -> StartEvent:
+        """The newest start; an empty one where none was written."""
+        return self.starts[-1] if self.starts else StartEvent(step=0)
 
     @property
-    def restarts(self) -> list[Record]:
+    def restarts(self) -> list[StartEvent]:
         """Every start but the first."""
-        return self.events("start")[1:]
+        return self.starts[1:]
 
     @property
     def total_steps(self) -> int | None:
         """Steps of the whole run."""
-        found = number(self.start.get("steps")) or number(self.result.get("steps"))
+        found = self.start.steps or number(self.result.get("steps"))
         return None if found is None else int(found)
 
     @property
@@ -101,39 +115,41 @@ class Run:
             return "finished"
         if self.failure:
             return "failed"
-        ends = [record for record in self.records if record["event"] in ("start", "end")]
-        if not ends or ends[-1]["event"] == "start":
-            return "not finished"
-        return str(ends[-1].get("outcome", "ended"))
+        for event in reversed(self.events):
+            if isinstance(event, StartEvent | EndEvent):
+                return event.outcome if isinstance(event, EndEvent) else "not finished"
+        return "not finished"
 
     @property
     def base_bytes(self) -> list[float]:
         """Bytes of the base that every rank holds."""
-        named = "base_bytes_per_rank"
-        return numbers(self.result.get(named)) or numbers(self.start.get(named))
+        found = numbers(self.result.get("base_bytes_per_rank"))
+        return found or list(self.start.base_bytes_per_rank or [])
 
     @property
     def peak_bytes(self) -> list[float]:
-        """Most memory that every rank has held: its GPU's, or the host's where it has none."""
+        """Peak memory of every rank: its GPU's, or the host's where it has none."""
         on_gpu = self.result.get("device") == "cuda"
         kind = "peak_device_bytes_per_rank" if on_gpu else "peak_rss_bytes_per_rank"
         found = numbers(self.result.get(kind))
-        for record in self.steps[-1:]:
-            found = found or numbers(record.get("rank_memory_bytes"))
+        if not found and self.steps:
+            found = list(self.steps[-1].rank_memory_bytes or [])
         return found
 
     @property
-    def samples(self) -> list[Sample]:
-        """The rows that the model was asked, before the first step and after the last one."""
-        rows: dict[tuple[int, str, str], dict[bool, str]] = {}
-        for record in self.events("sample"):
-            row, prompt, expected = (record.get(name) for name in ("row", "prompt", "expected"))
-            key = (row if type(row) is int else 0, str(prompt), str(expected))
-            rows.setdefault(key, {})[record["step"] > 0] = str(record.get("predicted"))
-        return [Sample(*key, said.get(False), said.get(True)) for key, said in rows.items()]
+    def samples(self) -> list[SampleAnswers]:
+        """The examples that the model was asked, before the first step and after the last one."""
+        found: dict[tuple[int, str, str], dict[bool, str]] = {}
+        for event in self.of(SampleEvent):
+            key = (event.row, event.prompt, event.expected)
+            found.setdefault(key, {})[event.step > 0] = event.predicted
+        return [
+            SampleAnswers(*key, answers.get(False), answers.get(True))
+            for key, answers in found.items()
+        ]
 
 
-def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+def read_runs(paths: Sequence[str | Path]) -> list[RunData]:
     """Read run directories.
 
     Raises:
@@ -151,12 +167,12 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     ]
 
 
-def read_run(run: RunDir, name: str) -> Run:
+def read_run(run: RunDir, name: str) -> RunData:
     """Read one run directory, to be called by a name."""
-    records = current_records(read_records(run.ledger))
-    figures = goodput(records)
+    events = list(current_events(LedgerReader(run.ledger).all()))
+    time_use = goodput(events)
     failure = run.read_failure()
-    return Run(
+    return RunData(
         name=name,
         path=run.path,
         recipe_text=run.recipe.read_text(encoding="utf-8"),
@@ -165,10 +181,10 @@ def read_run(run: RunDir, name: str) -> Run:
         result=_read_json(run.result),
         failure="" if failure is None else failure.error,
         planned_bytes=_planned(run),
-        records=records,
-        counting=counting_records(records),
-        goodput=figures,
-        crashes=_crashes(run.attempts, [span.attempt for span in figures.attempts]),
+        events=events,
+        counting=counting_events(events),
+        goodput=time_use,
+        crashes=_crashes(run.attempts, [span.attempt for span in time_use.attempts]),
     )
 
 
@@ -183,16 +199,16 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def _planned(run: RunDir) -> list[float]:
-    told = _read_json(run.path / PLAN_FILE).get("bytes_per_rank")
-    one = number(told)
-    return numbers(told) if one is None else [one]
+    planned = _read_json(run.path / PLAN_FILE).get("bytes_per_rank")
+    one = number(planned)
+    return numbers(planned) if one is None else [one]
 
 
 def _crashes(folder: Path, attempts: Sequence[int]) -> dict[int, str]:
     found = {}
     for attempt in attempts:
         notes = crash_notes(folder, attempt)
-        # Who lost a peer says nothing of why that one ended.
+        # A rank that lost a peer does not know why that one ended.
         for note in [note for note in notes if note["kind"] != Kind.LOST_PEER] or notes:
             found[attempt] = f"rank {note['rank']}: {note['error']}"
             break

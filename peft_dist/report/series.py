@@ -1,33 +1,34 @@
-"""Numbers of a run in the order of its steps, and fewer of them where a page could not hold all.
+"""Series of numbers over the steps of a run, and their reduction to what a page can hold.
 
-Draws nothing. What is thinned keeps the lowest and the highest number of every part, so that no
-spike is lost.
+A thinned series keeps the lowest and the highest number of every part, so that no spike is lost.
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Self
 
+from peft_dist.ledger.events import LedgerEvent
+
 MOST_POINTS = 1_000
-"""Points of one line in a figure; more would not be told apart."""
+"""Points of one line in a figure; more could not be distinguished."""
 NUMBERS = frozenset((int, float))
-"""Types that are numbers in a record; `true` is none."""
+"""Types that are numbers in a JSON file; `true` is none."""
 PARTS = 40
 """A mean is taken over this part of a run."""
 
 
 def number(value: Any) -> float | None:
-    """Return a finite number as it stands in a record, None for anything else."""
+    """Return a finite number as it stands in a JSON file, None for anything else."""
     if type(value) not in NUMBERS or not math.isfinite(value):
         return None
     return float(value)
 
 
 def numbers(value: Any) -> list[float]:
-    """Return a list of finite numbers as it stands in a record; empty for anything else."""
+    """Return a list of finite numbers as it stands in a JSON file; empty for anything else."""
     if not isinstance(value, list) or not NUMBERS.issuperset(map(type, value)):
         return []
     return value if all(map(math.isfinite, value)) else []
@@ -41,12 +42,10 @@ class Series:
     y: Sequence[float]
 
     @classmethod
-    def of(cls, records: Iterable[Mapping[str, Any]], name: str) -> Self:
-        """Return one figure of the records over their steps; records without it are left out."""
+    def of(cls, events: Iterable[LedgerEvent], name: str) -> Self:
+        """Return one field of the events over their steps; events without it are left out."""
         pairs = [
-            (record["step"], value)
-            for record in records
-            if (value := number(record.get(name))) is not None
+            (event.step, value) for event in events if (value := getattr(event, name)) is not None
         ]
         return cls([step for step, _ in pairs], [value for _, value in pairs])
 
@@ -90,8 +89,8 @@ class Series:
 
     def at(self, step: float) -> float | None:
         """Return the last value up to a step."""
-        place = bisect_right(self.x, step)
-        return self.y[place - 1] if place else None
+        index = bisect_right(self.x, step)
+        return self.y[index - 1] if index else None
 
 
 def short(values: Iterable[float]) -> list[float]:

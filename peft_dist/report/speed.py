@@ -1,10 +1,10 @@
-"""Figures of speed: tokens per second, utilisation, and the ranks beside each other."""
+"""Panels of speed: tokens per second, utilisation, and the ranks beside each other."""
 
 from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
-from peft_dist.ledger.goodput import Record
+from peft_dist.ledger.events import StepEvent
 from peft_dist.report.learning import STEP_AXIS, with_series
 from peft_dist.report.panel import (
     OVER_STEPS_HEAD,
@@ -18,8 +18,8 @@ from peft_dist.report.panel import (
     make_panel,
     over_steps_rows,
 )
-from peft_dist.report.run_data import Run
-from peft_dist.report.series import Series, numbers, quantile, short
+from peft_dist.report.run_data import RunData
+from peft_dist.report.series import Series, quantile, short
 from peft_dist.report.text import duration, figure, share
 
 BARS_OF_RANKS = 16
@@ -27,42 +27,37 @@ BARS_OF_RANKS = 16
 WARM_UP_STEPS = 2
 """The first steps of an attempt pay for everything lazy; no rank is judged by them."""
 
-RankTimes = tuple[int, Run, list[int], list[list[float]]]
-"""A run's place, the run, and the steps that tell each rank's own time, with those times."""
+RankTimes = tuple[int, RunData, list[int], list[list[float]]]
+"""A run's index, the run, and the steps that have each rank's own time, with those times."""
 
 
-def speed_panels(runs: Sequence[Run]) -> list[Panel]:
+def speed_panels(runs: Sequence[RunData]) -> list[Panel]:
     """Return the figures of speed, those that the runs have numbers for."""
     ranks = [(place, run, *rank_times(run)) for place, run in enumerate(runs)]
-    several = [told for told in ranks if told[3] and len(told[3][0]) > 1]
+    several = [times for times in ranks if times[3] and len(times[3][0]) > 1]
     found = [_throughput(runs), _utilisation(runs)]
     if several:
         found += [_rank_times(runs, several), _imbalance(runs, several)]
     return [panel for panel in found if panel is not None]
 
 
-def rank_times(run: Run) -> tuple[list[int], list[list[float]]]:
-    """Return the steps that tell each rank's own time, in seconds, and those times.
+def rank_times(run: RunData) -> tuple[list[int], list[list[float]]]:
+    """Return the steps that have each rank's own time, in seconds, and those times.
 
     Of steps before the number of ranks changed nothing can be compared; they are left out.
     """
-    told = [(r["step"], numbers(r.get("rank_step_s"))) for r in _warm_steps(run)]
-    known = [(step, times) for step, times in told if times]
+    known = [(s.step, s.rank_step_s) for s in _warm_steps(run) if s.rank_step_s]
     ranks = len(known[-1][1]) if known else 0
     fitting = [(step, times) for step, times in known if len(times) == ranks]
     return [step for step, _ in fitting], [times for _, times in fitting]
 
 
-def _warm_steps(run: Run) -> list[Record]:
-    begun = {record["attempt"]: record["step"] for record in run.events("start")}
-    return [
-        record
-        for record in run.steps
-        if record["step"] > begun.get(record["attempt"], 0) + WARM_UP_STEPS
-    ]
+def _warm_steps(run: RunData) -> list[StepEvent]:
+    begun = {start.attempt: start.step for start in run.starts}
+    return [step for step in run.steps if step.step > begun.get(step.attempt, 0) + WARM_UP_STEPS]
 
 
-def _throughput(runs: Sequence[Run]) -> Panel | None:
+def _throughput(runs: Sequence[RunData]) -> Panel | None:
     placed, lines = with_series(runs, "tokens_per_s")
     if not placed:
         return None
@@ -89,7 +84,7 @@ def _throughput(runs: Sequence[Run]) -> Panel | None:
     )
 
 
-def _utilisation(runs: Sequence[Run]) -> Panel | None:
+def _utilisation(runs: Sequence[RunData]) -> Panel | None:
     placed, lines = with_series(runs, "mfu")
     if not placed:
         return None
@@ -114,11 +109,11 @@ def _utilisation(runs: Sequence[Run]) -> Panel | None:
     )
 
 
-def _rank_times(runs: Sequence[Run], told: Sequence[RankTimes]) -> Panel:
-    few = max(len(times[0]) for *_, times in told) <= BARS_OF_RANKS
+def _rank_times(runs: Sequence[RunData], ranks: Sequence[RankTimes]) -> Panel:
+    few = max(len(times[0]) for *_, times in ranks) <= BARS_OF_RANKS
     traces: list[Trace] = []
     rows, words = [], []
-    for place, run, _, times in told:
+    for place, run, _, times in ranks:
         by_rank = [list(column) for column in zip(*times, strict=True)]
         middles = [median(column) for column in by_rank]
         highs = [quantile(column, 0.95) for column in by_rank]
@@ -173,9 +168,9 @@ def step_time(seconds: float) -> str:
     return f"{seconds * 1000:.1f} ms" if seconds < 1 else duration(seconds)
 
 
-def _imbalance(runs: Sequence[Run], told: Sequence[RankTimes]) -> Panel:
+def _imbalance(runs: Sequence[RunData], ranks: Sequence[RankTimes]) -> Panel:
     lines, own, traces = [], [], list[Trace]()
-    for place, run, steps, times in told:
+    for place, run, steps, times in ranks:
         series = Series(steps, [max(step) / max(median(step), 1e-9) for step in times])
         name, alone = legend_name(run), len(runs) == 1
         traces += line_over_steps(series, Look(place), name=name, alone=alone)

@@ -1,9 +1,9 @@
-"""Figures over the clock: where the time went, and how the machine of rank 0 fared."""
+"""Panels over the clock: where the time went, and how busy the node of rank 0 was."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
-from typing import Any
 
+from peft_dist.ledger.events import Gpu, SystemEvent
 from peft_dist.ledger.goodput import PHASES
 from peft_dist.report.panel import (
     Look,
@@ -15,8 +15,8 @@ from peft_dist.report.panel import (
     legend_name,
     make_panel,
 )
-from peft_dist.report.run_data import Run
-from peft_dist.report.series import Series, number, short
+from peft_dist.report.run_data import RunData
+from peft_dist.report.series import Series, short
 from peft_dist.report.text import duration, share
 
 PHASE_PLACES = {
@@ -27,13 +27,13 @@ PHASE_PLACES = {
 TIME_UNITS = ((2 * 86400.0, 3600.0, "hours"), (2 * 3600.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
 
 
-def clock_panels(runs: Sequence[Run]) -> list[Panel]:
+def clock_panels(runs: Sequence[RunData]) -> list[Panel]:
     """Return the figures over the clock, those that the runs have numbers for."""
     found = [_goodput(runs), _machine(runs)]
     return [panel for panel in found if panel is not None]
 
 
-def _goodput(runs: Sequence[Run]) -> Panel | None:
+def _goodput(runs: Sequence[RunData]) -> Panel | None:
     own = [run for run in runs if run.goodput.total_s > 0]
     if not own:
         return None
@@ -95,25 +95,25 @@ def _goodput(runs: Sequence[Run]) -> Panel | None:
     )
 
 
-def _machine(runs: Sequence[Run]) -> Panel | None:
+def _machine(runs: Sequence[RunData]) -> Panel | None:
     lines: list[tuple[str, int, Series]] = []
-    spans = [run.records[-1]["time"] - run.records[0]["time"] for run in runs if run.records]
+    spans = [run.events[-1].time - run.events[0].time for run in runs if run.events]
     longest = max([0.0, *spans])  # a clock may have been set back
     unit_s, unit = next((unit_s, unit) for above, unit_s, unit in TIME_UNITS if longest >= above)
     for place, run in enumerate(runs):
-        records = [record for record in run.events("system") if "node" not in record]
-        if not records:
+        samples = [sample for sample in run.of(SystemEvent) if sample.node is None]
+        if not samples:
             continue
-        begun = run.records[0]["time"]
-        times = [(record["time"] - begun) / unit_s for record in records]
+        begun = run.events[0].time
+        times = [(sample.time - begun) / unit_s for sample in samples]
         of_run: list[tuple[str, Series]] = []
-        for what, values in _percentages(records).items():
+        for what, values in _percentages(samples).items():
             pairs = [(t, v) for t, v in zip(times, values, strict=True) if v is not None]
             if pairs:
                 of_run.append((what, Series([t for t, _ in pairs], [v for _, v in pairs])))
         if len(runs) == 1:
             lines += [(what, index, series) for index, (what, series) in enumerate(of_run)]
-        else:  # of several runs, only how busy: more lines would not be told apart
+        else:  # of several runs, only how busy: more lines could not be distinguished
             busy = dict(of_run)
             what = "GPUs busy" if "GPUs busy" in busy else "processor"
             if what in busy:
@@ -145,16 +145,16 @@ def _machine(runs: Sequence[Run]) -> Panel | None:
     )
 
 
-def _further_nodes(run: Run) -> list[list[str]]:
+def _further_nodes(run: RunData) -> list[list[str]]:
     """Return rows of the nodes besides rank 0's, where the ledger has any."""
-    by_node: dict[int, list[Mapping[str, Any]]] = {}
-    for record in run.events("system"):
-        if type(record.get("node")) is int:
-            by_node.setdefault(record["node"], []).append(record)
+    by_node: dict[int, list[SystemEvent]] = {}
+    for sample in run.of(SystemEvent):
+        if sample.node is not None:
+            by_node.setdefault(sample.node, []).append(sample)
     return [
         _percent_row(f"node of rank {node}: {what}", known)
-        for node, records in sorted(by_node.items())
-        for what, values in _percentages(records).items()
+        for node, samples in sorted(by_node.items())
+        for what, values in _percentages(samples).items()
         if (known := [value for value in values if value is not None])
     ]
 
@@ -163,26 +163,21 @@ def _percent_row(name: str, values: Sequence[float]) -> list[str]:
     return [name, *(f"{value:.0f}%" for value in (fmean(values), min(values), max(values)))]
 
 
-def _percentages(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
-    """Return how busy and how full the machine was, in percent; of several GPUs the mean."""
+def _percentages(samples: Sequence[SystemEvent]) -> dict[str, list[float | None]]:
+    """Return how busy and how full the node was, in percent; of several GPUs the mean."""
     return {
-        "processor": [number(record.get("cpu_percent")) for record in records],
-        "memory": [_used(record) for record in records],
-        "GPUs busy": [_of_gpus(record, "utilisation_percent") for record in records],
-        "GPU memory": [_of_gpus(record, None) for record in records],
+        "processor": [sample.cpu_percent for sample in samples],
+        "memory": [_used(sample) for sample in samples],
+        "GPUs busy": [_mean(g.utilisation_percent for g in s.gpus or []) for s in samples],
+        "GPU memory": [_mean(_used(gpu) for gpu in sample.gpus or []) for sample in samples],
     }
 
 
-def _of_gpus(record: Mapping[str, Any], name: str | None) -> float | None:
-    gpus = [gpu for gpu in record.get("gpus") or [] if isinstance(gpu, Mapping)]
-    values = [_used(gpu) if name is None else number(gpu.get(name)) for gpu in gpus]
+def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
 
-def _used(figures: Mapping[str, Any]) -> float | None:
-    used, total = (
-        number(figures.get("memory_used_bytes")),
-        number(figures.get("memory_total_bytes")),
-    )
+def _used(memory: SystemEvent | Gpu) -> float | None:
+    used, total = memory.memory_used_bytes, memory.memory_total_bytes
     return None if used is None or not total else 100 * used / total

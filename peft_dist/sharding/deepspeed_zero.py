@@ -245,11 +245,11 @@ class ZeRO3Engine(Engine):
         """Give the optimizer to ZeRO stage 2. Collective."""
         return _share_optimizer(self._deepspeed, optimizer, self.world)
 
-    def reduce(self, riders: torch.Tensor) -> torch.Tensor:
-        """Sum gradients and riders; what backward left gathered is freed. Collective."""
+    def reduce(self, extras: torch.Tensor) -> torch.Tensor:
+        """Sum gradients and extras; what backward left gathered is freed. Collective."""
         # DeepSpeed frees a module when the gradient of its input is there; ids have none.
         self._hooks.optimizer.release_backward_leftovers()
-        return super().reduce(riders)
+        return super().reduce(extras)
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         """Return the shape of a parameter of the base."""

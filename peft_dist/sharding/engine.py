@@ -20,11 +20,10 @@ from peft_dist.model.fingerprint import fingerprint_piece, fingerprint_rows, wra
 from peft_dist.sharding.compute_timer import OwnTime
 from peft_dist.sharding.optimizer import AdapterOptimizer
 
-SHARED_RIDERS = 4
-"""Figures that travel with the gradients, one for all processes: the loss, and what they want to
-tell each other."""
-RANK_RIDERS = 2
-"""Figures that travel with them for each process: its own time, and its memory."""
+SHARED_EXTRAS = 4
+"""Values carried by the gradient all-reduce, one for all processes: the loss and three flags."""
+RANK_EXTRAS = 2
+"""Values carried by it for each process: its own time, and its memory."""
 
 
 class Group(NamedTuple):
@@ -42,7 +41,7 @@ class Engine(ABC):
     Attributes:
         shard: Which rows of every base tensor this process reads.
         sharded: Whether it keeps those rows alone.
-        riders: How many figures travel with the gradients.
+        extras: Number of flags and metrics carried by the gradient all-reduce.
         own_time: Times this process's own part of a step.
     """
 
@@ -60,7 +59,7 @@ class Engine(ABC):
         self.world = world
         self.shard_size = shard_size
         self.offload = offload
-        self.riders = SHARED_RIDERS + RANK_RIDERS * world.size
+        self.extras = SHARED_EXTRAS + RANK_EXTRAS * world.size
         self.own_time = OwnTime(world.device)
 
     @abstractmethod
@@ -94,7 +93,7 @@ class Engine(ABC):
         self._shapes = {name: parameter.shape for name, parameter in ordered}
         sizes = [parameter.numel() for _, parameter in ordered]
         self._values = torch.empty(sum(sizes), device=self.world.device)
-        self._reduced = torch.zeros(sum(sizes) + self.riders, device=self.world.device)
+        self._reduced = torch.zeros(sum(sizes) + self.extras, device=self.world.device)
         values, gradients = self._values.split(sizes), self.gradients.split(sizes)
         for (_, parameter), value, gradient in zip(ordered, values, gradients, strict=True):
             assert parameter.dtype == torch.float32, parameter.dtype
@@ -121,11 +120,11 @@ class Engine(ABC):
         """
         return AdapterOptimizer(optimizer)
 
-    def reduce(self, riders: torch.Tensor) -> torch.Tensor:
-        """Sum gradients and `riders`, float32 [riders]; return the summed riders. Collective."""
-        self._reduced[-self.riders :] = riders
+    def reduce(self, extras: torch.Tensor) -> torch.Tensor:
+        """Sum gradients and `extras`, float32 [extras]; return the summed extras. Collective."""
+        self._reduced[-self.extras :] = extras
         sum_over(self._reduced)
-        return self._reduced[-self.riders :].clone()
+        return self._reduced[-self.extras :].clone()
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale gradients to a global norm of at most `max_norm` (0: leave); return the norm."""
@@ -137,7 +136,7 @@ class Engine(ABC):
     @property
     def gradients(self) -> torch.Tensor:
         """The flat gradient, [trained parameters]."""
-        return self._reduced[: -self.riders]
+        return self._reduced[: -self.extras]
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the last step; the buffer stays."""

@@ -1,39 +1,47 @@
-"""How long before its end a job must be told to save: as long as saving has been seen to take."""
+"""How long before its end a job is signalled to save: as long as saving has taken so far."""
 
 import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft_dist.common.errors import RunDirError
-from peft_dist.ledger.goodput import read_ledger
+from peft_dist.ledger.events import SavedEvent, SaveFailedEvent, StepEvent, SystemEvent
+from peft_dist.ledger.reader import LedgerReader
 
 MARGIN = 3.0
 """Times a long step and a long save of late: a shared file system has bad hours."""
 SETTLE_S = 30.0
 """For the signal to arrive, the ranks to agree and the processes to end."""
 RECENT = 500
-"""Steps and saves that count; of their times the 99th percentile, so that a job that was suspended
-for a night does not save a night before its end for ever after."""
+"""Steps that count, and saves between them; of their times the 99th percentile, so that a job that
+was suspended for a night does not save a night before its end for ever after."""
+SEARCH_BYTES = 16 << 20
+"""Where to stop looking for them, from the ledger's end: some 20,000 steps."""
 
 
 def lead_s(ledger: Path, least_s: int) -> int:
     """Return the seconds that a run needs between the signal to save and its end.
 
     Args:
-        ledger: The run's; it need not be there yet.
+        ledger: The run's; it need not exist yet.
         least_s: What the cluster file asks for.
     """
-    try:
-        records = read_ledger(ledger)
-    except RunDirError:  # not begun yet
+    reader, saves = LedgerReader(ledger), (SavedEvent, SaveFailedEvent)
+    events = reader.tail(RECENT + 1, StepEvent, limit_bytes=SEARCH_BYTES)
+    if not events:  # not begun yet
         return least_s
-    saves_s = [record["write_s"] for record in records if "write_s" in record]
-    steps_s = [
-        record["at_s"] - before["at_s"]
-        for before, record in itertools.pairwise(r for r in records if r["event"] != "system")
-        if before["event"] == record["event"] == "step"
+    saved = [event for event in events if isinstance(event, saves)]
+    saved = saved or [
+        event
+        for event in reader.tail(1, saves, limit_bytes=SEARCH_BYTES)
+        if isinstance(event, saves)
     ]
+    steps_s = [
+        event.at_s - before.at_s
+        for before, event in itertools.pairwise(e for e in events if not isinstance(e, SystemEvent))
+        if isinstance(before, StepEvent) and isinstance(event, StepEvent)
+    ]
+    saves_s = [event.write_s for event in saved if event.write_s is not None]
     needed_s = SETTLE_S + MARGIN * (_long(steps_s) + _long(saves_s))
     return max(least_s, math.ceil(needed_s))
 

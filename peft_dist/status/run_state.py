@@ -19,7 +19,7 @@ from peft_dist.run.job_events import Event, candidates, events, newest_logs, oth
 from peft_dist.run.lease import STALE_AFTER_S, Record, record_path, records
 from peft_dist.run.restart_policy import Kind
 from peft_dist.slurm.job_state import UNKNOWN, JobState, is_live, is_over
-from peft_dist.status.progress import Standing, read_tail, standing
+from peft_dist.status.progress import RunProgress, read_progress
 
 DONE = "COMPLETED"
 """The run has trained to its end, and its result proves it."""
@@ -67,7 +67,7 @@ class Reading:
     history: list[Event]
     record: Record | None
     """Of the newest attempt."""
-    standing: Standing
+    progress: RunProgress
     jobs: Sequence[str]
     """Those that may be live, as `jobs.candidates` returns them."""
     problem: str = ""
@@ -85,11 +85,11 @@ def read_run(path: Path) -> Reading:
     try:
         history, attempts = events(path), records(run.attempts)
     except (RunDirError, OSError) as error:
-        return Reading(run, [], None, Standing(), [], problem=str(error))
+        return Reading(run, [], None, RunProgress(), [], problem=str(error))
     record = attempts[-1] if attempts else None
     own = (record or {}).get("slurm_job_id")
     jobs = [*candidates(path, history), *others(path)] or ([str(own)] if own else [])
-    found = standing(read_tail(run.ledger))
+    found = read_progress(run.ledger)
     # The ledger's end may lie long after its start.
     known = [attempt["steps"] for attempt in attempts if type(attempt.get("steps")) is int]
     steps = known[-1] if known else found.steps
@@ -112,7 +112,7 @@ def view(reading: Reading, answers: Mapping[str, JobState], *, name: str, now: f
         reason, cause = "", reason
     elif is_over(state) and cause:
         reason = ""
-    found, record = reading.standing, reading.record or {}
+    found, record = reading.progress, reading.record or {}
     return RunView(
         run=name,
         path=str(reading.run.path),
@@ -218,7 +218,7 @@ def _went_on_here(record: Record | None) -> bool:
     return _is_alive(record) is True
 
 
-def _left_s(found: Standing) -> float | None:
+def _left_s(found: RunProgress) -> float | None:
     if found.step is None or found.steps is None or found.step_s is None:
         return None
     return max(0, found.steps - found.step) * found.step_s

@@ -1,1 +1,1 @@
-"""Where progress is shown. The ledger is the truth; the rest are views of its records."""
+"""Where progress is shown. The ledger is the truth; the rest are views of its events."""

@@ -1,7 +1,7 @@
-"""How the machines besides rank 0's fare: each leaves its newest sample in a file of the run.
+"""Samples of the nodes besides rank 0's: each keeps its newest one in a file of the run directory.
 
-Rank 0 alone writes the ledger, and reads these files for it. No clock is compared with another's:
-machines may disagree about the time.
+Rank 0 alone writes the ledger, and reads these files for it. Clocks of two nodes are never
+compared: they may disagree.
 """
 
 import json
@@ -13,30 +13,30 @@ from pathlib import Path
 
 from peft_dist.common.atomic import replace_file
 from peft_dist.config.recipe import Tracking
-from peft_dist.ledger.writer import Record
+from peft_dist.ledger.events import LedgerEvent, SystemEvent
 from peft_dist.run.directory import RunDir
 from peft_dist.tracking.system import SystemSampler
 
 log = logging.getLogger(__name__)
 
 STALE_INTERVALS = 3
-"""What nobody has looked at for so many intervals may be as old, and is not told any more."""
+"""After so many intervals without a read the samples may be as old, and are not reported."""
 
 
 class NodeFile:
-    """The file of one machine, which holds its newest sample alone."""
+    """The file of one node, which holds its newest sample alone."""
 
     def __init__(self, folder: Path, *, rank: int, attempt: int) -> None:
-        """Name the file; nothing is made yet.
+        """Name the file; nothing is written yet.
 
         Args:
             folder: The run's, for such files.
-            rank: The first rank of the machine.
+            rank: The first rank of the node.
             attempt: Which start of the run this is.
         """
         self._path, self._rank, self._attempt = folder / f"node-{rank}.json", rank, attempt
 
-    def write(self, record: Record) -> None:
+    def write(self, event: LedgerEvent) -> None:
         """Replace the sample.
 
         Raises:
@@ -45,39 +45,39 @@ class NodeFile:
         self._path.parent.mkdir(mode=0o700, exist_ok=True)
         found = {
             "attempt": self._attempt,
-            "time": time.time(),  # no sample is the one before it, were all its figures the same
-            "record": {**record, "node": self._rank},
+            "time": time.time(),  # so that no two samples are the same text
+            "event": {**event.fields(), "node": self._rank},
         }
         replace_file(self._path, json.dumps(found) + "\n", durable=False)
 
     def remove(self) -> None:
-        """Leave no file, and no folder without one; what cannot be removed does no harm."""
+        """Remove the file, and its folder if it is empty; one that stays does no harm."""
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
             self._path.parent.rmdir()
 
 
 class OtherNodes:
-    """The files of all machines but rank 0's, as rank 0 reads them: each sample once."""
+    """The files of all nodes but rank 0's, as rank 0 reads them: each sample once."""
 
     def __init__(self, folder: Path, *, attempt: int, every_s: float) -> None:
-        """Look from now on.
+        """Read from now on.
 
         Args:
             folder: The run's, for such files.
-            attempt: Which start of the run this is; what others left is passed over.
+            attempt: Which start of the run this is; files of other attempts are ignored.
             every_s: Seconds between samples.
         """
         self._folder, self._attempt = folder, attempt
         self._stale_s = STALE_INTERVALS * every_s
-        self._looked_at_s = time.monotonic()
+        self._read_at_s = time.monotonic()
         self._seen: dict[Path, str] = {}
         self._warned = False
 
-    def new(self) -> Iterator[Record]:
-        """Yield the samples that were left since the last call."""
+    def new(self) -> Iterator[SystemEvent]:
+        """Yield the samples that were written since the last call."""
         now_s = time.monotonic()
-        is_late, self._looked_at_s = now_s - self._looked_at_s > self._stale_s, now_s
+        is_late, self._read_at_s = now_s - self._read_at_s > self._stale_s, now_s
         for path in sorted(self._folder.glob("node-*.json")):
             try:
                 text = path.read_text(encoding="utf-8")
@@ -86,8 +86,8 @@ class OtherNodes:
                 self._seen[path] = text
                 found = json.loads(text)
                 if found["attempt"] == self._attempt and not is_late:
-                    yield found["record"]
-            except FileNotFoundError:  # its machine is done
+                    yield SystemEvent.model_validate(found["event"])
+            except FileNotFoundError:  # its node is done
                 continue
             except (OSError, ValueError, KeyError, TypeError) as error:
                 if not self._warned:
@@ -98,7 +98,7 @@ class OtherNodes:
 def watch_machine(
     tracking: Tracking,
     run: RunDir,
-    write: Callable[[Record], None] | None,
+    write: Callable[[LedgerEvent], None] | None,
     *,
     rank: int,
     local_rank: int,
@@ -106,20 +106,20 @@ def watch_machine(
     step: Callable[[], int],
     gpu_uuids: Sequence[str],
 ) -> SystemSampler | None:
-    """Watch this process's machine from now on, where the recipe wants it and no other does.
+    """Sample this process's node from now on, if the recipe wants it and no other process does.
 
     Args:
-        tracking: What the recipe says of it.
+        tracking: The recipe's section.
         run: Which run.
-        write: Takes a record into the ledger; of rank 0 alone.
+        write: Appends to the ledger; of rank 0 alone.
         rank: Of this process among all.
-        local_rank: Of this process among those of its machine.
+        local_rank: Of this process among those of its node.
         attempt: Which start of the run this is.
         step: Returns the steps done so far.
         gpu_uuids: The GPUs to watch.
     """
     every_s, at_end = tracking.system_every_s, None
-    others: Callable[[], Iterator[Record]] | None = None
+    others: Callable[[], Iterator[SystemEvent]] | None = None
     if not every_s:
         return None
     if write is not None:

@@ -1,7 +1,7 @@
-"""How the machine of a process fares: processor, memory, disk, network and GPUs, now and then.
+"""Sample the node of a process at intervals: processor, memory, disk, network and GPUs.
 
-Read by a thread of its own, from psutil and, where there is an NVIDIA driver, NVML. What fails in
-it is missing in the ledger; training never hears of it.
+A thread reads psutil and, where there is an NVIDIA driver, NVML. What fails in it is missing in the
+ledger and never affects training.
 """
 
 import logging
@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from peft_dist.ledger.writer import Record
+from peft_dist.ledger.events import Gpu, LedgerEvent, SystemEvent
 
 log = logging.getLogger(__name__)
 
@@ -22,29 +22,29 @@ END_TIMEOUT_S = 2.0
 
 
 class SystemSampler:
-    """Writes a `system` record every so many seconds until it is stopped."""
+    """Writes a system event every so many seconds until it is stopped."""
 
     def __init__(
         self,
-        write: Callable[[Record], None],
+        write: Callable[[LedgerEvent], None],
         *,
         every_s: float,
         folder: Path,
         step: Callable[[], int],
         gpu_uuids: Sequence[str] = (),
-        others: Callable[[], Iterable[Record]] | None = None,
+        others: Callable[[], Iterable[SystemEvent]] | None = None,
         at_end: Callable[[], None] | None = None,
     ) -> None:
         """Start the thread; its first sample comes after `every_s`.
 
         Args:
-            write: Takes a record; called from the thread.
+            write: Takes an event; called from the thread.
             every_s: Seconds between samples.
-            folder: The run's; the room on its disk is told.
+            folder: The run's; its disk's free space is sampled.
             step: Returns the steps done so far.
-            gpu_uuids: The GPUs to watch, in the order of their records.
-            others: Returns records of other machines, which are written after this one's.
-            at_end: Called by the thread when it writes no more.
+            gpu_uuids: The GPUs to sample, in the order of the event.
+            others: Returns samples of other nodes, which are written after this one's.
+            at_end: Called by the thread when it ends.
         """
         self._write, self._every_s, self._step = write, every_s, step
         self._folder, self._gpu_uuids = folder, gpu_uuids
@@ -59,34 +59,34 @@ class SystemSampler:
         self._thread.join(timeout=END_TIMEOUT_S)
 
     def _run(self) -> None:
-        self._watch()
+        self._sample()
         if self._at_end is not None:
             self._at_end()
 
-    def _watch(self) -> None:
-        machine, warned = None, False
-        while not self._over.wait(self._every_s if machine else 0.0):
+    def _sample(self) -> None:
+        node, warned = None, False
+        while not self._over.wait(self._every_s if node else 0.0):
             try:
-                if machine is None:
-                    machine = _Machine(self._folder, self._gpu_uuids)
+                if node is None:
+                    node = _Node(self._folder, self._gpu_uuids)
                     continue
-                self._tell({"event": "system", "step": self._step(), **machine.sample()})
-                for record in self._others() if self._others is not None else ():
-                    self._tell(record)
+                self._publish(SystemEvent(step=self._step(), **node.sample()))
+                for event in self._others() if self._others is not None else ():
+                    self._publish(event)
             except Exception as error:  # of whatever kind: a view of the run must not harm it
                 if not warned:
-                    log.warning("the machine could not be looked at: %s; training goes on", error)
+                    log.warning("the node could not be sampled: %s; training goes on", error)
                 warned = True
-                if machine is None:
+                if node is None:
                     return
 
-    def _tell(self, record: Record) -> None:
+    def _publish(self, event: SystemEvent) -> None:
         if not self._over.is_set():
-            self._write(record)
+            self._write(event)
 
 
-class _Machine:
-    """What can be read of this machine, from the moment this is made."""
+class _Node:
+    """What can be read of this node, from the moment this is made."""
 
     def __init__(self, folder: Path, gpu_uuids: Sequence[str]) -> None:
         self._folder, self._process = folder, psutil.Process()
@@ -94,10 +94,10 @@ class _Machine:
         self._network = psutil.net_io_counters()
         psutil.cpu_percent()
 
-    def sample(self) -> Record:
-        """Return how it is now; processor and network are those of the time since the last one."""
+    def sample(self) -> dict[str, Any]:
+        """Return the fields of an event; processor and network since the last sample."""
         memory = psutil.virtual_memory()
-        found: Record = {
+        found: dict[str, Any] = {
             "cpu_percent": psutil.cpu_percent(),
             "memory_used_bytes": memory.total - memory.available,
             "memory_total_bytes": memory.total,
@@ -125,7 +125,7 @@ class _Gpus:
         try:
             import pynvml
         except ImportError:
-            log.warning("GPUs are not watched: pip install 'peft-dist[gpu]'")
+            log.warning("GPUs are not sampled: pip install 'peft-dist[gpu]'")
             return
         self._nvml = pynvml
         try:
@@ -133,13 +133,13 @@ class _Gpus:
             # NVML counts all GPUs of a machine, whatever this process was given of them.
             self._handles = [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") for uuid in uuids]
         except pynvml.NVMLError as error:
-            log.warning("GPUs are not watched: %s", error)
+            log.warning("GPUs are not sampled: %s", error)
 
-    def sample(self) -> list[Record]:
-        """Return the figures of each; what a card does not tell is left out."""
-        return [self._figures(handle) for handle in self._handles]
+    def sample(self) -> list[Gpu]:
+        """Return a sample of each; what a card does not report is left out."""
+        return [self._read(handle) for handle in self._handles]
 
-    def _figures(self, handle: Any) -> Record:
+    def _read(self, handle: Any) -> Gpu:
         nvml = self._nvml
         ways: dict[str, Callable[[], float]] = {
             "utilisation_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
@@ -150,8 +150,8 @@ class _Gpus:
             ),
             "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
         }
-        found: Record = {}
+        found: dict[str, Any] = {}
         for name, read in ways.items():
             with suppress(nvml.NVMLError):
                 found[name] = read()
-        return found
+        return Gpu(**found)

@@ -1,4 +1,4 @@
-"""The progress of a run on standard output: a bar on a terminal, else a plain line now and then.
+"""Show the progress of a run on standard output: a bar on a terminal, else a line at intervals.
 
 Whatever happens to its stream, training goes on.
 """
@@ -11,14 +11,12 @@ from typing import TextIO
 from tqdm import tqdm
 
 from peft_dist.common.console import to_nowhere
-from peft_dist.ledger.writer import Record
+from peft_dist.ledger import events
 
 log = logging.getLogger(__name__)
 
 PLAIN_LINE_EVERY_S = 10.0
 """Seconds between lines where standard output is a file or a pipe."""
-MISHAPS = {"skipped": "skipped", "rollback": "rolled back", "save_failed": "save failed"}
-"""Events that get a line with their reason."""
 
 
 class Terminal:
@@ -47,18 +45,22 @@ class Terminal:
         except OSError as error:
             self._give_up(error)
 
-    def write(self, record: Record) -> None:
-        """Show one record, where it is of a kind that people follow."""
+    def write(self, event: events.LedgerEvent) -> None:
+        """Show one event, if it is of a kind that people follow."""
         if self._off:
             return
-        event = record["event"]
         try:
-            if event == "step":
-                self._step(record)
-            elif event == "evaluation":
-                self._line(_evaluation(record))
-            elif event in MISHAPS:
-                self._line(f"step {record['step']}  {MISHAPS[event]}: {record['reason']}")
+            match event:
+                case events.StepEvent():
+                    self._step(event)
+                case events.EvaluationEvent():
+                    self._line(_evaluation(event))
+                case events.RollbackEvent():
+                    self._line(f"step {event.step}  rolled back: {event.reason}")
+                case events.SkippedEvent():
+                    self._line(f"step {event.step}  skipped: {event.reason}")
+                case events.SaveFailedEvent():
+                    self._line(f"step {event.step}  save failed: {event.reason}")
         except OSError as error:
             self._give_up(error)
 
@@ -71,16 +73,16 @@ class Terminal:
         except OSError as error:
             self._give_up(error)
 
-    def _step(self, record: Record) -> None:
-        figures = f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tok/s "
-        step = record["step"]
+    def _step(self, event: events.StepEvent) -> None:
+        metrics = f"loss {event.loss:.4f}  {event.tokens_per_s:,.0f} tok/s "
+        step = event.step
         if self._bar is not None:
-            self._bar.set_description_str(figures, refresh=False)
+            self._bar.set_description_str(metrics, refresh=False)
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
         first = self._begun_at_step is None
-        if self._begun_at_step is None:  # The first step pays for everything lazy.
+        if self._begun_at_step is None:  # the first step pays for all lazy initialisation
             self._begun_at_step, self._begun = step, now
         if first or step == self._total or now - self._last_line >= PLAIN_LINE_EVERY_S:
             self._last_line = now
@@ -89,7 +91,7 @@ class Terminal:
             if done > 0:
                 seconds = (now - self._begun) / done * (self._total - step)
                 left = f" {tqdm.format_interval(seconds)} left"
-            self._line(f"step {step}/{self._total}  {figures}{left}".rstrip())
+            self._line(f"step {step}/{self._total}  {metrics}{left}".rstrip())
 
     def _line(self, text: str) -> None:
         if self._bar is not None:
@@ -107,8 +109,8 @@ class Terminal:
         to_nowhere(self._stream)
 
 
-def _evaluation(record: Record) -> str:
-    text = f"step {record['step']}  held-out loss {record['eval_loss']:.4f}"
-    if record.get("eval_accuracy") is not None:
-        text += f"  accuracy {record['eval_accuracy']:.3f}"
+def _evaluation(event: events.EvaluationEvent) -> str:
+    text = f"step {event.step}  held-out loss {event.eval_loss:.4f}"
+    if event.eval_accuracy is not None:
+        text += f"  accuracy {event.eval_accuracy:.3f}"
     return text

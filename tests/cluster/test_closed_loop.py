@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from peft_dist.ledger.goodput import goodput, read_ledger
+from peft_dist.ledger.goodput import goodput
+from peft_dist.ledger.reader import LedgerReader
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.submitted import Run, Runs
 from tests.faults.long import only_long
@@ -18,7 +19,7 @@ def assert_one_run(run: Run, attempts: int) -> None:
     starts = records(run.path, "start")
     assert [record["attempt"] for record in starts] == list(range(1, attempts + 1))
     assert run.row()["attempt"] == attempts
-    found = goodput(read_ledger(run.path / "ledger.jsonl"))
+    found = goodput(LedgerReader(run.path / "ledger.jsonl").all())
     ledger = records(run.path)
     assert found.total_s >= ledger[-1]["time"] - ledger[0]["time"]
 

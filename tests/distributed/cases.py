@@ -23,7 +23,7 @@ from peft_dist.distributed import process_group
 from peft_dist.distributed.collectives import barrier, gather_objects
 from peft_dist.distributed.world import World, read_world
 from peft_dist.evaluation.scoring import held_out, score
-from peft_dist.ledger.writer import Record
+from peft_dist.ledger.events import LedgerEvent
 from peft_dist.model import cache as packed_base
 from peft_dist.model.source import find_base
 from peft_dist.model.weights import WeightFiles
@@ -156,15 +156,15 @@ CASES = _cases()
 
 
 class Recorder:
-    """A tracker that keeps the records."""
+    """A tracker that keeps what the ledger would hold."""
 
     def __init__(self) -> None:
         """Start with none."""
-        self.records: list[Record] = []
+        self.records: list[dict[str, Any]] = []
 
-    def write(self, record: Record) -> None:
-        """Keep one record."""
-        self.records.append(dict(record))
+    def write(self, event: LedgerEvent) -> None:
+        """Keep one event."""
+        self.records.append(event.fields())
 
     def close(self) -> None:
         """Nothing is held back."""

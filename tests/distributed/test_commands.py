@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_dist.entrypoints import train
-from peft_dist.ledger.goodput import goodput, read_ledger
+from peft_dist.ledger.events import EndEvent, StartEvent
+from peft_dist.ledger.goodput import goodput
+from peft_dist.ledger.reader import LedgerReader
 from peft_dist.run.provenance import versions
 from peft_dist.worker.signals import StopRequests
 from tests.processes import ROOT, environment, error_lines, run, torchrun
@@ -190,10 +192,10 @@ def test_the_machine_and_the_job_of_a_run_stand_in_its_ledger(project: Path) -> 
     assert machine
     assert all(0 <= record["cpu_percent"] <= 100 for record in machine)
     assert all(0 <= record["step"] <= 60 for record in machine)
-    records = read_ledger(folder / "ledger.jsonl")
-    assert [record["event"] for record in (records[0], records[-1])] == ["start", "end"]
-    figures = goodput(records)
-    lasted_s = records[-1]["time"] - (records[0]["time"] - records[0]["at_s"])
+    events = list(LedgerReader(folder / "ledger.jsonl").all())
+    assert isinstance(events[0], StartEvent) and isinstance(events[-1], EndEvent)
+    figures = goodput(events)
+    lasted_s = events[-1].time - (events[0].time - events[0].at_s)
     assert figures.total_s == pytest.approx(lasted_s, rel=0.01)
 
 

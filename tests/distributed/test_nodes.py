@@ -1,16 +1,17 @@
 """A run on two nodes, which are two launchers here: the ledger tells of the machine of each."""
 
-import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from peft_dist.ledger.goodput import goodput, read_ledger
+from peft_dist.ledger.events import EndEvent, StartEvent, SystemEvent
+from peft_dist.ledger.goodput import goodput
+from peft_dist.ledger.reader import LedgerReader
 from peft_dist.report.page import render_page
 from peft_dist.report.run_data import read_runs
-from peft_dist.status.progress import read_tail, standing
+from peft_dist.status.progress import read_progress
 from peft_dist.tracking.wandb.rows import LedgerRows
 from tests.distributed.test_commands import RECIPE
 from tests.processes import ROOT, environment, free_port, run
@@ -39,28 +40,28 @@ def test_the_machine_of_every_node_stands_in_the_ledger(tmp_path: Path) -> None:
         )
     for done in ended:
         assert done.returncode == 0, done.stderr[-4000:]
-        assert "looked at" not in done.stderr
+        assert "could not be sampled" not in done.stderr
         assert "cannot be read" not in done.stderr
     path = tmp_path / "run" / "ledger.jsonl"
-    records = read_ledger(path)
-    machines = [record for record in records if record["event"] == "system"]
-    own = [record for record in machines if "node" not in record]
-    other = [record for record in machines if record.get("node") == 1]
-    assert own and other and len(own) + len(other) == len(machines)
-    assert own[0].keys() == other[0].keys() - {"node"}
-    assert {record["attempt"] for record in machines} == {1}
-    assert all(0 <= record["step"] <= 100 for record in machines)
-    held = [{record["process_rss_bytes"] for record in machine} for machine in (own, other)]
-    assert held[0] != held[1], "of a process on each"
+    events = list(LedgerReader(path).all())
+    samples = [event for event in events if isinstance(event, SystemEvent)]
+    own = [sample for sample in samples if sample.node is None]
+    other = [sample for sample in samples if sample.node == 1]
+    assert own and other and len(own) + len(other) == len(samples)
+    assert own[0].fields().keys() == other[0].fields().keys() - {"node"}
+    assert {sample.attempt for sample in samples} == {1}
+    assert all(0 <= sample.step <= 100 for sample in samples)
+    resident = [{sample.process_rss_bytes for sample in node} for node in (own, other)]
+    assert resident[0] != resident[1], "of a process on each"
     assert not (tmp_path / "run" / "system").exists()
-    assert records[-1]["event"] == "end"
+    assert isinstance(events[0], StartEvent) and isinstance(events[-1], EndEvent)
     # Whoever reads the ledger takes them for what they are.
-    trained = [record for record in records if record["event"] != "system"]
-    assert goodput(records).seconds["step"] == pytest.approx(goodput(trained).seconds["step"])
-    assert standing(read_tail(path)).step == 100
+    trained = [event for event in events if not isinstance(event, SystemEvent)]
+    assert goodput(events).seconds["step"] == pytest.approx(goodput(trained).seconds["step"])
+    assert read_progress(path).step == 100
     logged = [one.row for one in LedgerRows(path).new() if "system/node_1/cpu_percent" in one.row]
     assert len(logged) == len(other)
     page = render_page(read_runs([tmp_path / "run"]))
     assert "node of rank 1: processor" in page
-    hosts = json.dumps(machines)
-    assert not any(host in hosts for host in records[0]["hosts"])
+    text = str(samples)
+    assert not any(host in text for host in events[0].hosts or ())

@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 import pytest
 
 from peft_dist.common.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
-from peft_dist.ledger.goodput import goodput, read_ledger
+from peft_dist.ledger.goodput import goodput
+from peft_dist.ledger.reader import LedgerReader
 from peft_dist.run import lease
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Fault, Group, Harness, fault
@@ -244,7 +245,7 @@ def test_a_wrong_clock_changes_nothing_but_timestamps(
 
 def assert_time_is_accounted_for(run_dir: Path, groups: Sequence[Group]) -> None:
     """Hold the phases of `peft-dist goodput` against the time the harness has measured."""
-    figures = goodput(read_ledger(run_dir / "ledger.jsonl"))
+    figures = goodput(LedgerReader(run_dir / "ledger.jsonl").all())
     assert min(figures.seconds.values()) >= 0.0
     ours_s = figures.total_s - figures.seconds["down"]
     assert math.isclose(ours_s, math.fsum(span.wall_s for span in figures.attempts))

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from peft_dist.common.manifest import step_name
-from peft_dist.ledger.goodput import goodput, read_ledger
+from peft_dist.ledger.goodput import goodput
+from peft_dist.ledger.reader import LedgerReader
 from tests.faults.harness import Group, Harness, Project, fault
 from tests.faults.long import cases
 from tests.faults.mutations import KINDS
@@ -139,7 +140,7 @@ def strike(group: Group, act: Callable[[Group, random.Random], None], rng: rando
 
 def assert_books_balance(run: Path, wall_s: float) -> None:
     """See that the ledger accounts for every second from the first start to the last record."""
-    figures = goodput(read_ledger(run / "ledger.jsonl"))
+    figures = goodput(LedgerReader(run / "ledger.jsonl").all())
     print({phase: round(seconds, 2) for phase, seconds in figures.seconds.items()})
     assert figures.total_s == pytest.approx(wall_s, rel=0.01)
     assert all(seconds >= 0 for seconds in figures.seconds.values())

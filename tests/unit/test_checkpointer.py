@@ -26,6 +26,7 @@ from peft_dist.common.manifest import MANIFEST_FILE, seal, verify
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.evaluation.scoring import Score
+from peft_dist.ledger.events import LedgerEvent
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import open_session
 from peft_dist.trainer import Trainer
@@ -42,11 +43,11 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 class Records(list[dict[str, Any]]):
-    """A tracker that keeps the records."""
+    """A tracker that keeps what the ledger would hold."""
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, event: LedgerEvent) -> None:
         """Keep one."""
-        self.append(dict(record))
+        self.append(event.fields())
 
     def close(self) -> None:
         """Nothing is held back."""
@@ -401,7 +402,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
     may_write.set()
     second.join(30)
     keeper.wait()
-    assert [record["step"] for record in keeper.results()] == [1, 2]
+    assert [event.step for event in keeper.results()] == [1, 2]
     assert names(tmp_path / "checkpoints") == ["step-00000001", "step-00000002"]
     trainer.session.engine.load_adapter_state({name: t + 9 for name, t in state.items()})
     keeper.load(tmp_path / "checkpoints" / "step-00000001", trainer.optimizer)

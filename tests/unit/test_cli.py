@@ -259,7 +259,8 @@ def test_goodput_reads_the_ledger_of_a_run(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunDir.create(tmp_path / "run", load_recipe(recipe_file))
-    step = {"attempt": 1, "time": 0.0, "at_s": 4.0, "event": "step", "step": 1, "tokens": 8}
+    step = {"attempt": 1, "time": 0.0, "at_s": 4.0, "event": "step", "step": 1, "loss": 1.0,
+            "tokens_per_s": 2.0}  # fmt: skip
     run.ledger.write_text(json.dumps(step) + "\n", encoding="utf-8")
     code, out, err = outcome(capsys, "goodput", str(run.path), "--json")
     assert (code, err) == (0, "")

@@ -11,6 +11,17 @@ from typing import Any
 import pytest
 
 from peft_dist.common.manifest import MANIFEST_FILE
+from peft_dist.ledger.events import (
+    CheckpointEvent,
+    EvaluationEvent,
+    Gpu,
+    RollbackEvent,
+    SavedEvent,
+    SaveFailedEvent,
+    SkippedEvent,
+    SystemEvent,
+    from_fields,
+)
 from peft_dist.run.directory import RunDir
 from peft_dist.tracking.wandb import rows
 from peft_dist.tracking.wandb.dashboard import COMPARED, SECTIONS
@@ -19,7 +30,7 @@ from tests.unit.wandb_runs import (
     Training,
     make_run,
     rows_of,
-    step_record,
+    step_event,
     sync,
     user,
     wanted_rows,
@@ -128,7 +139,7 @@ def test_a_run_whose_own_process_sends_is_left_to_it(
         ("no server", 1, ".*; try again later"),
         ("no run", 2, ".* is no folder .*"),
         ("no ledger", 2, ".*: has not begun to train; .*"),
-        ("spoiled ledger", 2, ".*ledger.jsonl:2: 'spoiled' is no record: .*"),
+        ("spoiled ledger", 2, ".*ledger.jsonl:2: 'spoiled' is no event: .*"),
     ],
 )
 def test_what_cannot_be_sent_is_one_line(
@@ -225,21 +236,24 @@ def test_a_dashboard_that_cannot_be_saved_is_one_line(
 
 
 def every_row(tmp_path: Path) -> list[dict[str, Any]]:
-    """Return a row of each kind of record that a run writes."""
+    """Return a row of each kind of event that a run writes."""
     run = make_run(tmp_path / "run")
     training = Training(run, with_wandb=False)
     training.train(30)
-    for record in (
-        {"event": "evaluation", "step": 30, "eval_loss": 1.5, "eval_accuracy": 0.5},
-        {"event": "checkpoint", "step": 30, "stall_s": 0.25},
-        {"event": "saved", "step": 30, "bytes": 1000, "write_s": 0.5},
-        {"event": "save_failed", "step": 30, "reason": "No space left", "write_s": 0.5},
-        {"event": "skipped", "step": 30, "reason": "loss nan"},
-        {"event": "rollback", "step": 30, "reason": "loss nan", "back_to": 20},
-        {"event": "system", "step": 30, "cpu_percent": 50.0, "host": "node-7",
-         "gpus": [{"utilization": 0.5, "name": "a card"}]},
+    for event in (
+        EvaluationEvent(step=30, eval_loss=1.5, eval_accuracy=0.5),
+        CheckpointEvent(step=30, stall_s=0.25),
+        SavedEvent(step=30, bytes=1000, write_s=0.5),
+        SaveFailedEvent(step=30, reason="No space left", write_s=0.5),
+        SkippedEvent(step=30, reason="loss nan"),
+        RollbackEvent(step=30, reason="loss nan", back_to=20),
+        from_fields(
+            {"event": "system", "step": 30, "cpu_percent": 50.0, "host": "node-7",
+             "gpus": [{"utilization": 0.5, "name": "a card"}]}
+        ),
+        from_fields({"event": "of another version", "step": 30, "heat": 3.5, "why": "secret"}),
     ):  # fmt: skip
-        training.tell(record)
+        training.write(event)
     training.end()
     return [one.row for one in rows.LedgerRows(run.ledger).new()]
 
@@ -253,7 +267,7 @@ def test_every_panel_shows_a_figure_that_is_logged(tmp_path: Path) -> None:
 
 
 def test_every_setting_that_is_compared_is_one(tmp_path: Path) -> None:
-    from peft_dist.tracking.wandb.session import recipe_of
+    from peft_dist.tracking.wandb.wandb_run import recipe_of
 
     settings = recipe_of(make_run(tmp_path / "run")).model_dump(mode="json")
     for name in COMPARED:
@@ -298,7 +312,7 @@ def test_a_row_follows_from_the_ledger_up_to_it_alone(tmp_path: Path) -> None:
 def test_of_very_many_ranks_the_slowest_and_the_median_are_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     training = Training(run, with_wandb=False)
-    training.tell({**step_record(1), "rank_step_s": [1.0] * 99 + [2.0], "rank_memory_bytes": []})
+    training.write(step_event(1, rank_step_s=[1.0] * 99 + [2.0], rank_memory_bytes=[]))
     training.end()
     row = list(rows.LedgerRows(run.ledger).new())[1].row
     ranks = {name: row[name] for name in row if name.startswith("rank/")}
@@ -308,9 +322,9 @@ def test_of_very_many_ranks_the_slowest_and_the_median_are_shown(tmp_path: Path)
 def test_the_machines_of_other_nodes_have_names_of_their_own(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     training = Training(run, with_wandb=False)
-    sample = {"event": "system", "step": 0, "cpu_percent": 50.0, "gpus": [{"power_w": 300.0}]}
-    for record in (sample, {**sample, "node": 8}):
-        training.tell(record)
+    sample = SystemEvent(step=0, cpu_percent=50.0, gpus=[Gpu(power_w=300.0)])
+    for event in (sample, sample.model_copy(update={"node": 8})):
+        training.write(event)
     training.end()
     _, own, other, _ = (one.row for one in rows.LedgerRows(run.ledger).new())
     named = [{n: v for n, v in row.items() if n.startswith("system/")} for row in (own, other)]
@@ -319,12 +333,10 @@ def test_the_machines_of_other_nodes_have_names_of_their_own(tmp_path: Path) -> 
     assert all(re.fullmatch(rows.SYSTEM_PATTERN, name) for name in named[1])
 
 
-def test_goodput_is_worked_out_often_at_first_and_never_too_often(tmp_path: Path) -> None:
+def test_goodput_stands_in_every_twentieth_row_and_in_the_last(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     training = Training(run, with_wandb=False)
     training.train(3000)
     training.end()
     told = [one.number for one in rows.LedgerRows(run.ledger).new() if rows.GOODPUT in one.row]
-    assert told[:3] == [0, 20, 40]
-    assert told[-1] == 3001
-    assert len(told) < 100
+    assert told == [*range(0, 3001, rows.SHARES_EVERY), 3001]

@@ -13,7 +13,8 @@ from peft_dist.data.encode import load_tokenizer
 from peft_dist.distributed.world import World
 from peft_dist.evaluation.generation import Sampler, shortened, split
 from peft_dist.evaluation.scoring import HeldOut, ScoringStopped, held_out, score_rows
-from peft_dist.ledger.writer import Ledger
+from peft_dist.ledger.events import SampleEvent
+from peft_dist.ledger.writer import LedgerWriter
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import Session, open_session
 from peft_dist.tracking.wandb.rows import LedgerRows
@@ -71,31 +72,30 @@ def test_a_row_is_written_on_as_the_plain_model_would(
         evaluate={"samples": 5, "sample_tokens": 7}, data={"packing": packing},
     )  # fmt: skip
     tokenizer = load_tokenizer(session.recipe)
-    found = Sampler(session, held).records(0, None)
-    assert [record["row"] for record in found] == [1, 5, 9, 13, 17]
-    for record, row in zip(found, (0, 4, 8, 12, 16), strict=True):
+    found = Sampler(session, held).events(0, None)
+    assert [sample.row for sample in found] == [1, 5, 9, 13, 17]
+    for sample, row in zip(found, (0, 4, 8, 12, 16), strict=True):
         prompt, _ = split(held.rows, row)
         expected = written_on(session, prompt.tolist(), 7)
-        assert record["predicted"] == tokenizer.decode(expected, skip_special_tokens=True)
-        assert record["prompt"] + record["expected"] == "".join(completion_rows(17)[row].values())
+        assert sample.predicted == tokenizer.decode(expected, skip_special_tokens=True)
+        assert sample.prompt + sample.expected == "".join(completion_rows(17)[row].values())
 
 
 def test_a_learned_prompt_is_read_before_a_row(tmp_path: Path, alone: World) -> None:
     method = {"kind": "prompt", "virtual_tokens": 4, "text": "the cat and the dog"}
     session, held = prepared(tmp_path, alone, method=method, evaluate={"sample_tokens": 3})
-    first = Sampler(session, held).records(0, None)
+    first = Sampler(session, held).events(0, None)
     with torch.no_grad():
         for parameter in session.adapter.values():
             parameter.normal_(std=20.0)
-    assert Sampler(session, held).records(0, None) != first
+    assert Sampler(session, held).events(0, None) != first
 
 
 def test_an_answer_ends_where_a_table_of_positions_ends(tmp_path: Path, alone: World) -> None:
     tiny_model(tmp_path / "model", "gpt2", n_positions=48)
     session, held = prepared(tmp_path, alone, "gpt2", evaluate={"samples": 17, "sample_tokens": 60})
     session.check_lengths(held.rows)
-    for record in Sampler(session, held).records(0, None):
-        assert record["event"] == "sample"
+    assert len(Sampler(session, held).events(0, None)) == 17
 
 
 def test_choices_are_taken_from_the_scoring(tmp_path: Path, alone: World) -> None:
@@ -103,20 +103,20 @@ def test_choices_are_taken_from_the_scoring(tmp_path: Path, alone: World) -> Non
     scoring = score_rows(session, held)
     assert scoring.predicted is not None
     assert scoring.score.accuracy == float(np.mean(scoring.predicted == held.truth))
-    for record in Sampler(session, held).records(3, scoring.predicted):
-        row = completion_rows(17)[record["row"] - 1]
-        assert record["expected"] == row["completion"]
-        assert record["predicted"] == (" cat", " dog")[scoring.predicted[record["row"] - 1]]
+    for sample in Sampler(session, held).events(3, scoring.predicted):
+        row = completion_rows(17)[sample.row - 1]
+        assert sample.expected == row["completion"]
+        assert sample.predicted == (" cat", " dog")[scoring.predicted[sample.row - 1]]
 
 
 def test_classes_have_their_names(tmp_path: Path, alone: World) -> None:
     tiny_model(tmp_path / "model", "bert", num_labels=3)
     session, held = prepared(tmp_path, alone, "bert", model={"task": "sequence-classification"})
-    found = Sampler(session, held).records(0, score_rows(session, held).predicted)
-    for record in found:
-        row = labelled_rows(17)[record["row"] - 1]
-        assert (record["prompt"], record["expected"]) == (row["text"], row["label"])
-        assert record["predicted"] in ("animal", "place", "plant")
+    found = Sampler(session, held).events(0, score_rows(session, held).predicted)
+    for sample in found:
+        row = labelled_rows(17)[sample.row - 1]
+        assert (sample.prompt, sample.expected) == (row["text"], row["label"])
+        assert sample.predicted in ("animal", "place", "plant")
 
 
 def test_of_a_conversation_the_last_turn_is_asked_for_and_of_a_text_its_second_half(
@@ -145,7 +145,7 @@ def test_a_process_that_is_told_to_stop_writes_nothing_more(tmp_path: Path, alon
     asked = iter([False, True])
     session.model.train()
     with pytest.raises(ScoringStopped):
-        Sampler(session, held).records(0, None, wants_stop=lambda: next(asked))
+        Sampler(session, held).events(0, None, wants_stop=lambda: next(asked))
     assert session.model.training
 
 
@@ -226,9 +226,9 @@ def test_a_stop_among_samples_saves_and_the_next_start_samples_again(
 
 
 def test_what_wandb_is_sent_of_a_sample_has_none_of_its_texts(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger = LedgerWriter(tmp_path / "ledger.jsonl")
     texts = dict.fromkeys(("prompt", "expected", "predicted"), "a private text")
-    ledger.write({"event": "sample", "step": 0, "row": 1, **texts})
+    ledger.write(SampleEvent(step=0, row=1, **texts))
     ledger.close()
     (numbered,) = LedgerRows(tmp_path / "ledger.jsonl").new()
     assert numbered.row["event"] == "sample"

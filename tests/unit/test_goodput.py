@@ -9,17 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_dist.cli.main import main
-from peft_dist.common.errors import RunDirError
 from peft_dist.config import Recipe
-from peft_dist.ledger.goodput import (
-    PHASES,
-    Goodput,
-    Record,
-    final_steps,
-    goodput,
-    read_ledger,
-    render,
-)
+from peft_dist.ledger.events import LedgerEvent, StepEvent, SystemEvent, from_fields
+from peft_dist.ledger.goodput import PHASES, Goodput, GoodputMeter, counting_events, goodput, render
 from peft_dist.run.directory import RunDir
 
 LAUNCH = 1_000_000.0
@@ -27,10 +19,10 @@ LAUNCH = 1_000_000.0
 
 
 class Run:
-    """Writes records as a run would, on a clock of its own."""
+    """Writes events as a run would, on a clock of its own."""
 
     def __init__(self) -> None:
-        self.records: list[Record] = []
+        self.events: list[LedgerEvent] = []
         self.attempt, self.zero, self.now = 0, LAUNCH, LAUNCH
 
     def start(self, step: int, *, down_s: float = 0.0, **figures: float) -> None:
@@ -41,17 +33,20 @@ class Run:
         self.tell("start", step, 6.0, startup_s=2.0, load_s=3.0, **figures)
 
     def tell(self, event: str, step: int, seconds: float, **figures: Any) -> None:
-        """Write a record after so many seconds."""
+        """Write an event after so many seconds."""
         self.now += seconds
-        self.records.append(
-            {"event": event, "step": step, "attempt": self.attempt, "time": self.now,
-             "at_s": self.now - self.zero} | figures
-        )  # fmt: skip
+        stamp = {"attempt": self.attempt, "time": self.now, "at_s": self.now - self.zero}
+        needed = {
+            "step": {"loss": 1.0, "tokens_per_s": 1.0}, "evaluation": {"eval_loss": 1.0},
+        }.get(event, {})  # fmt: skip
+        self.events.append(
+            from_fields({"event": event, "step": step, **stamp, **needed, **figures})
+        )
 
     def steps(self, first: int, last: int, seconds: float = 1.0) -> None:
         """Do steps that take so many seconds each."""
         for step in range(first, last + 1):
-            self.tell("step", step, seconds, loss=self.attempt)
+            self.tell("step", step, seconds)
 
 
 def killed_twice() -> Run:
@@ -76,13 +71,18 @@ def killed_twice() -> Run:
     return run
 
 
+def final_steps(events: list[LedgerEvent]) -> list[StepEvent]:
+    """Return the steps that made the adapter."""
+    return [event for event in counting_events(events) if isinstance(event, StepEvent)]
+
+
 def seconds(found: Goodput) -> dict[str, float]:
     return {phase: round(value, 6) for phase, value in found.seconds.items()}
 
 
 def test_every_second_of_a_run_that_was_killed_twice_has_its_phase() -> None:
     run = killed_twice()
-    found = goodput(run.records)
+    found = goodput(run.events)
     assert seconds(found) == {
         "startup": 6.0, "load": 9.0, "step": 20.25, "evaluation": 8.0, "checkpoint": 1.5,
         "lost_work": 3.0, "down": 30.0, "other": 4.0,
@@ -95,26 +95,27 @@ def test_every_second_of_a_run_that_was_killed_twice_has_its_phase() -> None:
     ]  # fmt: skip
 
 
-def test_records_of_the_machine_between_two_others_move_no_time() -> None:
+def test_samples_of_a_node_between_two_other_events_move_no_time() -> None:
     run = killed_twice()
-    expected = seconds(goodput(run.records))
+    expected = seconds(goodput(run.events))
     watched = []
-    for record, after in zip(run.records, run.records[1:], strict=False):
-        watched.append(record)
-        if record["attempt"] == after["attempt"]:
-            between = {name: (record[name] + after[name]) / 2 for name in ("time", "at_s")}
-            watched.append(record | between | {"event": "system"})
-    watched.append(run.records[-1])
+    for event, after in zip(run.events, run.events[1:], strict=False):
+        watched.append(event)
+        if event.attempt == after.attempt:
+            time, at_s = (event.time + after.time) / 2, (event.at_s + after.at_s) / 2
+            watched.append(
+                SystemEvent(step=event.step, attempt=event.attempt, time=time, at_s=at_s)
+            )
+    watched.append(run.events[-1])
     assert seconds(goodput(watched)) == expected
-    assert final_steps(watched) == final_steps(run.records)
+    assert final_steps(watched) == final_steps(run.events)
 
 
 def test_a_jump_of_the_wall_clock_within_an_attempt_changes_nothing() -> None:
     run = killed_twice()
-    expected = seconds(goodput(run.records))
-    for record in run.records[4:]:
-        record["time"] += 3600
-    assert seconds(goodput(run.records)) == expected
+    expected = seconds(goodput(run.events))
+    run.events[4:] = [e.model_copy(update={"time": e.time + 3600}) for e in run.events[4:]]
+    assert seconds(goodput(run.events)) == expected
 
 
 def test_a_clock_set_back_between_two_attempts_is_no_negative_time_down() -> None:
@@ -122,7 +123,7 @@ def test_a_clock_set_back_between_two_attempts_is_no_negative_time_down() -> Non
     run.start(0)
     run.steps(1, 2)
     run.start(2, down_s=-50.0)
-    found = goodput(run.records)
+    found = goodput(run.events)
     assert found.seconds["down"] == 0.0
     assert found.total_s == pytest.approx(14.0)
 
@@ -136,7 +137,7 @@ def test_evaluations_and_checkpoints_past_the_resumed_step_are_lost_with_the_ste
     run.tell("checkpoint", 4, 0.5)
     run.tell("evaluation", 4, 4.0)
     run.start(2)
-    found = seconds(goodput(run.records))
+    found = seconds(goodput(run.events))
     assert (found["lost_work"], found["step"], found["evaluation"]) == (6.5, 2.0, 4.0)
     assert found["checkpoint"] == 0.0
 
@@ -149,9 +150,9 @@ def test_what_a_later_kill_undoes_of_an_earlier_attempt_is_lost_too() -> None:
     run.steps(9, 10)
     run.start(4)
     run.steps(5, 6)
-    found = goodput(run.records)
+    found = goodput(run.events)
     assert (found.seconds["step"], found.seconds["lost_work"]) == (6.0, 6.0)
-    assert [(r["step"], r["attempt"]) for r in final_steps(run.records)] == [
+    assert [(step.step, step.attempt) for step in final_steps(run.events)] == [
         (1, 1), (2, 1), (3, 1), (4, 1), (5, 3), (6, 3),
     ]  # fmt: skip
 
@@ -163,23 +164,23 @@ def test_a_skipped_step_and_steps_rolled_back_are_lost_within_one_attempt() -> N
     run.tell("skipped", 4, 1.5, reason="loss nan")
     run.steps(5, 6)
     run.tell("rollback", 7, 2.5, reason="loss inf", back_to=3)
-    assert [record["step"] for record in final_steps(run.records)] == [1, 2, 3]
+    assert [step.step for step in final_steps(run.events)] == [1, 2, 3]
     run.steps(4, 8)
-    found = goodput(run.records)
+    found = goodput(run.events)
     assert found.seconds["lost_work"] == pytest.approx(1.5 + 2.0 + 2.5)
     assert found.seconds["step"] == pytest.approx(8.0)
-    assert [record["step"] for record in final_steps(run.records)] == list(range(1, 9))
+    assert [step.step for step in final_steps(run.events)] == list(range(1, 9))
 
 
-def test_records_of_an_attempt_that_had_lost_the_run_count_nothing() -> None:
+def test_events_of_an_attempt_that_had_lost_the_run_count_nothing() -> None:
     run = killed_twice()
-    expected = seconds(goodput(run.records))
-    late = run.records[9] | {"step": 19, "time": LAUNCH + 5000, "at_s": 5000.0}
-    assert late["attempt"] == 1
-    records = [*run.records[:14], late, *run.records[14:]]
-    assert seconds(goodput(records)) == expected
-    assert [record["step"] for record in final_steps(records)] == list(range(1, 21))
-    assert late not in final_steps(records)
+    expected = seconds(goodput(run.events))
+    late = run.events[9].model_copy(update={"step": 19, "time": LAUNCH + 5000, "at_s": 5000.0})
+    assert late.attempt == 1
+    events = [*run.events[:14], late, *run.events[14:]]
+    assert seconds(goodput(events)) == expected
+    assert [step.step for step in final_steps(events)] == list(range(1, 21))
+    assert late not in final_steps(events)
 
 
 def test_startup_begins_when_the_launcher_was_started() -> None:
@@ -187,7 +188,7 @@ def test_startup_begins_when_the_launcher_was_started() -> None:
     run.start(0, launched=LAUNCH - 7.0)
     run.steps(1, 1)
     run.start(1, down_s=30.0, launched=run.now + 20.0)
-    found = goodput(run.records)
+    found = goodput(run.events)
     assert found.seconds["startup"] == pytest.approx(2.0 + 7.0 + 2.0 + 10.0)
     assert found.seconds["down"] == pytest.approx(20.0)
     assert sum(span.wall_s for span in found.attempts) == pytest.approx(7.0 + 7.0 + 16.0)
@@ -198,28 +199,28 @@ def test_a_restart_in_place_does_not_count_from_the_first_launch() -> None:
     run.start(0, launched=LAUNCH - 7.0)
     run.steps(1, 1)
     run.start(1, down_s=30.0, launched=LAUNCH - 7.0)
-    found = goodput(run.records)
+    found = goodput(run.events)
     assert found.seconds["startup"] == pytest.approx(2.0 + 7.0 + 2.0)
     assert found.seconds["down"] == pytest.approx(30.0)
 
 
-def test_an_attempt_without_its_start_record_hides_its_startup_in_other() -> None:
+def test_an_attempt_without_its_start_event_hides_its_startup_in_other() -> None:
     run = killed_twice()
-    del run.records[0]
-    found = seconds(goodput(run.records))
+    del run.events[0]
+    found = seconds(goodput(run.events))
     assert found["other"] == 4.0 - 1.0 + 10.0  # start and first evaluation in one interval
     assert sum(found.values()) == pytest.approx(run.now - LAUNCH)
 
 
 def test_time_up_to_now_is_down() -> None:
     run = killed_twice()
-    assert goodput(run.records, now=run.now + 60.0).seconds["down"] == pytest.approx(90.0)
+    assert goodput(run.events, now=run.now + 60.0).seconds["down"] == pytest.approx(90.0)
     assert goodput([], now=5.0).total_s == 0.0
 
 
 @st.composite
 def histories(draw: st.DrawFn) -> Run:
-    """Return any run: attempts from any earlier step, events of any length, any record last."""
+    """Return any run: attempts from any earlier step, events of any length, any event last."""
     run, done = Run(), 0
     length = st.floats(0.0, 100.0)
     for _ in range(draw(st.integers(1, 5))):
@@ -242,42 +243,24 @@ def histories(draw: st.DrawFn) -> Run:
 @settings(max_examples=300, deadline=None)
 @given(histories())
 def test_the_phases_of_any_history_sum_to_its_wall_time(run: Run) -> None:
-    found = goodput(run.records)
-    first = run.records[0]
-    wall_s = run.now - first.get("launched", first["time"] - first["at_s"])
+    found = goodput(run.events)
+    first = run.events[0]
+    wall_s = run.now - first.fields().get("launched", first.time - first.at_s)
     assert found.total_s == pytest.approx(wall_s, abs=1e-6)
     assert all(value >= 0.0 for value in found.seconds.values())
     walls = sum(span.wall_s for span in found.attempts)
     assert walls + found.seconds["down"] == pytest.approx(wall_s, abs=1e-6)
-    steps = [record["step"] for record in final_steps(run.records)]
+    steps = [step.step for step in final_steps(run.events)]
     assert steps == sorted(set(steps))
 
 
-def test_a_half_last_line_is_left_out(tmp_path: Path) -> None:
-    lines = [json.dumps(record) for record in killed_twice().records]
-    (tmp_path / "ledger.jsonl").write_text("\n".join(lines)[:-5], encoding="utf-8")
-    assert read_ledger(tmp_path / "ledger.jsonl") == killed_twice().records[:-1]
-
-
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        (b'{"event": "step", "st', "is no record"),
-        (b"\xff\xfe", "is no record"),
-        (b"", "is no record"),
-        (b"[1]", "not a JSON object"),
-        (b'{"step": 1}', "`event` must be a text"),
-        (b'{"event": "step", "step": 1, "time": 0, "at_s": 0}', "`attempt` must be a whole number"),
-        (b'{"event": "step", "step": 1, "attempt": 1, "time": 0, "at_s": NaN}', "`at_s` must be"),
-        (b'{"event": "start", "step": 1, "attempt": 1, "time": 0, "at_s": 0, "load_s": "1"}',
-         "`load_s` must be"),
-    ],
-)  # fmt: skip
-def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, line: bytes, complaint: str) -> None:
-    good = json.dumps(killed_twice().records[0]).encode()
-    (tmp_path / "ledger.jsonl").write_bytes(b"\n".join([good, line, good, b""]))
-    with pytest.raises(RunDirError, match=r"ledger\.jsonl:2: .*" + complaint):
-        read_ledger(tmp_path / "ledger.jsonl")
+@settings(max_examples=100, deadline=None)
+@given(histories())
+def test_goodput_after_each_event_is_that_of_the_events_so_far(run: Run) -> None:
+    meter = GoodputMeter()
+    for count, event in enumerate(run.events, start=1):
+        meter.add(event)
+        assert meter.result() == goodput(run.events[:count])
 
 
 def test_the_text_fits_one_screen_however_many_attempts_there_were() -> None:
@@ -285,7 +268,7 @@ def test_the_text_fits_one_screen_however_many_attempts_there_were() -> None:
     for attempt in range(300):
         run.start(attempt * 1000, down_s=5000.0)
         run.steps(attempt * 1000 + 1, attempt * 1000 + 1000, seconds=37.0)
-    lines = render(goodput(run.records)).splitlines()
+    lines = render(goodput(run.events)).splitlines()
     assert len(lines) <= 25
     assert max(map(len, lines)) <= 80
     assert lines[0].startswith("goodput 88.1%: 11,100,000.0 s of 12,596,800.0 s")
@@ -297,8 +280,8 @@ def test_the_command_shows_text_or_json(tmp_path: Path, capsys: pytest.CaptureFi
     run = RunDir.create(tmp_path / "run", recipe)
     assert main(["goodput", str(run.path)]) == 2
     assert "ledger.jsonl: cannot be read" in capsys.readouterr().err
-    records = killed_twice().records
-    run.ledger.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    lines = [json.dumps(event.fields()) + "\n" for event in killed_twice().events]
+    run.ledger.write_text("".join(lines), encoding="utf-8")
     assert main(["goodput", str(run.path)]) == 0
     shown = capsys.readouterr().out
     assert all(phase.replace("_", " ") in shown for phase in PHASES)

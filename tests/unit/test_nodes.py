@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 from peft_dist.config.recipe import Tracking
-from peft_dist.ledger.writer import Record
+from peft_dist.ledger.events import LedgerEvent, SystemEvent
 from peft_dist.run.directory import RunDir
 from peft_dist.tracking.nodes import STALE_INTERVALS, NodeFile, OtherNodes, watch_machine
 from peft_dist.tracking.system import SystemSampler
-from tests.unit.test_system import FIGURES, wait_until
+from tests.unit.test_system import FIELDS, wait_until
 
 EVERY_S = 0.05
 
@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def watch(
-    run: RunDir, write: Callable[[Record], None] | None = None, **more: Any
+    run: RunDir, write: Callable[[LedgerEvent], None] | None = None, **more: Any
 ) -> SystemSampler | None:
     """Watch as rank 0 does, or as the process that `more` tells of."""
     tracking = {"system_every_s": EVERY_S, "system_nodes": True, **more.pop("tracking", {})}
@@ -38,12 +38,12 @@ def watch(
 
 
 def leave(run: RunDir, *, rank: int = 4, attempt: int = 1, **figures: Any) -> None:
-    record = {"event": "system", "step": 3, **figures}
-    NodeFile(run.system, rank=rank, attempt=attempt).write(record)
+    event = SystemEvent(step=3, **figures)
+    NodeFile(run.system, rank=rank, attempt=attempt).write(event)
 
 
 def test_rank_0_tells_of_its_own_machine_and_of_the_others(run: RunDir) -> None:
-    records: list[Record] = []
+    events: list[LedgerEvent] = []
     with ExitStack() as stopping:
         for place in ({"rank": 4}, {"rank": 8, "step": lambda: 6}):
             other = watch(run, **place)
@@ -52,13 +52,15 @@ def test_rank_0_tells_of_its_own_machine_and_of_the_others(run: RunDir) -> None:
         wait_until(lambda: len(list(run.system.glob("node-*.json"))) == 2)
         assert {stat.S_IMODE(path.stat().st_mode) for path in run.system.iterdir()} == {0o600}
         assert stat.S_IMODE(run.system.stat().st_mode) == 0o700
-        main = watch(run, records.append)
+        main = watch(run, events.append)
         assert main is not None
-        wait_until(lambda: all([r.get("node") for r in records].count(n) > 1 for n in (None, 4, 8)))
+        nodes = lambda: [event.fields().get("node") for event in events]  # noqa: E731
+        wait_until(lambda: all(nodes().count(node) > 1 for node in (None, 4, 8)))
         main.stop()
+    records = [event.fields() for event in events]
     assert "node" not in records[0]
     for record in records:
-        assert record.keys() - {"node"} == FIGURES
+        assert record.keys() - {"node"} == FIELDS
         assert (record["event"], record["step"]) == ("system", 6 if record.get("node") == 8 else 7)
         assert record["memory_total_bytes"] == psutil.virtual_memory().total
         assert 0 <= record["cpu_percent"] <= 100
@@ -80,12 +82,12 @@ def test_no_other_process_looks_at_a_machine(run: RunDir, place: dict[str, Any])
 
 def test_unless_it_is_asked_for_rank_0_tells_of_its_own_machine_alone(run: RunDir) -> None:
     leave(run, cpu_percent=1.0)
-    records: list[Record] = []
-    main = watch(run, records.append, tracking={"system_nodes": False})
+    events: list[LedgerEvent] = []
+    main = watch(run, events.append, tracking={"system_nodes": False})
     assert main is not None
-    wait_until(lambda: len(records) > 2)
+    wait_until(lambda: len(events) > 2)
     main.stop()
-    assert all("node" not in record for record in records)
+    assert all("node" not in event.fields() for event in events)
 
 
 def test_a_sample_is_told_once_and_one_of_another_attempt_never(run: RunDir) -> None:
@@ -93,7 +95,7 @@ def test_a_sample_is_told_once_and_one_of_another_attempt_never(run: RunDir) -> 
     assert list(others.new()) == []
     leave(run, rank=4, attempt=2, cpu_percent=1.0)
     leave(run, rank=8, attempt=1, cpu_percent=2.0)
-    told = {"event": "system", "step": 3, "cpu_percent": 1.0, "node": 4}
+    told = SystemEvent(step=3, cpu_percent=1.0, node=4)
     assert list(others.new()) == [told]
     assert list(others.new()) == []
     leave(run, rank=4, attempt=2, cpu_percent=1.0)  # another sample, of the same figures
@@ -106,7 +108,7 @@ def test_what_was_left_while_rank_0_did_not_look_for_long_is_not_told(run: RunDi
     time.sleep(STALE_INTERVALS * EVERY_S * 1.5)
     assert list(others.new()) == []
     leave(run, cpu_percent=2.0)
-    assert [record["cpu_percent"] for record in others.new()] == [2.0]
+    assert [event.cpu_percent for event in others.new()] == [2.0]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"attempt": 1}', "\0" * 9])
@@ -117,7 +119,7 @@ def test_a_file_that_is_none_is_told_once_and_harms_no_other(
     (run.system / "node-4.json").write_text(text, encoding="utf-8")
     (run.system / "node-5.json").write_text(text, encoding="utf-8")
     others = OtherNodes(run.system, attempt=1, every_s=60.0)
-    assert [record["node"] for record in others.new()] == [8]
+    assert [event.node for event in others.new()] == [8]
     (warning,) = caplog.records
     assert "node-4.json cannot be read" in warning.message
     assert "training goes on" in warning.message

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from peft_dist.cli.main import main
+from peft_dist.ledger.events import StepEvent, SystemEvent
 from peft_dist.ledger.goodput import PHASES
 from peft_dist.report import text
 from peft_dist.report.page import render_page
-from peft_dist.report.run_data import Run, read_runs
-from peft_dist.report.series import MOST_POINTS, Series
+from peft_dist.report.run_data import RunData, read_runs
+from peft_dist.report.series import MOST_POINTS, Series, number
 from peft_dist.report.time_use import PHASE_PLACES, clock_panels
-from peft_dist.report.timeline import MOST_SHOWN, happenings, of_run
+from peft_dist.report.timeline import MOST_SHOWN, timeline, timeline_of
 from tests.unit.run_folders import failure, lease
 from tests.unit.whole_runs import Story, write_run
 
@@ -33,7 +34,7 @@ EVENTFUL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def the_run(folder: Path, **story: Any) -> Run:
+def the_run(folder: Path, **story: Any) -> RunData:
     return read_runs([write_run(folder, Story(**story))])[0]
 
 
@@ -104,9 +105,9 @@ def test_a_clock_that_was_set_back_or_is_absurd_is_no_obstacle(tmp_path: Path) -
 def test_what_an_older_ledger_lacks_is_left_out(tmp_path: Path) -> None:
     run = the_run(tmp_path / "run", per_rank=False)
     lean = [
-        {k: v for k, v in record.items() if k not in ("device", "hosts", "versions")}
-        for record in run.records
-        if record["event"] != "system"
+        {k: v for k, v in event.fields().items() if k not in ("device", "hosts", "versions")}
+        for event in run.events
+        if not isinstance(event, SystemEvent)
     ]
     ledger = tmp_path / "run" / "ledger.jsonl"
     ledger.write_text("".join(json.dumps(record) + "\n" for record in lean), encoding="utf-8")
@@ -237,12 +238,12 @@ def test_without_plotly_the_remedy_is_told(tmp_path: Path) -> None:
 
 def test_what_happened_is_told_in_order(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", Story(**EVENTFUL))
-    for number in (1, 2, 3):
-        lease(run, number)
+    for attempt in (1, 2, 3):
+        lease(run, attempt)
     note = {"rank": 2, "kind": "oom", "step": 200, "error": "out of memory"}
     (run / "attempts" / "00000002-rank-2.json").write_text(json.dumps(note))
     (found,) = read_runs([run])
-    told = [(each.attempt, each.step, each.what) for each in of_run(found)]
+    told = [(each.attempt, each.step, each.what) for each in timeline_of(found)]
     assert told == [
         (1, 0, "started"),
         (1, 50, "step skipped"),
@@ -254,18 +255,18 @@ def test_what_happened_is_told_in_order(tmp_path: Path) -> None:
         (3, 190, "went on"),
         (3, 400, "finished"),
     ]
-    details = {each.what: each.detail for each in of_run(found)}
+    details = {each.what: each.detail for each in timeline_of(found)}
     assert details["cut off"] == "rank 2: out of memory"
     assert details["checkpoint not written"] == "No space left on device"
     assert details["started"] == "4 processes, fsdp, on node1, node2, Slurm job 4242"
-    lasted_s = found.records[-1]["time"] - found.records[0]["time"] + 20
-    since = [each.since for each in of_run(found)]
+    lasted_s = found.events[-1].time - found.events[0].time + 20
+    since = [each.since for each in timeline_of(found)]
     assert (since[0], since[-1]) == ("20.0 s", text.duration(lasted_s))
 
 
-def test_of_very_many_happenings_the_first_and_the_last_are_shown(tmp_path: Path) -> None:
+def test_of_a_very_long_timeline_the_first_and_the_last_are_shown(tmp_path: Path) -> None:
     run = the_run(tmp_path / "run", steps=1000, skipped=tuple(range(100, 900)), per_rank=False)
-    shown, left_out = happenings([run])
+    shown, left_out = timeline([run])
     assert (len(shown), left_out) == (MOST_SHOWN, 802 - MOST_SHOWN)
     assert (shown[0].what, shown[-1].what) == ("started", "finished")
     assert f"… {left_out} more …" in render_page([run])
@@ -273,7 +274,7 @@ def test_of_very_many_happenings_the_first_and_the_last_are_shown(tmp_path: Path
 
 def test_work_that_was_done_again_is_drawn_once(tmp_path: Path) -> None:
     run = the_run(tmp_path / "run", **EVENTFUL)
-    again = [r["step"] for r in run.records if r["event"] == "step"]
+    again = [step.step for step in run.of(StepEvent)]
     assert len(again) == 408  # two were skipped, ten done twice
     (each, mean, restart, left_out) = figures(render_page([run]))["loss"]["data"]
     assert each["x"] == sorted(set(again))
@@ -385,10 +386,16 @@ def test_a_mean_is_of_a_point_and_its_neighbours() -> None:
     assert Series([1, 2], [3.0, 4.0]).mean().y == [3.0, 4.0]
 
 
-def test_numbers_that_are_none_are_no_points(tmp_path: Path) -> None:
-    records = [{"step": n, "loss": value} for n, value in enumerate([1.0, None, "2", True, 3])]
-    series = Series.of([*records, {"step": 9}, {"step": 10, "loss": math.inf}], "loss")
-    assert (series.x, series.y) == ([0, 4], [1.0, 3.0])
+def test_numbers_that_are_none_are_no_points() -> None:
+    events = [
+        StepEvent(step=n, loss=1.0, tokens_per_s=1.0, mfu=value)
+        for n, value in enumerate([0.25, None, 0.5])
+    ]
+    series = Series.of([*events, StepEvent(step=9, loss=1.0, tokens_per_s=1.0)], "mfu")
+    assert (series.x, series.y) == ([0, 2], [0.25, 0.5])
+    assert [number(value) for value in (1.0, None, "2", True, 3, math.inf)] == [
+        1.0, None, None, None, 3.0, None,
+    ]  # fmt: skip
 
 
 def test_numbers_are_written_as_people_read_them() -> None:

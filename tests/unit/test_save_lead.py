@@ -13,7 +13,8 @@ from tests.unit.slurm_jobs import GPUS, job
 
 def add(run: Path, **record: Any) -> None:
     with (run / "ledger.jsonl").open("a") as file:
-        file.write(json.dumps({"attempt": 1, "time": 0.0, **record}) + "\n")
+        metrics = {"loss": 1.0, "tokens_per_s": 1.0, "eval_loss": 1.0}
+        file.write(json.dumps({"attempt": 1, "time": 0.0, **metrics, **record}) + "\n")
 
 
 def test_a_run_that_has_not_begun_gets_what_the_cluster_file_asks_for(tmp_path: Path) -> None:
@@ -61,6 +62,13 @@ def test_one_night_of_suspension_does_not_count_for_ever(tmp_path: Path) -> None
     add(run, event="step", step=301, at_s=50_000.0)
     add(run, event="step", step=302, at_s=50_001.0)
     assert lead_s(run / "ledger.jsonl", 1) == SETTLE_S + MARGIN * 1
+
+
+def test_a_save_long_before_the_recent_steps_still_counts(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    add(run, event="saved", step=0, at_s=1.0, write_s=40.0)
+    ledger(run, 2000, step_s=1.0)
+    assert lead_s(run / "ledger.jsonl", 1) == SETTLE_S + MARGIN * (1 + 40)
 
 
 def test_it_stands_in_the_script() -> None:

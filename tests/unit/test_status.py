@@ -17,12 +17,14 @@ from pathlib import Path
 import pytest
 
 from peft_dist.cli.main import main
+from peft_dist.ledger.events import RollbackEvent, StepEvent
+from peft_dist.ledger.reader import BLOCK_BYTES, LedgerReader
 from peft_dist.run.history import note_crash
 from peft_dist.run.lease import STALE_AFTER_S
 from peft_dist.run.restart_policy import Kind
 from peft_dist.slurm.job_state import JobState
 from peft_dist.status.command import gather, newest_runs
-from peft_dist.status.progress import TAIL_BYTES, Standing, read_tail, standing
+from peft_dist.status.progress import RunProgress, progress, read_progress
 from peft_dist.status.run_state import RunView, read_run, view
 from peft_dist.status.table import ArrayView, Column, Span, duration, lay_out, render
 from peft_dist.tracking.terminal import Terminal
@@ -65,6 +67,10 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     return set_up
 
 
+def progress_of(run: Path) -> RunProgress:
+    return read_progress(run / "ledger.jsonl")
+
+
 def seen(path: Path, **jobs: str) -> RunView:
     """Return what is said of a run, where Slurm says this of its jobs: `_12="RUNNING"`."""
     answers = {
@@ -79,46 +85,40 @@ def seen(path: Path, **jobs: str) -> RunView:
 
 def test_a_ledgers_end_tells_step_loss_and_speed(run: Path) -> None:
     ledger(run, 40, step_s=2.0, total=100)
-    assert standing(read_tail(run / "ledger.jsonl")) == Standing(40, 100, 0.1, 1540.0, 2.0)
+    assert progress_of(run) == RunProgress(40, 100, 0.1, 1540.0, 2.0)
 
 
 def test_of_a_long_ledger_only_the_end_is_read_and_half_lines_are_left_out(run: Path) -> None:
     ledger(run, 3000, step_s=1.0)
     with (run / "ledger.jsonl").open("a") as file:
         file.write('{"attempt": 1, "event": "step", "step": 3001, "at_')
-    records = read_tail(run / "ledger.jsonl")
-    assert TAIL_BYTES / 2 < len(json.dumps(records)) < TAIL_BYTES + 2 * len(records)
-    found = standing(records)
+    found = progress_of(run)
     assert (found.step, found.steps, found.step_s) == (3000, None, 1.0)
 
 
 def test_samples_of_many_machines_between_slow_steps_do_not_hide_them(run: Path) -> None:
     ledger(run, 40, step_s=60.0)
-    before = standing(read_tail(run / "ledger.jsonl"))
+    before = progress_of(run)
     sample = {"attempt": 1, "time": 0.0, "at_s": 2410.0, "event": "system", "step": 40}
     gpus = [{"utilisation_percent": 97, "memory_used_bytes": 10**10}] * 8
     with (run / "ledger.jsonl").open("a") as file:
         for node in range(0, 1024, 8):
             file.write(json.dumps({**sample, "node": node, "gpus": gpus}) + "\n")
-    assert (run / "ledger.jsonl").stat().st_size > 1.2 * TAIL_BYTES
-    assert standing(read_tail(run / "ledger.jsonl")) == before
+    assert (run / "ledger.jsonl").stat().st_size > 1.2 * BLOCK_BYTES
+    assert progress_of(run) == before
 
 
 def test_a_resumed_run_stands_where_its_newest_attempt_does(run: Path) -> None:
     ledger(run, 30, step_s=2.0)
     ledger(run, 20, first=21, attempt=2)  # it has begun, and done no step
-    assert standing(read_tail(run / "ledger.jsonl")) == Standing(20, 100, 4 / 30, 1530.0, 2.0)
+    assert progress_of(run) == RunProgress(20, 100, 4 / 30, 1530.0, 2.0)
     ledger(run, 60, attempt=1)  # a zombie goes on writing
-    assert standing(read_tail(run / "ledger.jsonl")).step == 20
+    assert progress_of(run).step == 20
 
 
 def test_a_rollback_takes_steps_back() -> None:
-    stamp = {"attempt": 1, "at_s": 1.0}
-    records = [
-        {**stamp, "event": "step", "step": 8, "loss": 1.0},
-        {**stamp, "event": "rollback", "step": 9, "back_to": 5},
-    ]
-    assert standing(records).step == 5
+    step = StepEvent(step=8, attempt=1, at_s=1.0, loss=1.0, tokens_per_s=1.0)
+    assert progress([step, RollbackEvent(step=9, attempt=1, at_s=1.0, back_to=5)]).step == 5
 
 
 @pytest.mark.parametrize(
@@ -127,15 +127,15 @@ def test_a_rollback_takes_steps_back() -> None:
      '{"event": "step", "attempt": "1", "step": 3, "at_s": 1}',
      '{"event": "step", "attempt": 1, "step": 3, "at_s": null}'],
 )  # fmt: skip
-def test_lines_that_are_no_records_are_passed_over(run: Path, line: str) -> None:
+def test_lines_that_are_no_events_are_passed_over(run: Path, line: str) -> None:
     ledger(run, 5)
     with (run / "ledger.jsonl").open("a") as file:
         file.write(line + "\n")
-    assert standing(read_tail(run / "ledger.jsonl")).step == 5
+    assert progress_of(run).step == 5
 
 
 def test_a_run_without_a_ledger_stands_nowhere(run: Path) -> None:
-    assert standing(read_tail(run / "ledger.jsonl")) == Standing()
+    assert progress_of(run) == RunProgress()
 
 
 # ---- runs without a job ----
@@ -490,7 +490,7 @@ def test_the_table_and_the_progress_line_show_the_ledgers_own_figures(
 ) -> None:
     lease(run, here=True)
     ledger(run, 7, total=9)
-    last = read_tail(run / "ledger.jsonl")[-1]
+    (last,) = LedgerReader(run / "ledger.jsonl").tail(1)
     assert main(["status", str(run)]) == 0
     titles, row = (line.split() for line in capsys.readouterr().out.splitlines())
     shown = dict(zip(titles, row, strict=True))
@@ -502,11 +502,11 @@ def test_the_table_and_the_progress_line_show_the_ledgers_own_figures(
 
 def test_records_of_the_machine_move_no_run(run: Path) -> None:
     ledger(run, 7)
-    before = standing(read_tail(run / "ledger.jsonl"))
+    before = progress_of(run)
     machine = {"attempt": 1, "time": 0.0, "at_s": 500.0, "event": "system", "step": 6}
     with (run / "ledger.jsonl").open("a") as file:
         file.write(json.dumps(machine) + "\n")
-    assert standing(read_tail(run / "ledger.jsonl")) == before
+    assert progress_of(run) == before
 
 
 def test_watch_prints_plain_tables_into_a_pipe_until_it_is_interrupted(run: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import psutil
 import pytest
 
-from peft_dist.ledger.writer import Ledger, Record
+from peft_dist.ledger.events import LedgerEvent
+from peft_dist.ledger.writer import LedgerWriter
 from peft_dist.tracking.system import SystemSampler
 
-FIGURES = {
+FIELDS = {
     "event", "step", "cpu_percent", "memory_used_bytes", "memory_total_bytes", "process_rss_bytes",
     "disk_free_bytes", "network_sent_bytes", "network_received_bytes",
 }  # fmt: skip
@@ -28,18 +29,18 @@ def wait_until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def watched(folder: Path, *, count: int = 2, **more: Any) -> list[Record]:
+def watched(folder: Path, *, count: int = 2, **more: Any) -> list[dict[str, Any]]:
     """Return the first samples of a machine."""
-    records: list[Record] = []
-    sampler = SystemSampler(records.append, every_s=0.05, folder=folder, step=lambda: 7, **more)
-    wait_until(lambda: len(records) >= count)
+    events: list[LedgerEvent] = []
+    sampler = SystemSampler(events.append, every_s=0.05, folder=folder, step=lambda: 7, **more)
+    wait_until(lambda: len(events) >= count)
     sampler.stop()
-    return records
+    return [event.fields() for event in events]
 
 
 def test_a_sample_has_what_psutil_sees(tmp_path: Path) -> None:
     for record in watched(tmp_path):
-        assert record.keys() == FIGURES
+        assert record.keys() == FIELDS
         assert (record["event"], record["step"]) == ("system", 7)
         assert 0 <= record["cpu_percent"] <= 100
         assert 0 < record["process_rss_bytes"] < record["memory_used_bytes"]
@@ -54,10 +55,10 @@ def test_the_network_is_that_since_the_last_sample(tmp_path: Path) -> None:
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         one.bind(("127.0.0.1", 0))
-        records: list[Record] = []
+        records: list[dict[str, Any]] = []
 
-        def write(record: Record) -> None:
-            records.append(record)
+        def write(event: LedgerEvent) -> None:
+            records.append(event.fields())
             if len(records) == 2:
                 for _ in range(100):
                     one.sendto(b"x" * 10_000, one.getsockname())
@@ -70,7 +71,7 @@ def test_the_network_is_that_since_the_last_sample(tmp_path: Path) -> None:
 
 
 def test_after_the_stop_nothing_is_written(tmp_path: Path) -> None:
-    records: list[Record] = []
+    records: list[LedgerEvent] = []
     sampler = SystemSampler(records.append, every_s=0.01, folder=tmp_path, step=lambda: 0)
     wait_until(lambda: bool(records))
     sampler.stop()
@@ -84,7 +85,7 @@ def test_a_sample_that_fails_is_told_once_and_the_next_one_taken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "late"
-    records: list[Record] = []
+    records: list[LedgerEvent] = []
     sampler = SystemSampler(records.append, every_s=0.02, folder=folder, step=lambda: 0)
     wait_until(lambda: bool(caplog.records))
     time.sleep(0.2)
@@ -102,7 +103,7 @@ def test_a_ledger_that_is_another_attempts_by_now_ends_no_thread_and_no_run(
     def check() -> None:
         raise RuntimeError("taken over")
 
-    ledger = Ledger(tmp_path / "l", check=check)
+    ledger = LedgerWriter(tmp_path / "l", check=check)
     sampler = SystemSampler(ledger.write, every_s=0.01, folder=tmp_path, step=lambda: 0)
     wait_until(lambda: bool(caplog.records))
     time.sleep(0.1)
@@ -114,7 +115,7 @@ def test_a_ledger_that_is_another_attempts_by_now_ends_no_thread_and_no_run(
 
 def test_the_end_does_not_wait_for_a_disk_that_does_not_answer(tmp_path: Path) -> None:
     release, asked = threading.Event(), threading.Event()
-    records: list[Record] = []
+    records: list[LedgerEvent] = []
 
     def step() -> int:
         asked.set()
@@ -139,7 +140,7 @@ def test_without_a_driver_gpus_are_left_out_with_one_warning(
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         records = watched(tmp_path, gpu_uuids=["12345678-1234-1234-1234-123456789012"])
-        assert all(record.keys() == FIGURES for record in records)
+        assert all(record.keys() == FIELDS for record in records)
         assert [record.levelno for record in caplog.records] == [logging.WARNING]
         return
     pytest.skip("there is a driver")

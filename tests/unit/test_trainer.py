@@ -16,8 +16,8 @@ from peft_dist.config.recipe import Train
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.evaluation.scoring import held_out
-from peft_dist.ledger.writer import Record
-from peft_dist.metrics.step import FiguresReader
+from peft_dist.ledger.events import LedgerEvent
+from peft_dist.metrics.step import StepInputs, StepMetricsReader
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import Session, open_session
 from peft_dist.optim.lr_schedule import learning_rate
@@ -36,11 +36,11 @@ def trainer(folder: Path, world: World, architecture: str = "llama", **sections:
 
 
 class Records(list[dict[str, Any]]):
-    """A tracker that keeps the records."""
+    """A tracker that keeps what the ledger would hold."""
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, event: LedgerEvent) -> None:
         """Keep one."""
-        self.append(dict(record))
+        self.append(event.fields())
 
     def close(self) -> None:
         """Nothing is held back."""
@@ -202,8 +202,8 @@ def broken_at(found: Trainer, *steps: int, how: str = "loss") -> None:
     """Make the loss or the gradient of some steps infinite or not a number."""
     engine, reduce = found.session.engine, found.session.engine.reduce
 
-    def poisoned(riders: torch.Tensor) -> torch.Tensor:
-        summed = reduce(riders)
+    def poisoned(extras: torch.Tensor) -> torch.Tensor:
+        summed = reduce(extras)
         if found.progress.step + 1 in steps:
             if how == "loss":
                 summed[0] = math.nan
@@ -336,16 +336,16 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path, alone: Worl
     assert skipped == [2, 3, 5, 6]
 
 
-class LateReader(FiguresReader):
-    """Has a step's figures when those of a GPU are there: with the step after it."""
+class LateReader(StepMetricsReader):
+    """Has a step's metrics when those of a GPU are there: with the step after it."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
         self.is_late = True
 
-    def put(self, record: Record, figures: torch.Tensor) -> None:
-        """Take figures that are on the host already."""
-        self._unread.append((record, figures, None))
+    def put(self, inputs: StepInputs, metrics: torch.Tensor) -> None:
+        """Take metrics that are on the host already."""
+        self._unread.append((inputs, metrics, None))
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from peft_dist.ledger.events import SkippedEvent
 from peft_dist.run.directory import RunDir
 from peft_dist.tracking.wandb.identity import identity, wandb_environment
 from tests.faults.long import only_long
@@ -66,7 +67,7 @@ def spoil(stub: Stub, fault: str) -> None:
         stub.fault = fault
 
 
-def mend(stub: Stub, fault: str) -> None:
+def repair(stub: Stub, fault: str) -> None:
     if fault == "refuse":
         stub.listen_again()
     else:
@@ -102,7 +103,8 @@ def test_the_configuration_is_recipe_placement_and_versions(
     config = {name: entry["value"] for name, entry in stub.run().config.items()}
     assert config["train"]["warmup_fraction"] == 0.05
     assert config["placement"] == {
-        "processes": 2, "strategy": "fsdp", "nodes": 2, "device": "cpu", "base_bytes_per_rank": 1000
+        "processes": 2, "strategy": "fsdp", "nodes": 2, "device": "cpu",
+        "base_bytes_per_rank": [1000, 1000],
     }  # fmt: skip
     assert config["versions"] == VERSIONS
     axes = {entry.get("1") or entry.get("2"): entry for entry in config["_wandb"]["m"]}
@@ -121,7 +123,7 @@ def test_a_server_that_fails_at_the_start_costs_training_nothing(
     assert training.end() < END_LIMIT_S
     assert_steps_are_not_slower(training, tmp_path)
     assert stub.runs == {}
-    mend(stub, fault)
+    repair(stub, fault)
     assert_sync_completes(stub, here, run)
 
 
@@ -144,7 +146,7 @@ def test_a_server_that_dies_in_the_middle_costs_training_nothing(
     assert training.end() < END_LIMIT_S
     assert_steps_are_not_slower(training, tmp_path)
     assert len(stub.run().lines) < 300
-    mend(stub, fault)
+    repair(stub, fault)
     assert_sync_completes(stub, here, run)
 
 
@@ -172,14 +174,16 @@ def assert_sync_completes(stub: Stub, here: dict[str, str], run: RunDir) -> None
 
 INIT = """
 import os, sys, time
+from peft_dist.ledger.events import SkippedEvent
 from peft_dist.run.directory import RunDir
 from peft_dist.tracking.wandb.identity import wandb_environment
-from peft_dist.tracking.wandb.session import Session, Unreachable
+from peft_dist.ledger.events import StartEvent
+from peft_dist.tracking.wandb.wandb_run import Unreachable, WandbRun
 os.environ.update(wandb_environment(os.environ))
 import wandb
 begun = time.monotonic()
 try:
-    Session(RunDir.open(sys.argv[1]), {"event": "start", "step": 0}, online=True)
+    WandbRun(RunDir.open(sys.argv[1]), StartEvent(step=0), online=True)
 except Unreachable:
     print(time.monotonic() - begun)
 """
@@ -202,7 +206,7 @@ def test_three_restarts_are_one_run(stub: Stub, here: dict[str, str], tmp_path: 
     for attempt, outcome in enumerate(("interrupted", "crashed", "interrupted", "done"), start=1):
         training = Training(run, attempt=attempt, step=20 * (attempt - 1))
         training.train(20)
-        training.tell({"event": "skipped", "step": training.step, "reason": "loss nan"})
+        training.write(SkippedEvent(step=training.step, reason="loss nan"))
         training.end(outcome)
         assert identity(run)["id"] == stub.run().name
     assert rows_of(stub.run()) == wanted_rows(run)
@@ -226,7 +230,7 @@ def test_many_events_of_a_kind_are_told_with_a_limit(
     run = make_run(tmp_path / "run")
     training = Training(run)
     for step in range(1, 6):
-        training.tell({"event": "skipped", "step": step, "reason": "loss nan"})
+        training.write(SkippedEvent(step=step, reason="loss nan"))
     training.end()
     # The server keeps to the limit that comes with each.
     assert {alert["waitDuration"] for alert in stub.run().alerts} == {300_000}

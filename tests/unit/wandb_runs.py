@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from peft_dist.config import Recipe
-from peft_dist.ledger.writer import Ledger, Record, Tracker
+from peft_dist.ledger.events import EndEvent, LedgerEvent, StartEvent, StepEvent
+from peft_dist.ledger.writer import LedgerWriter, Tracker
 from peft_dist.run.directory import RunDir
 from peft_dist.tracking.wandb.rows import LedgerRows
-from peft_dist.tracking.wandb.tracker import WandbSideCar
+from peft_dist.tracking.wandb.tracker import WandbTracker
 from tests.processes import ROOT, environment
 from tests.wandb_stub import KEY, Run, Stub
 
@@ -43,23 +44,22 @@ def user(home: Path, stub: Stub | None, key: str | None = KEY, **extra: str) -> 
     return kept
 
 
-def start_record(step: int = 0) -> Record:
+def start_event(step: int = 0) -> StartEvent:
     """Return how an attempt begins that has done `step` steps before."""
-    return {
-        "event": "start", "step": step, "steps": 10_000, "world_size": 2, "strategy": "fsdp",
-        "startup_s": 1.0, "load_s": 0.5, "versions": VERSIONS, "hosts": ["node-7", "node-8"],
-        "device": "cpu", "base_bytes_per_rank": 1000,
-    }  # fmt: skip
+    return StartEvent(
+        step=step, steps=10_000, world_size=2, strategy="fsdp", startup_s=1.0, load_s=0.5,
+        versions=VERSIONS, hosts=["node-7", "node-8"], device="cpu",
+        base_bytes_per_rank=[1000, 1000],
+    )  # fmt: skip
 
 
-def step_record(step: int) -> Record:
+def step_event(step: int, **fields: Any) -> StepEvent:
     """Return what a step leaves."""
-    return {
-        "event": "step", "step": step, "lr": 1e-3, "rows": 16, "cursor": 16 * step, "tokens": 320,
-        "loss": 4.0 / step, "grad_norm": 1.5, "tokens_per_s": 1234.5, "mfu": 0.25,
-        "peak_memory_bytes": 10**9, "rank_step_s": [0.25, 0.5 + step / 1000],
-        "rank_memory_bytes": [10**9, 10**9 + step],
-    }  # fmt: skip
+    given = {"rank_step_s": [0.25, 0.5 + step / 1000], "rank_memory_bytes": [10**9, 10**9 + step]}
+    return StepEvent(
+        step=step, lr=1e-3, rows=16, cursor=16 * step, tokens=320, loss=4.0 / step, grad_norm=1.5,
+        tokens_per_s=1234.5, mfu=0.25, peak_memory_bytes=10**9, **(given | fields),
+    )  # fmt: skip
 
 
 class Training:
@@ -69,39 +69,39 @@ class Training:
         self, run: RunDir, *, attempt: int = 1, step: int = 0, with_wandb: bool = True
     ) -> None:
         """Begin after so many steps."""
-        self.side_car = WandbSideCar(run)
-        self.trackers: list[Tracker] = [Ledger(run.ledger, attempt=attempt)]
-        self.trackers += [self.side_car] if with_wandb else []
+        self.wandb = WandbTracker(run)
+        self.trackers: list[Tracker] = [LedgerWriter(run.ledger, attempt=attempt)]
+        self.trackers += [self.wandb] if with_wandb else []
         self.write_s: list[float] = []
-        """How long each step's record took."""
+        """How long each step's event took."""
         self.step = step
-        self.tell(start_record(step))
+        self.write(start_event(step))
 
-    def tell(self, record: Record) -> None:
-        """Pass a record on, as the trainer does."""
+    def write(self, event: LedgerEvent) -> None:
+        """Pass an event on, as the trainer does."""
         for tracker in self.trackers:
-            tracker.write(record)
+            tracker.write(event)
 
     def train(self, steps: int, pause_s: float = 0.0) -> None:
         """Do some steps."""
         for _ in range(steps):
             self.step += 1
             begun = time.perf_counter()
-            self.tell(step_record(self.step))
+            self.write(step_event(self.step))
             self.write_s.append(time.perf_counter() - begun)
             time.sleep(pause_s)
 
     def end(self, outcome: str = "done") -> float:
         """End as `fine_tune` does; return how long that took."""
         begun = time.monotonic()
-        self.tell({"event": "end", "step": self.step, "outcome": outcome})
+        self.write(EndEvent(step=self.step, outcome=outcome))
         for tracker in reversed(self.trackers):
             tracker.close()
         return time.monotonic() - begun
 
 
-def ledger(run: RunDir) -> list[Record]:
-    """Return every record of a run."""
+def ledger(run: RunDir) -> list[dict[str, Any]]:
+    """Return what stands in every line of a run's ledger."""
     lines = run.ledger.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 

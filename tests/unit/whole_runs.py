@@ -95,11 +95,12 @@ class _Writer:
         if step in story.save_failed:
             self.tell("save_failed", step, reason="No space left on device")
         if step % 25 == 0:
-            gpu = {"utilisation_percent": 90 + dice.randint(-5, 5), "memory_used_bytes": 60e9,
-                   "memory_total_bytes": 80e9}  # fmt: skip
+            gpu = {"utilisation_percent": 90 + dice.randint(-5, 5), "memory_used_bytes": 60 * 10**9,
+                   "memory_total_bytes": 80 * 10**9}  # fmt: skip
             self.tell(
-                "system", step, cpu_percent=35 + dice.random() * 10, memory_used_bytes=100e9,
-                memory_total_bytes=500e9, **({"gpus": [gpu] * story.gpus} if story.gpus else {}),
+                "system", step, cpu_percent=35 + dice.random() * 10, memory_used_bytes=100 * 10**9,
+                memory_total_bytes=500 * 10**9,
+                **({"gpus": [gpu] * story.gpus} if story.gpus else {}),
             )  # fmt: skip
 
     def evaluate(self, step: int) -> None:

@@ -1,7 +1,7 @@
-"""A project's dashboard at W&B as code: the process of `peft-dist dashboard`.
+"""Save a project's dashboard at W&B: the process of `peft-dist dashboard`.
 
-It is made, or made anew, as one saved view; other views of the project are left alone. The names of
-figures are those of `rows.py`.
+It is one saved view, created or updated; other views of the project are left alone. The names of
+metrics are those of `rows.py`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from peft_dist.common.errors import ERROR_PREFIX, EXIT_CRASHED, EXIT_DONE, PeftD
 from peft_dist.common.console import say
 from peft_dist.tracking.wandb import rows
 from peft_dist.tracking.wandb.identity import wandb_environment
-from peft_dist.tracking.wandb.session import NotAllowed, Unreachable, explained
+from peft_dist.tracking.wandb.wandb_run import NotAllowed, Unreachable, explained
 
 NAME = "peft-dist"
 SHOWN_RUNS = 20

@@ -85,7 +85,7 @@ def text_of(value: object) -> str:
 
 
 def reachable() -> bool:
-    """Say whether anything answers where W&B's server, or the proxy before it, is."""
+    """Whether anything answers where W&B's server, or the proxy before it, is."""
     url = urlsplit(os.environ.get("WANDB_BASE_URL", DEFAULT_URL))
     proxy = urllib.request.getproxies().get(url.scheme)
     if proxy and not urllib.request.proxy_bypass(url.hostname or ""):

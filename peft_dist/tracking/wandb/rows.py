@@ -1,6 +1,6 @@
-"""The ledger as W&B shows it: each record is one row of named figures, in order.
+"""Turn the ledger into rows for W&B: one row of named numbers per event, in order.
 
-A row is a function of the ledger up to its record and of nothing else, so that it is the same
+A row is a function of the ledger up to its event and of nothing else, so that it is the same
 whoever sends it, and whenever. Sends nothing, and never imports wandb.
 """
 
@@ -9,16 +9,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft_dist.ledger.goodput import PHASES, goodput, parse_record
-from peft_dist.ledger.writer import Record
+from peft_dist.ledger import events
+from peft_dist.ledger.goodput import PHASES, GoodputMeter
+from peft_dist.ledger.reader import LedgerReader
 
 Row = dict[str, Any]
 
 STEP = "train/step"
-"""The horizontal axis of every figure; W&B's own step is the number of a row."""
+"""The horizontal axis of every metric; W&B's own step is the number of a row."""
 ATTEMPT = "attempt"
 TIMESTAMP = "_timestamp"
-"""W&B's name for the time of a row: the record's own, also where it is sent much later."""
+"""W&B's name for the time of a row: the event's own, also where it is sent much later."""
 LOSS, LEARNING_RATE, GRADIENT_NORM = "train/loss", "train/lr", "train/grad_norm"
 TOKENS_PER_S, MFU = "train/tokens_per_s", "train/mfu"
 HELD_OUT_LOSS, HELD_OUT_ACCURACY = "evaluation/loss", "evaluation/accuracy"
@@ -27,8 +28,8 @@ PEAK_MEMORY = "memory/peak_bytes"
 GOODPUT = "goodput/fraction"
 SHARES = tuple(f"goodput/{phase}" for phase in PHASES)
 """Shares of the run's time so far, as `peft-dist goodput` divides it."""
-MISHAPS = ("skipped", "rollback", "save_failed")
-MISHAP_COUNTS = tuple(f"mishaps/{event}" for event in MISHAPS)
+MISHAPS = tuple(events.event_name(kind) for kind in (events.SkippedEvent, events.RollbackEvent, events.SaveFailedEvent))
+MISHAP_COUNTS = tuple(f"mishaps/{name}" for name in MISHAPS)
 """How often each has happened so far."""
 STEP_S_MAX, STEP_S_MEDIAN, SLOWEST_RANK = "rank/step_s_max", "rank/step_s_median", "rank/slowest"
 RANK_STEP_S_PATTERN = "rank/[0-9]+/step_s"
@@ -37,85 +38,66 @@ SYSTEM_PATTERN = "system/.*"
 """Also of other nodes: `system/node_<first rank>/...`."""
 
 MAX_RANKS = 64
-"""Ranks that get lines of their own; of more, the slowest and the median say enough."""
+"""Ranks that get lines of their own; of more, the slowest and the median are enough."""
 SHARES_EVERY = 20
-"""Goodput is worked out at attempts' ends, and whenever the ledger has grown by this many records
-and by a twentieth: often at first, and never at a cost that grows with the run."""
+"""Goodput stands in the rows of starts and ends, and in every so many."""
 
-_SECTIONS = {"step": "train", "saved": "checkpoint", "save_failed": "checkpoint"}
-_NODE = "node"
-"""In a record: whose it is, where that is not rank 0's; no figure."""
+_SECTIONS: dict[type[events.LedgerEvent], str] = {
+    events.StepEvent: "train",
+    events.SavedEvent: "checkpoint",
+    events.SaveFailedEvent: "checkpoint",
+}
+"""First part of the names of an event's metrics, where it is not the event's name."""
 _NAMES = {"peak_memory_bytes": PEAK_MEMORY}
 _TEXTS = ("reason", "outcome")
-"""The only texts that are sent; others may say more of the machine than anybody needs."""
-_OF_EVERY_RECORD = ("event", "step", "attempt", "time", "at_s")
-_FOR_GOODPUT = (*_OF_EVERY_RECORD, "back_to", "startup_s", "load_s", "launched", "outcome")
+"""The only texts that are sent; others may say more of the node than anybody needs."""
+_NO_METRICS = frozenset((*events.LedgerEvent.model_fields, "node"))
 
 
 class Numbered(NamedTuple):
-    """A record, the row it is, and its number in the run, from 0."""
+    """An event, the row it is, and its number in the run, from 0."""
 
     number: int
-    record: Record
+    event: events.LedgerEvent
     row: Row
 
 
 class LedgerRows:
-    """Reads a ledger as it grows, and makes a row of each of its records."""
+    """Reads a ledger as it grows, and makes a row of each of its events."""
 
     def __init__(self, ledger: Path) -> None:
-        """Begin with the first record."""
-        self._path = ledger
-        self._read_bytes = 0
-        self._records: list[Record] = []
-        self._counts = dict.fromkeys(MISHAPS, 0)
-        self._shares_at = 0
-
-    @property
-    def count(self) -> int:
-        """Records read so far."""
-        return len(self._records)
+        """Begin with the first event."""
+        self._reader = LedgerReader(ledger)
+        self._meter = GoodputMeter()
+        self._mishaps = dict.fromkeys(MISHAPS, 0)
+        self.count = 0
+        """Events read so far."""
 
     def new(self) -> Iterator[Numbered]:
-        """Yield what was written since the last call; a line without its end is left for later.
+        """Yield what was written since the last call.
 
         Raises:
-            RunDirError: Where a line is no record.
-            OSError: Where the file cannot be read; one that is not there yet has no records.
+            RunDirError: Where a line is no event.
+            OSError: Where the file cannot be read.
         """
-        for line in self._new_lines():
-            number = self.count
-            record = parse_record(line, where=f"{self._path}:{number + 1}")
-            self._records.append({k: record[k] for k in _FOR_GOODPUT if k in record})
-            yield Numbered(number, record, self._row(record))
+        for event in self._reader.follow():
+            self._meter.add(event)
+            number, self.count = self.count, self.count + 1
+            yield Numbered(number, event, self._row(event) | self._shares(event, number))
 
-    def _new_lines(self) -> Iterator[bytes]:
-        try:
-            file = self._path.open("rb")
-        except FileNotFoundError:
-            return
-        with file:
-            file.seek(self._read_bytes)
-            for line in file:
-                if not line.endswith(b"\n"):  # it is being written, or a kill has cut it short
-                    return
-                self._read_bytes += len(line)
-                yield line.rstrip(b"\n")
-
-    def _row(self, record: Record) -> Row:
-        event: str = record["event"]
+    def _row(self, event: events.LedgerEvent) -> Row:
         row: Row = {
-            STEP: record["step"],
-            ATTEMPT: record["attempt"],
-            TIMESTAMP: record["time"],
-            "attempt_s": record["at_s"],
-            "event": event,
+            STEP: event.step,
+            ATTEMPT: event.attempt,
+            TIMESTAMP: event.time,
+            "attempt_s": event.at_s,
+            "event": event.event,
         }
-        section = _SECTIONS.get(event, event)
-        if event == "system" and _NODE in record:
-            section = f"system/node_{record[_NODE]}"
-        for name, value in record.items():
-            if name in _OF_EVERY_RECORD or name == _NODE:
+        section = _SECTIONS.get(type(event), event.event)
+        if isinstance(event, events.SystemEvent) and event.node is not None:
+            section = f"system/node_{event.node}"
+        for name, value in event.fields().items():
+            if name in _NO_METRICS:
                 continue
             if name.startswith("rank_") and isinstance(value, list):
                 row |= _of_ranks(name.removeprefix("rank_"), value)
@@ -124,26 +106,23 @@ class LedgerRows:
             else:
                 given = _NAMES.get(name, f"{section}/{name.removeprefix('eval_')}")
                 row |= dict(_numbers(given, value))
-        if event in self._counts:
-            self._counts[event] += 1
-            row[f"mishaps/{event}"] = self._counts[event]
-        return row | self._shares(event)
+        if event.event in self._mishaps:
+            self._mishaps[event.event] += 1
+            row[f"mishaps/{event.event}"] = self._mishaps[event.event]
+        return row
 
-    def _shares(self, event: str) -> Row:
-        grown = self.count - self._shares_at
-        due = grown >= max(SHARES_EVERY, self._shares_at // 20)
-        if not due and event not in ("start", "end"):
+    def _shares(self, event: events.LedgerEvent, number: int) -> Row:
+        if number % SHARES_EVERY and not isinstance(event, events.StartEvent | events.EndEvent):
             return {}
-        self._shares_at = self.count
-        figures = goodput(self._records)
-        if not figures.total_s:
+        found = self._meter.result()
+        if not found.total_s:
             return {}
-        shares = (figures.seconds[phase] / figures.total_s for phase in PHASES)
-        return {GOODPUT: figures.fraction, **dict(zip(SHARES, shares, strict=True))}
+        shares = (found.seconds[phase] / found.total_s for phase in PHASES)
+        return {GOODPUT: found.fraction, **dict(zip(SHARES, shares, strict=True))}
 
 
 def _of_ranks(name: str, values: Sequence[Any]) -> Row:
-    """Name a figure that every rank has."""
+    """Name a metric that every rank has."""
     numbers = [value for value in values if _is_number(value)]
     row: Row = {}
     if len(numbers) != len(values) or not numbers:

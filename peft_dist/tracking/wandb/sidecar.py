@@ -1,7 +1,7 @@
-"""The process beside training that sends the ledger to W&B: `python -m ... RUN_DIR`.
+"""Send the ledger to W&B from a process beside training: `python -m ... RUN_DIR`.
 
-It reads what rank 0 writes and is never waited for by a step. It ends when its standard input does,
-which is when rank 0 says so or is gone, however that came about.
+It reads what rank 0 writes, and no step waits for it. It ends when its standard input does, which
+is when rank 0 closes it or is gone, however that came about.
 """
 
 import logging
@@ -10,27 +10,27 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 
 from peft_dist.common.errors import PeftDistError
 from peft_dist.run.directory import RunDir
 from peft_dist.tracking.wandb.alerts import ALERT_EVERY_S, Alert, alert_of, crashed
-from peft_dist.ledger.writer import Record
+from peft_dist.ledger.events import EndEvent
+from peft_dist.ledger.reader import LedgerReader
 from peft_dist.tracking.wandb.identity import only_writer, prove_room, reachable, wandb_environment
-from peft_dist.tracking.wandb.rows import LedgerRows, Numbered
-from peft_dist.tracking.wandb.session import NotAllowed, Session, Unreachable, recipe_of
+from peft_dist.tracking.wandb.rows import LedgerRows
+from peft_dist.tracking.wandb.wandb_run import NotAllowed, Unreachable, WandbRun, recipe_of
 
 log = logging.getLogger(__name__)
 
 LEAVE_AFTER_S = 9.5
 """Seconds after the end of training at which this process is gone, whatever W&B does."""
 LOOK_EVERY_S = 1.0
-"""Seconds between two looks at the ledger."""
+"""Seconds between two reads of the ledger."""
 TRY_AGAIN_S = 120.0
-"""Seconds between two looks whether a server that did not answer is back."""
+"""Seconds between two tries of a server that did not answer."""
 PREDECESSOR_S = 10.0
-"""How long the side-car of the attempt before may still be sending."""
+"""How long the process of the attempt before may still be sending."""
 NICENESS = 10
 
 EXIT_SENT, EXIT_OFFLINE, EXIT_INCOMPLETE = 0, 4, 5
@@ -38,7 +38,7 @@ EXIT_SENT, EXIT_OFFLINE, EXIT_INCOMPLETE = 0, 4, 5
 
 
 def main(argv: list[str]) -> int:
-    """Follow the run in a directory until its attempt is over; return what became of its rows."""
+    """Follow the run in a directory until its attempt is over; return whether its rows were sent."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # training ends in its own time, and so do we
     with suppress(OSError):
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     over = threading.Event()
     threading.Thread(target=_wait_for_end, args=(over,), daemon=True).start()
     try:
-        return SideCar(RunDir.open(argv[0]), over).follow()
+        return Sidecar(RunDir.open(argv[0]), over).follow()
     except Exception as error:  # of whatever kind: it ends this process and nothing else
         log.warning("W&B gets no more rows: %s", error)
         return EXIT_INCOMPLETE
@@ -66,7 +66,7 @@ def _wait_for_end(over: threading.Event) -> None:
     os._exit(EXIT_INCOMPLETE)
 
 
-class SideCar:
+class Sidecar:
     """Sends the rows of one run while it trains, to the server or into a file."""
 
     def __init__(self, run: RunDir, over: threading.Event) -> None:
@@ -74,40 +74,43 @@ class SideCar:
         self._run, self._over = run, over
         self._settings = recipe_of(run).tracking.wandb
         self._rows = LedgerRows(run.ledger)
-        self._start, self._last = _newest_start(run)
-        self._attempt: int = self._start["attempt"]
+        newest = LedgerReader(run.ledger).newest_start()
+        if newest is None:
+            raise PeftDistError("has not begun to train", where=str(run.path))
+        self._start, self._last = newest
+        self._attempt = self._start.attempt
         self._may_go_online = self._settings.mode != "offline"
-        self._told: set[int] = set()
+        self._alerted: set[int] = set()
         """Rows whose alert was sent."""
 
     def follow(self) -> int:
         """Send rows until the attempt is over; return one of the exit codes."""
         with only_writer(self._run, PREDECESSOR_S):
-            session = self._open()
+            wandb_run = self._open()
             next_try = time.monotonic() + TRY_AGAIN_S
             while not self._over.wait(LOOK_EVERY_S):
                 try:
-                    self._send(session)
+                    self._send(wandb_run)
                 except Unreachable as error:
                     log.warning("W&B's process is gone (%s); it is started again", error)
-                    session.abandon()
-                    session = self._open()
+                    wandb_run.abandon()
+                    wandb_run = self._open()
                 late = time.monotonic() > next_try
-                if late and not session.is_online and self._may_go_online:
+                if late and not wandb_run.is_online and self._may_go_online:
                     next_try = time.monotonic() + TRY_AGAIN_S
                     if reachable():
-                        session.finish(None, 0)
-                        session = self._open()
-            return self._end(session)
+                        wandb_run.finish(None, 0)
+                        wandb_run = self._open()
+            return self._end(wandb_run)
 
-    def _open(self) -> Session:
+    def _open(self) -> WandbRun:
         """Begin at the server, where that can be, else in a file."""
         written = self._rows.count
         if self._may_go_online:
             try:
-                session = Session(self._run, self._start, online=True)
+                wandb_run = WandbRun(self._run, self._start, online=True)
                 self._rows = LedgerRows(self._run.ledger)
-                return session
+                return wandb_run
             except Unreachable as error:
                 log.warning("W&B does not answer (%s); logging offline", error)
             except NotAllowed as error:
@@ -115,51 +118,40 @@ class SideCar:
                 # No key and `auto` is how one asks for this.
                 if self._settings.mode != "auto" or "no key" not in str(error):
                     log.warning("%s; logging offline", error)
-        earlier = sum(1 for one in _all_rows(self._run) if one.record["attempt"] < self._attempt)
-        return Session(self._run, self._start, online=False, first_row=max(written, earlier))
+        events = LedgerReader(self._run.ledger).follow()
+        earlier = sum(1 for event in events if event.attempt < self._attempt)
+        return WandbRun(self._run, self._start, online=False, first_row=max(written, earlier))
 
-    def _send(self, session: Session) -> None:
-        for number, record, row in self._rows.new():
-            self._last = record
-            if number >= session.first_row:
-                session.log(row)
-            if record["attempt"] == self._attempt:
-                self._alert(session, number, alert_of(record))
+    def _send(self, wandb_run: WandbRun) -> None:
+        for number, event, row in self._rows.new():
+            self._last = event
+            if number >= wandb_run.first_row:
+                wandb_run.log(row)
+            if event.attempt == self._attempt:
+                self._alert(wandb_run, number, alert_of(event))
 
-    def _alert(self, session: Session, number: int, alert: Alert | None) -> None:
-        if alert is None or number in self._told:
+    def _alert(self, wandb_run: WandbRun, number: int, alert: Alert | None) -> None:
+        if alert is None or number in self._alerted:
             return
-        self._told.add(number)
-        session.alert(alert.title, alert.text, alert.level, at_most_every_s=ALERT_EVERY_S)
+        self._alerted.add(number)
+        wandb_run.alert(alert.title, alert.text, alert.level, at_most_every_s=ALERT_EVERY_S)
 
-    def _end(self, session: Session) -> int:
+    def _end(self, wandb_run: WandbRun) -> int:
         try:
-            self._send(session)
-            ended = self._last["event"] == "end" and self._last["attempt"] == self._attempt
-            outcome = str(self._last.get("outcome")) if ended else "crashed"
-            if not ended:
-                self._alert(session, self._rows.count, crashed(self._last["step"]))
-            if session.finish(outcome, self._rows.count):
+            self._send(wandb_run)
+            outcome = "crashed"
+            if isinstance(self._last, EndEvent) and self._last.attempt == self._attempt:
+                outcome = self._last.outcome
+            else:
+                self._alert(wandb_run, self._rows.count, crashed(self._last.step))
+            if wandb_run.finish(outcome, self._rows.count):
                 return EXIT_SENT
         except Unreachable as error:
             log.warning("W&B may lack rows: %s", error)
             return EXIT_INCOMPLETE
-        if not session.is_online:
+        if not wandb_run.is_online:
             prove_room(self._run)
         return EXIT_INCOMPLETE if self._may_go_online else EXIT_OFFLINE
-
-
-def _all_rows(run: RunDir) -> Iterator[Numbered]:
-    return LedgerRows(run.ledger).new()
-
-
-def _newest_start(run: RunDir) -> tuple[Record, Record]:
-    """Return the record of the newest attempt's start, and the last record there is."""
-    records = [one.record for one in _all_rows(run)]
-    starts = [record for record in records if record["event"] == "start"]
-    if not starts:
-        raise PeftDistError("has not begun to train", where=str(run.path))
-    return starts[-1], records[-1]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Send to W&B what it lacks of runs: rows of the ledger, and the adapter with its manifest.
 
 The process of `peft-dist sync`. Of what a run's own process sent or kept it needs the id alone: the
-ledger has every row, and the server says how many of them it has.
+ledger has every row, and the server returns how many of them it has.
 """
 
 import os
@@ -11,13 +11,20 @@ from pathlib import Path
 
 from peft_dist.common.manifest import MANIFEST_FILE
 from peft_dist.checkpoint.directory import folders
-from peft_dist.common.errors import ERROR_PREFIX, EXIT_CRASHED, EXIT_DONE, PeftDistError, RunDirError
+from peft_dist.common.errors import (
+    ERROR_PREFIX,
+    EXIT_CRASHED,
+    EXIT_DONE,
+    PeftDistError,
+    RunDirError,
+)
 from peft_dist.common.console import say
 from peft_dist.run.directory import RunDir
-from peft_dist.ledger.writer import Record
+from peft_dist.ledger.events import EndEvent
+from peft_dist.ledger.reader import LedgerReader
 from peft_dist.tracking.wandb.identity import only_writer, wandb_environment
 from peft_dist.tracking.wandb.rows import LedgerRows
-from peft_dist.tracking.wandb.session import Session, Unreachable
+from peft_dist.tracking.wandb.wandb_run import Unreachable, WandbRun
 
 UPLOAD_TIMEOUT_S = 600.0
 """Seconds in which the rows of a run, and then its adapter, must be there."""
@@ -49,39 +56,37 @@ def sync(run: RunDir) -> str:
         Unreachable: Where W&B does not answer, or not in time, or the run itself is sending.
         PeftDistError: Where there is no key, or nothing to send.
     """
-    start, last = _ends(run)
-    is_over = last["event"] == "end"
+    newest = LedgerReader(run.ledger).newest_start()
+    if newest is None:
+        raise RunDirError("has not begun to train", where=str(run.path), remedy="name another run")
+    start, last = newest
+    outcome = last.outcome if isinstance(last, EndEvent) else None
     rows, sent = LedgerRows(run.ledger), 0
     with only_writer(run, 0.0) as alone:
         if not alone:
             raise Unreachable("the run's own process is sending to W&B")
-        session = Session(
-            run, start, online=True, is_last=is_over, finish_timeout_s=UPLOAD_TIMEOUT_S
+        wandb_run = WandbRun(
+            run,
+            start,
+            online=True,
+            is_last=outcome is not None,
+            finish_timeout_s=UPLOAD_TIMEOUT_S,
         )
         for number, _, row in rows.new():
-            if number >= session.first_row:
-                session.log(row)
+            if number >= wandb_run.first_row:
+                wandb_run.log(row)
                 sent += 1
         adapter = _adapter_files(run)
         if adapter:
-            session.log_adapter(adapter, UPLOAD_TIMEOUT_S)
-        if not session.finish(str(last.get("outcome")) if is_over else None, rows.count):
+            wandb_run.log_adapter(adapter, UPLOAD_TIMEOUT_S)
+        if not wandb_run.finish(outcome, rows.count):
             raise Unreachable("W&B has not taken all rows")
     with_adapter = " and the adapter" if adapter else ""
-    return f"sent {sent} of {rows.count} rows{with_adapter} to {session.url}"
-
-
-def _ends(run: RunDir) -> tuple[Record, Record]:
-    """Return the records of the newest attempt's start, and of whatever came last."""
-    records = [one.record for one in LedgerRows(run.ledger).new()]
-    starts = [record for record in records if record["event"] == "start"]
-    if not starts:
-        raise RunDirError("has not begun to train", where=str(run.path), remedy="name another run")
-    return starts[-1], records[-1]
+    return f"sent {sent} of {rows.count} rows{with_adapter} to {wandb_run.url}"
 
 
 def _adapter_files(run: RunDir) -> dict[str, Path]:
-    """Return the files of a finished run's adapter, and the seal of its last checkpoint."""
+    """Return the files of a finished run's adapter, and the manifest of its last checkpoint."""
     if not run.is_finished:
         return {}
     files = {path.name: path for path in sorted(run.adapter.iterdir()) if path.is_file()}

@@ -1,4 +1,4 @@
-"""Weights & Biases beside a run: rank 0 starts a process that reads the ledger, and no more.
+"""Start and end the process that sends a run's ledger to Weights & Biases.
 
 Training imports no wandb. Whatever becomes of that process, training goes on, and its exit code is
 its own; what W&B lacks afterwards, `peft-dist sync` sends.
@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from peft_dist.common.console import say
 from peft_dist.run.directory import RunDir
-from peft_dist.ledger.writer import Record
+from peft_dist.ledger.events import LedgerEvent
 from peft_dist.tracking.wandb.identity import known_url
 from peft_dist.tracking.wandb.sidecar import EXIT_OFFLINE, EXIT_SENT
 
@@ -26,23 +26,23 @@ KILLED_S = 1.0
 """How long a killed process may take to go."""
 
 
-class WandbSideCar:
-    """A tracker that leaves the records to a process of its own."""
+class WandbTracker:
+    """A tracker that leaves the events to a process of its own."""
 
     def __init__(self, run: RunDir) -> None:
-        """Prepare; the process is started with the first record, which the ledger then has."""
+        """Prepare; the process is started with the first event, which the ledger then has."""
         self._run = run
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = False
 
-    def write(self, record: Record) -> None:
-        """Take no record; all of them are in the ledger."""
+    def write(self, event: LedgerEvent) -> None:
+        """Take no event; all of them are in the ledger."""
         if not self._begun:
             self._begun = True
             self._begin()
 
     def close(self) -> None:
-        """Tell the process that no more will come, and wait for it at most `WAIT_S` seconds."""
+        """End the input of the process, and wait for it at most `WAIT_S` seconds."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -57,12 +57,18 @@ class WandbSideCar:
             with suppress(subprocess.TimeoutExpired):  # one in a dead file system never goes
                 process.wait(timeout=KILLED_S)
             code = -signal.SIGKILL
-        say(_farewell(self._run, code))
+        say(_summary(self._run, code))
 
     def _begin(self) -> None:
         # Safe path: a folder `wandb/` in the current one would else be taken for the library. The
         # command line names the run directory alone; the key, if any, is in the environment.
-        command = [sys.executable, "-P", "-m", "peft_dist.tracking.wandb.sidecar", str(self._run.path)]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "peft_dist.tracking.wandb.sidecar",
+            str(self._run.path),
+        ]
         try:
             self._process = subprocess.Popen(
                 command,
@@ -75,7 +81,7 @@ class WandbSideCar:
             log.warning("W&B is off: its process cannot be started: %s", error.strerror or error)
 
 
-def _farewell(run: RunDir, code: int) -> str:
+def _summary(run: RunDir, code: int) -> str:
     sync = f"`peft-dist sync {shlex.quote(str(run.path))}`"
     if code == EXIT_SENT:
         return f"W&B: {known_url(run)}; {sync} adds the adapter"

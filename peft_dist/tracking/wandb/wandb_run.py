@@ -1,6 +1,6 @@
-"""One run of W&B while a process logs it: what it is called, what it says of itself, its rows.
+"""Log one run to W&B: its name, its configuration, its rows.
 
-Whoever uses this runs beside training or after it, never in it. No code, console, command line,
+Used by processes beside training or after it, never in it. No code, console, command line,
 environment, git state or host name is uploaded, and W&B cannot stop the run.
 """
 
@@ -15,7 +15,7 @@ from peft_dist.common.errors import PeftDistError
 from peft_dist.common.atomic import replace_file
 from peft_dist.run.directory import RunDir
 from peft_dist.run.provenance import versions
-from peft_dist.ledger.writer import Record
+from peft_dist.ledger.events import StartEvent
 from peft_dist.tracking.wandb.identity import folder_of, identity, text_of
 from peft_dist.tracking.wandb.rows import STEP, Row
 
@@ -43,13 +43,13 @@ def recipe_of(run: RunDir) -> Recipe:
     return load_recipe(run.recipe, check_paths=False)
 
 
-class Session:
+class WandbRun:
     """A W&B run that this process logs, at the server or into a file in the run directory."""
 
     def __init__(
         self,
         run: RunDir,
-        start: Record,
+        start: StartEvent,
         *,
         online: bool,
         first_row: int = 0,
@@ -60,10 +60,10 @@ class Session:
 
         Args:
             run: Which run.
-            start: The ledger's record of the attempt that goes on now.
+            start: The start of the newest attempt.
             online: At the server, or into a file.
             first_row: Rows not to write into the file; the server knows itself what it has.
-            is_last: Whether the run is over for the server when this session is.
+            is_last: Whether the run is over for the server when this ends.
             finish_timeout_s: Seconds that `finish` may wait for uploads.
 
         Raises:
@@ -117,12 +117,12 @@ class Session:
             self._run.log(row)
 
     def alert(self, title: str, text: str, level: str, *, at_most_every_s: float) -> None:
-        """Tell whoever follows the run."""
+        """Alert whoever follows the run."""
         with _sdk():
             self._run.alert(title, text, level, wait_duration=at_most_every_s)
 
     def log_adapter(self, files: Mapping[str, Path], timeout_s: float) -> None:
-        """Upload an adapter; one that is there already is told by its digest, and stays.
+        """Upload an adapter; one with the same digest that is there already stays.
 
         Args:
             files: What to upload, by the names they get.
@@ -136,10 +136,10 @@ class Session:
             self._run.log_artifact(artifact).wait(timeout=int(timeout_s))
 
     def finish(self, outcome: str | None, rows: int) -> bool:
-        """End the session; say whether the server then has all rows, which a file never does.
+        """End the run here; return whether the server then has all rows, which a file never does.
 
         Args:
-            outcome: What the ledger says of the attempt's end.
+            outcome: How the attempt ended.
             rows: How many there are.
 
         Raises:
@@ -156,7 +156,7 @@ class Session:
             self.abandon()
 
     def abandon(self) -> None:
-        """End the session at once."""
+        """End at once."""
         self._tear_down()
 
     def _has(self, rows: int) -> bool:
@@ -218,26 +218,25 @@ def _names(run: RunDir) -> tuple[str, str | None]:
     return (run.path.name, None) if array is None else (f"{array.name}/{run.path.name}", array.name)
 
 
-def _config(recipe: Recipe, start: Record) -> dict[str, Any]:
+def _config(recipe: Recipe, start: StartEvent) -> dict[str, Any]:
     """Return what W&B shows, sorts and compares runs by."""
-    hosts = start.get("hosts")
     placement = {
-        "processes": start.get("world_size"),
-        "strategy": start.get("strategy"),
-        "nodes": len(hosts) if isinstance(hosts, list) else None,
-        "device": start.get("device"),
-        "base_bytes_per_rank": start.get("base_bytes_per_rank"),
+        "processes": start.world_size,
+        "strategy": start.strategy,
+        "nodes": None if start.hosts is None else len(start.hosts),
+        "device": start.device,
+        "base_bytes_per_rank": start.base_bytes_per_rank,
     }
     return {
         **recipe.model_dump(mode="json"),
         "placement": {name: value for name, value in placement.items() if value is not None},
-        "versions": start.get("versions") or versions(),
-        "steps": start.get("steps"),
+        "versions": start.versions or versions(),
+        "steps": start.steps,
     }
 
 
 def explained(error: Exception) -> Exception:
-    """Tell a server that cannot be reached from one that will not have us."""
+    """Return which of the two errors above an error of the SDK is."""
     line, kind = _first_line(error), type(error).__name__
     if kind == "UsageError" and "API key" in line:
         return NotAllowed("no key", where="W&B", remedy="set WANDB_API_KEY, or run `wandb login`")
