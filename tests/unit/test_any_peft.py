@@ -14,6 +14,7 @@ from peft_dist.common.errors import RecipeError
 from peft_dist.config import load_recipe
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.distributed.world import World
+from peft_dist.ledger.events import LedgerEvent, StepEvent
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import Session, open_session
 from peft_dist.trainer import Trainer
@@ -60,8 +61,9 @@ def test_a_passed_through_method_starts_at_the_base_and_learns(
     losses: list[float] = []
 
     class Losses:
-        def write(self, record: dict[str, Any]) -> None:
-            losses.append(record["loss"])
+        def write(self, event: LedgerEvent) -> None:
+            assert isinstance(event, StepEvent)
+            losses.append(event.loss)
 
         def close(self) -> None:
             """Nothing is held back."""
