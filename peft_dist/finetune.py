@@ -58,7 +58,7 @@ class _Process:
         self._place, self._requests, self._watchdog = place, stop_requests, watchdog
 
     def stop_requested(self) -> bool:
-        """Say whether this process was sent a signal."""
+        """Whether this process was sent a signal."""
         return self._requests.requested is not None
 
     def phase(self, name: str, step: int) -> None:

@@ -65,7 +65,7 @@ class Session:
 
     @property
     def packing(self) -> bool:
-        """Say whether the rows of a micro-batch are laid end to end."""
+        """Whether the rows of a micro-batch are laid end to end."""
         packing = self.recipe.data.packing
         return self.recipe.model.task == "causal-lm" if packing is None else packing
 

@@ -139,11 +139,11 @@ class Keeper:
 
     @property
     def busy(self) -> bool:
-        """Say whether a checkpoint is being written. Rank 0 alone knows."""
+        """Whether a checkpoint is being written. Rank 0 alone knows."""
         return self._writer is not None and self._writer.is_alive()
 
     def is_due(self, since_s: float, *, hangs_after_s: float) -> bool:
-        """Say whether a checkpoint is due by time. Rank 0 alone knows.
+        """Whether a checkpoint is due by time. Rank 0 alone knows.
 
         The next one waits for one that is being written. It is put off for that, but not where
         that takes too long: the watchdog sees only what the steps wait for.

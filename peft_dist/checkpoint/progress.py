@@ -40,7 +40,7 @@ class Surroundings(Protocol):
     """What a loop hears from, and tells, the process it runs in."""
 
     def stop_requested(self) -> bool:
-        """Say whether this process was asked to stop."""
+        """Whether this process was asked to stop."""
 
     def phase(self, name: str, step: int) -> None:
         """Note that a `step`, an `evaluation` or a `save` begins, or goes on."""

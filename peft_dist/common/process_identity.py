@@ -52,12 +52,12 @@ def slurm_job() -> dict[str, Any]:
 
 
 def is_this_process(record: dict[str, Any]) -> bool:
-    """Say whether this very process wrote a record."""
+    """Whether this very process wrote a record."""
     return all(record.get(name) == value for name, value in this_process().items())
 
 
 def is_alive(record: dict[str, Any]) -> bool | None:
-    """Say whether the process that wrote a record lives, or None where that cannot be seen here."""
+    """Whether the process that wrote a record lives, or None where that cannot be seen here."""
     here = this_process()
     seen = here["pid_namespace"] is not None and all(
         record.get(name) == here[name] for name in ("boot_id", "pid_namespace")
@@ -69,7 +69,7 @@ def is_alive(record: dict[str, Any]) -> bool | None:
 
 
 def is_requeue_of(record: dict[str, Any]) -> bool:
-    """Say whether the record's job goes on as ours: what lives of it is a zombie.
+    """Whether the record's job goes on as ours: what lives of it is a zombie.
 
     When slurmd is lost, the job is queued again while its processes may go on.
     """

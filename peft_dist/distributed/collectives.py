@@ -87,7 +87,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def any_of(flag: bool, device: torch.device) -> bool:
-    """Say whether the flag is set on any process. Collective."""
+    """Whether the flag is set on any process. Collective."""
     return bool(sum_over(torch.tensor(float(flag), device=device)) > 0)
 
 

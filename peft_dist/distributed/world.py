@@ -23,7 +23,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Say whether this is the one process that writes files and talks."""
+        """Whether this is the one process that writes files and talks."""
         return self.rank == 0
 
     @property

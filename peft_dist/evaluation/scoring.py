@@ -44,7 +44,7 @@ class HeldOut:
 
     @property
     def single_token(self) -> bool:
-        """Say whether one position tells all choices apart."""
+        """Whether one position tells all choices apart."""
         return all(len(choice) == 1 for choice in self.choices)
 
 

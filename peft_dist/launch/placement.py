@@ -49,7 +49,7 @@ class Placement:
 
     @property
     def on_gpu(self) -> bool:
-        """Say whether every process has a GPU of its own."""
+        """Whether every process has a GPU of its own."""
         return self.machine.gpus > 0
 
     @property

@@ -139,5 +139,5 @@ def block_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def has_conv1d(model: PreTrainedModel) -> bool:
-    """Say whether the released model keeps weights transposed, as GPT-2 does."""
+    """Whether the released model keeps weights transposed, as GPT-2 does."""
     return any(isinstance(module, Conv1D) for module in model.modules())

@@ -116,11 +116,11 @@ class WeightFiles:
 
     @property
     def packed(self) -> bool:
-        """Say whether bitsandbytes has quantized any of it."""
+        """Whether bitsandbytes has quantized any of it."""
         return any(QUANT_STATE in key for key in self.tensors)
 
     def is_float(self, key: str) -> bool:
-        """Say whether a tensor holds floats that can be quantized or cast."""
+        """Whether a tensor holds floats that can be quantized or cast."""
         return self.tensors[key].dtype in FLOATS
 
     def dtype(self, key: str) -> torch.dtype:

@@ -76,7 +76,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Say whether training may start on these nodes."""
+        """Whether training may start on these nodes."""
         return not self.bad and self.common is None
 
     @property

@@ -131,12 +131,12 @@ class RunDir:
 
     @property
     def is_finished(self) -> bool:
-        """Say whether the run has trained to its end."""
+        """Whether the run has trained to its end."""
         return self.result.exists()
 
     @property
     def has_checkpoints(self) -> bool:
-        """Say whether there is something to go on from."""
+        """Whether there is something to go on from."""
         return any(self.checkpoints.glob("step-*"))
 
     @property

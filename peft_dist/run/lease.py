@@ -315,7 +315,7 @@ def _read(folder: Path, number: int) -> Record:
 
 
 def _exists(path: Path) -> bool:
-    """Say whether a file is there; unlike `Path.exists`, an unreachable folder is no answer."""
+    """Whether a file is there; unlike `Path.exists`, an unreachable folder is no answer."""
     try:
         path.stat()
     except FileNotFoundError:

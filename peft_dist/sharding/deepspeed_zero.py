@@ -261,7 +261,7 @@ class ZeRO3Engine(Engine):
         return held
 
     def is_shard(self, parameter: nn.Parameter) -> bool:
-        """Say whether DeepSpeed holds a piece of the parameter, and nobody the whole."""
+        """Whether DeepSpeed holds a piece of the parameter, and nobody the whole."""
         return self._partition(parameter) is not None and parameter.numel() == 0
 
     def piece(self, parameter: nn.Parameter) -> tuple[torch.Tensor, int]:

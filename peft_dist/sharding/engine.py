@@ -164,7 +164,7 @@ class Engine(ABC):
         return torch.cat([tensors[name].reshape(-1).float() for name in self._shapes])
 
     def adapters_agree(self) -> bool:
-        """Say whether every process holds the same adapter, to the bit. Collective."""
+        """Whether every process holds the same adapter, to the bit. Collective."""
         return len(set(gather_objects(fingerprint_rows(self._values, 0)))) == 1
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
@@ -172,7 +172,7 @@ class Engine(ABC):
         return parameter.shape
 
     def is_shard(self, parameter: nn.Parameter) -> bool:
-        """Say whether this process holds a part of the parameter alone."""
+        """Whether this process holds a part of the parameter alone."""
         return isinstance(parameter, DTensor)
 
     def piece(self, parameter: nn.Parameter) -> tuple[torch.Tensor, int]:

@@ -51,12 +51,12 @@ class JobState:
 
 
 def is_live(state: str) -> bool:
-    """Say whether a job in this state may still run; False of `UNKNOWN` too."""
+    """Whether a job in this state may still run; False of `UNKNOWN` too."""
     return state in LIVE
 
 
 def is_over(state: str) -> bool:
-    """Say whether a job in this state has surely ended; False of `UNKNOWN` too."""
+    """Whether a job in this state has surely ended; False of `UNKNOWN` too."""
     return state in OVER
 
 

@@ -263,7 +263,7 @@ def again(
 
 
 def was_submitted(folder: Path) -> bool:
-    """Say whether a folder holds a run, or an array of runs, that was submitted to Slurm."""
+    """Whether a folder holds a run, or an array of runs, that was submitted to Slurm."""
     return (folder / ARRAY_FILE).is_file() or (folder / "slurm" / "cluster.yaml").is_file()
 
 

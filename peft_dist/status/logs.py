@@ -219,7 +219,7 @@ class _Watch:
         self._told = False
 
     def is_over(self) -> bool:
-        """Say whether nothing more can come; of a state that nobody can tell, that is not so."""
+        """Whether nothing more can come; of a state that nobody can tell, that is not so."""
         now_s = time.monotonic()
         if now_s < self._look_at_s:
             return False

@@ -141,12 +141,12 @@ def result_of(run: RunDir) -> dict[str, Any] | None:
 
 
 def is_at_work(state: str) -> bool:
-    """Say whether a run in this state has processes that train, or is about to end them."""
+    """Whether a run in this state has processes that train, or is about to end them."""
     return is_live(state) and state not in WAITING
 
 
 def has_failed(state: str) -> bool:
-    """Say whether a run in this state ended otherwise than it should, or than somebody told it."""
+    """Whether a run in this state ended otherwise than it should, or than somebody told it."""
     told = (DONE, "CANCELLED", "PREEMPTED")
     return state in (CRASHED, ENDED) or (is_over(state) and state not in told)
 
@@ -198,7 +198,7 @@ def _state_alone(reading: Reading, heartbeat_s: float | None) -> tuple[str, str]
 
 
 def _shows_life(record: Record | None, heartbeat_s: float | None) -> bool:
-    """Say whether an attempt holds the run; for one elsewhere its last heartbeat tells."""
+    """Whether an attempt holds the run; for one elsewhere its last heartbeat tells."""
     if record is None or "outcome" in record:
         return False
     alive = _is_alive(record)
@@ -212,7 +212,7 @@ def _is_alive(record: Record) -> bool | None:
 
 
 def _went_on_here(record: Record | None) -> bool:
-    """Say whether somebody trains the run on this machine, after its job."""
+    """Whether somebody trains the run on this machine, after its job."""
     if record is None or "outcome" in record or record.get("slurm_job_id") is not None:
         return False
     return _is_alive(record) is True

@@ -61,7 +61,7 @@ class ArrayView:
 
     @property
     def is_over(self) -> bool:
-        """Say whether no element will come to anything more by itself."""
+        """Whether no element will come to anything more by itself."""
         return not any(self.counts[kind] for kind in ("running", "pending", "unknown"))
 
 

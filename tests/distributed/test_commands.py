@@ -104,7 +104,7 @@ def attempts(run_dir: Path) -> list[str]:
 
 
 def nothing_was_made(run_dir: Path) -> bool:
-    """Say whether a run left neither an adapter, whole or half, nor a result."""
+    """Whether a run left neither an adapter, whole or half, nor a result."""
     names = [path.name for path in run_dir.rglob("*")]
     return not any("adapter" in name or name == "result.json" for name in names)
 

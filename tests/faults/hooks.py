@@ -53,7 +53,7 @@ class Rank:
     """Of all ranks of the group, by rank."""
 
     def is_one_of(self, rank: int) -> bool:
-        """Say whether a fault for `rank` is for this one."""
+        """Whether a fault for `rank` is for this one."""
         return rank in (ALL, self.rank)
 
     def kill_group(self) -> None:

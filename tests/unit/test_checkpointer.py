@@ -64,7 +64,7 @@ class StopAfter:
         self.wanted, self.now = step, 0
 
     def stop_requested(self) -> bool:
-        """Say whether that step has come."""
+        """Whether that step has come."""
         return self.now >= self.wanted
 
     def phase(self, _name: str, step: int) -> None:

@@ -183,7 +183,7 @@ class StopAtLast:
         self._last, self._looks, self._now = ("evaluation", step), looks, ("", 0)
 
     def stop_requested(self) -> bool:
-        """Say whether it has come."""
+        """Whether it has come."""
         if self._now == self._last:
             self._looks -= 1
         return self._looks < 0

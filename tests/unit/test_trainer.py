@@ -407,7 +407,7 @@ class StopDuringEvaluation:
         self.wanted, self.now = ("evaluation", step), ("", 0)
 
     def stop_requested(self) -> bool:
-        """Say whether it has come."""
+        """Whether it has come."""
         return self.now == self.wanted
 
     def phase(self, name: str, step: int) -> None:
