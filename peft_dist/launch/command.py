@@ -26,7 +26,7 @@ class Meeting:
     """Name of node 0, whose launcher serves the rendezvous."""
     port: str
     settings: str
-    """torchrun's `rdzv_conf`: whether this node serves, and how long it waits for others."""
+    """torchrun's `rdzv_conf`: see `distributed.fixed_nodes`."""
 
 
 def worker_command(
@@ -63,7 +63,7 @@ def worker_command(
     if meeting is not None:
         command += ["--num_machines", str(placement.nodes), "--machine_rank", meeting.node]
         command += ["--main_process_ip", meeting.host, "--main_process_port", meeting.port]
-        command += ["--rdzv_backend", "c10d", "--rdzv_conf", meeting.settings]
+        command += ["--rdzv_conf", meeting.settings]
         if placement.strategy in ("zero2", "zero3"):
             command += ["--deepspeed_multinode_launcher", "standard"]  # torchrun, not ssh
     if placement.strategy == "hsdp":
@@ -73,6 +73,8 @@ def worker_command(
             "--parallelism_config_dp_shard_size",
             str(placement.shard_size),
         ]
+    # Not c10d, which unpickles what anybody writes to its port.
+    command += ["--rdzv_backend", "peft-dist"]
     if max_restarts:
         command += ["--max_restarts", str(max_restarts)]
     return [*command, str(launch / script), *arguments]

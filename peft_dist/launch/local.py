@@ -6,6 +6,7 @@ through us, and not a second time from the kernel. Reads no recipe and prints no
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from peft_dist.common.env import STORE_SECRET
 from peft_dist.common.errors import LaunchError
 from peft_dist.worker.signals import LAUNCH_MARK
 
@@ -71,7 +73,12 @@ def run_launcher(
             with error_log.open("ab") if error_log else contextlib.nullcontext() as errors:
                 process = subprocess.Popen(
                     list(command),
-                    env={**os.environ, **environment, LAUNCH_MARK: mark},
+                    env={
+                        STORE_SECRET: secrets.token_hex(32),  # a job on several nodes has its own
+                        **os.environ,
+                        **environment,
+                        LAUNCH_MARK: mark,
+                    },
                     stdin=subprocess.DEVNULL,
                     stderr=errors,
                     start_new_session=True,

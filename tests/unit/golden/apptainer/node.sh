@@ -20,7 +20,7 @@ python=(apptainer exec \
   --bind /home/alice/secrets:/home/alice/secrets /lustre/images/peft-dist.sif python3)
 share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
 export PET_RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$PEFT_DIST_NONCE
-rendezvous=is_host=$((SLURM_NODEID == 0)),join_timeout=120
+rendezvous=node=$SLURM_NODEID,host=$PEFT_DIST_HEAD,port=$PEFT_DIST_PORT,join_timeout_s=120
 PEFT_DIST_STAGED=$("${python[@]}" -m peft_dist.slurm.stage_model \
   --json /scratch/models/llama /local/models)
 export PEFT_DIST_STAGED

@@ -25,7 +25,7 @@ export PYTHONSAFEPATH=1
 python=(/opt/venv/bin/python)
 share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
 export PET_RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$PEFT_DIST_NONCE
-rendezvous=is_host=$((SLURM_NODEID == 0)),join_timeout=120
+rendezvous=node=$SLURM_NODEID,host=$PEFT_DIST_HEAD,port=$PEFT_DIST_PORT,join_timeout_s=120
 PEFT_DIST_STAGED=$("${python[@]}" -m peft_dist.slurm.stage_model \
   --json /scratch/models/llama /local/peft-dist)
 export PEFT_DIST_STAGED
