@@ -66,7 +66,10 @@ def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerFast":
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=recipe.model.revision or "main")
+        # Left out, trust_remote_code would be asked for on standard input.
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, revision=recipe.model.revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(
             f"tokenizer cannot be loaded: {error}", where=name, remedy=remedy

@@ -1,8 +1,8 @@
 """A key-value store for process groups that only processes which know a secret can use.
 
 torch's `TCPStore` answers whoever reaches its port, and torchrun's c10d rendezvous unpickles what
-it reads there. This store proves both ends to each other before the first request, and authenticates
-every message after it; values are bytes and never unpickled.
+it reads there. This store proves both ends to each other before the first request, authenticates
+every message after it, and never unpickles a value.
 
 Protocol, over TCP: the server sends 32 random bytes, the client answers with 32 of its own and a
 proof, and the server with its proof. Then requests and answers alternate. Each frame is its length

@@ -98,11 +98,12 @@ def convert(gguf: Path, folder: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             **source,
+            trust_remote_code=False,
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),  # without it, saving is refused
         )
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot convert {gguf}: {error}", where=str(folder)) from error
 

@@ -46,7 +46,7 @@ _TASKS = {
 def read_config(folder: Path, *, task: str) -> PretrainedConfig:
     """Read config.json and refuse an architecture that is not supported for the task."""
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ModelError(
             f"config.json of {folder} cannot be read ({_first_line(error)})",
@@ -92,6 +92,7 @@ def build_skeleton(
         with no_init_weights(), init_empty_weights(include_buffers=False):
             model = auto_class.from_config(
                 config,
+                trust_remote_code=False,
                 dtype=dtype,
                 attn_implementation=None if attention == "auto" else attention,
             )

@@ -143,7 +143,8 @@ class Evil:
         return os.system, (f"id > {canary}",)
 
 evil = pickle.dumps(Evil())
-messages = [b"", b"\\0" * 64, os.urandom(4096), evil, b64encode(evil), b"GET / HTTP/1.0\\r\\n\\r\\n"]
+messages = [b"", b"\\0" * 64, os.urandom(4096), evil, b64encode(evil),
+            b"GET / HTTP/1.0\\r\\n\\r\\n"]
 
 def poison(port):
     try:
