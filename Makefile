@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINNED := $(PIP) install --quiet -c configs/constraints.txt
 
-.PHONY: help install quickstart methods check test test-fast faults cluster clean
+.PHONY: help install quickstart methods check test test-fast faults cluster audit clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -44,6 +44,10 @@ faults: $(VENV)/.installed-all ## the tests of faults with many more cases; more
 
 cluster: $(VENV)/.installed-all ## a shell in a real Slurm of four nodes; CMD=... runs that instead
 	$(BIN)/python -m tests.cluster $(CMD)
+
+audit: $(VENV)/.installed-all ## ask an advisory database about the pinned versions; needs a network
+	$(PINNED) pip-audit
+	$(BIN)/pip-audit --requirement configs/constraints.txt --no-deps --disable-pip --strict
 
 clean: ## remove the environment and what builds and tools left; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
