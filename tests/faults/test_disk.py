@@ -83,7 +83,7 @@ def test_a_ledger_that_finds_no_room_keeps_its_lines_and_writes_them_later(
     )
     group = harness.start(project, run, overrides=SHORT, faults=[full])
     assert group.wait() == [0, 0], group.told()
-    assert "its records wait in memory" in group.errors(0)
+    assert "its events wait in memory" in group.errors(0)
     kinds = [(record["event"], record["step"]) for record in records(run)]
     assert kinds == [(record["event"], record["step"]) for record in records(expected)]
     at = [record["at_s"] for record in records(run)]
@@ -99,7 +99,7 @@ def test_a_ledger_whose_lines_would_be_lost_is_told_with_their_number(
     group = harness.start(project, run, overrides=SHORT, faults=[full])
     assert group.wait_for_end_of(0) == 3, group.told()
     assert "ledger.jsonl: cannot be written: No space left on device (" in group.errors(0)
-    assert "records not written); free space and start the run again" in group.errors(0)
+    assert "events not written); free space and start the run again" in group.errors(0)
     by_hand = harness.start(project, run, overrides=SHORT)
     assert by_hand.wait() == [0, 0], by_hand.told()
 
