@@ -174,14 +174,14 @@ def build(args: argparse.Namespace, world: World) -> tuple[Any, CausalLM, dict[s
     nothing_to_read = Start(engine.whole, engine.put, lambda _: None, lambda _: [], lambda _: None)
     method.initialise(adapted, nothing_to_read)
     adapter = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
-    engine.hold_adapter(adapter, lambda _: Group(decays=True, rate_factor=1.0))
+    engine.flatten_adapter(adapter, lambda _: Group(decays=True, rate_factor=1.0))
     parameters = 0
     for tensor in plan.tensors:
         parameters += torch.Size(tensor.shape).numel()
     counted = {
         "base_parameters": parameters,
         "base_bytes_expected": engine.expected_bytes(base),
-        "base_bytes_per_rank": gather_objects(engine.held_bytes(base)),
+        "base_bytes_per_rank": gather_objects(engine.resident_bytes(base)),
     }
     return engine, model, counted
 

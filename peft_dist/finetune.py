@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft_dist.checkpoint import directory
-from peft_dist.checkpoint.checkpointer import Keeper, read_state
-from peft_dist.checkpoint.verified_save import Saver
+from peft_dist.checkpoint.checkpointer import Checkpointer, read_state
+from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common import paths
 from peft_dist.common.console import say
 from peft_dist.common.errors import Interrupted, LaunchError, PeftDistError, RunDirError, Superseded
@@ -26,7 +26,7 @@ from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group, rendezvous
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.distributed.world import read_world
-from peft_dist.evaluation.scoring import HeldOut, held_out
+from peft_dist.evaluation.scoring import EvalSet, held_out
 from peft_dist.ledger.events import EndEvent, StartEvent
 from peft_dist.ledger.writer import LedgerWriter, Tracker
 from peft_dist.metrics.memory import peak_device_bytes, peak_rss_bytes
@@ -73,7 +73,7 @@ class _Data(NamedTuple):
     """What a recipe names, found and tokenised."""
 
     rows: TokenizedRows
-    held: HeldOut | None
+    held: EvalSet | None
     source: BaseSource
 
 
@@ -97,7 +97,7 @@ def fine_tune(
         allow_changed: Fields that a run may go on with although they have changed.
 
     Raises:
-        PeftDistError: For whatever a person must mend, and for a stop by a signal.
+        PeftDistError: For whatever a person must fix, and for a stop by a signal.
     """
     startup_s = time.monotonic() - zero_s
     world = read_world()
@@ -120,7 +120,7 @@ def fine_tune(
     session = open_session(recipe, world, data.source, label_names=data.rows.label_names)
     for some in (data.rows, *([] if data.held is None else [data.held.rows])):
         session.check_lengths(some)
-    saver = Saver(session, data.rows)
+    saver = AdapterSaver(session, data.rows)
     saver.prove()
     trainer = _trainer(saver, data, place, process, allow_changed)
     hosts = gather_objects(os.uname().nodename)
@@ -199,7 +199,7 @@ def _share_run(place: WorkerContext) -> None:
 
 
 def _trainer(
-    saver: Saver,
+    saver: AdapterSaver,
     data: _Data,
     place: WorkerContext,
     process: _Process,
@@ -210,7 +210,7 @@ def _trainer(
     facts = _facts(session, data.rows, data.held)
     if session.world.is_main:
         directory.clean(run.checkpoints)
-    keeper = Keeper(
+    checkpointer = Checkpointer(
         saver,
         run.checkpoints,
         session.recipe.checkpoint,
@@ -218,8 +218,8 @@ def _trainer(
         facts=facts,
         may_publish=lambda: _lease(place).check(now=True),
     )
-    trainer = Trainer(session, data.rows, data.held, keeper=keeper, surroundings=process)
-    newest = keeper.newest()
+    trainer = Trainer(session, data.rows, data.held, checkpointer=checkpointer, hooks=process)
+    newest = checkpointer.newest()
     if newest is not None:
         try:
             _refuse_another_run(read_state(newest), facts, allow_changed, where=str(run.path))
@@ -283,7 +283,7 @@ def _lease(place: WorkerContext) -> Attempt:
     return place.attempt
 
 
-def _facts(session: Session, rows: TokenizedRows, held: HeldOut | None) -> dict[str, Any]:
+def _facts(session: Session, rows: TokenizedRows, held: EvalSet | None) -> dict[str, Any]:
     """Return what every checkpoint of a run says besides its progress."""
     recipe = session.recipe
     settings = learning_settings(recipe)

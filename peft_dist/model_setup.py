@@ -34,7 +34,7 @@ from peft_dist.model.nf4 import WEIGHTS_PER_BYTE
 from peft_dist.model.source import BaseSource
 from peft_dist.sharding import ENGINES, Engine, Group
 from peft_dist.sharding.launcher_env import resolve
-from peft_dist.sharding.verify import prove_sharded
+from peft_dist.sharding.verify import verify_sharded
 
 log = logging.getLogger(__name__)
 
@@ -236,8 +236,8 @@ def open_session(
     by_name = {base_name_in(peft, name): parameter for name, parameter in frozen.items()}
     start = _start(recipe, source, plan, by_name, engine, model)
     method.initialise(peft, start)
-    engine.hold_adapter(trained, lambda n: Group(trained[n].dim() > 1, method.rate_factor(n)))
-    total, by_rank = prove_sharded(engine, frozen, trained, launched.strategy)
+    engine.flatten_adapter(trained, lambda n: Group(trained[n].dim() > 1, method.rate_factor(n)))
+    total, by_rank = verify_sharded(engine, frozen, trained, launched.strategy)
     session = Session(
         recipe=recipe,
         world=world,

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from peft_dist.checkpoint.checkpointer import Keeper
-from peft_dist.checkpoint.progress import Alone, Progress, Surroundings
+from peft_dist.checkpoint.checkpointer import Checkpointer
+from peft_dist.checkpoint.progress import NoHooks, Progress, TrainerHooks
 from peft_dist.common.errors import Interrupted, TrainingError
 from peft_dist.data.order import RowIds, StepPlan, assign
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import barrier
 from peft_dist.evaluation.generation import Sampler
-from peft_dist.evaluation.scoring import HeldOut, ScoringStopped, score_rows
+from peft_dist.evaluation.scoring import EvalSet, ScoringStopped, score_rows
 from peft_dist.ledger.events import (
     CheckpointEvent,
     EvaluationEvent,
@@ -63,10 +63,10 @@ class Trainer:
         self,
         session: Session,
         rows: TokenizedRows,
-        held: HeldOut | None,
+        held: EvalSet | None,
         *,
-        keeper: Keeper | None = None,
-        surroundings: Surroundings | None = None,
+        checkpointer: Checkpointer | None = None,
+        hooks: TrainerHooks | None = None,
     ) -> None:
         """Prepare; nothing runs yet.
 
@@ -74,13 +74,13 @@ class Trainer:
             session: The loaded model.
             rows: Training rows.
             held: Held-out rows, if any.
-            keeper: Makes checkpoints. Default: none are made.
-            surroundings: The process it runs in. Default: one that is never asked to stop.
+            checkpointer: Makes checkpoints. Default: none are made.
+            hooks: The process it runs in. Default: one that is never asked to stop.
         """
         self.session, self.rows, self.held = session, rows, held
         self.recipe, self.world = session.recipe, session.world
-        self.keeper = keeper
-        self.surroundings = surroundings or Alone()
+        self.checkpointer = checkpointer
+        self.hooks = hooks or NoHooks()
         self.trackers: list[Tracker] = []
         """Views of the run; stays empty on every rank but 0."""
         self.plan = StepPlan.of(self.recipe.train, rows.lengths)
@@ -95,9 +95,9 @@ class Trainer:
         self._utilisation = Utilisation.of(session.base_parameters, device_name=name, devices=count)
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint of the keeper's. Collective."""
-        assert self.keeper is not None
-        self.progress = Progress.of(self.keeper.load(checkpoint, self.optimizer))
+        """Go on from a checkpoint of the checkpointer's. Collective."""
+        assert self.checkpointer is not None
+        self.progress = Progress.of(self.checkpointer.load(checkpoint, self.optimizer))
         self._saved_step = self.progress.step
 
     def run(self) -> Progress:
@@ -114,21 +114,21 @@ class Trainer:
         self._after(self.progress.step)  # an evaluation may be due, before the first step or after
         plan = self.plan.steps(step=self.progress.step, cursor=self.progress.cursor)
         for step, cursor, ids in plan:
-            self.surroundings.phase("step", step)
+            self.hooks.phase("step", step)
             self._step(step, total, ids, cursor)
             if step == first:
                 self.session.check_adapters_agree()
-                self.session.engine.own_time.begin()  # that was waiting for others
+                self.session.engine.compute_timer.begin()  # that was waiting for others
             self._after(step)
         self._settle()
-        self.surroundings.phase("save", total)
+        self.hooks.phase("save", total)
         self.finish_saves()
         return self.progress
 
     def _go_on(self) -> float:
         """Begin to time a step, after whatever was no part of one; return the time."""
         self._mark = time.monotonic()
-        self.session.engine.own_time.begin()
+        self.session.engine.compute_timer.begin()
         return self._mark
 
     def _step(self, step: int, total: int, ids: RowIds, cursor: int) -> None:
@@ -153,13 +153,13 @@ class Trainer:
                 nll_sum = self.session.model(batch).nll.sum()
             (nll_sum / predictions).backward()
             loss += nll_sum.detach()
-        engine.own_time.end()
+        engine.compute_timer.end()
         # Flags and metrics of all processes are carried by the gradient all-reduce.
         extras = make_extras(
             self.world,
             loss,
             flags=self._flags(),
-            step_s=engine.own_time.latest_s(),
+            step_s=engine.compute_timer.latest_s(),
             memory_bytes=peak_memory_bytes(device),
         )
         summed = engine.reduce(extras)
@@ -170,7 +170,7 @@ class Trainer:
             group["lr"] = rate * group["rate_factor"]
         self.optimizer.step(torch.isfinite(metrics[:2]).all())
         engine.zero_gradients()
-        engine.own_time.begin()
+        engine.compute_timer.begin()
         self.progress.step, self.progress.cursor = step, cursor
         tokens = int(self.rows.lengths[ids].sum())
         self._reader.put(StepInputs(step, rate, len(ids), cursor, tokens), metrics)
@@ -181,11 +181,11 @@ class Trainer:
     def _flags(self) -> tuple[bool, bool, bool]:
         """Return what this process asks of all at the end of a step: stop, save, give up."""
         save = give_up = False
-        if self.keeper is not None and self.world.is_main:
+        if self.checkpointer is not None and self.world.is_main:
             save_s, since_s = self.recipe.watchdog.save_s, time.monotonic() - self._saved_at
-            save = self.keeper.is_due(since_s, hangs_after_s=save_s)
-            give_up = self.keeper.failed_in_a_row >= self.recipe.checkpoint.max_failed_saves
-        return self.surroundings.stop_requested(), save, give_up
+            save = self.checkpointer.is_due(since_s, hangs_after_s=save_s)
+            give_up = self.checkpointer.failed_in_a_row >= self.recipe.checkpoint.max_failed_saves
+        return self.hooks.stop_requested(), save, give_up
 
     def _after(self, step: int) -> None:
         """Do what is due between two steps: an evaluation, a checkpoint, stopping."""
@@ -212,7 +212,7 @@ class Trainer:
         if self._stop:
             if step:
                 self._save(step)
-            lost = "" if self.keeper is None else self.keeper.told_unless_saved(step)
+            lost = "" if self.checkpointer is None else self.checkpointer.warning_unless_saved(step)
             raise Interrupted(f"stopped after step {step} of {total}{lost}")
         if save_due or self._save_due:
             self._save(step)
@@ -220,13 +220,13 @@ class Trainer:
     def _save(self, step: int) -> None:
         """Make a checkpoint, where there is none of this step yet. Collective."""
         self._save_due = False
-        if self.keeper is None:
+        if self.checkpointer is None:
             return
         started = time.monotonic()
-        self.surroundings.phase("save", step)
+        self.hooks.phase("save", step)
         if self._saved_step != step:
             facts = {**asdict(self.progress), "epoch": self.progress.cursor // self.rows.n_rows}
-            self.keeper.take(facts, self.optimizer)
+            self.checkpointer.take(facts, self.optimizer)
             self._saved_step = step
             stall = time.monotonic() - started
             self.write(CheckpointEvent(step=step, stall_s=stall))
@@ -238,13 +238,13 @@ class Trainer:
 
     def finish_saves(self) -> None:
         """Wait for the checkpoint that is being written, if there is one, and record it."""
-        if self.keeper is not None:
-            self.keeper.wait()
+        if self.checkpointer is not None:
+            self.checkpointer.wait()
             self._write_saves()
 
     def _write_saves(self) -> None:
         """Record what became of the checkpoints that were being written."""
-        for event in [] if self.keeper is None else self.keeper.results():
+        for event in [] if self.checkpointer is None else self.checkpointer.results():
             self.write(event)
 
     def _seed_dropout(self, step: int, index: int) -> None:
@@ -303,15 +303,15 @@ class Trainer:
         if train.non_finite == "skip":
             self.write(SkippedEvent(**fields))
         else:
-            newest = None if self.keeper is None else self.keeper.newest()
-            if self.keeper is None or newest is None:
+            newest = None if self.checkpointer is None else self.checkpointer.newest()
+            if self.checkpointer is None or newest is None:
                 raise TrainingError(
                     f"{reason}, and there is no checkpoint to roll back to",
                     where="train.non_finite",
                     remedy="set checkpoint.every_steps, or non_finite: skip",
                 )
-            back_to = self.keeper.load(newest, self.optimizer)["step"]
-            self.session.engine.own_time.begin()
+            back_to = self.checkpointer.load(newest, self.optimizer)["step"]
+            self.session.engine.compute_timer.begin()
             self.write(RollbackEvent(**fields, back_to=back_to))
 
     def _settle(self) -> None:
@@ -323,12 +323,12 @@ class Trainer:
         self.progress.evaluated = step
         if self.held is None:
             return
-        self.surroundings.phase("evaluation", step)
+        self.hooks.phase("evaluation", step)
         started = time.monotonic()
 
         def wants_stop() -> bool:
-            self.surroundings.phase("evaluation", step)
-            return self.surroundings.stop_requested()
+            self.hooks.phase("evaluation", step)
+            return self.hooks.stop_requested()
 
         samples: list[SampleEvent] = []
         try:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_dist.checkpoint import directory
 from peft_dist.checkpoint.adapter_file import check_file, load_adapter, write_adapter
-from peft_dist.checkpoint.verified_save import Saver
+from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.errors import RunDirError, Superseded, TrainingError
 from peft_dist.common.manifest import seal, step_name
 from peft_dist.config.recipe import Checkpoint
@@ -51,12 +51,12 @@ class _Snapshot:
     state: Facts
 
 
-class Keeper:
+class Checkpointer:
     """Takes, writes and reads the checkpoints of one session."""
 
     def __init__(
         self,
-        saver: Saver,
+        saver: AdapterSaver,
         checkpoints: Path,
         settings: Checkpoint,
         *,
@@ -157,7 +157,7 @@ class Keeper:
         every_s = self._settings.every_seconds
         return every_s is not None and since_s >= every_s
 
-    def told_unless_saved(self, step: int) -> str:
+    def warning_unless_saved(self, step: int) -> str:
         """Return what is to be said of a stop whose checkpoint could not be written."""
         if self.newest_step == step or not self.session.world.is_main:
             return ""

@@ -36,7 +36,7 @@ class Progress:
         return cls(**found)
 
 
-class Surroundings(Protocol):
+class TrainerHooks(Protocol):
     """What a loop hears from, and tells, the process it runs in."""
 
     def stop_requested(self) -> bool:
@@ -46,8 +46,8 @@ class Surroundings(Protocol):
         """Note that a `step`, an `evaluation` or a `save` begins, or goes on."""
 
 
-class Alone:
-    """Surroundings in which nobody asks and nobody listens."""
+class NoHooks:
+    """TrainerHooks in which nobody asks and nobody listens."""
 
     def stop_requested(self) -> bool:
         """Say no."""

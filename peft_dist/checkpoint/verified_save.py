@@ -34,7 +34,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 """Difference of two losses, absolute and relative, that passes for none."""
 
 
-class Saver:
+class AdapterSaver:
     """Saves one session's adapter, again and again, and proves every copy."""
 
     def __init__(self, session: Session, rows: TokenizedRows) -> None:

@@ -28,7 +28,7 @@ ERROR_PREFIX = "peft-dist: error: "
 
 
 class PeftDistError(Exception):
-    """A fault the user can mend: what is wrong, where, the value, and the remedy, in one line.
+    """A fault the user can fix: what is wrong, where, the value, and the remedy, in one line.
 
     Args:
         problem: What is wrong, with the offending value in it.

@@ -73,7 +73,7 @@ class BadRows:
         raise DataError(
             first_why if self.limit == 0 else f"{first_why} (first of {len(self.found)} bad rows)",
             where=self.source.where(first_line),
-            remedy=f"mend the row, or raise data.max_bad_rows above {self.limit} to leave such out",
+            remedy=f"fix the row, or raise data.max_bad_rows above {self.limit} to leave such out",
         )
 
     def reports(self) -> tuple[str, ...]:

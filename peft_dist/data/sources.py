@@ -109,7 +109,7 @@ def open_source(name: str, *, split: str, field: str) -> Source:
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", where=name) from error
     if path.suffix.lower() in KINDS or path.is_absolute() or name.startswith((".", "~")):
-        raise DataError(f"{field}: no such file or folder", where=name, remedy="mend the path")
+        raise DataError(f"{field}: no such file or folder", where=name, remedy="fix the path")
     dataset = _open_dataset(name, "hub", split)
     return Source(name, "hub", split, str(dataset._fingerprint))
 
@@ -280,7 +280,7 @@ def _open_dataset(name: str, kind: str, split: str) -> "datasets.Dataset":
             raise DataError(
                 f"neither a file here nor a dataset that the hub gives: {error}",
                 where=name,
-                remedy="mend the path or name, or go online",
+                remedy="fix the path or name, or go online",
             ) from error
     try:
         found = datasets.load_from_disk(name)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import any_of, first_of_all
-from peft_dist.evaluation.scoring import HeldOut, ScoringStopped
+from peft_dist.evaluation.scoring import EvalSet, ScoringStopped
 from peft_dist.ledger.events import SampleEvent
 from peft_dist.model.loss import ALL_TOKENS
 from peft_dist.model_setup import Session
@@ -35,7 +35,7 @@ Ids = NDArray[np.int32]
 class Sampler:
     """The rows that are shown of a run's held-out ones, and how their answers are found."""
 
-    def __init__(self, session: Session, held: HeldOut) -> None:
+    def __init__(self, session: Session, held: EvalSet) -> None:
         """Choose the rows: evenly spaced, for neighbours are often of one kind."""
         self._session, self._held = session, held
         count = min(session.recipe.evaluate.samples, held.rows.n_rows)

@@ -32,7 +32,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class EvalSet:
     """Rows to score, and the choices to score them against."""
 
     rows: TokenizedRows
@@ -48,7 +48,7 @@ class HeldOut:
         return all(len(choice) == 1 for choice in self.choices)
 
 
-def held_out(recipe: Recipe, rows: TokenizedRows) -> HeldOut:
+def held_out(recipe: Recipe, rows: TokenizedRows) -> EvalSet:
     """Take the first `evaluate.max_rows` rows and find which choice each one is.
 
     Raises:
@@ -56,9 +56,9 @@ def held_out(recipe: Recipe, rows: TokenizedRows) -> HeldOut:
     """
     rows = _first(rows, recipe.evaluate.max_rows)
     if rows.class_ids is not None:
-        return HeldOut(rows, (), rows.class_ids)
+        return EvalSet(rows, (), rows.class_ids)
     if not recipe.evaluate.choices:
-        return HeldOut(rows, (), None)
+        return EvalSet(rows, (), None)
     encoded = encode_completions(recipe, recipe.evaluate.choices)
     by_tokens = {tokens.tobytes(): index for index, tokens in enumerate(encoded)}
     truth = np.empty(rows.n_rows, dtype=np.int64)
@@ -75,7 +75,7 @@ def held_out(recipe: Recipe, rows: TokenizedRows) -> HeldOut:
         truth[row] = index
     if all(len(tokens) == 2 for tokens in encoded):
         encoded = tuple(tokens[:-1] for tokens in encoded)
-    return HeldOut(rows, encoded, truth)
+    return EvalSet(rows, encoded, truth)
 
 
 def _first(rows: TokenizedRows, count: int | None) -> TokenizedRows:
@@ -104,14 +104,14 @@ class ScoringStopped(Exception):
 
 
 def score(
-    session: Session, held: HeldOut, *, wants_stop: Callable[[], bool] | None = None
+    session: Session, held: EvalSet, *, wants_stop: Callable[[], bool] | None = None
 ) -> Score:
     """Score the rows; see `score_rows`."""
     return score_rows(session, held, wants_stop=wants_stop).score
 
 
 def score_rows(
-    session: Session, held: HeldOut, *, wants_stop: Callable[[], bool] | None = None
+    session: Session, held: EvalSet, *, wants_stop: Callable[[], bool] | None = None
 ) -> Scoring:
     """Score the rows, and say what was predicted for each. Collective.
 
@@ -132,7 +132,7 @@ def score_rows(
         session.model.train(was_training)
 
 
-def _score(session: Session, held: HeldOut, wants_stop: Callable[[], bool] | None) -> Scoring:
+def _score(session: Session, held: EvalSet, wants_stop: Callable[[], bool] | None) -> Scoring:
     device = session.world.device
     choices = held.choices if held.single_token else ()
     choice_ids = torch.tensor(np.concatenate(choices), device=device) if choices else None
@@ -173,7 +173,7 @@ def _batches(
 
 
 def _likeliest(
-    session: Session, held: HeldOut, wants_stop: Callable[[], bool] | None
+    session: Session, held: EvalSet, wants_stop: Callable[[], bool] | None
 ) -> torch.Tensor:
     """Return the likeliest choice of each row, each choice scored as a row."""
     crossed = _every_choice(held)
@@ -186,7 +186,7 @@ def _likeliest(
     return sum_over(scores).reshape(held.rows.n_rows, len(held.choices)).argmax(dim=1)
 
 
-def _every_choice(held: HeldOut) -> TokenizedRows:
+def _every_choice(held: EvalSet) -> TokenizedRows:
     """Return rows x choices rows: each prompt with each choice, the choice alone trained."""
     rows = held.rows
     tokens: list[NDArray[np.int32]] = []

@@ -101,7 +101,7 @@ def build_skeleton(
             f"{config.model_type} cannot be built with attention {attention} "
             f"({_first_line(error)})",
             where="model",
-            remedy="set model.attention: auto, or mend config.json",
+            remedy="set model.attention: auto, or fix config.json",
         ) from None
     model.requires_grad_(False)
     return model

@@ -27,11 +27,11 @@ Reasons = dict[str, str]
 REMEDIES = {
     "absent": "see that the others know its name and that no firewall is between them",
     "error": "",
-    "devices": "mend gpus_per_node in the cluster file",
+    "devices": "fix gpus_per_node in the cluster file",
     "device memory": "wait until the devices are free, or ask for nodes of your own (exclusive)",
     "clock": "set the nodes' clocks, or raise preflight.max_clock_offset_s in the cluster file",
     "space": "free space there, or lower preflight.min_free_gb in the cluster file",
-    "write": "mend its permissions, free space there, or choose another --run-dir",
+    "write": "fix its permissions, free space there, or choose another --run-dir",
 }
 """What to do about a fault that all nodes have; nodes cannot all differ from each other's code."""
 SHARED = ("space", "write")
@@ -63,7 +63,7 @@ class Report:
     bad: tuple[str, ...] = ()
     """Names of the nodes to do without."""
     common: str | None = None
-    """The fault of no node, which a person must mend; then `bad` is empty."""
+    """The fault of no node, which a person must fix; then `bad` is empty."""
     lines: tuple[str, ...] = ()
     """One for each node that fails."""
     warnings: tuple[str, ...] = ()

@@ -102,7 +102,7 @@ class Attempt:
             raise RunDirError(
                 f"cannot be written: {error.strerror}",
                 where=str(folder),
-                remedy="free space or mend its permissions",
+                remedy="free space or fix its permissions",
             ) from error
         return cls(path, record, previous)
 
@@ -214,7 +214,7 @@ def refuse_if_held(folder: Path, *, fresh: bool = False) -> None:
         raise RunDirError(
             f"cannot be read: {error.strerror}",
             where=str(folder),
-            remedy="mend its permissions",
+            remedy="fix its permissions",
         ) from error
     if held:
         _refuse(folder, record)

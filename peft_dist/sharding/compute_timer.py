@@ -15,7 +15,7 @@ import torch
 Span = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
-class OwnTime:
+class ComputeTimer:
     """A stop watch for one process's own work, on the clock of the device that does it."""
 
     def __init__(self, device: torch.device) -> None:

@@ -239,7 +239,7 @@ class ZeRO3Engine(Engine):
                         self._deepspeed.zero.register_external_parameter(model, parameter)
         self._hooks = _initialize(self._deepspeed, self._zero, model=model)
         coordinator = self._hooks.optimizer.get_param_coordinator()
-        coordinator.fetch_sub_module = self.own_time.gathering()(coordinator.fetch_sub_module)
+        coordinator.fetch_sub_module = self.compute_timer.gathering()(coordinator.fetch_sub_module)
 
     def share_optimizer(self, optimizer: torch.optim.AdamW) -> AdapterOptimizer:
         """Give the optimizer to ZeRO stage 2. Collective."""
@@ -293,7 +293,7 @@ class ZeRO3Engine(Engine):
         pieces = (-(-self.shape(p).numel() // self.shard.count) for p in parameters.values())
         return sum(n * p.element_size() for n, p in zip(pieces, parameters.values(), strict=True))
 
-    def held_bytes(self, parameters: dict[str, nn.Parameter]) -> int:
+    def resident_bytes(self, parameters: dict[str, nn.Parameter]) -> int:
         """Return the bytes of the base this process does hold, padding among them."""
         total = 0
         for parameter in parameters.values():

@@ -17,7 +17,7 @@ from peft_dist.distributed.collectives import Shard, gather_objects, sum_over
 from peft_dist.distributed.world import World
 from peft_dist.model import base
 from peft_dist.model.fingerprint import fingerprint_piece, fingerprint_rows, wrap_int64
-from peft_dist.sharding.compute_timer import OwnTime
+from peft_dist.sharding.compute_timer import ComputeTimer
 from peft_dist.sharding.optimizer import AdapterOptimizer
 
 SHARED_EXTRAS = 4
@@ -42,7 +42,7 @@ class Engine(ABC):
         shard: Which rows of every base tensor this process reads.
         sharded: Whether it keeps those rows alone.
         extras: Number of flags and metrics carried by the gradient all-reduce.
-        own_time: Times this process's own part of a step.
+        compute_timer: Times this process's own part of a step.
     """
 
     shard: Shard
@@ -60,7 +60,7 @@ class Engine(ABC):
         self.shard_size = shard_size
         self.offload = offload
         self.extras = SHARED_EXTRAS + RANK_EXTRAS * world.size
-        self.own_time = OwnTime(world.device)
+        self.compute_timer = ComputeTimer(world.device)
 
     @abstractmethod
     def wrap(
@@ -72,7 +72,7 @@ class Engine(ABC):
         """Give every parameter memory: this process's part of the base, the adapter whole."""
         base.materialize(model, self.world.device)
 
-    def hold_adapter(
+    def flatten_adapter(
         self, parameters: dict[str, nn.Parameter], group_of: Callable[[str], Group]
     ) -> None:
         """Move the trained parameters, and their gradients, into flat buffers.
@@ -228,6 +228,6 @@ class Engine(ABC):
             total += parameter.numel() // max(rows, 1) * (stop - start) * parameter.element_size()
         return total
 
-    def held_bytes(self, parameters: dict[str, nn.Parameter]) -> int:
+    def resident_bytes(self, parameters: dict[str, nn.Parameter]) -> int:
         """Return the bytes of the base this process does hold."""
         return sum(self.piece(p)[0].numel() * p.element_size() for p in parameters.values())

@@ -16,16 +16,16 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 from peft_dist.distributed.collectives import Shard
 from peft_dist.distributed.world import World
 from peft_dist.model import base
-from peft_dist.sharding.compute_timer import OwnTime
+from peft_dist.sharding.compute_timer import ComputeTimer
 from peft_dist.sharding.engine import Engine
 
 
 class _TimedAllGather(DefaultAllGather):
     """FSDP2's own all-gather, whose time is not this process's."""
 
-    def __init__(self, own_time: OwnTime) -> None:
+    def __init__(self, compute_timer: ComputeTimer) -> None:
         super().__init__()
-        self._own_time = own_time
+        self._own_time = compute_timer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._own_time.gathering():
@@ -60,7 +60,7 @@ class FSDP2Engine(Engine):
         for block in blocks:
             shard(block, reshard_after_forward=True)
         shard(model)
-        gather = _TimedAllGather(self.own_time)
+        gather = _TimedAllGather(self.compute_timer)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_custom_all_gather(gather)

@@ -10,7 +10,7 @@ from peft_dist.distributed.collectives import gather_objects
 from peft_dist.sharding.engine import Engine
 
 
-def prove_sharded(
+def verify_sharded(
     engine: Engine,
     frozen: dict[str, nn.Parameter],
     trained: dict[str, nn.Parameter],
@@ -30,7 +30,7 @@ def prove_sharded(
                 remedy="please report this",
             )
     expected = gather_objects(engine.expected_bytes(frozen))
-    held = gather_objects(engine.held_bytes(frozen))
+    held = gather_objects(engine.resident_bytes(frozen))
     wrong = [rank for rank, (e, h) in enumerate(zip(expected, held, strict=True)) if e != h]
     if wrong:
         rank = wrong[0]

@@ -62,7 +62,7 @@ def check_limits(job: Job, *, time_from: str) -> None:
         raise LaunchError(
             f"{nodes} is more than the {cluster.max_nodes} that a job may have",
             where="--nodes",
-            remedy="ask for fewer, or mend max_nodes in the cluster file",
+            remedy="ask for fewer, or fix max_nodes in the cluster file",
         )
     if job.time_s is None:
         return
@@ -127,7 +127,7 @@ def check_paths(cluster: Cluster, nodes: int, folder: Path, recipe: Recipe) -> l
                 raise LaunchError(
                     f"{text} is in none of {', '.join(cluster.shared)}",
                     where=field,
-                    remedy="put it in one of them, or mend shared: in the cluster file",
+                    remedy="put it in one of them, or fix shared: in the cluster file",
                 )
         elif own is not None and nodes > 1:
             raise LaunchError(
@@ -164,7 +164,7 @@ def check_cluster_files(cluster: Cluster) -> None:
     if checked.returncode or checked.stderr:  # of text without an end bash only warns
         told = (checked.stderr.splitlines() or ["cannot be read"])[0]
         raise ClusterError(
-            told.removeprefix("bash: "), where="setup", remedy="mend it in the cluster file"
+            told.removeprefix("bash: "), where="setup", remedy="fix it in the cluster file"
         )
 
 

@@ -1,4 +1,4 @@
-"""Faults that no restart mends: the job ends, and `status` says why in one line."""
+"""Faults that no restart fixes: the job ends, and `status` says why in one line."""
 
 from pathlib import Path
 

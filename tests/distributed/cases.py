@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from peft_dist.checkpoint.verified_save import Saver
+from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group
 from peft_dist.distributed.collectives import barrier, gather_objects
@@ -227,7 +227,7 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -
     logging.getLogger("peft_dist").removeHandler(warnings)
     # At the start: DeepSpeed keeps what it may need again soon, which of a tiny model is all.
     sharded = all(session.engine.is_shard(parameter) for parameter in session.base.values())
-    saver = Saver(session, rows)
+    saver = AdapterSaver(session, rows)
     before = adapter(session)
     undisturbed = gradient(session, rows)
     score(session, held)

@@ -198,7 +198,7 @@ def test_a_run_directory_that_nobody_can_write_is_no_nodes_fault(nodes: Nodes) -
     assert nodes.codes() == [2, 2], nodes.said
     *_, unwritten, summary = nodes.lines(0)
     text = f"cannot write to {nodes.run_dir}: No such file or directory"
-    assert summary.startswith(f"{SAID}all 2 nodes: {text}; mend its permissions")
+    assert summary.startswith(f"{SAID}all 2 nodes: {text}; fix its permissions")
     assert unwritten.startswith(f"{SAID}the report cannot be written to ")
     assert nodes.said[1] == ""
 
@@ -213,7 +213,7 @@ def test_a_full_run_directory_is_no_nodes_fault(nodes: Nodes) -> None:
         nodes.run_dir.joinpath("filler").write_bytes(bytes(40 << 10))
         nodes.start(1)
         assert nodes.codes() == [2], nodes.said
-        text = f"node1: cannot write to {nodes.run_dir}: No space left on device; mend its permis"
+        text = f"node1: cannot write to {nodes.run_dir}: No space left on device; fix its permis"
         assert nodes.lines(0)[-1].startswith(SAID + text)
         assert nodes.report.bad == ()
     finally:
@@ -245,4 +245,4 @@ def test_a_node_without_the_devices_it_should_have_is_told(nodes: Nodes) -> None
     nodes.start(2, "--devices", "8")
     assert nodes.codes() == [2, 2], nodes.said
     (line,) = nodes.lines(0)
-    assert line.startswith(f"{SAID}all 2 nodes: 0 devices, 8 expected; mend gpus_per_node")
+    assert line.startswith(f"{SAID}all 2 nodes: 0 devices, 8 expected; fix gpus_per_node")

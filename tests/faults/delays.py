@@ -62,9 +62,9 @@ def slow(
 
         replace_function(batches, late_batches)
     else:
-        from peft_dist.checkpoint.verified_save import Saver
+        from peft_dist.checkpoint.verified_save import AdapterSaver
 
-        wrap(Saver, "save", around)
+        wrap(AdapterSaver, "save", around)
 
 
 def delay_steps(here: "Rank", *, rank: int, seconds: Sequence[float], from_step: int = 1) -> None:

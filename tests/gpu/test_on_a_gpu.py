@@ -19,7 +19,7 @@ from peft_dist.model.nf4 import dequantize, quantize_rows
 from peft_dist.model.source import find_base
 from peft_dist.model.weights import WeightFiles
 from peft_dist.model_setup import Session, open_session
-from peft_dist.sharding.compute_timer import OwnTime
+from peft_dist.sharding.compute_timer import ComputeTimer
 from peft_dist.trainer import Trainer
 from tests.distributed.cases import Recorder
 from tests.tiny import tiny_model, tiny_recipe, write_jsonl
@@ -109,7 +109,7 @@ def test_the_packed_base_is_byte_exact_after_a_wrap_and_some_steps(
 
 
 def test_the_time_of_a_step_is_the_devices_and_is_not_waited_for() -> None:
-    own, cycles = OwnTime(torch.device("cuda")), 200_000_000  # about 0.1 s
+    own, cycles = ComputeTimer(torch.device("cuda")), 200_000_000  # about 0.1 s
     own.begin()
     torch.cuda._sleep(cycles)
     with own.gathering():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from peft_dist.checkpoint.adapter_file import ADAPTER_FILE, load_adapter
-from peft_dist.checkpoint.verified_save import Saver
+from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.errors import PeftDistError, RunDirError, Superseded, TrainingError
 from peft_dist.config.method import Lora
 from peft_dist.data.tokenize import tokenize_rows
@@ -131,11 +131,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def trained(folder: Path, world: World, **sections: Any) -> tuple[Session, Saver]:
+def trained(folder: Path, world: World, **sections: Any) -> tuple[Session, AdapterSaver]:
     """Return a session whose every trained tensor has moved since its saver was made."""
     write_jsonl(folder / "rows.jsonl", completion_rows(8))
     session = opened(folder, world, **sections)
-    saver = Saver(session, tokenize_rows(session.recipe, "train", folder / "cache"))
+    saver = AdapterSaver(session, tokenize_rows(session.recipe, "train", folder / "cache"))
     with torch.no_grad():
         for parameter in session.adapter.values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -283,7 +283,7 @@ def test_a_tensor_that_has_not_moved_may_be_zero(tmp_path: Path, alone: World) -
         for name, parameter in session.adapter.items():
             parameter.mul_(".lora_A." in name)
     rows = tokenize_rows(session.recipe, "train", tmp_path / "cache")
-    Saver(session, rows).save(tmp_path / "adapter")
+    AdapterSaver(session, rows).save(tmp_path / "adapter")
     assert not load_file(tmp_path / "adapter" / ADAPTER_FILE)[
         "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
     ].any()
@@ -356,7 +356,7 @@ from peft_dist.distributed import process_group
 from peft_dist.distributed.world import read_world
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.common.errors import TrainingError
-from peft_dist.checkpoint.verified_save import Saver
+from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import open_session
 from tests.tiny import tiny_recipe
@@ -366,7 +366,7 @@ world = read_world()
 process_group.start(world)
 recipe = tiny_recipe(folder / "llama", folder / "rows.jsonl", parallel={"strategy": "fsdp"})
 session = open_session(recipe, world, find_base(recipe, folder / "cache"))
-saver = Saver(session, tokenize_rows(recipe, "train", folder / "cache"))
+saver = AdapterSaver(session, tokenize_rows(recipe, "train", folder / "cache"))
 for parameter in session.adapter.values():
     parameter.data += 0.01
 told = []

@@ -16,11 +16,11 @@ from peft_dist.checkpoint import directory
 from peft_dist.checkpoint.checkpointer import (
     OPTIMIZER_FILE,
     STATE_FILE,
-    Keeper,
+    Checkpointer,
     held_out_loss,
     read_state,
 )
-from peft_dist.checkpoint.verified_save import Saver
+from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.errors import Interrupted, RunDirError, Superseded, TrainingError
 from peft_dist.common.manifest import MANIFEST_FILE, seal, verify
 from peft_dist.data.tokenize import tokenize_rows
@@ -58,7 +58,7 @@ class Records(list[dict[str, Any]]):
 
 
 class StopAfter:
-    """Surroundings in which a signal comes during a step."""
+    """TrainerHooks in which a signal comes during a step."""
 
     def __init__(self, step: int) -> None:
         self.wanted, self.now = step, 0
@@ -91,16 +91,16 @@ def training(
     recipe = tiny_recipe(folder / architecture, path, **sections)
     session = open_session(recipe, world, find_base(recipe, folder / "cache"))
     rows = tokenize_rows(recipe, "train", folder / "cache")
-    keeper = Keeper(
-        Saver(session, rows),
+    checkpointer = Checkpointer(
+        AdapterSaver(session, rows),
         folder / checkpoints,
         recipe.checkpoint,
         attempt=1,
         facts={"recipe": {"a": 1}},
         may_publish=may_publish,
     )
-    surroundings = None if stop_after is None else StopAfter(stop_after)
-    trainer = Trainer(session, rows, None, keeper=keeper, surroundings=surroundings)
+    hooks = None if stop_after is None else StopAfter(stop_after)
+    trainer = Trainer(session, rows, None, checkpointer=checkpointer, hooks=hooks)
     records = Records()
     trainer.trackers = [records]
     return trainer, records
@@ -108,8 +108,8 @@ def training(
 
 def go_on(trainer: Trainer) -> None:
     """Go on from the newest checkpoint, as a worker does."""
-    assert trainer.keeper is not None
-    newest = trainer.keeper.newest()
+    assert trainer.checkpointer is not None
+    newest = trainer.checkpointer.newest()
     assert newest is not None
     trainer.resume(newest)
 
@@ -262,7 +262,7 @@ def test_a_failed_write_is_told_and_leaves_the_one_before(
     ]
     assert [r["step"] for r in records.of("saved")] == [4]
     assert [r["step"] for r in records.of("step")] == [2, 3, 4]
-    assert trainer.keeper.failed_in_a_row == 0  # type: ignore[union-attr]
+    assert trainer.checkpointer.failed_in_a_row == 0  # type: ignore[union-attr]
     assert names(tmp_path / "checkpoints") == ["step-00000004"]
 
 
@@ -361,14 +361,14 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path, alone: World) -> None:
         evaluate={"every_steps": 1},
         data={"eval": str(tmp_path / "rows.jsonl")},
     )
-    keeper, progress = trainer.keeper, trainer.progress
-    assert keeper is not None
+    checkpointer, progress = trainer.checkpointer, trainer.progress
+    assert checkpointer is not None
     for step, loss in ((1, 0.5), (2, 0.2), (3, 0.4), (4, 0.1), (5, 0.3), (6, 0.6)):
         progress.step = step
         # of step 4 there was no evaluation: its loss is an older one
         progress.evaluated = 2 if step == 4 else step
         progress.last = Score(loss=loss, accuracy=None, rows=3)
-        keeper.take(dataclasses.asdict(progress), trainer.optimizer)
+        checkpointer.take(dataclasses.asdict(progress), trainer.optimizer)
     assert names(tmp_path / "checkpoints") == ["step-00000002", "step-00000005", "step-00000006"]
 
 
@@ -376,8 +376,8 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
     tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, _ = training(tmp_path, alone)
-    keeper = trainer.keeper
-    assert keeper is not None
+    checkpointer = trainer.checkpointer
+    assert checkpointer is not None
     may_write, publish = threading.Event(), directory.publish
 
     def slow(partial: Path, folder: Path) -> None:
@@ -387,25 +387,25 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
     monkeypatch.setattr(directory, "publish", slow)
     state = trainer.session.engine.adapter_state()
     trainer.progress.step = 1
-    keeper.take(dataclasses.asdict(trainer.progress), trainer.optimizer)
-    assert keeper.busy
-    assert keeper.results() == []
+    checkpointer.take(dataclasses.asdict(trainer.progress), trainer.optimizer)
+    assert checkpointer.busy
+    assert checkpointer.results() == []
     with torch.no_grad():  # the copy in flight is a copy
         trainer.session.engine._values.add_(1.0)
     trainer.progress.step = 2
     second = threading.Thread(
-        target=keeper.take, args=(dataclasses.asdict(trainer.progress), trainer.optimizer)
+        target=checkpointer.take, args=(dataclasses.asdict(trainer.progress), trainer.optimizer)
     )
     second.start()
     second.join(0.5)
     assert second.is_alive()
     may_write.set()
     second.join(30)
-    keeper.wait()
-    assert [event.step for event in keeper.results()] == [1, 2]
+    checkpointer.wait()
+    assert [event.step for event in checkpointer.results()] == [1, 2]
     assert names(tmp_path / "checkpoints") == ["step-00000001", "step-00000002"]
     trainer.session.engine.load_adapter_state({name: t + 9 for name, t in state.items()})
-    keeper.load(tmp_path / "checkpoints" / "step-00000001", trainer.optimizer)
+    checkpointer.load(tmp_path / "checkpoints" / "step-00000001", trainer.optimizer)
     now = trainer.session.engine.adapter_state()
     assert all(torch.equal(now[name], state[name]) for name in state)
 
@@ -414,10 +414,10 @@ def test_a_checkpoint_in_the_foreground_is_there_when_the_step_goes_on(
     tmp_path: Path, alone: World
 ) -> None:
     trainer, _ = training(tmp_path, alone, checkpoint={"background": False})
-    keeper = trainer.keeper
-    assert keeper is not None
-    keeper.take(dataclasses.asdict(trainer.progress), trainer.optimizer)
-    assert not keeper.busy
+    checkpointer = trainer.checkpointer
+    assert checkpointer is not None
+    checkpointer.take(dataclasses.asdict(trainer.progress), trainer.optimizer)
+    assert not checkpointer.busy
     assert names(tmp_path / "checkpoints") == ["step-00000000"]
 
 
@@ -479,8 +479,8 @@ def test_where_every_checkpoint_is_damaged_training_begins_anew(
     trainer.run()
     (tmp_path / "checkpoints" / "step-00000004" / MANIFEST_FILE).write_text("{}")
     after, _ = training(tmp_path, alone)
-    assert after.keeper is not None
-    assert after.keeper.newest() is None
+    assert after.checkpointer is not None
+    assert after.checkpointer.newest() is None
     assert "going on from the beginning" in caplog.text
 
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from peft_dist.sharding.compute_timer import OwnTime
+from peft_dist.sharding.compute_timer import ComputeTimer
 
 
 def spend(seconds: float) -> None:
@@ -13,7 +13,7 @@ def spend(seconds: float) -> None:
 
 
 def test_what_a_process_waits_for_while_it_gathers_is_not_its_own_time() -> None:
-    own = OwnTime(torch.device("cpu"))
+    own = ComputeTimer(torch.device("cpu"))
     own.begin()
     spend(0.05)
     with own.gathering():
@@ -25,7 +25,7 @@ def test_what_a_process_waits_for_while_it_gathers_is_not_its_own_time() -> None
 
 
 def test_a_step_that_begins_anew_leaves_out_what_was_before() -> None:
-    own = OwnTime(torch.device("cpu"))
+    own = ComputeTimer(torch.device("cpu"))
     assert own.latest_s() is None
     own.begin()
     spend(0.5)  # an evaluation
@@ -36,7 +36,7 @@ def test_a_step_that_begins_anew_leaves_out_what_was_before() -> None:
 
 
 def test_what_is_gathered_outside_a_step_counts_nowhere() -> None:
-    own = OwnTime(torch.device("cpu"))
+    own = ComputeTimer(torch.device("cpu"))
     with own.gathering():
         spend(0.01)
     own.end()
@@ -44,7 +44,7 @@ def test_what_is_gathered_outside_a_step_counts_nowhere() -> None:
 
 
 def test_a_gather_that_fails_passes_its_error_on() -> None:
-    own = OwnTime(torch.device("cpu"))
+    own = ComputeTimer(torch.device("cpu"))
     own.begin()
     with pytest.raises(RuntimeError, match="peer"), own.gathering():
         raise RuntimeError("lost a peer")

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from peft_dist.checkpoint.checkpointer import Keeper
+from peft_dist.checkpoint.checkpointer import Checkpointer
 from peft_dist.common.errors import Interrupted
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.distributed.world import World
 from peft_dist.evaluation.generation import Sampler, shortened, split
-from peft_dist.evaluation.scoring import HeldOut, ScoringStopped, held_out, score_rows
+from peft_dist.evaluation.scoring import EvalSet, ScoringStopped, held_out, score_rows
 from peft_dist.ledger.events import SampleEvent
 from peft_dist.ledger.writer import LedgerWriter
 from peft_dist.model.source import find_base
@@ -27,12 +27,12 @@ from tests.tiny import (
     tokenised,
     write_jsonl,
 )
-from tests.unit.test_trainer import Records, with_keeper
+from tests.unit.test_trainer import Records, with_checkpointer
 
 
 def prepared(
     folder: Path, world: World, architecture: str = "llama", **sections: Any
-) -> tuple[Session, HeldOut]:
+) -> tuple[Session, EvalSet]:
     """Return a session with plain tensors, which the PEFT model runs by itself too."""
     if not (folder / "model").is_dir():
         tiny_model(folder / "model", architecture)
@@ -177,7 +177,7 @@ def test_samples_leave_the_run_as_it_is_to_the_bit(tmp_path: Path, alone: World)
 
 
 class StopAtLast:
-    """Surroundings in which a signal comes after so many looks for one, in the last evaluation."""
+    """TrainerHooks in which a signal comes after so many looks for one, in the last evaluation."""
 
     def __init__(self, step: int, looks: int) -> None:
         self._last, self._looks, self._now = ("evaluation", step), looks, ("", 0)
@@ -197,7 +197,7 @@ class StopAtLast:
 def test_a_stop_among_samples_saves_and_the_next_start_samples_again(
     tmp_path: Path, alone: World, looks: int
 ) -> None:
-    def made() -> tuple[Trainer, Keeper, Records]:
+    def made() -> tuple[Trainer, Checkpointer, Records]:
         session, held = prepared(
             tmp_path, alone,
             evaluate={"sample_tokens": 8},
@@ -206,15 +206,15 @@ def test_a_stop_among_samples_saves_and_the_next_start_samples_again(
         found = Trainer(session, held.rows, held)
         records = Records()
         found.trackers = [records]
-        return found, with_keeper(found, tmp_path / "checkpoints"), records
+        return found, with_checkpointer(found, tmp_path / "checkpoints"), records
 
-    found, keeper, first = made()
-    found.surroundings = StopAtLast(4, looks)
+    found, checkpointer, first = made()
+    found.hooks = StopAtLast(4, looks)
     with pytest.raises(Interrupted, match="stopped after step 4 of 4"):
         found.run()
     assert {r["step"] for r in first if r["event"] in ("sample", "evaluation")} == {0}
-    after, keeper, rest = made()
-    newest = keeper.newest()
+    after, checkpointer, rest = made()
+    newest = checkpointer.newest()
     assert newest is not None
     after.resume(newest)
     after.run()

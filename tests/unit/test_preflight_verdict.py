@@ -150,7 +150,7 @@ def test_a_clock_that_may_be_right_is_no_fault() -> None:
     [
         (
             {"devices": 4},
-            "all 3 nodes: 4 devices, 8 expected; mend gpus_per_node in the cluster file",
+            "all 3 nodes: 4 devices, 8 expected; fix gpus_per_node in the cluster file",
         ),
         (
             {"free_bytes": 0},
@@ -159,7 +159,7 @@ def test_a_clock_that_may_be_right_is_no_fault() -> None:
         ),
         (
             {"write_error": "cannot write to /x: No space left on device"},
-            "all 3 nodes: cannot write to /x: No space left on device; mend its permissions, free "
+            "all 3 nodes: cannot write to /x: No space left on device; fix its permissions, free "
             "space there, or choose another --run-dir",
         ),
         (

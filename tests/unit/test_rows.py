@@ -171,7 +171,7 @@ def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, line: bytes, why:
     error = error_of(path)
     assert error.startswith(f"{path}:2: ")
     assert why in error
-    assert error.endswith("mend the row, or raise data.max_bad_rows above 0 to leave such out")
+    assert error.endswith("fix the row, or raise data.max_bad_rows above 0 to leave such out")
     rows, reports = read(path, max_bad_rows=1)
     assert rows == [TextRow(1, "a"), TextRow(3, "b")]
     assert len(reports) == 1
@@ -275,7 +275,7 @@ def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path: Path) -> No
 
 def test_a_missing_file_is_an_error_that_names_the_field(tmp_path: Path) -> None:
     path = tmp_path / "none.jsonl"
-    assert error_of(path) == f"{path}: data.train: no such file or folder; mend the path"
+    assert error_of(path) == f"{path}: data.train: no such file or folder; fix the path"
     assert "no such file or folder" in error_of("rows/none.csv")
 
 

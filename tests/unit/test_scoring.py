@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from peft_dist.common.errors import DataError
 from peft_dist.data.tokenize import encode_completions, tokenize_rows
 from peft_dist.distributed.world import World
-from peft_dist.evaluation.scoring import HeldOut, held_out, score
+from peft_dist.evaluation.scoring import EvalSet, held_out, score
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import Session, open_session
 from tests.tiny import (
@@ -26,7 +26,7 @@ SINGLE = [" cat", " dog"]
 SEVERAL = [" cat", " dog", " cat and the dog", " elephant"]
 
 
-def prepared(folder: Path, world: World, **sections: Any) -> tuple[Session, HeldOut]:
+def prepared(folder: Path, world: World, **sections: Any) -> tuple[Session, EvalSet]:
     tiny_model(folder / "model", "llama")
     rows = write_jsonl(folder / "rows.jsonl", completion_rows(17))
     # ddp leaves plain tensors, with which the PEFT model runs by itself

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peft_dist.checkpoint.checkpointer import Keeper
-from peft_dist.checkpoint.verified_save import Saver
+from peft_dist.checkpoint.checkpointer import Checkpointer
+from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.errors import Interrupted, TrainingError
 from peft_dist.config.recipe import Train
 from peft_dist.data.tokenize import tokenize_rows
@@ -185,17 +185,17 @@ def test_parameters_of_the_base_are_counted_however_they_are_stored(
     assert session.base_parameters == sum(p.numel() for p in plain.parameters())
 
 
-def with_keeper(found: Trainer, folder: Path) -> Keeper:
+def with_checkpointer(found: Trainer, folder: Path) -> Checkpointer:
     """Let a training make checkpoints in a folder."""
-    found.keeper = Keeper(
-        Saver(found.session, found.rows),
+    found.checkpointer = Checkpointer(
+        AdapterSaver(found.session, found.rows),
         folder,
         found.recipe.checkpoint,
         attempt=1,
         facts={},
         may_publish=lambda: None,
     )
-    return found.keeper
+    return found.checkpointer
 
 
 def broken_at(found: Trainer, *steps: int, how: str = "loss") -> None:
@@ -239,7 +239,7 @@ def test_checkpoints_are_made_when_the_recipe_says(tmp_path: Path, alone: World)
     found = trainer(
         tmp_path, alone, train={"steps": 7, "global_batch_size": 4}, checkpoint={"every_steps": 3}
     )
-    with_keeper(found, tmp_path / "checkpoints")
+    with_checkpointer(found, tmp_path / "checkpoints")
     records = Records()
     found.trackers = [records]
     found.run()
@@ -358,7 +358,7 @@ def test_a_rollback_goes_back_to_the_newest_checkpoint_and_on_with_later_rows(
         train={**POISONED, "non_finite": "rollback"},
         checkpoint={"every_steps": 2},
     )
-    with_keeper(found, tmp_path / "checkpoints")
+    with_checkpointer(found, tmp_path / "checkpoints")
     if late:
         found._reader = LateReader()
     records = Records()
@@ -379,7 +379,7 @@ def test_a_rollback_without_a_checkpoint_ends_the_run(tmp_path: Path, alone: Wor
     for keeps in (False, True):
         found = trainer(tmp_path, alone, train={**POISONED, "non_finite": "rollback"})
         if keeps:
-            with_keeper(found, tmp_path / "checkpoints")
+            with_checkpointer(found, tmp_path / "checkpoints")
         broken_at(found, 2)
         with pytest.raises(TrainingError, match="there is no checkpoint to roll back to; set ch"):
             found.run()
@@ -394,14 +394,14 @@ def test_rollbacks_in_a_row_are_counted_although_they_go_back_to_a_checkpoint(
         train={**POISONED, "non_finite": "rollback", "max_skipped_steps": 2},
         checkpoint={"every_steps": 1},
     )
-    with_keeper(found, tmp_path / "checkpoints")
+    with_checkpointer(found, tmp_path / "checkpoints")
     broken_at(found, 3, 4, 5)
     with pytest.raises(TrainingError, match="not finite 3 times in a row"):
         found.run()
 
 
 class StopDuringEvaluation:
-    """Surroundings in which a signal comes while held-out rows are scored."""
+    """TrainerHooks in which a signal comes while held-out rows are scored."""
 
     def __init__(self, step: int) -> None:
         self.wanted, self.now = ("evaluation", step), ("", 0)
@@ -417,14 +417,14 @@ class StopDuringEvaluation:
 
 def with_held_out_rows(
     folder: Path, world: World, **sections: Any
-) -> tuple[Trainer, Keeper, Records]:
+) -> tuple[Trainer, Checkpointer, Records]:
     """Return a training that evaluates and makes checkpoints, and its records."""
     held = write_jsonl(folder / "held.jsonl", completion_rows(9, seed=1))
     found = trainer(folder, world, data={"eval": str(held)}, **sections)
     found.held = held_out(found.recipe, tokenize_rows(found.recipe, "eval", folder / "cache"))
     records = Records()
     found.trackers = [records]
-    return found, with_keeper(found, folder / "checkpoints"), records
+    return found, with_checkpointer(found, folder / "checkpoints"), records
 
 
 def test_the_best_of_all_evaluations_is_kept_although_no_checkpoint_was_due(
@@ -454,12 +454,12 @@ def test_a_stop_during_an_evaluation_saves_and_the_next_start_evaluates_again(
         "train": POISONED,
     }
     found, _, first = with_held_out_rows(tmp_path, alone, **sections)
-    found.surroundings = StopDuringEvaluation(4)
+    found.hooks = StopDuringEvaluation(4)
     with pytest.raises(Interrupted, match="stopped after step 4 of 6"):
         found.run()
     assert [r["step"] for r in first if r["event"] == "evaluation"] == [0, 2]
-    after, keeper, rest = with_held_out_rows(tmp_path, alone, **sections)
-    newest = keeper.newest()
+    after, checkpointer, rest = with_held_out_rows(tmp_path, alone, **sections)
+    newest = checkpointer.newest()
     assert newest is not None
     after.resume(newest)
     progress = after.run()

@@ -27,7 +27,7 @@ REFUSED: dict[str, tuple[Change, list[str], str]] = {
                         "lower signal_lead_s in the cluster file"),
     "no time": (nothing, ["--time", "90"], "--time: '90' is no time; write HH:MM:SS"),
     "too many nodes": (nothing, ["--nodes", "5"], "--nodes: 5 is more than the 4 that a job may "
-                       "have; ask for fewer, or mend max_nodes"),
+                       "have; ask for fewer, or fix max_nodes"),
     "no nodes": (nothing, ["--nodes", "0"], "--nodes: got 0; must be at least 1"),
     "less than no nodes": (nothing, ["--nodes", "-2"], "--nodes: got -2; must be at least 1"),
     "too many GPUs": (nothing, ["parallel.processes=6", "--nodes", "2"], "parallel.processes: "
@@ -51,7 +51,7 @@ REFUSED: dict[str, tuple[Change, list[str], str]] = {
                    "secrets_file: /none/x: cannot be read: No such file or directory; make it"),
     "spoiled secrets": (lambda desk: desk.secrets("A=b\nx\n"), [], "line 2 is not NAME=value"),
     "set-up that is no shell": (lambda desk: desk.cluster({"setup": "if true\n"}), [],
-                                "setup: line 2: syntax error: unexpected end of file; mend it"),
+                                "setup: line 2: syntax error: unexpected end of file; fix it"),
     "set-up with an open quote": (lambda desk: desk.cluster({"setup": "echo 'a\n"}), [],
                                   "setup: line 1: unexpected EOF while looking for matching"),
     "set-up without its end": (lambda desk: desk.cluster({"setup": "cat <<X\nfoo\n"}), [],
