@@ -3,7 +3,6 @@
 What the process around it needs (lease, signals, exit code) it gets from `train`.
 """
 
-import hashlib
 import json
 import os
 import time
@@ -15,13 +14,13 @@ from typing import Any, NamedTuple
 
 from peft_dist.checkpoint import directory
 from peft_dist.checkpoint.checkpointer import Checkpointer, read_state
+from peft_dist.checkpoint.run_identity import describe_run, refuse_another_run
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common import paths
 from peft_dist.common.console import say
 from peft_dist.common.errors import Interrupted, LaunchError, PeftDistError, RunDirError, Superseded
 from peft_dist.common.process_identity import slurm_job
 from peft_dist.config import Recipe
-from peft_dist.config.resume_rules import differences, learning_settings, refuse_changes
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group, rendezvous
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
@@ -32,8 +31,7 @@ from peft_dist.ledger.writer import LedgerWriter, Tracker
 from peft_dist.metrics.memory import peak_device_bytes, peak_rss_bytes
 from peft_dist.metrics.result import make_result, summary
 from peft_dist.model.source import BaseSource, find_base
-from peft_dist.model_setup import Session, open_session
-from peft_dist.optim.lr_schedule import peak_learning_rate
+from peft_dist.model_setup import open_session
 from peft_dist.run.directory import LAUNCHED_AT, RunDir, write_text_atomic
 from peft_dist.run.lease import Attempt
 from peft_dist.run.provenance import versions
@@ -45,8 +43,6 @@ from peft_dist.trainer import Trainer
 from peft_dist.worker.process import WorkerContext
 from peft_dist.worker.signals import StopRequests
 from peft_dist.worker.watchdog import Limits, Watchdog
-
-RNG_RULE = "dropout is seeded by (train.seed, step, global micro-batch); rows by (seed, epoch)"
 
 
 class _Process:
@@ -207,7 +203,7 @@ def _trainer(
 ) -> Trainer:
     """Return a trainer that stands where the newest checkpoint stood. Collective."""
     session, run = saver.session, _run(place)
-    facts = _facts(session, data.rows, data.held)
+    facts = describe_run(session, data.rows, data.held)
     if session.world.is_main:
         directory.clean(run.checkpoints)
     checkpointer = Checkpointer(
@@ -222,7 +218,7 @@ def _trainer(
     newest = checkpointer.newest()
     if newest is not None:
         try:
-            _refuse_another_run(read_state(newest), facts, allow_changed, where=str(run.path))
+            refuse_another_run(read_state(newest), facts, allow_changed, where=str(run.path))
         except RunDirError:
             if session.world.is_main:
                 run.drop_next_recipe()
@@ -281,49 +277,6 @@ def _run(place: WorkerContext) -> RunDir:
 def _lease(place: WorkerContext) -> Attempt:
     assert place.attempt is not None, "rank 0 alone holds the run"
     return place.attempt
-
-
-def _facts(session: Session, rows: TokenizedRows, held: EvalSet | None) -> dict[str, Any]:
-    """Return what every checkpoint of a run says besides its progress."""
-    recipe = session.recipe
-    settings = learning_settings(recipe)
-    base = json.dumps(session.released_fingerprint, sort_keys=True).encode()
-    return {
-        "recipe": settings,
-        "recipe_sha256": _sha256(json.dumps(settings, sort_keys=True).encode()),
-        "content": {
-            "data.train": f"{rows.n_rows} rows, fingerprint {rows.fingerprint[:16]}",
-            "data.eval": None
-            if held is None
-            else f"{held.rows.n_rows} rows, fingerprint {held.rows.fingerprint[:16]}",
-            "model.name": f"weights with fingerprint {_sha256(base)[:16]}",
-        },
-        "rng": {"seed": recipe.train.seed, "rule": RNG_RULE},
-        "schedule": {
-            "kind": recipe.train.schedule,
-            "peak_learning_rate": peak_learning_rate(recipe),
-            "warmup_fraction": recipe.train.warmup_fraction,
-        },
-        "world_size": session.world.size,
-        "strategy": session.strategy,
-    }
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _refuse_another_run(
-    saved: dict[str, Any], now: dict[str, Any], allowed: Collection[str], *, where: str
-) -> None:
-    """Refuse to go on from a checkpoint of other rows, another model or other settings.
-
-    Raises:
-        RunDirError: With the difference.
-    """
-    changes = differences(saved["content"], now["content"])
-    changes |= differences(saved["recipe"], now["recipe"])
-    refuse_changes(changes, allowed, where=where)
 
 
 def _require_trackers(recipe: Recipe) -> None:

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from peft_dist.cli import slurm as slurm_commands
 from peft_dist.cli import wandb
+from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.errors import (
     ERROR_PREFIX,
     EXIT_CRASHED,
@@ -96,7 +97,7 @@ def _build_parser() -> _Parser:
     train.add_argument(
         "--fresh", action="store_true", help="start anew; a run that is there is renamed"
     )
-    _add_allow_changed(train)
+    add_allow_changed(train)
     train.add_argument(
         "--dry-run",
         action="store_true",
@@ -106,7 +107,7 @@ def _build_parser() -> _Parser:
     resume.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     _add_overrides(resume, "such as parallel.strategy=ddp")
     _add_nproc(resume)
-    _add_allow_changed(resume)
+    add_allow_changed(resume)
     resume.add_argument("--nodes", type=_count, metavar="N", help="nodes of the Slurm job")
     resume.add_argument("--time", metavar="HH:MM:SS", help="time limit of the Slurm job")
     resume.add_argument("--cluster", metavar="FILE", help="submit it to this cluster")
@@ -164,16 +165,6 @@ def _add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
 def _add_nproc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc", type=_count, metavar="N", help="processes; overrides parallel.processes"
-    )
-
-
-def _add_allow_changed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--allow-changed",
-        action="append",
-        default=[],
-        metavar="FIELD",
-        help="go on although this setting, or these rows or this model, have changed",
     )
 
 

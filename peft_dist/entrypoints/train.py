@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import to_rank_log
 from peft_dist.common.errors import RunDirError, TrainingError
 from peft_dist.config import Recipe, load_recipe
@@ -31,13 +32,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="key=value, such as train.steps=10")
     parser.add_argument("--run-dir", type=Path, help="default: runs/NAME of the recipe file")
     parser.add_argument("--fresh", action="store_true", help="set a run that is there aside")
-    parser.add_argument(
-        "--allow-changed",
-        action="append",
-        default=[],
-        metavar="FIELD",
-        help="go on although this setting, or these rows or this model, have changed",
-    )
+    add_allow_changed(parser)
     parser.add_argument("--deepspeed", type=Path, metavar="FILE", help="DeepSpeed JSON file")
     parser.add_argument("--local_rank", help="ignored: the deepspeed launcher's own")
     options = parser.parse_intermixed_args(argv)

@@ -1,10 +1,11 @@
 """What the control-plane tests share: a small recipe that stands on its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from peft_dist.run.lease import Attempt
 from tests.unit.slurm_desk import Desk
 
 MINIMAL = "model: {name: ./model}\ndata: {train: train.jsonl}\n"
@@ -37,3 +38,17 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
     monkeypatch.setenv("PATH", f"{made.slurm}:/usr/bin:/bin")
     monkeypatch.chdir(tmp_path)
     return made
+
+
+@pytest.fixture
+def begin(folder: Path) -> Iterator[Callable[..., Attempt]]:
+    """Return a function that begins an attempt in the test's `folder`; all are ended afterwards."""
+    begun: list[Attempt] = []
+
+    def start(**options: bool) -> Attempt:
+        begun.append(Attempt.begin(folder, **options))
+        return begun[-1]
+
+    yield start
+    for attempt in begun:
+        attempt.end("done")

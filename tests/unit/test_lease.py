@@ -89,20 +89,6 @@ def hold(spawn: Spawn, folder: Path) -> Callable[[], "subprocess.Popen[str]"]:
     return start
 
 
-@pytest.fixture
-def begin(folder: Path) -> Iterator[Callable[..., Attempt]]:
-    """Begin attempts in this process; end them all."""
-    begun: list[Attempt] = []
-
-    def start(**options: bool) -> Attempt:
-        begun.append(Attempt.begin(folder, **options))
-        return begun[-1]
-
-    yield start
-    for attempt in begun:
-        attempt.end("done")
-
-
 def move_elsewhere(folder: Path) -> None:
     """Make the newest record look like one from another machine."""
     record = latest(folder)

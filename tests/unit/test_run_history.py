@@ -1,6 +1,6 @@
 """What a run directory says of how its starts ended."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,6 @@ def run(tmp_path: Path) -> RunDir:
 @pytest.fixture
 def folder(run: RunDir) -> Path:
     return run.attempts
-
-
-@pytest.fixture
-def begin(folder: Path) -> Iterator[Callable[..., Attempt]]:
-    """Begin attempts in this process; end them all."""
-    begun: list[Attempt] = []
-
-    def start(**options: bool) -> Attempt:
-        begun.append(Attempt.begin(folder, **options))
-        return begun[-1]
-
-    yield start
-    for attempt in begun:
-        attempt.end("done")
 
 
 def crash(folder: Path, number: int, **facts: Any) -> None:

@@ -1,0 +1,57 @@
+"""Which run a checkpoint belongs to: its settings, rows and base; another run's is refused."""
+
+import hashlib
+import json
+from collections.abc import Collection
+from typing import Any
+
+from peft_dist.config.resume_rules import differences, learning_settings, refuse_changes
+from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.evaluation.scoring import EvalSet
+from peft_dist.model_setup import Session
+from peft_dist.optim.lr_schedule import peak_learning_rate
+
+RNG_RULE = "dropout is seeded by (train.seed, step, global micro-batch); rows by (seed, epoch)"
+
+
+def describe_run(session: Session, rows: TokenizedRows, eval_set: EvalSet | None) -> dict[str, Any]:
+    """Return what every checkpoint of a run says besides its progress."""
+    recipe = session.recipe
+    settings = learning_settings(recipe)
+    base = json.dumps(session.released_fingerprint, sort_keys=True).encode()
+    return {
+        "recipe": settings,
+        "recipe_sha256": _sha256(json.dumps(settings, sort_keys=True).encode()),
+        "content": {
+            "data.train": f"{rows.n_rows} rows, fingerprint {rows.fingerprint[:16]}",
+            "data.eval": None
+            if eval_set is None
+            else f"{eval_set.rows.n_rows} rows, fingerprint {eval_set.rows.fingerprint[:16]}",
+            "model.name": f"weights with fingerprint {_sha256(base)[:16]}",
+        },
+        "rng": {"seed": recipe.train.seed, "rule": RNG_RULE},
+        "schedule": {
+            "kind": recipe.train.schedule,
+            "peak_learning_rate": peak_learning_rate(recipe),
+            "warmup_fraction": recipe.train.warmup_fraction,
+        },
+        "world_size": session.world.size,
+        "strategy": session.strategy,
+    }
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def refuse_another_run(
+    saved: dict[str, Any], now: dict[str, Any], allowed: Collection[str], *, where: str
+) -> None:
+    """Refuse to go on from a checkpoint of other rows, another model or other settings.
+
+    Raises:
+        RunDirError: With the difference.
+    """
+    changes = differences(saved["content"], now["content"])
+    changes |= differences(saved["recipe"], now["recipe"])
+    refuse_changes(changes, allowed, where=where)
