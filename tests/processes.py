@@ -6,7 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,13 +37,27 @@ def torchrun(processes: int) -> list[str]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens at, and that no outgoing connection is given."""
+    """Return a port that nobody listens at, and that no outgoing connection is given.
+
+    Tests that run side by side choose from ranges of their own.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ports = range(20000, 32000)[worker::workers]
     while True:
-        port = random.randrange(20000, 32000)
+        port = random.choice(ports)
         with socket.socket() as one, suppress(OSError):
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             one.bind(("127.0.0.1", port))
             return port
+
+
+def wait_until(is_so: Callable[[], bool], what: str, *, timeout_s: float = 60) -> None:
+    """Return as soon as something is so, and fail the test where it is not in time."""
+    deadline_s = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what}"
+        time.sleep(0.01)
 
 
 def run(

@@ -69,7 +69,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             [*start, script, str(folder)],
             environment=environment(folder / "cache"),
             cwd=folder,
-            timeout_s=300,
+            timeout_s=550,
         )
         assert done.returncode == 0, done.stderr[-20000:]
     return folder

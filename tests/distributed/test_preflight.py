@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from peft_dist.preflight.verdict import PORT_TAKEN, Report, report_path
-from tests.processes import ROOT, environment
+from tests.processes import ROOT, environment, free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -95,11 +95,6 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
         process.kill()
         process.wait()
     assert not any("Traceback" in text for text in nodes.said.values()), nodes.said
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def test_nodes_that_are_fine_are_fine_in_a_few_seconds(nodes: Nodes) -> None:

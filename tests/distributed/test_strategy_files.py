@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from peft_dist.distributed.world import World
 from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.placement import Machine, place
 from peft_dist.sharding.launcher_env import Launched, resolve
-from tests.processes import ROOT, environment, run
+from tests.processes import ROOT, environment, free_port, run
 from tests.tiny import completion_rows, tiny_model, write_jsonl
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -206,12 +205,6 @@ def test_the_deepspeed_launcher_trains_with_its_own_json_file(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr[-5000:]
     result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     assert (result["strategy"], len(result["base_bytes_per_rank"])) == ("zero3", 2)
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
 
 
 def check_exports(facts: dict[str, str], strategy: str, *, mesh: tuple[str, str] | None) -> None:

@@ -22,7 +22,7 @@ from tests.faults.oracles import (
     records,
 )
 from tests.faults.project import Project
-from tests.processes import ROOT, environment, run, torchrun
+from tests.processes import ROOT, environment, run, torchrun, wait_until
 
 pytestmark = pytest.mark.distributed
 
@@ -85,6 +85,9 @@ def test_a_process_left_behind_fails_the_test(nursery: Nursery, tmp_path: Path) 
     mark = os.environ | {"PEFT_DIST_TEST": str(tmp_path)}
     for where in ({"env": mark}, {"cwd": tmp_path}):
         left = subprocess.Popen(["sleep", "100"], **where)
+        # The kernel shows an environment a moment after the program has started.
+        told = Path(f"/proc/{left.pid}/environ")
+        wait_until(lambda told=told: told.read_bytes() != b"", "an environment")
         with pytest.raises(AssertionError, match=f"processes left behind.*{left.pid}"):
             harness.close()
         assert left.wait(timeout=10) == -signal.SIGKILL
