@@ -18,6 +18,7 @@ from peft_dist.checkpoint.run_identity import describe_run, refuse_another_run
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common import paths
 from peft_dist.common.console import say
+from peft_dist.common.env import LAUNCHED_AT
 from peft_dist.common.errors import Interrupted, LaunchError, PeftDistError, RunDirError, Superseded
 from peft_dist.common.process_identity import slurm_job
 from peft_dist.config import Recipe
@@ -32,7 +33,7 @@ from peft_dist.metrics.memory import peak_device_bytes, peak_rss_bytes
 from peft_dist.metrics.result import make_result, summary
 from peft_dist.model.source import BaseSource, find_base
 from peft_dist.model_setup import open_session
-from peft_dist.run.directory import LAUNCHED_AT, RunDir, write_text_atomic
+from peft_dist.run.directory import RunDir, write_text_atomic
 from peft_dist.run.lease import Attempt
 from peft_dist.run.provenance import versions
 from peft_dist.run.restart_policy import Kind

@@ -3,14 +3,14 @@
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
-LONGEST_FIRST = ("cluster", "trained", "faults", "distributed", "unit")
-"""Order of the folders, and of the tests that read trainings made once for all of them."""
-
-PLACE = pytest.StashKey[int]()
+LONGEST_FIRST = ("cluster", "equivalence", "faults", "distributed", "unit", "gpu")
+TOGETHER = ("cluster", "equivalence")
+"""Folders whose tests all stand on one thing that takes long to make."""
 
 # Under nohup, or in the background of a shell, they would be ignored, and so they would by every
 # process that a test starts.
@@ -18,22 +18,27 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each worker whole files, so that what a file's tests share is made once.
+    """Begin with what takes longest, so that no worker is left with it alone at the end."""
+    items.sort(key=lambda item: LONGEST_FIRST.index(folder_of(item.nodeid)))
 
-    All tests of Slurm share one cluster, and all that read the trainings of
-    `tests/distributed/cases.py` share those. What takes longest begins first.
-    """
-    for item in items:
-        folder, group = item.path.parent.name, str(item.path.relative_to(Path(__file__).parent))
-        if folder == "cluster":
-            group = "cluster"
-        elif "trained" in getattr(item, "fixturenames", ()):
-            folder = group = "trained"
-        item.add_marker(pytest.mark.xdist_group(group))
-        item.stash[PLACE] = LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else 9
-    items.sort(key=lambda item: item.stash[PLACE])
+
+class ByFile(LoadScopeScheduling):
+    """Gives each worker whole files, or folders, so that what their tests share is made once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        folder = folder_of(nodeid)
+        return folder if folder in TOGETHER else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    """Divide the tests among workers; `--dist loadgroup` cannot, since pytest 9.2."""
+    return ByFile(config, log)
+
+
+def folder_of(nodeid: str) -> str:
+    """Return the folder below tests/ in which a test stands."""
+    return nodeid.split("/")[1]
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-RANK_LOGS = "PEFT_DIST_RANK_LOGS"
-"""Environment variable: where each rank writes a log of its own, PREFIX.rank-3.0.log. In a job on
-many nodes nobody could tell their lines apart."""
+from peft_dist.common.env import RANK_LOGS
 
 
 def say(text: str, stream: TextIO | None = None) -> None:

@@ -7,13 +7,13 @@ import json
 import os
 from pathlib import Path
 
+from peft_dist.common.env import CACHE, STAGED
+
 SHARED_FOLDERS = ("launch", "configs", "slurm")
 """Folders at the root of a checkout that the wheel carries as data."""
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 """What is read of a model's folder."""
-STAGED = "PEFT_DIST_STAGED"
-"""Environment variable: JSON that maps a recipe's `model.name` to this node's own copy of it."""
 
 
 def root() -> Path:
@@ -25,7 +25,7 @@ def root() -> Path:
 
 def cache_dir() -> Path:
     """Return the folder for things that can be made again: $PEFT_DIST_CACHE, else the user's."""
-    chosen = os.environ.get("PEFT_DIST_CACHE")
+    chosen = os.environ.get(CACHE)
     if chosen:
         return Path(chosen).expanduser().absolute()
     general = os.environ.get("XDG_CACHE_HOME")

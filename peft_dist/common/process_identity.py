@@ -8,8 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-AFTER_JOB = "PEFT_DIST_AFTER"
-"""Environment variable: the Slurm job that is over, and that this one goes on for."""
+from peft_dist.common.env import AFTER_JOB
 
 
 def this_process() -> dict[str, Any]:

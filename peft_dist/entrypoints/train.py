@@ -13,6 +13,7 @@ from pathlib import Path
 
 from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import to_rank_log
+from peft_dist.common.env import WATCHED_LEASE
 from peft_dist.common.errors import RunDirError, TrainingError
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.run.directory import RunDir
@@ -118,9 +119,10 @@ def _take(options: argparse.Namespace, recipe: Recipe, context: WorkerContext) -
         TrainingError: Where starting again cannot help.
     """
     run, prepared = _run_of(options)
+    watched = os.environ.get(WATCHED_LEASE, "")
     if not prepared:
         fresh = options.fresh and not _is_restart()
-        refuse_if_held(run.attempts, fresh=fresh)
+        watched = refuse_if_held(run.attempts)
         run = RunDir.claim(
             run.path,
             recipe,
@@ -136,7 +138,9 @@ def _take(options: argparse.Namespace, recipe: Recipe, context: WorkerContext) -
         )
     # A person who starts again after a failure has done something about it.
     after_failure = run.read_failure() is not None
-    attempt = Attempt.begin(run.attempts, after_verdict=after_failure, world_size=context.size)
+    attempt = Attempt.begin(
+        run.attempts, after_verdict=after_failure, world_size=context.size, watched=watched
+    )
     context.run_dir, context.attempt, context.attempt_number = run, attempt, attempt.number
     run.remove_leftovers()
     if after_failure:

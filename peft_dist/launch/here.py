@@ -13,6 +13,7 @@ from pathlib import Path
 from shutil import disk_usage
 
 from peft_dist.common.console import say
+from peft_dist.common.env import LAUNCHED_AT, WATCHED_LEASE
 from peft_dist.common.errors import (
     ERROR_PREFIX,
     EXIT_CRASHED,
@@ -23,7 +24,7 @@ from peft_dist.config import Recipe
 from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.local import run_launcher
 from peft_dist.launch.placement import place, this_machine
-from peft_dist.run.directory import LAUNCHED_AT, RunDir
+from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_launch, mark_launch
 from peft_dist.run.lease import end_for, refuse_if_held
 from peft_dist.run.restart_policy import Ending, History, Kind, Limits, decide
@@ -77,7 +78,7 @@ def train_here(start: Start, *, fresh: bool = False) -> int:
     Raises:
         RunDirError: Where another process holds the run, or it has finished, or learns otherwise.
     """
-    refuse_if_held(start.run.attempts, fresh=fresh)
+    watched = refuse_if_held(start.run.attempts)
     run = RunDir.claim(
         start.run.path,
         start.recipe,
@@ -87,7 +88,7 @@ def train_here(start: Start, *, fresh: bool = False) -> int:
     )
     log = run.launcher_log
     before = mark_launch(run)
-    environment = start.environment | {LAUNCHED_AT: repr(time.time())}
+    environment = start.environment | {LAUNCHED_AT: repr(time.time()), WATCHED_LEASE: watched}
     ended = run_launcher(start.command, environment=environment, error_log=log)
     ending = ending_of_launch(
         run,

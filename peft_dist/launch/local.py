@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from peft_dist.common.env import FAILURES, LAUNCH_MARK
 from peft_dist.common.errors import LaunchError
-from peft_dist.run.failure_files import FAILURES, WorkerFailure, read_failure
-from peft_dist.worker.signals import LAUNCH_MARK
+from peft_dist.run.failure_files import WorkerFailure, read_failure
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 RESCAN_S = 0.2

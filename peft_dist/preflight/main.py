@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from peft_dist.common import console
 from peft_dist.common.console import say
+from peft_dist.common.env import NONCE
 from peft_dist.common.errors import EXIT_CRASHED, EXIT_DONE, EXIT_USER_ERROR
 from peft_dist.common.time_limit import within
 from peft_dist.preflight.node_info import NodeFacts, gather
@@ -186,7 +187,7 @@ class Preflight:
         from peft_dist.preflight import network
 
         # Another job's nodes may have been given the same port.
-        nonce = os.environ.get("PEFT_DIST_NONCE", "")
+        nonce = os.environ.get(NONCE, "")
         key = json.dumps([str(self.options.run_dir), self.hosts, nonce]).encode()
         return network.Member(
             index,

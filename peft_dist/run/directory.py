@@ -23,8 +23,6 @@ from peft_dist.run.provenance import run_facts
 
 ARRAY_FILE = "array.json"
 """In the folder of an array: which runs it has."""
-LAUNCHED_AT = "PEFT_DIST_LAUNCHED_AT"
-"""Environment variable with the unix time at which the launcher of a process was started."""
 
 
 def write_text_atomic(path: Path, text: str) -> None:

@@ -12,10 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from peft_dist.common.atomic import make_file
+from peft_dist.common.env import FAILURES
 from peft_dist.common.errors import PeftDistError
-
-FAILURES = "PEFT_DIST_FAILURES"
-"""Environment variable: the folder in which a worker leaves its error for its launcher."""
 
 
 @dataclass(frozen=True)

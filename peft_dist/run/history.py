@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from peft_dist.common.env import AFTER_JOB
 from peft_dist.common.errors import EXIT_USER_ERROR
-from peft_dist.common.process_identity import AFTER_JOB
 from peft_dist.run import job_events
 from peft_dist.run.directory import RecordedFailure, RunDir
 from peft_dist.run.failure_files import WorkerFailure

@@ -1,13 +1,15 @@
 """The lease of a run directory: one file per attempt to train it, the highest number holds it.
 
 An attempt's file is its lease and its record. Whoever makes the next number takes the run over;
-older attempts see that file and stop. Holders show that they live by counting beats in their file;
-clocks of two machines are never compared. Judges no crash: an attempt without `outcome` that holds
-no more has crashed, and `crash_loop` says what follows from that.
+older attempts see that file and stop. A holder touches its file every `HEARTBEAT_S`; clocks of two
+machines are never compared. An attempt without `outcome` that holds no more has crashed, and
+`restart_policy` decides what follows from that.
 """
 
 import json
+import os
 import re
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from peft_dist.common.atomic import make_file, replace_file
+from peft_dist.common.console import say
 from peft_dist.common.errors import RunDirError, Superseded
 from peft_dist.common.process_identity import (
     is_alive,
@@ -24,23 +27,25 @@ from peft_dist.common.process_identity import (
     this_process,
 )
 
-HEARTBEAT_S = 0.5
-"""Seconds between two beats of a holder."""
-STALE_AFTER_S = 20.0
-"""Seconds without a beat after which a holder on another machine counts as dead."""
-SEEN_ALIVE_WITHIN_S = 1.5
-"""Seconds in which a living holder on another machine surely shows a beat."""
-LOOK_EVERY_S = 0.1
-"""Seconds between two looks at the beats of a holder on another machine."""
-CHECK_EVERY_S = 0.2
-"""`Attempt.check` looks at the disk no more often than this."""
+HEARTBEAT_S = 10.0
+"""Seconds between two beats of a holder, each of which also looks for a successor: four metadata
+operations, where a shared file system serves hundreds of runs."""
+STALE_AFTER_S = 90.0
+"""Seconds without a beat after which a holder on another machine counts as dead. NFS may show
+attributes that are 60 s old (acregmax, acdirmax in nfs(5)); three beats fit in the rest."""
+LOOK_EVERY_S = 1.0
+"""Seconds between two looks at a holder on another machine."""
+PAUSE_S = 2.0
+"""A process that has not run for so long was stopped: another attempt may hold the run by now."""
+TICK_S = 0.5
+"""Seconds after which a running process notes, in memory alone, that it runs."""
 
 Record = dict[str, Any]
 """What one attempt says of itself; of a file that cannot be read only `attempt` is known."""
 
 
 class Attempt:
-    """The held lease of a run directory; rank 0 of a run has one.
+    """The lease of a run directory; rank 0 of a run has one.
 
     Attributes:
         number: Which attempt this is, from 1.
@@ -52,18 +57,23 @@ class Attempt:
         self.number: int = record["attempt"]
         self.previous = previous
         self._path = path
-        self._next = record_path(path.parent, self.number + 1)
         self._record = record
+        self._unwritten = False
         self._lock = threading.RLock()  # a signal's handler may end us in the middle of a note
         self._superseded = False
         self._over = threading.Event()  # ended or superseded: nothing may be written any more
-        self._looked_at_s = time.monotonic()
+        self._ran_at_s = self._looked_at_s = time.monotonic()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._heart.start()
 
     @classmethod
     def begin(
-        cls, folder: Path, *, after_verdict: bool = False, world_size: int | None = None
+        cls,
+        folder: Path,
+        *,
+        after_verdict: bool = False,
+        world_size: int | None = None,
+        watched: str = "",
     ) -> Self:
         """Take the next attempt of a run, where nobody holds it any more.
 
@@ -72,16 +82,17 @@ class Attempt:
 
         Args:
             folder: The run's folder of attempts; made where it is missing.
-            after_verdict: Whether a person starts again after a crash loop was told; crashes
+            after_verdict: Whether a person starts again after a crash loop was reported; crashes
                 before that count no more.
             world_size: How many processes there are, where that is known.
+            watched: What `refuse_if_held` returned; what it has watched is not watched again.
 
         Raises:
             RunDirError: Where another process holds the run, or the folder cannot be used.
         """
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
-            previous, held = _judge(folder, watch_s=STALE_AFTER_S)
+            previous, held, _ = _find_holder(folder, watch_s=STALE_AFTER_S, watched=watched)
             if held:
                 _refuse(folder, previous)
             number = previous["attempt"] + 1 if previous else 1
@@ -92,7 +103,6 @@ class Attempt:
                 "group": this_group(),
                 "world_size": world_size,
                 "counts_from": after_verdict,
-                "beat": 0,
             }
             path = record_path(folder, number)
             if not make_file(path, json.dumps(record) + "\n"):
@@ -107,7 +117,10 @@ class Attempt:
         return cls(path, record, previous)
 
     def check(self, *, now: bool = False) -> None:
-        """See that no later attempt has taken the run over; cheap enough for every step.
+        """Check that no later attempt has taken the run over; cheap enough for every step.
+
+        The heartbeat looks at the disk. This looks itself only where that is late, as after a
+        stop of the whole process.
 
         Args:
             now: Look at the disk in any case, as before a publish.
@@ -116,10 +129,11 @@ class Attempt:
             Superseded: Where one has.
             OSError: With `now`, where the folder cannot be looked at.
         """
-        if now or time.monotonic() - self._looked_at_s >= CHECK_EVERY_S:
-            self._looked_at_s = time.monotonic()
+        time_s = time.monotonic()
+        paused = time_s - max(self._ran_at_s, self._looked_at_s) > PAUSE_S
+        if now or paused or time_s - self._looked_at_s > HEARTBEAT_S + PAUSE_S:
             try:
-                self._superseded = self._superseded or self._find_successor()
+                self._look()
             except OSError:
                 if now:
                     raise
@@ -136,7 +150,7 @@ class Attempt:
     def note(self, **facts: Any) -> None:
         """Add facts to the record; what a full disk refuses, a later beat writes."""
         with self._lock:
-            self._write({**self._record, **facts}, durable=True)
+            self._write({**self._record, **facts})
 
     def end(self, outcome: str, **facts: Any) -> None:
         """Stop to beat and let go of the run; the first outcome stays.
@@ -146,33 +160,47 @@ class Attempt:
             facts: More for the record.
         """
         with self._lock:
-            self._write({**self._record, **facts, "outcome": outcome}, durable=True)
+            self._write({**self._record, **facts, "outcome": outcome})
             self._over.set()
-        self._heart.join(timeout=HEARTBEAT_S)
+        self._heart.join(timeout=TICK_S)
         if not self._superseded:
             # Of a start that was killed while it took our number; no contender is left by now.
             _remove_leftovers(self._path.parent, before=self.number + 1)
 
     def _beat(self) -> None:
-        while not self._over.wait(HEARTBEAT_S):
-            with self._lock:
-                self._write({**self._record, "beat": self._record["beat"] + 1})
+        beat_at_s = self._ran_at_s + HEARTBEAT_S
+        while not self._over.wait(min(TICK_S, HEARTBEAT_S)):
+            time_s = time.monotonic()
+            if time_s >= beat_at_s or time_s - self._ran_at_s > PAUSE_S:
+                with self._lock:
+                    self._write(None)
+                beat_at_s = time_s + HEARTBEAT_S
+            self._ran_at_s = time_s  # last: `check` must not count on a look that is still due
 
-    def _write(self, record: Record, *, durable: bool = False) -> None:
+    def _write(self, record: Record | None) -> None:
+        """Write a record, or beat."""
         if self._over.is_set():
             return
         # Neither a full disk nor a file server's hiccup may end training, or the heartbeat.
         with suppress(OSError):
-            self._superseded = self._superseded or self._find_successor()
+            self._look()
             if self._superseded:
                 self._over.set()
-                return
-            write_json(self._path, record, durable=durable)
-        self._record = record
+            elif record is None and not self._unwritten:
+                os.utime(self._path)
+            else:
+                self._unwritten = True
+                write_json(self._path, record or self._record, durable=True)
+                self._unwritten = False
+        self._record = record or self._record
 
-    def _find_successor(self) -> bool:
-        # Our own file is missed where somebody cleared the folder: then this is another's run.
-        return _exists(self._next) or not _exists(self._path)
+    def _look(self) -> None:
+        # A listing can be as old as a network file system's cached attributes (60 s in NFS), and so
+        # less than `STALE_AFTER_S`, before which nobody takes a run from us. Our own file is
+        # missing where somebody cleared the folder: then it is another's run.
+        numbers = _numbers(self._path.parent)
+        self._superseded = self._superseded or numbers[-1:] != [self.number]
+        self._looked_at_s = time.monotonic()
 
 
 def latest(folder: Path) -> Record | None:
@@ -194,22 +222,23 @@ def records(folder: Path) -> list[Record]:
     return [_read(folder, number) for number in _numbers(folder)]
 
 
-def refuse_if_held(folder: Path, *, fresh: bool = False) -> None:
-    """Refuse a run that is seen to be held, before anything of it is touched.
+def refuse_if_held(folder: Path) -> str:
+    """Refuse a run that is held, before anything of it is touched.
 
-    Takes less than two seconds: a holder on another machine that shows no beat in this time is
-    left for `Attempt.begin`. A run that is to be set aside has none, so it takes as long as that.
+    Takes no time where its holder was a process of this machine or has said how it ended, else up
+    to `STALE_AFTER_S`.
 
     Args:
         folder: The run's folder of attempts.
-        fresh: Whether the run is to be set aside.
+
+    Returns:
+        Which holder on another machine has shown no beat, for `Attempt.begin`.
 
     Raises:
         RunDirError: Where another process holds the run, or the folder cannot be read.
     """
     try:
-        watch_s = STALE_AFTER_S if fresh else SEEN_ALIVE_WITHIN_S
-        record, held = _judge(folder, watch_s=watch_s)
+        record, held, watched = _find_holder(folder, watch_s=STALE_AFTER_S)
     except OSError as error:
         raise RunDirError(
             f"cannot be read: {error.strerror}",
@@ -218,6 +247,7 @@ def refuse_if_held(folder: Path, *, fresh: bool = False) -> None:
         ) from error
     if held:
         _refuse(folder, record)
+    return watched
 
 
 def end_for(folder: Path, outcome: str, **facts: Any) -> None:
@@ -229,7 +259,7 @@ def end_for(folder: Path, outcome: str, **facts: Any) -> None:
         facts: More for the record.
     """
     with suppress(OSError):  # a full disk is no reason to end otherwise
-        record, held = _judge(folder, watch_s=0.0)
+        record, held, _ = _find_holder(folder, watch_s=0.0)
         if record is None or held:
             return
         _remove_leftovers(folder, before=record["attempt"] + 1)
@@ -244,33 +274,47 @@ def record_path(folder: Path, number: int) -> Path:
 
 
 def write_json(path: Path, value: object, *, durable: bool = False) -> None:
-    """Replace a private file of JSON as a whole; see `files.replace_file`."""
+    """Replace a private file of JSON as a whole; see `replace_file`."""
     replace_file(path, json.dumps(value) + "\n", durable=durable)
 
 
-def _judge(folder: Path, *, watch_s: float) -> tuple[Record | None, bool]:
-    """Return the newest record and whether its process is seen to hold the run."""
-    first = record = latest(folder)
+def _find_holder(
+    folder: Path, *, watch_s: float, watched: str = ""
+) -> tuple[Record | None, bool, str]:
+    """Return the newest record, whether its process holds the run, and the beat it stopped at."""
+    first = ""
     # Looks are counted, not the time: one that hangs with its file server shows no missing beat.
     for look in range(1 + round(watch_s / LOOK_EVERY_S)):
         if look > 0:
             time.sleep(LOOK_EVERY_S)
-            record = latest(folder)
+        record = latest(folder)
         if record is None or "outcome" in record or is_requeue_of(record):
-            return record, False
+            return record, False, ""
         alive = is_alive(record)
         if alive is not None:
-            return record, alive
-        if first is None or _shows_life(record, first):
-            return record, True
-    return record, False
+            return record, alive, ""
+        beat = _beat_of(folder, record)
+        first = first or beat
+        if beat not in (first, ""):
+            return record, True, ""
+        if watched and beat == watched:
+            break
+        if look == 1:
+            say(
+                f"peft-dist: {_describe(record)} held this run; waiting up to {watch_s:.0f} s to "
+                "see whether it lives",
+                sys.stderr,
+            )
+    return record, False, first
 
 
-def _shows_life(record: Record, before: Record) -> bool:
-    if record["attempt"] != before["attempt"]:
-        return True
-    # A file that for once cannot be read has no beat, and is no sign of life.
-    return record.get("beat") is not None and record["beat"] != before.get("beat")
+def _beat_of(folder: Path, record: Record) -> str:
+    """Return what changes with every beat; nothing for a file that for once cannot be read."""
+    with suppress(OSError):
+        status = record_path(folder, record["attempt"]).stat()
+        # Versions before this one wrote the file anew, and counted.
+        return f"{record['attempt']} {status.st_mtime_ns} {record.get('beat', '')}"
+    return ""
 
 
 def _refuse(folder: Path, record: Record | None) -> NoReturn:
@@ -312,12 +356,3 @@ def _read(folder: Path, number: int) -> Record:
         if isinstance(record, dict) and record.get("attempt") == number:
             return record
     return {"attempt": number}
-
-
-def _exists(path: Path) -> bool:
-    """Whether a file is there; unlike `Path.exists`, an unreachable folder is no answer."""
-    try:
-        path.stat()
-    except FileNotFoundError:
-        return False
-    return True

@@ -4,8 +4,8 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 
+from peft_dist.common.env import AFTER_JOB
 from peft_dist.common.errors import SlurmError
-from peft_dist.common.process_identity import AFTER_JOB
 
 
 def run_slurm(

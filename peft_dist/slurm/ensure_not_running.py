@@ -1,6 +1,7 @@
 """Refuse to submit a run that a job trains, or may train where Slurm gives no answer."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from peft_dist.common.errors import RunDirError
@@ -44,9 +45,10 @@ def ensure_not_running(folders: Sequence[Path], script: Path) -> None:
                 remedy=f"try again when Slurm answers, or `sbatch {script}` where it surely is: "
                 "two jobs never train one run at once",
             )
-    for folder in folders:
-        if folder not in may_live.values():
-            refuse_if_held(RunDir(folder).attempts)
+    attempts = [RunDir(folder).attempts for folder in folders if folder not in may_live.values()]
+    with ThreadPoolExecutor(max(1, len(attempts))) as at_once:  # each may take its whole time
+        for _ in at_once.map(refuse_if_held, attempts):
+            pass
 
 
 def _has_ended(job: str, events: Sequence[job_events.Event]) -> bool:

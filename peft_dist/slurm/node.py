@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from peft_dist.common.env import LOGS
 from peft_dist.common.errors import ERROR_PREFIX, EXIT_USER_ERROR
 
 PROBLEM = "job.sbatch and node.sh were made by another version of peft-dist; "
@@ -18,7 +19,7 @@ REMEDY = "`peft-dist resume RUN` makes new ones"
 def refuse() -> NoReturn:
     """End with the one line, and leave it as the decision that the batch script obeys."""
     print(f"{ERROR_PREFIX}{PROBLEM}{REMEDY}", file=sys.stderr)
-    logs = os.environ.get("PEFT_DIST_LOGS")
+    logs = os.environ.get(LOGS)
     if logs and os.environ.get("SLURM_NODEID") == "0":
         with suppress(OSError):
             (Path(logs) / "decision").write_text(f"stop {PROBLEM}{REMEDY}\n", encoding="utf-8")

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from peft_dist.common import process_identity
+from peft_dist.common import env, process_identity
 from peft_dist.common.atomic import replace_file
-from peft_dist.common.console import RANK_LOGS, say
+from peft_dist.common.console import say
 from peft_dist.common.errors import (
     ERROR_PREFIX,
     EXIT_DONE,
@@ -27,7 +27,7 @@ from peft_dist.common.errors import (
 from peft_dist.launch.local import PASSED_ON, run_launcher
 from peft_dist.preflight.verdict import PORT_TAKEN, Report
 from peft_dist.run import job_events
-from peft_dist.run.directory import LAUNCHED_AT, RunDir
+from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_launch, mark_launch, read_history
 from peft_dist.run.lease import end_for, latest, records
 from peft_dist.run.restart_policy import STOPS, Decision, Ending, Kind, Limits, decide
@@ -86,17 +86,17 @@ class Node:
         self.launcher = list(launcher)
         self.run = RunDir(options.run_dir)
         self.index = int(os.environ["SLURM_NODEID"])
-        self.hosts = os.environ["PEFT_DIST_HOSTS"].split(",")
-        self.port = int(os.environ["PEFT_DIST_PORT"])
+        self.hosts = os.environ[env.HOSTS].split(",")
+        self.port = int(os.environ[env.PORT])
         self.name = os.environ.get("SLURMD_NODENAME", self.hosts[self.index])
-        self.log = Path(os.environ["PEFT_DIST_LOGS"]) / f"{self.name}.log"
+        self.log = Path(os.environ[env.LOGS]) / f"{self.name}.log"
         self.decision_file = self.log.with_name("decision")
         self.signals: list[str] = []
         """What came while no launcher ran; it would have ended this process."""
         for number in PASSED_ON:
             signal.signal(number, lambda got, _: self.signals.append(signal.Signals(got).name))
         self.failed_nodes = FailedNodes(
-            self.log.parent, name=self.name, nonce=os.environ["PEFT_DIST_NONCE"]
+            self.log.parent, name=self.name, nonce=os.environ[env.NONCE]
         )
 
     @property
@@ -117,8 +117,8 @@ class Node:
         if self.cancelled.exists():
             return Ending(Kind.CANCELLED)
         environment = {
-            LAUNCHED_AT: repr(time.time()),
-            RANK_LOGS: str(self.log.with_suffix("")),
+            env.LAUNCHED_AT: repr(time.time()),
+            env.RANK_LOGS: str(self.log.with_suffix("")),
             **({} if self.options.secrets is None else read_secrets(self.options.secrets)),
         }
         before = mark_launch(run)
@@ -194,7 +194,7 @@ class Node:
         return any(of_ours) and not of_ours[-1]
 
     def _port_taken(self, port: int) -> Ending:
-        tries = int(os.environ.get("PEFT_DIST_TRY", "1"))
+        tries = int(os.environ.get(env.TRY, "1"))
         return Ending(Kind.PORT_TAKEN, f"{port} on {self.hosts[0]}", tries=tries)
 
     def _preflight(self, run: RunDir) -> Ending | None:
@@ -265,7 +265,7 @@ def _watch(run: RunDir, cancelled: Path) -> None:
 
     Slurm's own signals reach only a step that has begun, and know nothing of how long a save takes.
     """
-    end_s = float(os.environ["PEFT_DIST_JOB_END"])
+    end_s = float(os.environ[env.JOB_END])
     limit_s = end_s - time.time()
     save_at_s = read_again_s = 0.0
     while not cancelled.exists():

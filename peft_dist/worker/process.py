@@ -31,13 +31,13 @@ from peft_dist.common.process_identity import this_group
 from peft_dist.run.directory import RunDir
 from peft_dist.run.failure_files import write_failure
 from peft_dist.run.history import note_crash, read_history
-from peft_dist.run.lease import STALE_AFTER_S, Attempt, latest
+from peft_dist.run.lease import Attempt, latest
 from peft_dist.run.restart_policy import Ending, Kind, Limits, decide
 from peft_dist.worker.signals import interrupted_code
 
 FIX_FIRST = "start again once that is fixed"
 """The remedy for what no restart changes."""
-LEASE_WAIT_S = STALE_AFTER_S + 5.0
+LEASE_WAIT_S = 25.0
 """How long after its start a rank with an error still waits for rank 0 to take the run."""
 STOP_WAIT_S = 1.0
 """How long a rank that a signal ends waits for that; rank 0 may never get the run."""

@@ -16,10 +16,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from peft_dist.common.env import LAUNCH_MARK
 from peft_dist.common.errors import EXIT_DONE, EXIT_INTERRUPTED
 
-LAUNCH_MARK = "PEFT_DIST_LAUNCH"
-"""Environment variable by which the processes that `peft-dist` starts are found."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 

@@ -16,7 +16,7 @@ from peft_dist.model.architectures import transformer_blocks
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import open_session
 from peft_dist.trainer import Trainer
-from tests.distributed.cases import Recorder
+from tests.equivalence.cases import Recorder
 from tests.tiny import tiny_recipe
 
 ENGINES = ("ddp", "fsdp", "hsdp", "zero2", "zero3")

@@ -21,7 +21,7 @@ from peft_dist.model.weights import WeightFiles
 from peft_dist.model_setup import Session, open_session
 from peft_dist.sharding.compute_timer import ComputeTimer
 from peft_dist.trainer import Trainer
-from tests.distributed.cases import Recorder
+from tests.equivalence.cases import Recorder
 from tests.tiny import tiny_model, tiny_recipe, write_jsonl
 
 pytestmark = [

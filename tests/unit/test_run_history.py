@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from peft_dist.common.env import FAILURES
 from peft_dist.common.errors import DataError, TrainingError
 from peft_dist.run import job_events
 from peft_dist.run.directory import RunDir
-from peft_dist.run.failure_files import FAILURES, WorkerFailure, read_failure, write_failure
+from peft_dist.run.failure_files import WorkerFailure, read_failure, write_failure
 from peft_dist.run.history import (
     LaunchMark,
     crash_notes,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.common import paths
+from peft_dist.common import env, paths
 from peft_dist.slurm.stage_model import MANIFEST, find_damage, main, stage
 
 BIG = 48 << 20
@@ -221,14 +221,14 @@ def test_ranks_find_the_copy_by_the_name_in_the_recipe(
     name = str(model)
     assert paths.staged(name) is None
     assert main([name, str(local), "--json"]) == 0
-    monkeypatch.setenv(paths.STAGED, capfd.readouterr().out)
+    monkeypatch.setenv(env.STAGED, capfd.readouterr().out)
     (copy,) = copies(local)
     assert paths.staged(name) == copy
     assert paths.staged("another/model") is None
     copy.rename(local / "gone")
     assert paths.staged(name) is None
     for text in ("", "no JSON", "[]", f'{{"{name}": 3}}'):
-        monkeypatch.setenv(paths.STAGED, text)
+        monkeypatch.setenv(env.STAGED, text)
         assert paths.staged(name) is None
 
 
@@ -248,7 +248,7 @@ def test_weights_and_tokenizer_are_read_from_the_copy(
     copy = stage(model, local)
     for path in model.iterdir():
         path.unlink()
-    monkeypatch.setenv(paths.STAGED, json.dumps({recipe.model.name: str(copy)}))
+    monkeypatch.setenv(env.STAGED, json.dumps({recipe.model.name: str(copy)}))
     assert load_tokenizer(recipe)("the cat").input_ids == tokens
     staged = find_base(recipe, tmp_path / "cache").files
     assert staged.folder == copy

@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
-from tests.distributed.cases import CASES, DDP, FSDP, PROBE_ROWS, SINGLE
-from tests.distributed.conftest import Outcomes
+from tests.equivalence.cases import CASES, DDP, FSDP, PROBE_ROWS, SINGLE
+from tests.equivalence.conftest import Outcomes
 from tests.tiny import tiny_recipe
 
 pytestmark = pytest.mark.distributed

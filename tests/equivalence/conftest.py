@@ -62,7 +62,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder in which every case was trained, on one, two and four processes."""
     folder = tmp_path_factory.mktemp("cases")
     make_inputs(folder)
-    script = str(ROOT / "tests" / "distributed" / "cases.py")
+    script = str(ROOT / "tests" / "equivalence" / "cases.py")
     for processes in (1, 2, 4):
         start = [sys.executable] if processes == 1 else torchrun(processes)
         done = run(

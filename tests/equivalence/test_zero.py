@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.cases import DDP, FSDP, ZERO2, ZERO3
-from tests.distributed.zero_cases import CASES
+from tests.equivalence.cases import DDP, FSDP, ZERO2, ZERO3
+from tests.equivalence.zero_cases import CASES
 from tests.processes import ROOT, environment, run, torchrun
 from tests.tiny import completion_rows, labelled_rows, tiny_model, write_jsonl
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, rows in (("completion", completion_rows), ("labelled", labelled_rows)):
         write_jsonl(folder / f"{kind}.jsonl", rows(48))
         write_jsonl(folder / f"{kind}-eval.jsonl", rows(13, seed=1))
-    script = str(ROOT / "tests" / "distributed" / "zero_cases.py")
+    script = str(ROOT / "tests" / "equivalence" / "zero_cases.py")
     for start in ([sys.executable], torchrun(2)):
         done = run(
             [*start, script, str(folder)],

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 
 from peft_dist.checkpoint.adapter_file import ADAPTER_FILE
 from tests.distributed import matrix
-from tests.distributed.cases import (
+from tests.equivalence.cases import (
     CASES,
     DDP,
     MATRIX_ENGINES,
     SINGLE,
     matrix_cases,
 )
-from tests.distributed.conftest import Outcomes
+from tests.equivalence.conftest import Outcomes
 from tests.processes import ROOT
 
 pytestmark = pytest.mark.distributed

@@ -25,7 +25,7 @@ from peft_dist.model.source import find_base
 from peft_dist.model_setup import open_session
 from peft_dist.sharding import deepspeed_zero
 from peft_dist.trainer import Trainer
-from tests.distributed.cases import DDP, FSDP, SINGLE, ZERO2, ZERO3, Case, run_cases
+from tests.equivalence.cases import DDP, FSDP, SINGLE, ZERO2, ZERO3, Case, run_cases
 from tests.tiny import tiny_recipe
 
 NF4, NONE = {"quantization": "nf4"}, {"quantization": "none"}

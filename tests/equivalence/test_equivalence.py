@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.cases import CASES, DDP, FSDP, FSDP4, HSDP, SINGLE, ZERO2, ZERO3
-from tests.distributed.conftest import Outcome, Outcomes
+from tests.equivalence.cases import CASES, DDP, FSDP, FSDP4, HSDP, SINGLE, ZERO2, ZERO3
+from tests.equivalence.conftest import Outcome, Outcomes
 from tests.tiny import ARCHITECTURES
 
 pytestmark = pytest.mark.distributed

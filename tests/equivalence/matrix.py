@@ -1,7 +1,7 @@
 """The table of what works: every method on every engine, as the trainings really went."""
 
-from tests.distributed.cases import MATRIX_ENGINES, MATRIX_METHODS, SINGLE
-from tests.distributed.conftest import Outcomes
+from tests.equivalence.cases import MATRIX_ENGINES, MATRIX_METHODS, SINGLE
+from tests.equivalence.conftest import Outcomes
 
 VARIANTS = [(q, r) for q in ("none", "nf4") for r in ("kept", "recomputed")]
 TOLERANCE = 1e-4

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.distributed.cases import CASES, SINGLE
-from tests.distributed.conftest import Outcomes
+from tests.equivalence.cases import CASES, SINGLE
+from tests.equivalence.conftest import Outcomes
 
 pytestmark = pytest.mark.distributed
 
