@@ -4,6 +4,7 @@ Knows no file format, no engine by name and no command line. A long file, so tha
 a step can be read from its rows to its record in one place.
 """
 
+import hashlib
 import math
 import time
 from dataclasses import asdict
@@ -252,8 +253,9 @@ class Trainer:
 
         Many bases have dropout of their own, some of it in no module that could be asked.
         """
-        place = index * self.world.size + self.world.rank
-        torch.manual_seed(hash((self.recipe.train.seed, step, place)) & (2**63 - 1))
+        key = f"{self.recipe.train.seed} {step} {index * self.world.size + self.world.rank}"
+        digest = hashlib.sha256(key.encode("ascii")).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def _publish(self, *, keep: int) -> None:
         """Write the events of all but the last `keep` steps, and take over their flags."""

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from peft_dist.checkpoint.adapter_file import put_in_place, write_partial
+from peft_dist.checkpoint.adapter_file import replace_adapter, write_partial
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.methods import Method
@@ -236,4 +236,4 @@ def save_adapter(
 ) -> None:
     """Write an adapter folder, unchecked."""
     tensors, config = method.saved(peft, state), method.saved_config(peft)
-    put_in_place(write_partial(folder, tensors, config), folder)
+    replace_adapter(write_partial(folder, tensors, config), folder)

@@ -4,9 +4,7 @@ Only trained tensors are gathered and written; the base is never touched.
 """
 
 import json
-import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_dist.common.atomic import folder_beside, put_in_place, sync_tree
 from peft_dist.common.errors import RunDirError, TrainingError
-from peft_dist.common.manifest import sync_folder
 from peft_dist.methods import Method
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -84,7 +82,7 @@ def write_partial(folder: Path, tensors: Mapping[str, torch.Tensor], config: Pef
     """Write an adapter into a folder of its own, beside the one it is for; return it.
 
     Args:
-        folder: Where `put_in_place` will put it.
+        folder: Where `replace_adapter` will put it.
         tensors: What the file holds, by the names PEFT reads.
         config: What stands beside them.
 
@@ -93,13 +91,9 @@ def write_partial(folder: Path, tensors: Mapping[str, torch.Tensor], config: Pef
     """
     partial: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        partial = folder_beside(folder)
         write_adapter(partial, tensors, config)
-        for file in partial.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        sync_folder(partial)
+        sync_tree(partial)
     except (OSError, SafetensorError) as error:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -107,26 +101,16 @@ def write_partial(folder: Path, tensors: Mapping[str, torch.Tensor], config: Pef
     return partial
 
 
-def put_in_place(partial: Path, folder: Path) -> None:
-    """Rename a partial folder: a reader finds the old one or the whole new one.
+def replace_adapter(partial: Path, folder: Path) -> None:
+    """Put a partial folder in the place of the adapter that stands there.
 
     Raises:
         TrainingError: Where that cannot be; the old one is back in its place then.
     """
-    old = partial.with_name(f"{partial.name}-old")
     try:
-        if folder.exists():
-            folder.rename(old)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        sync_folder(folder.parent)
+        put_in_place(partial, folder, replace=True)
     except OSError as error:
         raise _cannot_write(folder, error) from error
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_file(

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from peft_dist.common.manifest import BadCheckpoint, step_name, sync_folder, verify
+from peft_dist.common.atomic import sync_folder
+from peft_dist.common.manifest import BadCheckpoint, step_name, verify
 
 STEP_NAME = re.compile(r"step-([0-9]{8,})")
 LEFTOVER_NAME = re.compile(

@@ -104,7 +104,7 @@ class AdapterSaver:
                 if may_publish is not None:
                     may_publish()
                 try:
-                    adapter_file.put_in_place(partial, folder)
+                    adapter_file.replace_adapter(partial, folder)
                 except TrainingError as error:
                     problem = str(error)
             _agree(problem)

@@ -11,6 +11,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypedDict
 
+from peft_dist.common.atomic import sync_folder
+
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 
@@ -86,19 +88,6 @@ def verify(folder: Path) -> Facts:
     except OSError as error:
         name = Path(error.filename).name if isinstance(error.filename, str) else "a file"
         raise BadCheckpoint(f"{name} cannot be read: {error.strerror or error}") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut.
-
-    Raises:
-        OSError: Where the file system cannot promise it.
-    """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _verified(folder: Path) -> Facts:

@@ -7,9 +7,6 @@ it, and no process group is needed. Which row trains when is not decided here (s
 
 import hashlib
 import json
-import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,10 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
+from peft_dist.common.atomic import remove_unfinished, whole_folder
 from peft_dist.common.errors import DataError, RecipeError
+from peft_dist.common.locks import lock_file
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.encode import EncodedRow, Encoder, load_tokenizer
 from peft_dist.data.rows import BadRows, read_rows
@@ -103,7 +101,7 @@ def tokenize_rows(
         return found
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir / f"{job.key}.lock"):
+        with lock_file(cache_dir / f"{job.key}.lock"):
             found = _opened(folder, job.source)
             if found is None:
                 _make(job, folder)
@@ -165,23 +163,11 @@ def _job(recipe: Recipe, which: Literal["train", "eval"], cache_dir: Path) -> _J
 
 
 def _make(job: _Job, folder: Path) -> None:
-    """Write the cache beside `folder`, then rename it into place."""
-    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a killed process
-        # Younger ones may be the work of a node that does not share our locks.
-        if time.time() - leftover.stat().st_mtime > STALE_AFTER_S:
-            shutil.rmtree(leftover, ignore_errors=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    """Write the cache, in place of a broken one if there is any."""
+    # Younger ones may be the work of a node that does not share our locks.
+    remove_unfinished(folder, older_than_s=STALE_AFTER_S)
+    with whole_folder(folder, replace=True) as unfinished:
         _write(job, unfinished)
-        if folder.exists():  # broken, or it would have been opened
-            shutil.rmtree(folder)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else a node that does not share our locks made the same
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write(job: _Job, folder: Path) -> None:

@@ -6,9 +6,7 @@ trained is written over, one tensor in memory at a time. Never holds the model, 
 
 import argparse
 import json
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_dist.checkpoint.adapter_file import ADAPTER_FILE
+from peft_dist.common.atomic import whole_folder
 from peft_dist.common.errors import ModelError, RecipeError, RunDirError
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.model import architectures, base
@@ -114,17 +113,10 @@ def merge(run: RunDir, out: Path) -> None:
     skeleton = _skeleton(recipe, run, files)
     changes, added = _plan(config, tensors, skeleton, files, run)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        try:
+        with whole_folder(out) as partial:
             _write_model(partial, files, changes, added)
             if recipe.model.task == "sequence-classification":
                 _name_classes(partial / "config.json", skeleton)
-            _sync(partial)
-            partial.rename(out)  # takes the place of an empty folder
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
     except OSError as error:
         raise RunDirError(
             f"cannot be written: {error.strerror or error}",
@@ -317,12 +309,6 @@ def _name_classes(file: Path, skeleton: PreTrainedModel) -> None:
     }
     config.pop("num_labels", None)
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(folder: Path) -> None:
-    for file in folder.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ never imports that package (which would load a C++ runtime), trains nothing and 
 
 import importlib.util
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from peft_dist.common.atomic import FolderTaken, whole_folder
 from peft_dist.common.errors import EXIT_DONE, ModelError, PeftDistError
 from peft_dist.config import load_recipe
 
@@ -54,15 +54,13 @@ def make_model(folder: Path) -> None:
     gguf = packaged_gguf()
     print(f"model: converting {gguf.stem} once into {folder} (about 20 s)", flush=True)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        with suppress(FolderTaken), whole_folder(folder) as unfinished:
+            # Private folders are stricter than the user's own. Where another quickstart was
+            # faster, it has made the same bytes.
+            unfinished.chmod(0o777 & ~_umask())
+            convert(gguf, unfinished)
     except OSError as error:
         raise ModelError(f"cannot be made: {error}", where=str(folder)) from error
-    try:
-        convert(gguf, unfinished)
-        _publish(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def packaged_gguf() -> Path:
@@ -106,15 +104,6 @@ def convert(gguf: Path, folder: Path) -> None:
         AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot convert {gguf}: {error}", where=str(folder)) from error
-
-
-def _publish(unfinished: Path, folder: Path) -> None:
-    unfinished.chmod(0o777 & ~_umask())  # mkdtemp is stricter than the user's own folders
-    try:
-        unfinished.rename(folder)
-    except OSError as error:
-        if not folder.is_dir():  # else another quickstart was faster, with the same bytes
-            raise ModelError(f"cannot be made: {error}", where=str(folder)) from error
 
 
 def _umask() -> int:

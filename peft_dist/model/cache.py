@@ -11,9 +11,7 @@ import logging
 import os
 import shutil
 import struct
-import tempfile
-import time
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,9 +19,10 @@ from typing import Any, BinaryIO
 import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.utils import pack_dict_to_tensor
-from filelock import FileLock
 from torch import nn
 
+from peft_dist.common.atomic import FolderTaken, folder_beside, put_in_place, remove_unfinished
+from peft_dist.common.locks import lock_file
 from peft_dist.distributed.collectives import Shard, broadcast_object, gather_objects
 from peft_dist.distributed.world import World
 from peft_dist.model.base import BasePlan, BaseTensor, Put, copy_rows, fill_base
@@ -67,12 +66,10 @@ def entry_folder(cache: Path, files: WeightFiles) -> Path:
     for its lock and read what it remembered.
     """
     digest = hashlib.sha256(f"peft-dist packed base {_FORMAT}\n".encode())
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock: AbstractContextManager[object] = FileLock(cache / "sha256.lock")
-    except OSError:
-        lock = nullcontext()
-    with lock:
+    with ExitStack() as stack:
+        with suppress(OSError):  # a read-only cache
+            cache.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_file(cache / "sha256.lock"))
         return cache / "packed" / _add_files(digest, cache, files)[:32]
 
 
@@ -128,14 +125,6 @@ def discard(entry: Path) -> None:
     with suppress(OSError):  # another process may have been faster
         entry.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def sweep(entry: Path) -> None:
-    """Remove what writers of this entry left when they were killed."""
-    for leftover in entry.parent.glob(f".{entry.name}-*"):
-        with suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > STALE_AFTER_S:
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def fill_through_cache(
@@ -224,9 +213,8 @@ class PackedWriter:
         self._temporary = entry
         layout = [spec for tensor in plan.tensors for spec in _layout(tensor, files)]
         try:
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            sweep(entry)
-            self._temporary = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
+            remove_unfinished(entry, older_than_s=STALE_AFTER_S)
+            self._temporary = folder_beside(entry)
             self._stream = (self._temporary / "model.safetensors").open("wb")
             self._stream.write(_header(layout))
             (self._temporary / "config.json").write_text(_config_text(files, plan))
@@ -260,12 +248,11 @@ class PackedWriter:
                 "fingerprints": {name: str(value) for name, value in fingerprints.items()},
             }
             (self._temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            self._temporary.rename(self.entry)
+            put_in_place(self._temporary, self.entry, replace=False)
+        except FolderTaken:  # another job published it meanwhile
+            shutil.rmtree(self._temporary, ignore_errors=True)
         except OSError as error:
-            if (self.entry / MANIFEST).is_file():  # another job published it meanwhile
-                shutil.rmtree(self._temporary, ignore_errors=True)
-            else:
-                self._give_up(error)
+            self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
         self.failure = f"the packed base is not cached: {error}"

@@ -4,10 +4,8 @@ Knows no schedule and no process group. Whoever writes (rank 0, the launcher) de
 long file: each path of a run, and each rule about its folder, stands here and nowhere else.
 """
 
-import errno
 import json
 import shutil
-import tempfile
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from peft_dist.common.atomic import replace_file
+from peft_dist.common.atomic import FolderTaken, remove_unfinished, replace_file, whole_folder
 from peft_dist.common.errors import EXIT_DO_NOT_RETRY, PeftDistError, RunDirError
 from peft_dist.config import Recipe, load_recipe, render_recipe
 from peft_dist.config.resume_rules import differences, learning_settings, refuse_changes
@@ -160,26 +158,18 @@ class RunDir:
                 raise RunDirError(
                     "is a file", where=str(run.path), remedy="choose another folder with --run-dir"
                 )
-            run.path.parent.mkdir(parents=True, exist_ok=True)
-            prefix = f".{run.path.name}-making-"
-            making = Path(tempfile.mkdtemp(prefix=prefix, dir=run.path.parent))  # mode 0700
+            with whole_folder(run.path) as making:
+                cls(making).logs.mkdir(mode=0o700)
+                write_text_atomic(cls(making).recipe, render_recipe(recipe))
+                write_text_atomic(
+                    cls(making).run_facts, json.dumps(run_facts(command), indent=2) + "\n"
+                )
+        except FolderTaken as error:  # were it made just now
+            names = {entry.name for entry in run.path.iterdir()}
+            held = "another run" if run.run_facts.is_file() else f"{min(names)!r} already"
+            raise _taken(run.path, held) from error
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise _cannot_write(run.path, error) from error
-        try:
-            cls(making).logs.mkdir(mode=0o700)
-            write_text_atomic(cls(making).recipe, render_recipe(recipe))
-            write_text_atomic(
-                cls(making).run_facts, json.dumps(run_facts(command), indent=2) + "\n"
-            )
-            making.rename(run.path)  # fails where anything is there, were it made just now
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                names = {entry.name for entry in run.path.iterdir()}
-                held = "another run" if run.run_facts.is_file() else f"{min(names)!r} already"
-                raise _taken(run.path, held) from error
-            raise _cannot_write(run.path, error) from error
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
         return run
 
     @classmethod
@@ -303,17 +293,15 @@ class RunDir:
         For the run's holder alone; `checkpoints/` and `attempts/` are not looked at.
         """
         files = (self.recipe, self.next_recipe, self.result, self.failure)
-        names = [".adapter-", *(f".{file.name}." for file in files)]
+        names = [".adapter.", *(f".{file.name}." for file in files)]
         begun = [path for path in self.path.iterdir() if path.name.startswith(tuple(names))]
-        # Whoever still makes this run comes too late.
-        making = f".{self.path.name}-making-"
-        begun += [path for path in self.path.parent.iterdir() if path.name.startswith(making)]
         for path in begun:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 with suppress(OSError):
                     path.unlink()
+        remove_unfinished(self.path)  # whoever still makes this run comes too late
         shutil.rmtree(self.system, ignore_errors=True)
 
     def _set_aside(self) -> None:

@@ -28,16 +28,18 @@ from peft_dist.common.process_identity import (
 )
 
 HEARTBEAT_S = 10.0
-"""Seconds between two beats of a holder, each of which also looks for a successor: four metadata
-operations, where a shared file system serves hundreds of runs."""
+"""Seconds between two beats of a holder: few metadata operations, for a shared file system serves
+hundreds of runs."""
 STALE_AFTER_S = 90.0
 """Seconds without a beat after which a holder on another machine counts as dead. NFS may show
 attributes that are 60 s old (acregmax, acdirmax in nfs(5)); three beats fit in the rest."""
 LOOK_EVERY_S = 1.0
 """Seconds between two looks at a holder on another machine."""
-PAUSE_S = 2.0
+CHECK_EVERY_S = 3.0
+"""Seconds between two looks of `Attempt.check` for a later attempt: two metadata operations."""
+PAUSE_S = 0.5
 """A process that has not run for so long was stopped: another attempt may hold the run by now."""
-TICK_S = 0.5
+TICK_S = 0.1
 """Seconds after which a running process notes, in memory alone, that it runs."""
 
 Record = dict[str, Any]
@@ -57,6 +59,7 @@ class Attempt:
         self.number: int = record["attempt"]
         self.previous = previous
         self._path = path
+        self._next = record_path(path.parent, self.number + 1)
         self._record = record
         self._unwritten = False
         self._lock = threading.RLock()  # a signal's handler may end us in the middle of a note
@@ -119,8 +122,7 @@ class Attempt:
     def check(self, *, now: bool = False) -> None:
         """Check that no later attempt has taken the run over; cheap enough for every step.
 
-        The heartbeat looks at the disk. This looks itself only where that is late, as after a
-        stop of the whole process.
+        It looks at the disk every `CHECK_EVERY_S`, and where the whole process was stopped.
 
         Args:
             now: Look at the disk in any case, as before a publish.
@@ -131,7 +133,7 @@ class Attempt:
         """
         time_s = time.monotonic()
         paused = time_s - max(self._ran_at_s, self._looked_at_s) > PAUSE_S
-        if now or paused or time_s - self._looked_at_s > HEARTBEAT_S + PAUSE_S:
+        if now or paused or time_s - self._looked_at_s > CHECK_EVERY_S:
             try:
                 self._look()
             except OSError:
@@ -195,12 +197,13 @@ class Attempt:
         self._record = record or self._record
 
     def _look(self) -> None:
-        # A listing can be as old as a network file system's cached attributes (60 s in NFS), and so
-        # less than `STALE_AFTER_S`, before which nobody takes a run from us. Our own file is
-        # missing where somebody cleared the folder: then it is another's run.
-        numbers = _numbers(self._path.parent)
-        self._superseded = self._superseded or numbers[-1:] != [self.number]
-        self._looked_at_s = time.monotonic()
+        # The answer can be as old as a network file system's cached attributes (60 s in NFS), and
+        # so less than `STALE_AFTER_S`, before which nobody takes a run over that lives elsewhere.
+        looked_at_s = time.monotonic()  # before: a stop in between makes the answer an old one
+        # Our own file is missing where somebody cleared the folder: then it is another's run.
+        if _exists(self._next) or not _exists(self._path):
+            self._superseded = True
+        self._looked_at_s = looked_at_s
 
 
 def latest(folder: Path) -> Record | None:
@@ -356,3 +359,12 @@ def _read(folder: Path, number: int) -> Record:
         if isinstance(record, dict) and record.get("attempt") == number:
             return record
     return {"attempt": number}
+
+
+def _exists(path: Path) -> bool:
+    """Whether a file is there; unlike `Path.exists`, an unreachable folder is no answer."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True

@@ -5,21 +5,21 @@ file must be. Whatever goes wrong, training can read the model where it lies.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft_dist.common.atomic import remove_unfinished, whole_folder
 from peft_dist.common.console import say
 from peft_dist.common.errors import EXIT_DONE
+from peft_dist.common.locks import lock_file
 from peft_dist.common.paths import MODEL_FILES
 
 MANIFEST = "peft_dist_staged.json"
@@ -114,7 +114,10 @@ def stage(source: Path, folder: Path, *, verify: bool = False) -> Path:
     model = Source.of(source)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     copy = folder.absolute() / f"{source.absolute().name[:100]}-{model.digest}"
-    with _lock(folder / f".{copy.name}.lock"):
+    with ExitStack() as stack:
+        lock = folder / f".{copy.name}.lock"
+        if not stack.enter_context(lock_file(lock, wait_s=LOCK_WAIT_S)):
+            raise CannotStage(f"another process holds {lock}")
         if copy.is_symlink() or (copy.exists() and copy.stat().st_uid != os.getuid()):
             raise CannotStage(f"{copy} is somebody else's")
         problem = find_damage(copy, model.files, verify=verify)
@@ -122,10 +125,7 @@ def stage(source: Path, folder: Path, *, verify: bool = False) -> Path:
             return copy
         if copy.exists():
             say(f"peft-dist: warning: {copy} is made again: {problem}", sys.stderr)
-            copy.rename(_partial(copy))  # who has its files open keeps them
-        for leftover in folder.iterdir():
-            if leftover.name.startswith(_partial_prefix(copy)):  # of a process that was killed
-                shutil.rmtree(leftover, ignore_errors=True)
+        remove_unfinished(copy)
         _make(model, copy)
     return copy
 
@@ -162,8 +162,7 @@ def _make(model: Source, copy: Path) -> None:
             f"{free / 1e9:.3g} GB free in {copy.parent}, {model.size / 1e9:.3g} GB needed"
         )
     started = time.monotonic()
-    partial = _partial(copy)
-    try:
+    with whole_folder(copy, replace=True) as partial:
         files = {
             name: {"bytes": stat.st_size, "sha256": _copy(model.folder / name, partial / name)}
             for name, stat in model.files.items()
@@ -174,23 +173,9 @@ def _make(model: Source, copy: Path) -> None:
         if Source.of(model.folder).digest != model.digest:
             raise CannotStage(f"{model.folder} was changed meanwhile")
         manifest = {"source": str(model.folder.absolute()), "files": files}
-        _write_durably(partial / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
-        _sync_folder(partial)
-        partial.rename(copy)
-        _sync_folder(copy.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     seconds = time.monotonic() - started
     say(f"peft-dist: {model.size / 1e9:.3g} GB copied to {copy} in {seconds:.1f} s", sys.stderr)
-
-
-def _partial(copy: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=_partial_prefix(copy), dir=copy.parent))
-
-
-def _partial_prefix(copy: Path) -> str:
-    return f".{copy.name}.partial-"
 
 
 def _copy(source: Path, target: Path) -> str:
@@ -210,45 +195,6 @@ def _copy(source: Path, target: Path) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold a lock file of ours; the kernel lets go of it when its holder is killed.
-
-    Raises:
-        CannotStage: Where another process holds it too long.
-        OSError: Where it is somebody else's.
-    """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        deadline = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise CannotStage(f"another process holds {path}") from None
-                time.sleep(LOOK_EVERY_S)
-        yield
-    finally:
-        os.close(handle)
 
 
 if __name__ == "__main__":

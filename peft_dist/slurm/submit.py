@@ -4,18 +4,17 @@ Decides what is submitted; `refusals` says what cannot be, `render` writes it, `
 Slurm. Runs nothing itself.
 """
 
-import fcntl
-import os
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft_dist.common.durations import duration_s, duration_text
 from peft_dist.common.errors import LaunchError, RecipeError, RunDirError
+from peft_dist.common.locks import lock_file
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, load_cluster, render_cluster
 from peft_dist.launch.placement import Machine, place
@@ -136,13 +135,10 @@ def prepare(request: Request) -> Submission:
 def _alone(folder: Path) -> Iterator[None]:
     """Let one command at a time submit what is beside a folder, as far as its disk knows locks."""
     above = next(path for path in folder.parents if path.is_dir())
-    handle = os.open(above, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # not every file server has them
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        with suppress(OSError):  # a folder that is not ours to write in
+            stack.enter_context(lock_file(above / ".peft-dist-submit.lock"))
         yield
-    finally:
-        os.close(handle)
 
 
 def submit(

@@ -25,7 +25,7 @@ import sys, time
 from pathlib import Path
 from peft_dist.common.errors import RunDirError, Superseded
 from peft_dist.run import lease
-for name in ("HEARTBEAT_S", "STALE_AFTER_S", "LOOK_EVERY_S", "PAUSE_S", "TICK_S"):
+for name in ("HEARTBEAT_S", "STALE_AFTER_S", "LOOK_EVERY_S", "CHECK_EVERY_S", "PAUSE_S", "TICK_S"):
     setattr(lease, name, getattr(lease, name) / {FASTER})
 folder, began_s = Path(sys.argv[1]), time.monotonic()
 try:

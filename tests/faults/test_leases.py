@@ -115,5 +115,5 @@ def test_a_zombie_that_wakes_after_the_end_changes_no_file(
     zombie.kill_all(signal.SIGCONT)
     assert zombie.wait_for_end_of(0) == EXIT_DO_NOT_RETRY, zombie.told()
     zombie.kill_all()
-    time.sleep(1.0)  # two beats of its lease
+    time.sleep(1.0)
     assert everything(run_dir) == before

@@ -25,11 +25,11 @@ SHORT = (
 """Two checkpoints; the second one's save removes the first."""
 CHANGES = 59
 """Of files and folders below checkpoints/ in such a training."""
-FIRST_CHANGES = 17
+FIRST_CHANGES = 22
 """From the folder that a new run is made in to the lease of its first attempt."""
 LAST_CHANGES = 22
 """From the first file of the finished adapter to the lease's last word."""
-MAKING, ADAPTER = "-making-", "/.adapter-"
+MAKING, ADAPTER = ".partial-", "/.adapter."
 """In the paths of the folders that a run and its adapter are written in."""
 
 

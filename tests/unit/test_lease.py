@@ -50,8 +50,6 @@ import sys, time
 from pathlib import Path
 from peft_dist.common.errors import Superseded
 from peft_dist.run import lease
-lease.PAUSE_S = 0.5
-lease.TICK_S = 0.1
 attempt = lease.Attempt.begin(Path(sys.argv[1]))
 print("held", flush=True)
 writes, step_s = 0, time.monotonic()
@@ -75,7 +73,14 @@ Spawn = Callable[..., "subprocess.Popen[str]"]
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let all of this process's times pass 20 times as fast; their ratio stays."""
-    for name in ("HEARTBEAT_S", "STALE_AFTER_S", "LOOK_EVERY_S", "PAUSE_S", "TICK_S"):
+    for name in (
+        "HEARTBEAT_S",
+        "STALE_AFTER_S",
+        "LOOK_EVERY_S",
+        "CHECK_EVERY_S",
+        "PAUSE_S",
+        "TICK_S",
+    ):
         monkeypatch.setattr(lease, name, getattr(lease, name) / 20)
 
 

@@ -90,7 +90,7 @@ def test_what_a_killed_process_left_is_no_cache_and_is_cleared(tmp_path: Path) -
     tiny_tokenizer(tmp_path / "model")
     tokenised(tmp_path, [{"text": "a"}])
     (entry,) = cache_entries(tmp_path)
-    leftover = entry.with_name(f".{entry.name}-killed")
+    leftover = entry.with_name(f".{entry.name}.partial-killed")
     entry.rename(leftover)
     (leftover / "rows.json").unlink()
     os.utime(leftover, (0, 0))  # a younger one may have a living owner on another node

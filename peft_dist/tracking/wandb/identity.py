@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from peft_dist.common.locks import lock_file
 from peft_dist.common.atomic import make_file, replace_file
 from peft_dist.run.directory import RunDir
 
@@ -107,18 +108,5 @@ def only_writer(run: RunDir, wait_s: float) -> Iterator[bool]:
     """
     folder = folder_of(run)
     folder.mkdir(mode=0o700, exist_ok=True)
-    with os.fdopen(os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600), "w") as file:
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    yield False
-                    return
-                time.sleep(0.2)
-                continue
-            except OSError:  # a file system without locks
-                pass
-            yield True
-            return
+    with lock_file(folder / "lock", wait_s=wait_s) as is_held:
+        yield is_held
