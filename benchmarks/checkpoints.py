@@ -57,13 +57,21 @@ def run_ours(job: Job, every: int, *, folder: Path, cache: Path) -> Figures:
     took = {
         event.step: event.tokens / event.tokens_per_s
         for event in events
-        if isinstance(event, StepEvent)
+        if isinstance(event, StepEvent) and event.tokens is not None
     }
     return figures(
         took,
         every,
-        [event.stall_s for event in events if isinstance(event, CheckpointEvent)],
-        [event.bytes for event in events if isinstance(event, SavedEvent)],
+        [
+            event.stall_s
+            for event in events
+            if isinstance(event, CheckpointEvent) and event.stall_s is not None
+        ],
+        [
+            event.bytes
+            for event in events
+            if isinstance(event, SavedEvent) and event.bytes is not None
+        ],
     )
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_ACCURACY = {
@@ -45,18 +46,18 @@ def main() -> int:
     return 1 if short else 0
 
 
-def _train(name: str, run: Path) -> dict:
+def _train(name: str, run: Path) -> dict[str, Any]:
     started = time.monotonic()
     recipe = ROOT / "configs" / "recipes" / f"{name}.yaml"
     command = [sys.executable, "-m", "peft_dist", "train", str(recipe), "--run-dir", str(run)]
     subprocess.run(command, check=True, cwd=ROOT, timeout=1200)
-    result: dict = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    result: dict[str, Any] = json.loads((run / "result.json").read_text(encoding="utf-8"))
     result["whole_seconds"] = time.monotonic() - started
     result["adapter_bytes"] = (run / "adapter" / "adapter_model.safetensors").stat().st_size
     return result
 
 
-def _table(results: dict[str, dict]) -> str:
+def _table(results: dict[str, dict[str, Any]]) -> str:
     lines = [
         "| recipe | accuracy before | after | trained parameters | adapter, kB | training, s "
         "| peak memory, MB |",

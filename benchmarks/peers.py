@@ -144,7 +144,7 @@ def run_ours(job: Job, round_number: int, strategy: str, *, folder: Path, cache:
         round_number,
         started=started,
         ended=[step.time for step in steps],
-        tokens=[step.tokens for step in steps],
+        tokens=[step.tokens for step in steps if step.tokens is not None],
         loss=[step.loss for step in steps],
         result=json.loads((run_dir / "result.json").read_text()),
     )

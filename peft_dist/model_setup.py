@@ -11,6 +11,7 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -49,7 +50,7 @@ class Session:
     world: World
     strategy: str
     engine: Engine
-    method: Method
+    method: Method[Any]
     model: nn.Module
     peft: PeftModel
     compute_dtype: torch.dtype
@@ -84,7 +85,7 @@ class Session:
     @property
     def places(self) -> int | None:
         """Most tokens of a row, where the model has a table of positions; None where it has not."""
-        config = self.peft.get_base_model().config
+        config = architectures.bare_model(self.peft).config
         if config.model_type not in architectures.LEARNED_POSITIONS:
             return None
         return int(config.max_position_embeddings) - self.method.learned_positions
@@ -95,7 +96,7 @@ class Session:
         Raises:
             DataError: Where a model with a table of positions has none for its end.
         """
-        config = self.peft.get_base_model().config
+        config = architectures.bare_model(self.peft).config
         longest, learned = int(rows.lengths.max()), self.method.learned_positions
         places = self.places
         if places is not None and longest > places:
@@ -146,7 +147,8 @@ class Session:
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     """Return the dtype a recipe computes in on this device."""
     if recipe.model.dtype != "auto":
-        return getattr(torch, recipe.model.dtype)
+        named: torch.dtype = getattr(torch, recipe.model.dtype)
+        return named
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
     # Without matrix units for it, bfloat16 is slower than float32 on a CPU.
     return torch.bfloat16 if on_gpu else torch.float32
@@ -160,7 +162,7 @@ def _attention(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
     return "flash_attention_2" if is_flash_attn_2_available() else "auto"
 
 
-def _use_row_attention(recipe: Recipe, method: Method, skeleton: PreTrainedModel) -> None:
+def _use_row_attention(recipe: Recipe, method: Method[Any], skeleton: PreTrainedModel) -> None:
     """Put our attention in place of transformers' own, where that does the same with more work.
 
     Raises:
@@ -299,7 +301,7 @@ def _fill_fresh_heads(
     seed: int,
 ) -> None:
     """Fill the heads that the checkpoint lacks. Collective."""
-    std = getattr(peft.get_base_model().config, "initializer_range", 0.02)
+    std = getattr(architectures.bare_model(peft).config, "initializer_range", 0.02)
     for name, parameter in parameters.items():
         plain = base_name_in(peft, name)
         if plain in plan.fresh:

@@ -151,7 +151,7 @@ class Trainer:
             batch = batch.to(device)
             self._seed_dropout(step, index)
             with self.session.autocast():
-                nll_sum = self.session.model(batch).nll.sum()
+                nll_sum: torch.Tensor = self.session.model(batch).nll.sum()
             (nll_sum / predictions).backward()
             loss += nll_sum.detach()
         engine.compute_timer.end()

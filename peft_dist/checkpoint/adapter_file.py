@@ -27,7 +27,7 @@ WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module")
 
 
 def load_adapter(
-    folder: Path, method: Method, peft: PeftModel, parameters: Mapping[str, torch.Tensor]
+    folder: Path, method: Method[Any], peft: PeftModel, parameters: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Read an adapter's tensors, by their names in the model.
 

@@ -106,7 +106,7 @@ class Checkpointer:
         trained = engine.adapter_state()
         saved = session.method.saved(session.peft, trained)
         moments = optimizer.moments()
-        checksum = zlib.crc32(engine.flat(trained).numpy())
+        checksum = zlib.crc32(engine.flat(trained).numpy().data)
         here = [progress["step"], progress["cursor"], checksum]
         if any(there != here for there in gather_objects(here)):
             raise TrainingError(

@@ -129,7 +129,7 @@ class AdapterSaver:
 
     def _bare(self) -> PreTrainedModel:
         return architectures.build_skeleton(
-            copy.deepcopy(self.session.peft.get_base_model().config),
+            copy.deepcopy(architectures.bare_model(self.session.peft).config),
             task=self.session.recipe.model.task,
             dtype=torch.float32,
             attention="eager",

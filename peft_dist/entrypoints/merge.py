@@ -200,17 +200,15 @@ def _plan(
         elif name in plan.fresh:
             added[name] = tensor.to(files.dtype(plan.tensors[0].key))
         elif name in keys:
-            changes[keys[name]] = lambda _, trained=tensor: trained
+            changes[keys[name]] = _replaced_by(tensor)
         else:
             raise _foreign(saved, run)
     for module, found in parts.items():
         key = keys.get(f"{module}.weight")
         if key is None or not {"A", "B"} <= found.keys() <= {"A", "B", "magnitude_vector"}:
             raise _foreign(f"{module}.lora_{sorted(found)[0]}", run)
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-        alpha = config.alpha_pattern.get(
-            get_pattern_key(config.alpha_pattern, module), config.lora_alpha
-        )
+        rank = _of_module(config.rank_pattern, module, config.r)
+        alpha = _of_module(config.alpha_pattern, module, config.lora_alpha)
         changes[key] = Update(
             a=found["A"],
             b=found["B"],
@@ -219,6 +217,16 @@ def _plan(
             transposed=isinstance(skeleton.get_submodule(module), Conv1D),
         ).applied
     return changes, added
+
+
+def _replaced_by(tensor: torch.Tensor) -> Change:
+    return lambda _: tensor
+
+
+def _of_module(pattern: dict[str, int] | None, module: str, otherwise: int) -> int:
+    """Return what PEFT's configuration says of a module alone, or of all."""
+    some = pattern or {}
+    return some.get(get_pattern_key(list(some), module), otherwise)
 
 
 def _foreign(name: str, run: RunDir) -> RunDirError:
@@ -296,15 +304,17 @@ def _write_weights(
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _name_classes(file: Path, skeleton: PreTrainedModel) -> None:
     """Make config.json that of a classifier of the run's classes."""
     config = json.loads(file.read_text(encoding="utf-8"))
+    labels = skeleton.config.id2label
+    assert labels is not None
     config |= {
         "architectures": [type(skeleton).__name__],
-        "id2label": {str(index): name for index, name in skeleton.config.id2label.items()},
+        "id2label": {str(index): name for index, name in labels.items()},
         "label2id": skeleton.config.label2id,
     }
     config.pop("num_labels", None)

@@ -18,7 +18,7 @@ from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import any_of, first_of_all
 from peft_dist.evaluation.scoring import EvalSet, ScoringStopped
 from peft_dist.ledger.events import SampleEvent
-from peft_dist.model.loss import ALL_TOKENS
+from peft_dist.model.loss import ALL_TOKENS, Losses
 from peft_dist.model_setup import Session
 
 if TYPE_CHECKING:
@@ -126,8 +126,9 @@ class Sampler:
             offsets=np.concatenate([[0], ends]).astype(np.int64),
         )
         batch = session.pack(asked, np.arange(len(tokens))).to(session.world.device)
-        logits = session.model(batch, ALL_TOKENS).choice_logits
-        likeliest = logits.argmax(dim=1)
+        losses: Losses = session.model(batch, ALL_TOKENS)
+        assert losses.choice_logits is not None
+        likeliest = losses.choice_logits.argmax(dim=1)
         if session.world.is_main:
             for place, (answer, row) in enumerate(zip(answers, tokens, strict=True)):
                 full = session.places is not None and len(row) >= session.places

@@ -17,6 +17,7 @@ from peft_dist.data.order import RowIds, assign
 from peft_dist.data.pack import Batch
 from peft_dist.data.tokenize import TokenizedRows, encode_completions
 from peft_dist.distributed.collectives import any_of, sum_over
+from peft_dist.model.loss import Losses
 from peft_dist.model_setup import Session
 
 
@@ -139,7 +140,7 @@ def _score(session: Session, held: EvalSet, wants_stop: Callable[[], bool] | Non
     total = torch.zeros(1, dtype=torch.float64, device=device)
     predicted = torch.zeros(held.rows.n_rows, dtype=torch.int64, device=device)
     for ids, batch in _batches(session, held.rows, wants_stop):
-        losses = session.model(batch, choice_ids)
+        losses: Losses = session.model(batch, choice_ids)
         if not len(ids):
             continue
         total += losses.nll.sum()
@@ -179,7 +180,7 @@ def _likeliest(
     crossed = _every_choice(held)
     scores = torch.zeros(crossed.n_rows, dtype=torch.float64, device=session.world.device)
     for ids, batch in _batches(session, crossed, wants_stop):
-        losses = session.model(batch)
+        losses: Losses = session.model(batch)
         if len(ids):
             rows = torch.from_numpy(ids).to(scores.device)[batch.target_rows]
             scores.index_add_(0, rows, -losses.nll.double())

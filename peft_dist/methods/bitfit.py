@@ -47,7 +47,7 @@ class BitFitConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         """Check the targets, which a file may hold."""
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # it is PEFT's
         self.peft_type = PeftType("BITFIT")
         if isinstance(self.targets, str) and self.targets != "all":
             raise ValueError(f"targets: {self.targets!r} is neither all nor a list of names")

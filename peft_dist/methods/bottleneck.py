@@ -77,7 +77,7 @@ class BottleneckConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         """Check the names, which a file may hold."""
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # it is PEFT's
         self.peft_type = PeftType("BOTTLENECK")
         for field, value, valid in (
             ("placement", self.placement, PLACEMENTS),
@@ -143,9 +143,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         So the first output is the base's or, without residual, nothing but the skip connection.
         """
         down, up = self.bottleneck_down[name], self.bottleneck_up[name]
-        weight = torch.empty(down.weight.shape)
-        assign(down.weight, nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator))
-        for parameter in (down.bias, up.weight, up.bias):
+        weight = down.get_parameter("weight")
+        values = torch.empty(weight.shape)
+        assign(weight, nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator))
+        for parameter in (down.get_parameter("bias"), *up.parameters()):
             assign(parameter, torch.zeros(parameter.shape))
 
     def _enter(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -156,22 +157,24 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map x [..., in] to [..., hidden]; several active adapters act one after the other."""
         entered, self._entered = self._entered, None
-        y = self.base_layer(x, *args, **kwargs)
+        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return y
         for name in self.active_adapters:
             if name in self.settings:
                 settings = self.settings[name]
-                change = self._adapter(name, entered if settings.placement == "parallel" else y)
-                change = change.to(y.dtype)
+                source = entered if settings.placement == "parallel" else y
+                assert source is not None, name
+                change = self._adapter(name, source).to(y.dtype)
                 y = y + change if settings.residual else change
         return y
 
     def _adapter(self, name: str, source: torch.Tensor) -> torch.Tensor:
-        down = self.bottleneck_down[name]
+        down: Any = self.bottleneck_down[name]  # a linear
         if not torch.is_autocast_enabled(source.device.type):
             source = source.to(down.weight.dtype)
-        return self.bottleneck_up[name](self.bottleneck_inner[name](down(source)))
+        change: torch.Tensor = self.bottleneck_up[name](self.bottleneck_inner[name](down(source)))
+        return change
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse."""

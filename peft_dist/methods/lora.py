@@ -30,10 +30,12 @@ class _LoraOn4bit(LoraLinear):
     DoRA would transpose the weights of a base that was released with Conv1D.
     """
 
-    def __init__(self, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, **kwargs: Any
+    ) -> None:
         config = copy.copy(config)
         config.fan_in_fan_out = False
-        super().__init__(*args, config=config, **kwargs)
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Map x [..., in] to [..., out]; PEFT's own way for anything but one plain adapter.
@@ -45,10 +47,10 @@ class _LoraOn4bit(LoraLinear):
         if len(active) != 1 or self.disable_adapters or self.merged or self.lora_variant:
             return super().forward(x, *args, **kwargs)
         (name,) = active
-        result = self.base_layer(x)
+        result: torch.Tensor = self.base_layer(x)
         low = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]
-        product = self.lora_B[name].weight.t()
-        return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), product).view_as(result)
+        b: Any = self.lora_B[name]  # a linear
+        return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), b.weight.t()).view_as(result)
 
 
 class LoraMethod(Method[Lora]):
@@ -84,7 +86,7 @@ class LoraMethod(Method[Lora]):
             )
         config = LoraConfig(
             r=settings.rank,
-            lora_alpha=settings.alpha,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it
             lora_dropout=settings.dropout,
             target_modules=targets,
             use_rslora=settings.rslora,
@@ -122,18 +124,18 @@ class LoraMethod(Method[Lora]):
                     self._take_out(name, module, adapter, start, a, b)
                 else:
                     a, b = self._seeded(name, module, adapter)
-                assign(module.lora_A[adapter].weight, a)
-                assign(module.lora_B[adapter].weight, b)
+                assign(module.lora_A[adapter].get_parameter("weight"), a)
+                assign(module.lora_B[adapter].get_parameter("weight"), b)
                 if adapter in module.lora_magnitude_vector:
-                    magnitude = module.lora_magnitude_vector[adapter].weight
+                    magnitude = module.lora_magnitude_vector[adapter].get_parameter("weight")
                     assign(magnitude, _row_norms(module.get_base_layer(), start))
 
     def _seeded(
         self, name: str, module: LoraLayer, adapter: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A [r, in] and B [out, r] whose product is zero."""
-        a = torch.empty(module.lora_A[adapter].weight.shape)
-        b = torch.zeros(module.lora_B[adapter].weight.shape)
+        a = torch.empty(module.lora_A[adapter].get_parameter("weight").shape)
+        b = torch.zeros(module.lora_B[adapter].get_parameter("weight").shape)
         rank = a.shape[0]
         source = generator_for(self.seed, f"{name}.lora_A")
         if self.settings.init == "default":
@@ -217,7 +219,7 @@ class LoraMethod(Method[Lora]):
             for adapter in module.lora_A:
                 a, b = (
                     started[f"{name}.lora_{factor}.{adapter}.weight"].to(
-                        module.lora_A[adapter].weight.device
+                        module.lora_A[adapter].get_parameter("weight").device
                     )
                     for factor in "AB"
                 )
@@ -280,4 +282,5 @@ def _row_norms(layer: nn.Module, start: Start) -> torch.Tensor:
         )
     else:
         weight = start.whole(layer.get_parameter("weight"))
-    return weight.float().norm(dim=1)
+    norms: torch.Tensor = weight.float().norm(dim=1)
+    return norms

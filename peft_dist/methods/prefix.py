@@ -50,10 +50,11 @@ class PrefixMethod(VirtualMethod[Prefix]):
             generator = generator_for(self.seed, name)
             weight = torch.empty(module.weight.shape)
             if isinstance(module, nn.Embedding):
-                assign(module.weight, weight.normal_(generator=generator))
+                assign(module.get_parameter("weight"), weight.normal_(generator=generator))
                 continue
             bound = module.in_features**-0.5
-            assign(module.weight, weight.uniform_(-bound, bound, generator=generator))
+            weight.uniform_(-bound, bound, generator=generator)
+            assign(module.get_parameter("weight"), weight)
             bias = torch.empty(module.out_features)
             assign(module.bias, bias.uniform_(-bound, bound, generator=generator))
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from peft_dist.config.method import Prompt
 from peft_dist.methods.method import TASKS, Start
 from peft_dist.methods.virtual import VirtualMethod
+from peft_dist.model.architectures import bare_model
 
 
 class PromptMethod(VirtualMethod[Prompt]):
@@ -31,7 +32,7 @@ class PromptMethod(VirtualMethod[Prompt]):
     def _read(self, peft: PeftModel, start: Start, tokens: list[int]) -> torch.Tensor:
         """Return the embeddings as the blocks get them: some models scale what they look up."""
         seen: list[torch.Tensor] = []
-        embedding = peft.get_base_model().get_input_embeddings()
+        embedding = bare_model(peft).get_input_embeddings()
         hook = embedding.register_forward_hook(lambda _module, _args, output: seen.append(output))
         start.read(tokens)
         hook.remove()

@@ -13,8 +13,9 @@ from peft_dist.config.method import Prefix, Prompt
 from peft_dist.distributed.collectives import first_of_all
 from peft_dist.methods.init import assign, generator_for
 from peft_dist.methods.method import Method, Start, inject, saved_names
+from peft_dist.model.architectures import bare_model
 
-Settings = TypeVar("Settings", Prefix, Prompt)
+Settings = TypeVar("Settings", bound=Prefix | Prompt)
 SAVED = "prompt_embeddings"
 """The one name PEFT's file has for what an encoder gives."""
 _ENCODER = "prompt_encoder.default."
@@ -54,7 +55,7 @@ class VirtualMethod(Method[Settings]):
 
     def initialise(self, peft: PeftModel, start: Start) -> None:
         """Fill the encoder with noise, or with what the model makes of words. Collective."""
-        parameter = peft.prompt_encoder["default"].embedding.weight
+        parameter = peft.prompt_encoder["default"].get_parameter("embedding.weight")
         if self.settings.init == "random":
             noise = torch.randn(parameter.shape, generator=generator_for(self.seed, _ENCODER))
             assign(parameter, 0.02 * noise)
@@ -71,7 +72,7 @@ class VirtualMethod(Method[Settings]):
         count = self.settings.virtual_tokens
         if self.settings.text is None:
             generator = generator_for(self.seed, "virtual tokens")
-            size = peft.get_base_model().config.vocab_size
+            size = bare_model(peft).config.vocab_size
             return torch.randint(size, (count,), generator=generator).tolist()
         tokens = start.tokenize(self.settings.text)
         if not tokens:

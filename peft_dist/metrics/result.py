@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_dist.checkpoint.progress import Progress
+from peft_dist.model.architectures import bare_model
 from peft_dist.model_setup import Session
 from peft_dist.run.directory import RunDir
 
@@ -26,7 +27,9 @@ def make_result(
     trained = session.adapter.values()
     classes = {}
     if session.recipe.model.task == "sequence-classification":
-        classes = {"labels": list(session.peft.get_base_model().config.id2label.values())}
+        labels = bare_model(session.peft).config.id2label
+        assert labels is not None
+        classes = {"labels": list(labels.values())}
     return classes | {
         "method": session.recipe.method.kind,
         "world_size": session.world.size,

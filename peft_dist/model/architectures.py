@@ -5,6 +5,7 @@ weight is read.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,6 +21,9 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from peft_dist.common.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 CAUSAL_LM = (
     "gemma2",
@@ -46,7 +50,7 @@ _TASKS = {
 def read_config(folder: Path, *, task: str) -> PretrainedConfig:
     """Read config.json and refuse an architecture that is not supported for the task."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ModelError(
             f"config.json of {folder} cannot be read ({_first_line(error)})",
@@ -90,7 +94,7 @@ def build_skeleton(
     auto_class, _ = _TASKS[task]
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            model = auto_class.from_config(
+            model: PreTrainedModel = auto_class.from_config(
                 config,
                 trust_remote_code=False,
                 dtype=dtype,
@@ -111,6 +115,11 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def bare_model(peft: "PeftModel") -> PreTrainedModel:
+    """Return the model inside, which PEFT types as any module."""
+    return cast("PreTrainedModel", peft.get_base_model())
+
+
 def transformer_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the repeated layers by name, in order: the unit of sharding and of checkpointing."""
     longest: dict[str, nn.Module] = {}
@@ -128,7 +137,7 @@ def transformer_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     return longest
 
 
-def block_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     """Return every linear (nn.Linear or GPT-2's Conv1D) inside the blocks, by full name."""
     return {
         f"{block_name}.{name}": module

@@ -203,7 +203,7 @@ def _check_stored(files: WeightFiles, key: str, name: str, shape: tuple[int, ...
 def _swap(
     model: PreTrainedModel,
     name: str,
-    linear: nn.Module,
+    linear: nn.Linear | Conv1D,
     in_features: int,
     out_features: int,
     block_size: int,

@@ -310,7 +310,8 @@ def _header(layout: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
 
 
 def _code_map() -> torch.Tensor:
-    return bnb.get_4bit_type("nf4", device="cpu")
+    codes: torch.Tensor = bnb.get_4bit_type("nf4", device="cpu")
+    return codes
 
 
 def _quant_state(tensor: BaseTensor) -> torch.Tensor:
@@ -320,8 +321,9 @@ def _quant_state(tensor: BaseTensor) -> torch.Tensor:
         "dtype": "float32",
         "shape": list(tensor.shape),
     }
-    return pack_dict_to_tensor(facts)
+    packed: torch.Tensor = pack_dict_to_tensor(facts)
+    return packed
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy())
+    return tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().data

@@ -5,14 +5,18 @@ long batch never stand in memory at once. No optimisation and no reduction over 
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft import PeftModel, PrefixTuningConfig
 from torch import nn
 from torch.nn import functional
 
+from peft_dist.model.architectures import bare_model
 from peft_dist.model.attention import ROW_ATTENTION
+
+if TYPE_CHECKING:
+    from peft_dist.data.pack import Batch
 
 LOGIT_BYTES_PER_CHUNK = 256 << 20
 """Float32 logits that stand in memory at once."""
@@ -75,7 +79,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
@@ -104,7 +108,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return nll
 
     @staticmethod
-    def backward(ctx: Any, grad_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * grad_nll[:, None].to(grad.dtype), None, None, None, None
 
@@ -116,11 +120,11 @@ def _learned(peft: PeftModel, device: torch.device) -> torch.Tensor:
     return learned
 
 
-def _inputs(peft: PeftModel, batch: Any) -> dict[str, torch.Tensor]:
+def _inputs(peft: PeftModel, batch: "Batch") -> dict[str, torch.Tensor]:
     """Return the tokens of a `Batch`, or their embeddings with the learned ones in their places."""
     if batch.virtual_positions is None:
         return {"input_ids": batch.input_ids}
-    embedded = peft.get_base_model().get_input_embeddings()(batch.input_ids)
+    embedded: torch.Tensor = bare_model(peft).get_input_embeddings()(batch.input_ids)
     learned = _learned(peft, embedded.device).to(embedded.dtype)
     rows = len(batch.virtual_positions) // len(learned)
     flat = embedded.flatten(0, 1).index_copy(0, batch.virtual_positions, learned.repeat(rows, 1))
@@ -133,7 +137,9 @@ def _prefix(peft: PeftModel, device: torch.device) -> tuple[torch.Tensor, ...] |
     if not (isinstance(config, PrefixTuningConfig) and peft.has_active_enabled_adapter):
         return None
     learned = _learned(peft, device)
-    parts = learned.view(len(learned), config.num_layers, 2, config.num_attention_heads, -1)
+    layers, heads = config.num_layers, config.num_attention_heads
+    assert layers is not None and heads is not None, config  # PEFT took them from the model
+    parts = learned.view(len(learned), layers, 2, heads, -1)
     return parts.permute(1, 2, 3, 0, 4).unbind(0)
 
 
@@ -148,15 +154,15 @@ class CausalLM(nn.Module):
         """Take a model that has its adapters already."""
         super().__init__()
         self.peft = peft_model
-        config = peft_model.get_base_model().config
+        config = bare_model(peft_model).config
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self._attention = config._attn_implementation
 
-    def forward(self, batch: Any, choice_ids: torch.Tensor | slice | None = None) -> Losses:
+    def forward(self, batch: "Batch", choice_ids: torch.Tensor | slice | None = None) -> Losses:
         """Score a `Batch`, and its rows' first targets against single-token choices [C]."""
-        model = self.peft.get_base_model()
+        model = bare_model(self.peft)
         prefix = _prefix(self.peft, batch.position_ids.device)
-        hidden = model.base_model(
+        hidden: torch.Tensor = model.base_model(
             **_inputs(self.peft, batch),
             # A prefix takes the first positions.
             position_ids=batch.position_ids + (0 if prefix is None else prefix[0].shape[2]),
@@ -172,7 +178,7 @@ class CausalLM(nn.Module):
             return Losses(hidden.float().sum()[None] * 0.0, None)
         if torch.is_autocast_enabled(picked.device.type):
             picked = picked.to(torch.get_autocast_dtype(picked.device.type))
-        nll = _ChunkedCrossEntropy.apply(
+        nll: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # it is torch's
             picked, head.weight, head.bias, batch.targets, self.softcap
         )
         choice_logits = None
@@ -183,7 +189,7 @@ class CausalLM(nn.Module):
             choice_logits = _logits(first, head.weight[choice_ids], bias)
         return Losses(nll, choice_logits)
 
-    def _row_arguments(self, batch: Any) -> dict[str, Any]:
+    def _row_arguments(self, batch: "Batch") -> dict[str, Any]:
         """Return how this kernel is told where packed rows begin.
 
         Flash attention would find out by itself, in every layer, waiting for the device.
@@ -209,11 +215,11 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         self.peft = peft_model
 
-    def forward(self, batch: Any, choice_ids: torch.Tensor | slice | None = None) -> Losses:
+    def forward(self, batch: "Batch", choice_ids: torch.Tensor | slice | None = None) -> Losses:
         """Score a `Batch`; the choices are always all classes."""
-        model = self.peft.get_base_model()
+        model = bare_model(self.peft)
         inputs = _inputs(self.peft, batch)
-        logits = model(**inputs, attention_mask=batch.attention_mask).logits.float()
+        logits: torch.Tensor = model(**inputs, attention_mask=batch.attention_mask).logits.float()
         if batch.targets.numel() == 0:
             return Losses(logits.sum()[None] * 0.0, None)
         return Losses(functional.cross_entropy(logits, batch.targets, reduction="none"), logits)

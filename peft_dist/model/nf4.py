@@ -68,7 +68,7 @@ class _FrozenMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int
     ) -> torch.Tensor:
         ctx.save_for_backward(packed, absmax)
@@ -76,7 +76,7 @@ class _FrozenMatmul(torch.autograd.Function):
         return x @ dequantize(packed, absmax, block_size=block_size, dtype=x.dtype).t()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         packed, absmax = ctx.saved_tensors
         weight = dequantize(packed, absmax, block_size=ctx.block_size, dtype=grad.dtype)
         return grad @ weight, None, None, None
@@ -129,7 +129,9 @@ class FrozenLinear4bit(nn.Module):
         """Map x [..., in] to [..., out] in x's dtype, or autocast's where that is on."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = _FrozenMatmul.apply(x, self.packed, self.absmax, self.block_size)
+        y: torch.Tensor = _FrozenMatmul.apply(  # type: ignore[no-untyped-call]  # it is torch's
+            x, self.packed, self.absmax, self.block_size
+        )
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -107,12 +107,15 @@ class WeightFiles:
         """Read rows [start, stop) of a tensor, or of its transpose, in the stored dtype."""
         piece = self._handle(self.tensors[key].file).get_slice(key)
         if transposed:
-            return piece[:, start:stop].t().contiguous()
-        return piece[start:stop]
+            columns: torch.Tensor = piece[:, start:stop]
+            return columns.t().contiguous()
+        rows: torch.Tensor = piece[start:stop]
+        return rows
 
     def whole(self, key: str) -> torch.Tensor:
         """Read a whole tensor; for small ones."""
-        return self._handle(self.tensors[key].file).get_tensor(key)
+        tensor: torch.Tensor = self._handle(self.tensors[key].file).get_tensor(key)
+        return tensor
 
     @property
     def packed(self) -> bool:
@@ -183,7 +186,8 @@ class WeightFiles:
             dtype=getattr(torch, facts["nested_dtype"]),
         )
         scales = bnb.dequantize_blockwise(self.whole(f"{key}.absmax"), state)
-        return (scales + facts["nested_offset"]).float()
+        offset: float = facts["nested_offset"]
+        return (scales + offset).float()
 
 
 def _safetensors_files(folder: Path) -> tuple[Path, ...]:

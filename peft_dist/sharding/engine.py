@@ -128,7 +128,7 @@ class Engine(ABC):
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale gradients to a global norm of at most `max_norm` (0: leave); return the norm."""
-        norm = torch.linalg.vector_norm(self.gradients)
+        norm: torch.Tensor = torch.linalg.vector_norm(self.gradients)
         if max_norm > 0.0:
             self.gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm

@@ -114,7 +114,7 @@ def save(project: str, entity: str | None) -> str:
         raise explained(error) from error
 
 
-def workspace(entity: str, project: str) -> Any:
+def workspace(entity: str | None, project: str) -> Any:
     """Return the dashboard, not saved yet."""
     import wandb_workspaces.workspaces as ws
 
