@@ -31,7 +31,7 @@ from peft_dist.data.pack import Batch
 from peft_dist.distributed import process_group
 from peft_dist.distributed.collectives import gather_objects
 from peft_dist.distributed.world import World, read_world
-from peft_dist.methods import Start
+from peft_dist.methods import BaseAccess
 from peft_dist.methods.lora import LoraMethod
 from peft_dist.metrics.mfu import FLOPS_PER_TOKEN_AND_PARAMETER, peak_flops
 from peft_dist.model.architectures import build_skeleton, transformer_blocks
@@ -171,7 +171,9 @@ def build(args: argparse.Namespace, world: World) -> tuple[Any, CausalLM, dict[s
     now = dict(adapted.named_parameters())
     base = {plain: now[name] for name, plain in wrapped_name.items()}
     fill_base(base, plan, files, engine.shard, device=world.device)
-    nothing_to_read = Start(engine.whole, engine.put, lambda _: None, lambda _: [], lambda _: None)
+    nothing_to_read = BaseAccess(
+        engine.full_tensor, engine.copy_into, lambda _: None, lambda _: [], lambda _: None
+    )
     method.initialise(adapted, nothing_to_read)
     adapter = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     engine.flatten_adapter(adapter, lambda _: Group(decays=True, rate_factor=1.0))

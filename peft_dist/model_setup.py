@@ -1,4 +1,4 @@
-"""Put a run's model together on one process: base, adapter and engine, proven to be sharded.
+"""CopyInto a run's model together on one process: base, adapter and engine, proven to be sharded.
 
 The order is what makes it right: build on `meta`, swap linears, attach adapters, shard, and only
 then read the rows that belong here. Trains nothing.
@@ -25,7 +25,7 @@ from peft_dist.data.order import RowIds
 from peft_dist.data.pack import Batch, pack, unlabelled
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.world import World
-from peft_dist.methods import METHODS, Method, Start
+from peft_dist.methods import METHODS, BaseAccess, Method
 from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
 from peft_dist.model import architectures, attention, base
@@ -43,7 +43,7 @@ _HEADS = {"causal-lm": CausalLM, "sequence-classification": SequenceClassifier}
 
 
 @dataclass
-class Session:
+class ModelSetup:
     """A loaded, sharded model with its adapters."""
 
     recipe: Recipe
@@ -83,7 +83,7 @@ class Session:
         return pack(rows, ids, packing=self.packing, virtual_tokens=self.method.virtual_tokens)
 
     @property
-    def places(self) -> int | None:
+    def max_positions(self) -> int | None:
         """Most tokens of a row, where the model has a table of positions; None where it has not."""
         config = architectures.bare_model(self.peft).config
         if config.model_type not in architectures.LEARNED_POSITIONS:
@@ -98,13 +98,13 @@ class Session:
         """
         config = architectures.bare_model(self.peft).config
         longest, learned = int(rows.lengths.max()), self.method.learned_positions
-        places = self.places
-        if places is not None and longest > places:
+        max_positions = self.max_positions
+        if max_positions is not None and longest > max_positions:
             raise DataError(
-                f"a row has {longest} tokens, but {config.model_type} has places for {places}"
-                + (f" behind {learned} learned ones" if learned else ""),
+                f"a row has {longest} tokens, but {config.model_type} has places for "
+                f"{max_positions}" + (f" behind {learned} learned ones" if learned else ""),
                 where="data.max_length",
-                remedy=f"set it to {places}",
+                remedy=f"set it to {max_positions}",
             )
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -163,7 +163,7 @@ def _attention(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _use_row_attention(recipe: Recipe, method: Method[Any], skeleton: PreTrainedModel) -> None:
-    """Put our attention in place of transformers' own, where that does the same with more work.
+    """Use our attention instead of transformers' own, where that does the same with more work.
 
     Raises:
         RecipeError: Where the recipe wants another kernel, and the method works through ours.
@@ -180,14 +180,14 @@ def _use_row_attention(recipe: Recipe, method: Method[Any], skeleton: PreTrained
         skeleton.set_attn_implementation(attention.ROW_ATTENTION)
 
 
-def open_session(
+def set_up_model(
     recipe: Recipe, world: World, source: BaseSource, *, label_names: tuple[str, ...] = ()
-) -> Session:
+) -> ModelSetup:
     """Build, shard and load the model. Collective.
 
     Args:
         recipe: The run's recipe.
-        world: This process's place.
+        world: Rank and size of this process's world.
         source: What `find_base` found.
         label_names: Class names, for sequence classification.
 
@@ -240,7 +240,7 @@ def open_session(
     method.initialise(peft, start)
     engine.flatten_adapter(trained, lambda n: Group(trained[n].dim() > 1, method.rate_factor(n)))
     total, by_rank = verify_sharded(engine, frozen, trained, launched.strategy)
-    session = Session(
+    setup = ModelSetup(
         recipe=recipe,
         world=world,
         strategy=launched.strategy,
@@ -258,8 +258,8 @@ def open_session(
         packed_base=packed,
         load_seconds=time.monotonic() - started,
     )
-    session.check_adapters_agree()
-    return session
+    setup.check_adapters_agree()
+    return setup
 
 
 def _split(peft: PeftModel) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -284,11 +284,13 @@ def _load_base(
     """
     # Of a head and its trained copy, both have one name in the files; the frozen one is filled.
     by_name = {base_name_in(peft, name): p for name, p in {**trained, **frozen}.items()}
-    packed = source.fill(by_name, plan, engine.shard, world=engine.world, put=engine.put)
+    packed = source.fill(
+        by_name, plan, engine.shard, world=engine.world, copy_into=engine.copy_into
+    )
     for name, parameter in trained.items():
         twin = by_name.get(base_name_in(peft, name))
         if twin is not None and twin is not parameter:
-            base.copy_rows(parameter, engine.whole(twin))
+            base.copy_rows(parameter, engine.full_tensor(twin))
     return packed
 
 
@@ -308,7 +310,7 @@ def _fill_fresh_heads(
             full = torch.zeros(engine.shape(parameter))
             if full.dim() > 1:
                 full.normal_(std=std, generator=generator_for(seed, plain))
-            engine.put(parameter, full)
+            engine.copy_into(parameter, full)
 
 
 def _start(
@@ -318,13 +320,13 @@ def _start(
     base_by_name: dict[str, nn.Parameter],
     engine: Engine,
     model: nn.Module,
-) -> Start:
+) -> BaseAccess:
     """Return what the method may use to fill its adapter."""
 
     def release(parameters: Collection[nn.Parameter]) -> None:
         wanted = {id(parameter) for parameter in parameters}
         few = {name: p for name, p in base_by_name.items() if id(p) in wanted}
-        source.fill(few, plan.of(few), engine.shard, world=engine.world, put=engine.put)
+        source.fill(few, plan.of(few), engine.shard, world=engine.world, copy_into=engine.copy_into)
 
     def tokenize(text: str) -> list[int]:
         tokenizer = load_tokenizer(recipe)
@@ -335,4 +337,4 @@ def _start(
         with torch.no_grad():
             model(unlabelled(ids).to(engine.world.device))
 
-    return Start(engine.whole, engine.put, release, tokenize, read)
+    return BaseAccess(engine.full_tensor, engine.copy_into, release, tokenize, read)

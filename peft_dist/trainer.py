@@ -34,37 +34,37 @@ from peft_dist.ledger.writer import Tracker
 from peft_dist.metrics.memory import peak_memory_bytes
 from peft_dist.metrics.mfu import Utilisation
 from peft_dist.metrics.step import StepInputs, StepMetrics, StepMetricsReader, make_extras
-from peft_dist.model_setup import Session
+from peft_dist.model_setup import ModelSetup
 from peft_dist.optim.lr_schedule import learning_rate, peak_learning_rate
 from peft_dist.sharding.optimizer import AdapterOptimizer
 
 
-def make_optimizer(session: Session) -> torch.optim.AdamW:
+def make_optimizer(setup: ModelSetup) -> torch.optim.AdamW:
     """Return AdamW over the adapter; vectors (biases, magnitudes) do not decay.
 
     Groups are those that hold a parameter: DeepSpeed and torch's state loading trip over an empty
     one.
     """
-    train = session.recipe.train
+    train = setup.recipe.train
     groups = [
         {
             "params": [flat],
             "weight_decay": train.weight_decay if group.decays else 0.0,
             "rate_factor": group.rate_factor,
         }
-        for group, flat in session.engine.flat_parameters().items()
+        for group, flat in setup.engine.flat_parameters().items()
     ]
     return torch.optim.AdamW(groups, betas=train.betas, eps=train.epsilon, fused=True)
 
 
 class Trainer:
-    """One training of one session on one set of rows."""
+    """One training of one model setup on one set of rows."""
 
     def __init__(
         self,
-        session: Session,
+        setup: ModelSetup,
         rows: TokenizedRows,
-        held: EvalSet | None,
+        eval_set: EvalSet | None,
         *,
         checkpointer: Checkpointer | None = None,
         hooks: TrainerHooks | None = None,
@@ -72,28 +72,28 @@ class Trainer:
         """Prepare; nothing runs yet.
 
         Args:
-            session: The loaded model.
+            setup: The loaded model.
             rows: Training rows.
-            held: Held-out rows, if any.
+            eval_set: Held-out rows, if any.
             checkpointer: Makes checkpoints. Default: none are made.
             hooks: The process it runs in. Default: one that is never asked to stop.
         """
-        self.session, self.rows, self.held = session, rows, held
-        self.recipe, self.world = session.recipe, session.world
+        self.setup, self.rows, self.eval_set = setup, rows, eval_set
+        self.recipe, self.world = setup.recipe, setup.world
         self.checkpointer = checkpointer
         self.hooks = hooks or NoHooks()
         self.trackers: list[Tracker] = []
         """Views of the run; stays empty on every rank but 0."""
         self.plan = StepPlan.of(self.recipe.train, rows.lengths)
         self.peak_rate = peak_learning_rate(self.recipe)
-        self.optimizer: AdapterOptimizer = session.engine.share_optimizer(make_optimizer(session))
+        self.optimizer: AdapterOptimizer = setup.engine.share_optimizer(make_optimizer(setup))
         self.progress = Progress()
         self._reader = StepMetricsReader(self.world.device)
         self._stop = self._save_due = self._give_up = False
         self._saved_step = -1
         self._saved_at = self._mark = time.monotonic()
         name, count = self.world.device_name, self.world.size
-        self._utilisation = Utilisation.of(session.base_parameters, device_name=name, devices=count)
+        self._utilisation = Utilisation.of(setup.base_parameters, device_name=name, devices=count)
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint of the checkpointer's. Collective."""
@@ -110,7 +110,7 @@ class Trainer:
                 be written.
         """
         total, first = self.plan.total_steps, self.progress.step + 1
-        self.session.model.train()
+        self.setup.model.train()
         self._saved_at = self._go_on()
         self._after(self.progress.step)  # an evaluation may be due, before the first step or after
         plan = self.plan.steps(step=self.progress.step, cursor=self.progress.cursor)
@@ -118,8 +118,8 @@ class Trainer:
             self.hooks.phase("step", step)
             self._step(step, total, ids, cursor)
             if step == first:
-                self.session.check_adapters_agree()
-                self.session.engine.compute_timer.begin()  # that was waiting for others
+                self.setup.check_adapters_agree()
+                self.setup.engine.compute_timer.begin()  # that was waiting for others
             self._after(step)
         self._settle()
         self.hooks.phase("save", total)
@@ -129,12 +129,12 @@ class Trainer:
     def _go_on(self) -> float:
         """Begin to time a step, after whatever was no part of one; return the time."""
         self._mark = time.monotonic()
-        self.session.engine.compute_timer.begin()
+        self.setup.engine.compute_timer.begin()
         return self._mark
 
     def _step(self, step: int, total: int, ids: RowIds, cursor: int) -> None:
         """Train on the rows of one step and update the adapter once."""
-        engine, device = self.session.engine, self.world.device
+        engine, device = self.setup.engine, self.world.device
         groups = assign(
             ids,
             self.rows.lengths,
@@ -145,13 +145,13 @@ class Trainer:
         predictions = int(self.rows.predicted_counts[ids].sum())
         loss = torch.zeros((), dtype=torch.float32, device=device)
         for index, micro in enumerate(groups):
-            batch = self.session.pack(self.rows, micro)
+            batch = self.setup.pack(self.rows, micro)
             if device.type == "cuda":
                 batch = batch.pin_memory()
             batch = batch.to(device)
             self._seed_dropout(step, index)
-            with self.session.autocast():
-                nll_sum: torch.Tensor = self.session.model(batch).nll.sum()
+            with self.setup.autocast():
+                nll_sum: torch.Tensor = self.setup.model(batch).nll.sum()
             (nll_sum / predictions).backward()
             loss += nll_sum.detach()
         engine.compute_timer.end()
@@ -313,7 +313,7 @@ class Trainer:
                     remedy="set checkpoint.every_steps, or non_finite: skip",
                 )
             back_to = self.checkpointer.load(newest, self.optimizer)["step"]
-            self.session.engine.compute_timer.begin()
+            self.setup.engine.compute_timer.begin()
             self.write(RollbackEvent(**fields, back_to=back_to))
 
     def _settle(self) -> None:
@@ -323,7 +323,7 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         """Score the held-out rows; leaves the step unevaluated where it is asked to stop."""
         self.progress.evaluated = step
-        if self.held is None:
+        if self.eval_set is None:
             return
         self.hooks.phase("evaluation", step)
         started = time.monotonic()
@@ -334,10 +334,10 @@ class Trainer:
 
         samples: list[SampleEvent] = []
         try:
-            result, predicted = score_rows(self.session, self.held, wants_stop=wants_stop)
+            result, predicted = score_rows(self.setup, self.eval_set, wants_stop=wants_stop)
             seconds = time.monotonic() - started
             if step in (0, self.plan.total_steps):
-                sampler = Sampler(self.session, self.held)
+                sampler = Sampler(self.setup, self.eval_set)
                 samples = sampler.events(step, predicted, wants_stop=wants_stop)
         except ScoringStopped:
             self.progress.evaluated, self._stop = -1, True

@@ -13,7 +13,7 @@ from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.model.nf4 import FrozenLinear4bit, dequantize
 from peft_dist.model.source import find_base
-from peft_dist.model_setup import Session, open_session
+from peft_dist.model_setup import ModelSetup, set_up_model
 from peft_dist.trainer import Trainer
 from tests.tiny import (
     VOCABULARY,
@@ -41,33 +41,33 @@ def learned(folder: Path, architecture: str, /, **sections: Any) -> Recipe:
     return tiny_recipe(folder / architecture, path, **{"quantization": "none", **task, **sections})
 
 
-def opened(recipe: Recipe, world: World) -> tuple[Session, TokenizedRows]:
-    """Open a session and read the recipe's rows."""
+def opened(recipe: Recipe, world: World) -> tuple[ModelSetup, TokenizedRows]:
+    """Open a model setup and read the recipe's rows."""
     cache = Path(recipe.data.train).parent / "cache"
     rows = tokenize_rows(recipe, "train", cache)
-    session = open_session(recipe, world, find_base(recipe, cache), label_names=rows.label_names)
-    return session, rows
+    setup = set_up_model(recipe, world, find_base(recipe, cache), label_names=rows.label_names)
+    return setup, rows
 
 
-def trained(session: Session, rows: TokenizedRows) -> None:
+def trained(setup: ModelSetup, rows: TokenizedRows) -> None:
     """Train as the recipe says."""
-    Trainer(session, rows, None).run()
+    Trainer(setup, rows, None).run()
 
 
-def gradient(session: Session, rows: TokenizedRows) -> torch.Tensor:
+def gradient(setup: ModelSetup, rows: TokenizedRows) -> torch.Tensor:
     """Return the gradient of the loss of six rows."""
-    session.model.train()
-    session.model(session.pack(rows, torch.arange(6).numpy())).nll.sum().backward()
-    return session.engine.gradients.clone()
+    setup.model.train()
+    setup.model(setup.pack(rows, torch.arange(6).numpy())).nll.sum().backward()
+    return setup.engine.gradients.clone()
 
 
-def ours(session: Session, rows: TokenizedRows) -> tuple[torch.Tensor, torch.Tensor]:
+def ours(setup: ModelSetup, rows: TokenizedRows) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss of each target, and each row's logits at its first."""
-    session.model.eval()
-    batch = session.pack(rows, torch.arange(rows.n_rows).numpy())
+    setup.model.eval()
+    batch = setup.pack(rows, torch.arange(rows.n_rows).numpy())
     with torch.no_grad():
-        nll, logits = session.model(batch, torch.arange(VOCABULARY))
-    cap = getattr(session.model, "softcap", None)  # choices need no cap to be ranked
+        nll, logits = setup.model(batch, torch.arange(VOCABULARY))
+    cap = getattr(setup.model, "softcap", None)  # choices need no cap to be ranked
     return nll, logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -98,12 +98,12 @@ def bare(folder: Path) -> Any:
     return causal.from_pretrained(folder).eval()
 
 
-def dequantized(session: Session) -> Any:
-    """Return the released base with what the session's 4-bit layers stand for in its linears."""
-    twin = bare(Path(session.recipe.model.name))
-    for name, module in session.peft.get_base_model().named_modules():
+def dequantized(setup: ModelSetup) -> Any:
+    """Return the released base with what its 4-bit layers stand for in its linears."""
+    twin = bare(Path(setup.recipe.model.name))
+    for name, module in setup.peft.get_base_model().named_modules():
         if isinstance(module, FrozenLinear4bit):
-            whole = session.engine.whole
+            whole = setup.engine.full_tensor
             weight = dequantize(
                 whole(module.packed),
                 whole(module.absmax),
@@ -116,10 +116,10 @@ def dequantized(session: Session) -> Any:
     return twin
 
 
-def reloaded(session: Session, folder: Path, base: Any) -> PeftModel:
+def reloaded(setup: ModelSetup, folder: Path, base: Any) -> PeftModel:
     """Save the adapter and load it with plain PEFT onto a base."""
-    state = session.engine.adapter_state()
-    save_adapter(folder / "adapter", session.method, session.peft, state)
+    state = setup.engine.adapter_state()
+    save_adapter(folder / "adapter", setup.method, setup.peft, state)
     return PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
 
 

@@ -52,7 +52,7 @@ class _Snapshot:
 
 
 class Checkpointer:
-    """Takes, writes and reads the checkpoints of one session."""
+    """Takes, writes and reads the checkpoints of one model setup."""
 
     def __init__(
         self,
@@ -74,14 +74,14 @@ class Checkpointer:
             facts: What every checkpoint says besides its progress: model, rows, recipe.
             may_publish: Raises where another attempt has taken over. Asked on rank 0 only.
         """
-        self.session = saver.session
+        self.setup = saver.setup
         self.failed_in_a_row = 0
         """Checkpoints that could not be written since the last one that could."""
         self.newest_step = 0
         """Of the newest checkpoint that was written, or gone on from; rank 0 alone knows."""
         self._saver, self._folder, self._settings = saver, checkpoints, settings
         self._attempt, self._facts, self._may_publish = attempt, facts, may_publish
-        method = self.session.method
+        method = self.setup.method
         # Some methods save what their tensors amount to; these must be kept as well then.
         self._file_restores = method.of_saved(method.settings) == method.settings
         self._writer: threading.Thread | None = None
@@ -101,10 +101,10 @@ class Checkpointer:
         Raises:
             TrainingError: Where the processes do not hold the same adapter at the same place.
         """
-        session, engine = self.session, self.session.engine
+        setup, engine = self.setup, self.setup.engine
         self.wait()
         trained = engine.adapter_state()
-        saved = session.method.saved(session.peft, trained)
+        saved = setup.method.saved(setup.peft, trained)
         moments = optimizer.moments()
         checksum = zlib.crc32(engine.flat(trained).numpy().data)
         here = [progress["step"], progress["cursor"], checksum]
@@ -112,7 +112,7 @@ class Checkpointer:
             raise TrainingError(
                 f"the processes disagree at step {progress['step']}", remedy="please report this"
             )
-        if not session.world.is_main:
+        if not setup.world.is_main:
             return
         tensors = {f"exp_avg.{n}": t for n, t in engine.by_name(moments.mean).items()}
         tensors |= {f"exp_avg_sq.{n}": t for n, t in engine.by_name(moments.square).items()}
@@ -121,7 +121,7 @@ class Checkpointer:
         snapshot = _Snapshot(
             step=progress["step"],
             adapter=saved,
-            config=session.method.saved_config(session.peft),
+            config=setup.method.saved_config(setup.peft),
             optimizer=tensors,
             state={
                 "format": FORMAT,
@@ -159,7 +159,7 @@ class Checkpointer:
 
     def warning_unless_saved(self, step: int) -> str:
         """Return what is to be said of a stop whose checkpoint could not be written."""
-        if self.newest_step == step or not self.session.world.is_main:
+        if self.newest_step == step or not self.setup.world.is_main:
             return ""
         on = f"goes on after step {self.newest_step}" if self.newest_step else "begins anew"
         return f"; that could not be saved, and the run {on}"
@@ -189,7 +189,7 @@ class Checkpointer:
         """
         self.wait()
         chosen = None
-        if self.session.world.is_main:
+        if self.setup.world.is_main:
             chosen, bad = directory.newest_good(self._folder)
             for folder, why in bad:
                 aside = directory.set_aside(folder)
@@ -200,7 +200,7 @@ class Checkpointer:
         return Path(told) if told else None
 
     def load(self, folder: Path, optimizer: AdapterOptimizer) -> Facts:
-        """Put a checkpoint into the session; return where it stands. Collective.
+        """Put a checkpoint into the model setup; return where it stands. Collective.
 
         Args:
             folder: What `newest` returned.
@@ -210,9 +210,9 @@ class Checkpointer:
             What `take` was told, among other facts.
 
         Raises:
-            TrainingError: Where it holds other tensors than the session trains.
+            TrainingError: Where it holds other tensors than the model setup trains.
         """
-        session, state = self.session, read_state(folder)
+        setup, state = self.setup, read_state(folder)
         self.newest_step = state["step"]
         tensors = load_file(folder / OPTIMIZER_FILE)
         parts: dict[str, dict[str, torch.Tensor]] = {}
@@ -222,17 +222,17 @@ class Checkpointer:
         wanted = {"exp_avg", "exp_avg_sq"} | (set() if self._file_restores else {"parameter"})
         _require_same(wanted, set(parts), folder)
         for part in parts.values():
-            _require_same(set(session.adapter), set(part), folder)
+            _require_same(set(setup.adapter), set(part), folder)
         trained = parts.get("parameter")
         if trained is None:
             adapter = folder / ADAPTER_FOLDER
-            trained = load_adapter(adapter, session.method, session.peft, session.adapter)
-            session.note_base()
-        session.engine.load_adapter_state(trained)
-        flat = session.engine.flat
+            trained = load_adapter(adapter, setup.method, setup.peft, setup.adapter)
+            setup.note_base()
+        setup.engine.load_adapter_state(trained)
+        flat = setup.engine.flat
         moments = Moments(flat(parts["exp_avg"]), flat(parts["exp_avg_sq"]), state["updates"])
         optimizer.restore(moments)
-        session.check_adapters_agree()
+        setup.check_adapters_agree()
         return state
 
     def _write(self, snapshot: _Snapshot) -> None:

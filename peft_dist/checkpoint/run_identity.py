@@ -8,17 +8,19 @@ from typing import Any
 from peft_dist.config.resume_rules import differences, learning_settings, refuse_changes
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.evaluation.scoring import EvalSet
-from peft_dist.model_setup import Session
+from peft_dist.model_setup import ModelSetup
 from peft_dist.optim.lr_schedule import peak_learning_rate
 
 RNG_RULE = "dropout is seeded by (train.seed, step, global micro-batch); rows by (seed, epoch)"
 
 
-def describe_run(session: Session, rows: TokenizedRows, eval_set: EvalSet | None) -> dict[str, Any]:
+def describe_run(
+    setup: ModelSetup, rows: TokenizedRows, eval_set: EvalSet | None
+) -> dict[str, Any]:
     """Return what every checkpoint of a run says besides its progress."""
-    recipe = session.recipe
+    recipe = setup.recipe
     settings = learning_settings(recipe)
-    base = json.dumps(session.released_fingerprint, sort_keys=True).encode()
+    base = json.dumps(setup.released_fingerprint, sort_keys=True).encode()
     return {
         "recipe": settings,
         "recipe_sha256": _sha256(json.dumps(settings, sort_keys=True).encode()),
@@ -35,8 +37,8 @@ def describe_run(session: Session, rows: TokenizedRows, eval_set: EvalSet | None
             "peak_learning_rate": peak_learning_rate(recipe),
             "warmup_fraction": recipe.train.warmup_fraction,
         },
-        "world_size": session.world.size,
-        "strategy": session.strategy,
+        "world_size": setup.world.size,
+        "strategy": setup.strategy,
     }
 
 

@@ -1,4 +1,4 @@
-"""Save the adapter of a session only where it is proven to come back as it was trained.
+"""Save the adapter of a model setup only where it is proven to come back as it was trained.
 
 Trained biases that no file holds, tensors saved empty by ranks that held a shard, names that PEFT
 ignores with a warning: all of them have cost people a training. The file format is not known here.
@@ -26,7 +26,7 @@ from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.methods.virtual import SAVED
 from peft_dist.model import architectures
 from peft_dist.model.fingerprint import fingerprint_rows
-from peft_dist.model_setup import Session
+from peft_dist.model_setup import ModelSetup
 
 PROBE_ROWS = 4
 """Most training rows whose losses are compared."""
@@ -35,18 +35,18 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
 class AdapterSaver:
-    """Saves one session's adapter, again and again, and proves every copy."""
+    """Saves one model setup's adapter, again and again, and proves every copy."""
 
-    def __init__(self, session: Session, rows: TokenizedRows) -> None:
+    def __init__(self, setup: ModelSetup, rows: TokenizedRows) -> None:
         """Note where the adapter starts, so make it before training.
 
         Args:
-            session: The model.
+            setup: The model.
             rows: Training rows, of which a few are scored.
         """
-        self.session = session
-        ids = np.arange(min(PROBE_ROWS, rows.n_rows, session.recipe.train.micro_batch_size))
-        self._batch = session.pack(rows, ids).to(session.world.device)
+        self.setup = setup
+        ids = np.arange(min(PROBE_ROWS, rows.n_rows, setup.recipe.train.micro_batch_size))
+        self._batch = setup.pack(rows, ids).to(setup.world.device)
         self._start = {name: _hash(tensor) for name, tensor in self._trained().items()}
 
     def moved(self, saved: dict[str, torch.Tensor]) -> list[str]:
@@ -63,10 +63,10 @@ class AdapterSaver:
             TrainingError: On every process.
         """
         now, problem = self._trained(), None
-        if self.session.world.is_main:
+        if self.setup.world.is_main:
             try:
                 with tempfile.TemporaryDirectory(prefix="peft-dist-") as folder:
-                    config = self.session.method.saved_config(self.session.peft)
+                    config = self.setup.method.saved_config(self.setup.peft)
                     adapter_file.write_adapter(Path(folder), now, config)
                     self._checked(Path(folder), now, config)
             except (OSError, SafetensorError, PeftDistError) as error:
@@ -86,13 +86,13 @@ class AdapterSaver:
             Superseded: On rank 0.
         """
         # PEFT may run a part of the model to name what it saves, and DeepSpeed wants that of all.
-        session, now = self.session, self._trained()
-        tensors = session.method.saved(session.peft, session.engine.adapter_state())
+        setup, now = self.setup, self._trained()
+        tensors = setup.method.saved(setup.peft, setup.engine.adapter_state())
         partial, problem = None, None
         found: dict[str, torch.Tensor] = {}
-        if session.world.is_main:
+        if setup.world.is_main:
             try:
-                config = session.method.saved_config(session.peft)
+                config = setup.method.saved_config(setup.peft)
                 partial = adapter_file.write_partial(folder, tensors, config)
                 found = self._checked(partial, now, config)
             except PeftDistError as error:
@@ -115,9 +115,9 @@ class AdapterSaver:
 
     def _trained(self) -> dict[str, torch.Tensor]:
         """Return what the file must hold, from the model itself. Collective."""
-        session = self.session
-        live = {name: parameter.detach().cpu() for name, parameter in session.adapter.items()}
-        return session.method.saved(session.peft, live)
+        setup = self.setup
+        live = {name: parameter.detach().cpu() for name, parameter in setup.adapter.items()}
+        return setup.method.saved(setup.peft, live)
 
     def _checked(
         self, folder: Path, now: dict[str, torch.Tensor], config: PeftConfig
@@ -129,8 +129,8 @@ class AdapterSaver:
 
     def _bare(self) -> PreTrainedModel:
         return architectures.build_skeleton(
-            copy.deepcopy(architectures.bare_model(self.session.peft).config),
-            task=self.session.recipe.model.task,
+            copy.deepcopy(architectures.bare_model(self.setup.peft).config),
+            task=self.setup.recipe.model.task,
             dtype=torch.float32,
             attention="eager",
         )
@@ -144,15 +144,15 @@ class AdapterSaver:
         """
         sizes = [shape.numel() for shape in shapes.values()]
         flat = torch.empty(sum(sizes))
-        if self.session.world.is_main:
+        if self.setup.world.is_main:
             flat = torch.cat([found[name].reshape(-1) for name in shapes])
-        flat = flat.to(self.session.world.device)
+        flat = flat.to(self.setup.world.device)
         torch_dist.broadcast(flat, src=0)
         parts = zip(shapes.items(), flat.cpu().split(sizes), strict=True)
         before = self._probe()
         with self._reloaded({name: part.view(shape) for (name, shape), part in parts}):
             after = self._probe()
-        allowed = TOLERANCE[self.session.compute_dtype]
+        allowed = TOLERANCE[self.setup.compute_dtype]
         equal = torch.allclose(after, before, atol=allowed, rtol=allowed)
         if not all(gather_objects(equal)):
             raise adapter_file.unsafe(
@@ -163,12 +163,12 @@ class AdapterSaver:
     @contextmanager
     def _reloaded(self, found: dict[str, torch.Tensor]) -> Iterator[None]:
         """Let an adapter file's tensors stand in the model for a while."""
-        method, engine, peft = self.session.method, self.session.engine, self.session.peft
+        method, engine, peft = self.setup.method, self.setup.engine, self.setup.peft
         if method.of_saved(method.settings) != method.settings:
             # The network that makes a prefix is not saved: what it gave stands in its place.
             encoders, adapter = peft.prompt_encoder, peft.active_adapter
             trained = encoders[adapter]
-            given = found[SAVED].to(self.session.world.device)
+            given = found[SAVED].to(self.setup.world.device)
             encoders[adapter] = nn.Embedding.from_pretrained(given)
             try:
                 yield
@@ -176,7 +176,7 @@ class AdapterSaver:
                 encoders[adapter] = trained
             return
         state = engine.adapter_state()
-        engine.load_adapter_state(method.restored(peft, found, self.session.adapter))
+        engine.load_adapter_state(method.restored(peft, found, self.setup.adapter))
         try:
             yield
         finally:
@@ -184,11 +184,11 @@ class AdapterSaver:
 
     def _probe(self) -> torch.Tensor:
         """Return the loss of every target of the probe rows, float32 [N]. Collective."""
-        model = self.session.model
+        model = self.setup.model
         was_training = model.training
         model.eval()
         try:
-            with torch.no_grad(), self.session.autocast():
+            with torch.no_grad(), self.setup.autocast():
                 nll: torch.Tensor = model(self._batch).nll
         finally:
             model.train(was_training)

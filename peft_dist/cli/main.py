@@ -216,10 +216,10 @@ def _start(
 def _validate(arguments: argparse.Namespace) -> int:
     from peft_dist.config import load_recipe
     from peft_dist.config.batch_shape import batch_shape
-    from peft_dist.launch.placement import place, this_machine
+    from peft_dist.launch.placement import plan_processes, this_machine
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    placement = place(recipe, this_machine())
+    placement = plan_processes(recipe, this_machine())
     print(f"{arguments.recipe}: valid")
     print(f"  processes: {placement.processes} ({placement.strategy})")
     shape = batch_shape(recipe, placement.processes)
@@ -249,13 +249,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from peft_dist.config import load_recipe
     from peft_dist.launch.command import launch_environment, worker_command
     from peft_dist.launch.here import run_here
-    from peft_dist.launch.placement import place, this_machine
+    from peft_dist.launch.placement import plan_processes, this_machine
     from peft_dist.run.directory import RunDir
 
     run = RunDir.open(arguments.run_dir)
     processes = [] if arguments.nproc is None else [f"parallel.processes={arguments.nproc}"]
     recipe = load_recipe(run.recipe, [*arguments.overrides, *processes])
-    placement = place(recipe, this_machine())
+    placement = plan_processes(recipe, this_machine())
     _require_training_packages(placement.strategy)
     command = worker_command(placement, "score.py", [str(run.path), *arguments.overrides])
     run.evaluation_log.unlink(missing_ok=True)

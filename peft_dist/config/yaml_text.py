@@ -62,12 +62,12 @@ def parse_yaml(text: str, *, where: str) -> Any:
 
 def _syntax_error(error: MarkedYAMLError, where: str) -> RecipeError:
     mark = error.problem_mark or error.context_mark
-    place = f"{where}:{mark.line + 1}" if mark is not None else where
+    location = f"{where}:{mark.line + 1}" if mark is not None else where
     problem = error.problem or error.context or "cannot be parsed"
     remedy = "quote text that holds any of : { } [ ] , & * # ? | > @ ` or starts with a dash"
     if "\\t" in problem or "'\t'" in problem:
         remedy = "indent with spaces, not tabs"
-    return RecipeError(f"is not YAML: {problem}", where=place, remedy=remedy)
+    return RecipeError(f"is not YAML: {problem}", where=location, remedy=remedy)
 
 
 class _Builder:
@@ -129,8 +129,8 @@ class _Builder:
         raise self.error(node, f"the tag {_short(node.tag)} is not read", "remove it")
 
     def error(self, node: Node, problem: str, remedy: str) -> RecipeError:
-        place = f"{self.where}:{node.start_mark.line + 1}"
-        return RecipeError(problem, where=place, remedy=remedy)
+        location = f"{self.where}:{node.start_mark.line + 1}"
+        return RecipeError(problem, where=location, remedy=remedy)
 
 
 def _short(tag: str | None) -> str:

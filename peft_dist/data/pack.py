@@ -45,7 +45,7 @@ class Batch:
     row_bounds: Tensor | None
     """int32 [rows + 1] where each packed row begins, and the end; None when padded."""
     virtual_positions: Tensor | None = None
-    """int64 [rows * P] flat index into [B * T] of the places that learned embeddings take, row by
+    """int64 [rows * P] flat index into [B * T] of the positions of learned embeddings, row by
     row, in front of its tokens; None where there are none."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
@@ -119,16 +119,16 @@ def pack(
     if not n_rows:
         lengths = np.minimum(lengths, DUMMY_TOKENS)
 
-    # one entry per token: its row in the micro-batch, place in its tokens, and place in the data
+    # one entry per token: its row in the micro-batch, offset in its tokens, and index in the data
     row = np.repeat(np.arange(len(at)), lengths)
-    place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    source = begins[row] + place
+    offset = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    source = begins[row] + offset
     tokens = rows.tokens[source].astype(np.int64)
 
-    taken = lengths + virtual_tokens  # places of each row
+    taken = lengths + virtual_tokens  # positions of each row
     shape = (1, int(taken.sum())) if packing else (len(at), int(taken.max()))
     first = np.cumsum(taken) - taken if packing else np.arange(len(at)) * shape[1]
-    flat = first[row] + virtual_tokens + place
+    flat = first[row] + virtual_tokens + offset
     virtual = (first[:, None] + np.arange(virtual_tokens)).reshape(-1)
     padding = rows.pad_id if pad_id is None else pad_id
     input_ids = np.full(shape[0] * shape[1], padding, dtype=np.int64)
@@ -147,7 +147,7 @@ def pack(
         targets, target_rows = rows.class_ids[at].astype(np.int64), np.arange(n_rows)
     else:
         # the first token of a row has no token before it that could predict it
-        predicted = np.flatnonzero(rows.trained[source] & (place > 0))
+        predicted = np.flatnonzero(rows.trained[source] & (offset > 0))
         label_positions = flat[predicted] - 1
         targets, target_rows = tokens[predicted], row[predicted]
     return Batch(

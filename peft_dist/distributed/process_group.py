@@ -10,7 +10,7 @@ def start(world: World, store: torch_dist.Store | None = None) -> None:
     """Start the process group, of one process too, so that every engine has its collectives.
 
     Args:
-        world: This process's place.
+        world: Rank and size of this process's world.
         store: What `meet` returned. Default: meet now.
     """
     if torch_dist.is_initialized():

@@ -54,7 +54,7 @@ def env_int(name: str, default: int) -> int:
 
 
 def read_world() -> World:
-    """Read this process's place from the environment; one process without a launcher is a world.
+    """Read rank and world size from the environment; one process without a launcher is a world.
 
     Raises:
         LaunchError: For numbers that contradict each other, or more processes than GPUs.

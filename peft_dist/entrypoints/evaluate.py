@@ -17,10 +17,10 @@ from peft_dist.config.recipe import Parallel
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import read_world
-from peft_dist.evaluation.scoring import held_out, score
+from peft_dist.evaluation.scoring import make_eval_set, score
 from peft_dist.methods import METHODS
 from peft_dist.model.source import find_base
-from peft_dist.model_setup import open_session
+from peft_dist.model_setup import set_up_model
 from peft_dist.run.directory import RunDir, write_text_atomic
 from peft_dist.worker.process import run_worker
 
@@ -51,14 +51,14 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
     cache = paths.cache_dir()
     rows = tokenize_rows(recipe, "eval", cache / "rows")
-    held = held_out(recipe, rows)
+    eval_set = make_eval_set(recipe, rows)
     source = find_base(recipe, cache)
     process_group.start(world)
-    session = open_session(recipe, world, source, label_names=rows.label_names)
-    session.check_lengths(held.rows)
-    state = adapter_file.load_adapter(run.adapter, session.method, session.peft, session.adapter)
-    session.engine.load_adapter_state(state)
-    result = score(session, held)
+    setup = set_up_model(recipe, world, source, label_names=rows.label_names)
+    setup.check_lengths(eval_set.rows)
+    state = adapter_file.load_adapter(run.adapter, setup.method, setup.peft, setup.adapter)
+    setup.engine.load_adapter_state(state)
+    result = score(setup, eval_set)
     if world.is_main:
         text = json.dumps(asdict(result), indent=2)
         write_text_atomic(run.evaluation, text + "\n")

@@ -48,10 +48,10 @@ def _quantize(options: argparse.Namespace, world: World) -> None:
         )
     plan = base.plan_base(skeleton, files, quantization="nf4")
     cache_dir = paths.cache_dir()
-    place = cache.entry_folder(cache_dir, files)
+    folder_of_entry = cache.entry_folder(cache_dir, files)
     process_group.start(world)
     shard = Shard(world.rank, world.size)
-    entry = cache.fill_through_cache({}, plan, files, shard, world=world, entry=place)
+    entry = cache.fill_through_cache({}, plan, files, shard, world=world, entry=folder_of_entry)
     if entry is None:
         raise ModelError(
             "the packed base could not be written",

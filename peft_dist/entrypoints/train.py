@@ -19,7 +19,7 @@ from peft_dist.config import Recipe, load_recipe
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_run, is_machine_start, read_history
 from peft_dist.run.lease import Attempt, end_for, refuse_if_held
-from peft_dist.run.restart_policy import History, Kind, Limits, decide, decide_by_attempts
+from peft_dist.run.restart_policy import History, Kind, RestartLimits, decide, decide_by_attempts
 from peft_dist.worker import signals
 from peft_dist.worker.process import FIX_FIRST, WorkerContext, run_worker
 
@@ -75,7 +75,7 @@ def _exit_code_before_start(options: argparse.Namespace) -> int | None:
     if ending is None:
         return None
     # How often it has crashed is for the one rank to judge that takes the run.
-    decision = decide(History(), ending, Limits(after_signal=not _is_restart()))
+    decision = decide(History(), ending, RestartLimits(after_signal=not _is_restart()))
     if decision.again:
         return None
     if ending.kind is Kind.DONE:
@@ -89,7 +89,7 @@ def _exit_code_before_start(options: argparse.Namespace) -> int | None:
 def _train(
     options: argparse.Namespace, context: WorkerContext, stop_requests: signals.StopRequests
 ) -> None:
-    zero_s = time.monotonic() - process_age_s()
+    started_s = time.monotonic() - process_age_s()
     context.run_dir = _run_of(options)[0]
     stop_requests.on_setup_stop = context.stopped_in_setup
     recipe = load_recipe(_recipe_of(options), options.overrides)
@@ -106,7 +106,7 @@ def _train(
         context,
         stop_requests,
         logs=context.run_dir.logs,
-        zero_s=zero_s,
+        started_s=started_s,
         allow_changed=options.allow_changed,
     )
 

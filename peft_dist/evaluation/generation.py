@@ -19,7 +19,7 @@ from peft_dist.distributed.collectives import any_of, first_of_all
 from peft_dist.evaluation.scoring import EvalSet, ScoringStopped
 from peft_dist.ledger.events import SampleEvent
 from peft_dist.model.loss import ALL_TOKENS, Losses
-from peft_dist.model_setup import Session
+from peft_dist.model_setup import ModelSetup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,11 +35,11 @@ Ids = NDArray[np.int32]
 class Sampler:
     """The rows that are shown of a run's held-out ones, and how their answers are found."""
 
-    def __init__(self, session: Session, held: EvalSet) -> None:
+    def __init__(self, setup: ModelSetup, eval_set: EvalSet) -> None:
         """Choose the rows: evenly spaced, for neighbours are often of one kind."""
-        self._session, self._held = session, held
-        count = min(session.recipe.evaluate.samples, held.rows.n_rows)
-        self.rows = np.unique(np.linspace(0, held.rows.n_rows - 1, count).astype(np.int64))
+        self._session, self._held = setup, eval_set
+        count = min(setup.recipe.evaluate.samples, eval_set.rows.n_rows)
+        self.rows = np.unique(np.linspace(0, eval_set.rows.n_rows - 1, count).astype(np.int64))
 
     def events(
         self,
@@ -67,9 +67,9 @@ class Sampler:
             return []
         names = self._session.recipe.evaluate.choices or self._held.rows.label_names
         events = []
-        for place, (row, (prompt, expected)) in enumerate(zip(self.rows, pairs, strict=True)):
+        for index, (row, (prompt, expected)) in enumerate(zip(self.rows, pairs, strict=True)):
             if predicted is None:
-                texts = self._text(expected), self._text(answers[place])
+                texts = self._text(expected), self._text(answers[index])
             else:
                 assert self._held.truth is not None
                 texts = names[self._held.truth[row]], names[predicted[row]]
@@ -88,14 +88,14 @@ class Sampler:
         self, prompts: Sequence[Ids], wants_stop: Callable[[], bool] | None
     ) -> list[list[int]]:
         """Return what the model writes after each prompt, without a special token at its end."""
-        session = self._session
+        setup = self._session
         answers: list[list[int]] = [[] for _ in prompts]
-        was_training = session.model.training
-        session.model.eval()
+        was_training = setup.model.training
+        setup.model.eval()
         try:
-            with torch.no_grad(), session.autocast():
-                for _ in range(session.recipe.evaluate.sample_tokens):
-                    if wants_stop is not None and any_of(wants_stop(), session.world.device):
+            with torch.no_grad(), setup.autocast():
+                for _ in range(setup.recipe.evaluate.sample_tokens):
+                    if wants_stop is not None and any_of(wants_stop(), setup.world.device):
                         raise ScoringStopped
                     found = self._next_tokens(prompts, answers)
                     if all(token == ENDED for token in found):
@@ -104,12 +104,12 @@ class Sampler:
                         # A row that has ended stays: without it the others' batch would change.
                         answer.append(token)
         finally:
-            session.model.train(was_training)
+            setup.model.train(was_training)
         return [[token for token in answer if token != ENDED] for answer in answers]
 
     def _next_tokens(self, prompts: Sequence[Ids], answers: Sequence[list[int]]) -> list[int]:
         """Return each row's likeliest next token as rank 0 finds it, or `ENDED`. Collective."""
-        session, rows = self._session, self._held.rows
+        setup, rows = self._session, self._held.rows
         written = [
             np.concatenate([prompt, np.array([t for t in answer if t != ENDED], dtype=np.int32)])
             for prompt, answer in zip(prompts, answers, strict=True)
@@ -125,16 +125,16 @@ class Sampler:
             trained=trained,
             offsets=np.concatenate([[0], ends]).astype(np.int64),
         )
-        batch = session.pack(asked, np.arange(len(tokens))).to(session.world.device)
-        losses: Losses = session.model(batch, ALL_TOKENS)
+        batch = setup.pack(asked, np.arange(len(tokens))).to(setup.world.device)
+        losses: Losses = setup.model(batch, ALL_TOKENS)
         assert losses.choice_logits is not None
         likeliest = losses.choice_logits.argmax(dim=1)
-        if session.world.is_main:
-            for place, (answer, row) in enumerate(zip(answers, tokens, strict=True)):
-                full = session.places is not None and len(row) >= session.places
-                over = full or ENDED in answer[-1:] or int(likeliest[place]) in self._special
+        if setup.world.is_main:
+            for index, (answer, row) in enumerate(zip(answers, tokens, strict=True)):
+                full = setup.max_positions is not None and len(row) >= setup.max_positions
+                over = full or ENDED in answer[-1:] or int(likeliest[index]) in self._special
                 if over:
-                    likeliest[place] = ENDED
+                    likeliest[index] = ENDED
         # What other kinds of GPU find likeliest may differ, and then they would part ways.
         return first_of_all(likeliest).tolist()
 

@@ -1,4 +1,4 @@
-"""Held-out loss and accuracy of a session's model, shared out over all processes.
+"""Held-out loss and accuracy of a model setup's model, shared out over all processes.
 
 Changes no weight and no gradient; knows no schedule.
 """
@@ -18,7 +18,7 @@ from peft_dist.data.pack import Batch
 from peft_dist.data.tokenize import TokenizedRows, encode_completions
 from peft_dist.distributed.collectives import any_of, sum_over
 from peft_dist.model.loss import Losses
-from peft_dist.model_setup import Session
+from peft_dist.model_setup import ModelSetup
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class EvalSet:
         return all(len(choice) == 1 for choice in self.choices)
 
 
-def held_out(recipe: Recipe, rows: TokenizedRows) -> EvalSet:
+def make_eval_set(recipe: Recipe, rows: TokenizedRows) -> EvalSet:
     """Take the first `evaluate.max_rows` rows and find which choice each one is.
 
     Raises:
@@ -105,97 +105,97 @@ class ScoringStopped(Exception):
 
 
 def score(
-    session: Session, held: EvalSet, *, wants_stop: Callable[[], bool] | None = None
+    setup: ModelSetup, eval_set: EvalSet, *, wants_stop: Callable[[], bool] | None = None
 ) -> Score:
     """Score the rows; see `score_rows`."""
-    return score_rows(session, held, wants_stop=wants_stop).score
+    return score_rows(setup, eval_set, wants_stop=wants_stop).score
 
 
 def score_rows(
-    session: Session, held: EvalSet, *, wants_stop: Callable[[], bool] | None = None
+    setup: ModelSetup, eval_set: EvalSet, *, wants_stop: Callable[[], bool] | None = None
 ) -> Scoring:
     """Score the rows, and say what was predicted for each. Collective.
 
     Args:
-        session: The model.
-        held: The rows.
+        setup: The model.
+        eval_set: The rows.
         wants_stop: Asked before every micro-batch; may differ from process to process.
 
     Raises:
         ScoringStopped: On every process, where it said yes on any.
     """
-    was_training = session.model.training
-    session.model.eval()
+    was_training = setup.model.training
+    setup.model.eval()
     try:
-        with torch.no_grad(), session.autocast():
-            return _score(session, held, wants_stop)
+        with torch.no_grad(), setup.autocast():
+            return _score(setup, eval_set, wants_stop)
     finally:
-        session.model.train(was_training)
+        setup.model.train(was_training)
 
 
-def _score(session: Session, held: EvalSet, wants_stop: Callable[[], bool] | None) -> Scoring:
-    device = session.world.device
-    choices = held.choices if held.single_token else ()
+def _score(setup: ModelSetup, eval_set: EvalSet, wants_stop: Callable[[], bool] | None) -> Scoring:
+    device = setup.world.device
+    choices = eval_set.choices if eval_set.single_token else ()
     choice_ids = torch.tensor(np.concatenate(choices), device=device) if choices else None
     total = torch.zeros(1, dtype=torch.float64, device=device)
-    predicted = torch.zeros(held.rows.n_rows, dtype=torch.int64, device=device)
-    for ids, batch in _batches(session, held.rows, wants_stop):
-        losses: Losses = session.model(batch, choice_ids)
+    predicted = torch.zeros(eval_set.rows.n_rows, dtype=torch.int64, device=device)
+    for ids, batch in _batches(setup, eval_set.rows, wants_stop):
+        losses: Losses = setup.model(batch, choice_ids)
         if not len(ids):
             continue
         total += losses.nll.sum()
         if losses.choice_logits is not None:
             predicted[torch.from_numpy(ids).to(device)] = losses.choice_logits.argmax(dim=1)
-    loss = sum_over(total).item() / int(held.rows.predicted_counts.sum())
-    if held.truth is None:
-        return Scoring(Score(loss, None, held.rows.n_rows), None)
-    if held.choices and not held.single_token:
-        best = _likeliest(session, held, wants_stop)
+    loss = sum_over(total).item() / int(eval_set.rows.predicted_counts.sum())
+    if eval_set.truth is None:
+        return Scoring(Score(loss, None, eval_set.rows.n_rows), None)
+    if eval_set.choices and not eval_set.single_token:
+        best = _likeliest(setup, eval_set, wants_stop)
     else:
         best = sum_over(predicted)  # every row is one process's
     found = best.cpu().numpy()
-    accuracy = float((found == held.truth).mean())
-    return Scoring(Score(loss, accuracy, held.rows.n_rows), found)
+    accuracy = float((found == eval_set.truth).mean())
+    return Scoring(Score(loss, accuracy, eval_set.rows.n_rows), found)
 
 
 def _batches(
-    session: Session, rows: TokenizedRows, wants_stop: Callable[[], bool] | None
+    setup: ModelSetup, rows: TokenizedRows, wants_stop: Callable[[], bool] | None
 ) -> Iterator[tuple[RowIds, Batch]]:
     groups = assign(
         np.arange(rows.n_rows),
         rows.lengths,
-        world_size=session.world.size,
-        micro_batch_size=session.recipe.evaluate.micro_batch_size,
+        world_size=setup.world.size,
+        micro_batch_size=setup.recipe.evaluate.micro_batch_size,
     )
-    for ids in groups[session.world.rank]:
-        if wants_stop is not None and any_of(wants_stop(), session.world.device):
+    for ids in groups[setup.world.rank]:
+        if wants_stop is not None and any_of(wants_stop(), setup.world.device):
             raise ScoringStopped
-        yield ids, session.pack(rows, ids).to(session.world.device)
+        yield ids, setup.pack(rows, ids).to(setup.world.device)
 
 
 def _likeliest(
-    session: Session, held: EvalSet, wants_stop: Callable[[], bool] | None
+    setup: ModelSetup, eval_set: EvalSet, wants_stop: Callable[[], bool] | None
 ) -> torch.Tensor:
     """Return the likeliest choice of each row, each choice scored as a row."""
-    crossed = _every_choice(held)
-    scores = torch.zeros(crossed.n_rows, dtype=torch.float64, device=session.world.device)
-    for ids, batch in _batches(session, crossed, wants_stop):
-        losses: Losses = session.model(batch)
+    crossed = _every_choice(eval_set)
+    scores = torch.zeros(crossed.n_rows, dtype=torch.float64, device=setup.world.device)
+    for ids, batch in _batches(setup, crossed, wants_stop):
+        losses: Losses = setup.model(batch)
         if len(ids):
             rows = torch.from_numpy(ids).to(scores.device)[batch.target_rows]
             scores.index_add_(0, rows, -losses.nll.double())
-    return sum_over(scores).reshape(held.rows.n_rows, len(held.choices)).argmax(dim=1)
+    return sum_over(scores).reshape(eval_set.rows.n_rows, len(eval_set.choices)).argmax(dim=1)
 
 
-def _every_choice(held: EvalSet) -> TokenizedRows:
+def _every_choice(eval_set: EvalSet) -> TokenizedRows:
     """Return rows x choices rows: each prompt with each choice, the choice alone trained."""
-    rows = held.rows
+    rows = eval_set.rows
     tokens: list[NDArray[np.int32]] = []
     trained: list[NDArray[np.bool_]] = []
     for row in range(rows.n_rows):
         part = slice(rows.offsets[row], rows.offsets[row + 1])
         prompt = rows.tokens[part][: int(np.argmax(rows.trained[part]))]
-        for choice in held.choices:
+        for choice in eval_set.choices:
             tokens.append(np.concatenate([prompt, choice]))
             trained.append(np.arange(len(tokens[-1])) >= len(prompt))
     offsets = np.cumsum([0, *(len(t) for t in tokens)], dtype=np.int64)

@@ -23,11 +23,11 @@ from peft_dist.common.errors import (
 from peft_dist.config import Recipe
 from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.local import run_launcher
-from peft_dist.launch.placement import place, this_machine
+from peft_dist.launch.placement import plan_processes, this_machine
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_launch, mark_launch
 from peft_dist.run.lease import end_for, refuse_if_held
-from peft_dist.run.restart_policy import Ending, History, Kind, Limits, decide
+from peft_dist.run.restart_policy import Ending, History, Kind, RestartLimits, decide
 
 LOG_TAIL_LINES = 15
 """Lines of the launcher's log shown after an end that nobody foresaw."""
@@ -37,7 +37,7 @@ LEAST_FREE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
-class Start:
+class LocalLaunch:
     """A training that is ready to be started on this machine."""
 
     recipe: Recipe
@@ -49,13 +49,13 @@ class Start:
     allow_changed: Collection[str]
 
 
-def prepare(recipe: Recipe, folder: Path, *, allow_changed: Collection[str] = ()) -> Start:
+def prepare(recipe: Recipe, folder: Path, *, allow_changed: Collection[str] = ()) -> LocalLaunch:
     """Work out what starts a recipe here; make and start nothing.
 
     Raises:
         LaunchError: For more processes than GPUs, or processes that shards do not divide.
     """
-    placement = place(recipe, this_machine())
+    placement = plan_processes(recipe, this_machine())
     run = RunDir(folder.absolute())
     changed = [word for field in allow_changed for word in ("--allow-changed", field)]
     command = worker_command(
@@ -65,10 +65,10 @@ def prepare(recipe: Recipe, folder: Path, *, allow_changed: Collection[str] = ()
         max_restarts=recipe.parallel.max_restarts,
     )
     environment = launch_environment(placement, environ)
-    return Start(recipe, run, placement.strategy, command, environment, allow_changed)
+    return LocalLaunch(recipe, run, placement.strategy, command, environment, allow_changed)
 
 
-def train_here(start: Start, *, fresh: bool = False) -> int:
+def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
     """Train to the end, or go on with what is there; return the exit code.
 
     Args:
@@ -98,7 +98,7 @@ def train_here(start: Start, *, fresh: bool = False) -> int:
         otherwise=Ending(Kind.CRASHED, f"a worker failed; see {log}"),
     )
     # Only torchrun starts again here; a person reads what would come of another start.
-    decision = decide(History(run.newest_step()), ending, Limits())
+    decision = decide(History(run.newest_step()), ending, RestartLimits())
     if not decision.again:
         return EXIT_DONE if ending.kind is Kind.DONE else fail(decision.reason, decision.exit_code)
     go_on = f"`peft-dist resume {run.path}` goes on after step {run.newest_step()}"

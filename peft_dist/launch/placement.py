@@ -65,7 +65,9 @@ def this_machine(
     return Machine(gpus=_visible_gpus(environ, device_folder), cores=_cores())
 
 
-def place(recipe: Recipe, machine: Machine, nodes: int = 1, *, per_node: int = 0) -> Placement:
+def plan_processes(
+    recipe: Recipe, machine: Machine, nodes: int = 1, *, per_node: int = 0
+) -> Placement:
     """Place a recipe's processes on machines that are alike.
 
     Args:

@@ -6,7 +6,7 @@ from peft_dist.methods.any_peft import AnyPeftMethod
 from peft_dist.methods.bitfit import BitFitMethod
 from peft_dist.methods.bottleneck import BottleneckMethod
 from peft_dist.methods.lora import LoraMethod
-from peft_dist.methods.method import Method, Start
+from peft_dist.methods.method import BaseAccess, Method
 from peft_dist.methods.prefix import PrefixMethod
 from peft_dist.methods.prompt import PromptMethod
 
@@ -19,4 +19,4 @@ METHODS: dict[str, type[Method[Any]]] = {
     "prompt": PromptMethod,
 }
 
-__all__ = ["METHODS", "Method", "Start"]
+__all__ = ["METHODS", "Method", "BaseAccess"]

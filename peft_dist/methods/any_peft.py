@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from peft_dist.common.errors import RecipeError, nearest
 from peft_dist.config.method import AnyPeft
 from peft_dist.methods.init import assign, generator_for
-from peft_dist.methods.method import TASKS, Method, Start, base_name_in, saved_names
+from peft_dist.methods.method import TASKS, BaseAccess, Method, base_name_in, saved_names
 from peft_dist.model.nf4 import FrozenLinear4bit
 
 OWN = {
@@ -62,7 +62,7 @@ class AnyPeftMethod(Method[AnyPeft]):
             raise self._refusal(f"cannot be saved by what it trains ({error})") from None
         return peft
 
-    def initialise(self, peft: PeftModel, start: Start) -> None:
+    def initialise(self, peft: PeftModel, start: BaseAccess) -> None:
         """Write what PEFT made; copies of the base's own tensors hold those already."""
         parameters = dict(peft.named_parameters())
         frozen = {base_name_in(peft, n) for n, p in parameters.items() if not p.requires_grad}

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_dist.common.errors import RecipeError, nearest
 from peft_dist.config.method import BitFit
 from peft_dist.methods.init import assign
-from peft_dist.methods.method import TASKS, Method, Start, inject
+from peft_dist.methods.method import TASKS, BaseAccess, Method, inject
 from peft_dist.methods.register import register
 from peft_dist.methods.tuner import PlacedTuner
 from peft_dist.model.architectures import transformer_blocks
@@ -126,7 +126,7 @@ def find_places(model: PreTrainedModel, targets: str | list[str], *, add_bias: b
             if isinstance(layer, (*_LINEAR, nn.LayerNorm)) and not name.endswith(".base_layer"):
                 trainable = layer.bias is not None or (add_bias and isinstance(layer, _LINEAR))
                 looked_at.setdefault(name, []).append((f"{block_name}.{name}", trainable))
-    places: set[str] = set()
+    biased: set[str] = set()
     for target in (None,) if isinstance(targets, str) else targets:
         names = [name for name in looked_at if target is None or f".{target}." in f".{name}."]
         if target is not None and not names:
@@ -143,8 +143,8 @@ def find_places(model: PreTrainedModel, targets: str | list[str], *, add_bias: b
                 where="method",
                 remedy="set method.add_bias: true, which gives the linears one of zeros",
             )
-        places |= chosen
-    return places
+        biased |= chosen
+    return biased
 
 
 class BitFitMethod(Method[BitFit]):
@@ -162,7 +162,7 @@ class BitFitMethod(Method[BitFit]):
         )
         return inject(model, config, base_name=base_name)
 
-    def initialise(self, peft: PeftModel, start: Start) -> None:
+    def initialise(self, peft: PeftModel, start: BaseAccess) -> None:
         """Fill every change with zeros."""
         for module in peft.modules():
             if isinstance(module, BitFitLayer):

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_dist.common.errors import RecipeError
 from peft_dist.config.method import Bottleneck
 from peft_dist.methods.init import assign, generator_for
-from peft_dist.methods.method import TASKS, Method, Start, inject
+from peft_dist.methods.method import TASKS, BaseAccess, Method, inject
 from peft_dist.methods.register import register
 from peft_dist.methods.tuner import PlacedTuner
 from peft_dist.model.architectures import transformer_blocks
@@ -222,18 +222,18 @@ def find_places(model: PreTrainedModel, placement: str) -> dict[str, str | None]
     Raises:
         RecipeError: For a block without parts of the known names.
     """
-    places: dict[str, str | None] = {}
+    wrapped: dict[str, str | None] = {}
     for block_name, block in transformer_blocks(model).items():
         inside = {name for name, _ in block.named_modules()}
         if placement == "houlsby":
             attention = _present(ATTENTION_OUTPUTS, inside, block_name, "attention output")
-            places[f"{block_name}.{attention}"] = None
+            wrapped[f"{block_name}.{attention}"] = None
         last = _present(tuple(FEED_FORWARDS), inside, block_name, "feed-forward output")
         first = None
         if placement == "parallel":
             first = _present(FEED_FORWARDS[last], inside, block_name, "feed-forward input")
-        places[f"{block_name}.{last}"] = first and f"{block_name}.{first}"
-    return places
+        wrapped[f"{block_name}.{last}"] = first and f"{block_name}.{first}"
+    return wrapped
 
 
 def _present(names: tuple[str, ...], inside: set[str], block_name: str, what: str) -> str:
@@ -266,7 +266,7 @@ class BottleneckMethod(Method[Bottleneck]):
         )
         return inject(model, config, base_name=base_name)
 
-    def initialise(self, peft: PeftModel, start: Start) -> None:
+    def initialise(self, peft: PeftModel, start: BaseAccess) -> None:
         """Fill every adapter from the seed and its name; see `BottleneckLayer.start`."""
         for module_name, module in peft.named_modules():
             if isinstance(module, BottleneckLayer):

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_dist.common.errors import RecipeError, nearest
 from peft_dist.config.method import Lora
 from peft_dist.methods.init import assign, generator_for
-from peft_dist.methods.method import TASKS, Method, Start, inject
+from peft_dist.methods.method import TASKS, BaseAccess, Method, inject
 from peft_dist.model.architectures import transformer_blocks
 from peft_dist.model.nf4 import FrozenLinear4bit, dequantize
 
@@ -62,7 +62,7 @@ class LoraMethod(Method[Lora]):
         self.changes_base = settings.init == "pissa"
         self._taken_out: dict[str, torch.Tensor] = {}
         """What PiSSA moved from the base into A and B, by their names; on the CPU."""
-        self._start: Start | None = None
+        self._start: BaseAccess | None = None
         """What it did so with; it does it again for an adapter that was started elsewhere."""
 
     def attach(
@@ -108,7 +108,7 @@ class LoraMethod(Method[Lora]):
                 module.cast_input_dtype_enabled = False
         return peft
 
-    def initialise(self, peft: PeftModel, start: Start) -> None:
+    def initialise(self, peft: PeftModel, start: BaseAccess) -> None:
         """Fill every adapter parameter from the seed and its name.
 
         The first output is the base's, whichever start was chosen. DoRA magnitudes are the row
@@ -150,7 +150,7 @@ class LoraMethod(Method[Lora]):
         return a, b
 
     def _principal_part(
-        self, name: str, module: LoraLayer, adapter: str, start: Start
+        self, name: str, module: LoraLayer, adapter: str, start: BaseAccess
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the largest singular directions of the base as A and B.
 
@@ -169,7 +169,7 @@ class LoraMethod(Method[Lora]):
         name: str,
         module: LoraLayer,
         adapter: str,
-        start: Start,
+        start: BaseAccess,
         a: torch.Tensor,
         b: torch.Tensor,
     ) -> None:
@@ -179,7 +179,9 @@ class LoraMethod(Method[Lora]):
         # One product and one difference at a time: how a matrix product rounds depends on threads.
         for column, row in zip((b * module.scaling[adapter]).t(), a, strict=True):
             rest -= column[:, None] * row
-        start.put(layer.get_parameter("weight"), rest.t() if isinstance(layer, Conv1D) else rest)
+        start.copy_into(
+            layer.get_parameter("weight"), rest.t() if isinstance(layer, Conv1D) else rest
+        )
         self._taken_out[f"{name}.lora_A.{adapter}.weight"] = a.cpu()
         self._taken_out[f"{name}.lora_B.{adapter}.weight"] = b.cpu()
 
@@ -264,23 +266,23 @@ def linear_targets(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> lis
     return sorted(wanted)
 
 
-def _weight(module: LoraLayer, start: Start) -> torch.Tensor:
+def _weight(module: LoraLayer, start: BaseAccess) -> torch.Tensor:
     """Return a linear's weight [out, in], float32. Collective where the layer is sharded."""
     layer = module.get_base_layer()
-    stored = start.whole(layer.get_parameter("weight"))
+    stored = start.full_tensor(layer.get_parameter("weight"))
     return (stored.t() if isinstance(layer, Conv1D) else stored).float()
 
 
-def _row_norms(layer: nn.Module, start: Start) -> torch.Tensor:
+def _row_norms(layer: nn.Module, start: BaseAccess) -> torch.Tensor:
     """Return the norm of every weight row. Collective where the layer is sharded."""
     if isinstance(layer, FrozenLinear4bit):
         weight = dequantize(
-            start.whole(layer.packed),
-            start.whole(layer.absmax),
+            start.full_tensor(layer.packed),
+            start.full_tensor(layer.absmax),
             block_size=layer.block_size,
             dtype=layer.dtype,
         )
     else:
-        weight = start.whole(layer.get_parameter("weight"))
+        weight = start.full_tensor(layer.get_parameter("weight"))
     norms: torch.Tensor = weight.float().norm(dim=1)
     return norms

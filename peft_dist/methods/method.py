@@ -21,20 +21,20 @@ TASKS = {"causal-lm": TaskType.CAUSAL_LM, "sequence-classification": TaskType.SE
 
 
 @dataclass(frozen=True)
-class Start:
+class BaseAccess:
     """What a method may use to fill its tensors, once the base is loaded.
 
     Attributes:
-        whole: Returns a parameter of the base whole, whatever shards it. Collective.
+        full_tensor: Returns a parameter of the base whole, whatever shards it. Collective.
         tokenize: Returns the token ids of a text, without special tokens.
-        put: Writes a whole tensor into a parameter of the base. Collective.
+        copy_into: Writes a whole tensor into a parameter of the base. Collective.
         release: Fills parameters of the base again, as the model's files have them. Collective.
         read: Runs the model, without gradients and without adapters of its own, over one row of
             token ids. Collective; hooks see what passes.
     """
 
-    whole: Callable[[nn.Parameter], torch.Tensor]
-    put: Callable[[nn.Parameter, torch.Tensor], None]
+    full_tensor: Callable[[nn.Parameter], torch.Tensor]
+    copy_into: Callable[[nn.Parameter, torch.Tensor], None]
     release: Callable[[Collection[nn.Parameter]], None]
     tokenize: Callable[[str], list[int]]
     read: Callable[[list[int]], None]
@@ -80,7 +80,7 @@ class Method(ABC, Generic[Settings]):
         """
 
     @abstractmethod
-    def initialise(self, peft: PeftModel, start: Start) -> None:
+    def initialise(self, peft: PeftModel, start: BaseAccess) -> None:
         """Fill every tensor of the adapter, alike on every process. Collective."""
 
     def rate_factor(self, name: str) -> float:

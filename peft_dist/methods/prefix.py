@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from peft_dist.common.errors import RunDirError
 from peft_dist.config.method import Prefix
 from peft_dist.methods.init import assign, generator_for
-from peft_dist.methods.method import TASKS, Start
+from peft_dist.methods.method import TASKS, BaseAccess
 from peft_dist.methods.virtual import VirtualMethod
 from peft_dist.model.attention import recording
 
@@ -39,7 +39,7 @@ class PrefixMethod(VirtualMethod[Prefix]):
             encoder_hidden_size=settings.projection_size or model.config.hidden_size,
         )
 
-    def initialise(self, peft: PeftModel, start: Start) -> None:
+    def initialise(self, peft: PeftModel, start: BaseAccess) -> None:
         """Fill keys and values; a network as torch starts one, seeded by name. Collective."""
         if not self.settings.projection:
             super().initialise(peft, start)
@@ -58,7 +58,7 @@ class PrefixMethod(VirtualMethod[Prefix]):
             bias = torch.empty(module.out_features)
             assign(module.bias, bias.uniform_(-bound, bound, generator=generator))
 
-    def _read(self, peft: PeftModel, start: Start, tokens: list[int]) -> torch.Tensor:
+    def _read(self, peft: PeftModel, start: BaseAccess, tokens: list[int]) -> torch.Tensor:
         """Return the keys and values which the bare model makes of the tokens."""
         with recording() as layers, peft.disable_adapter():
             start.read(tokens)
@@ -73,8 +73,8 @@ class PrefixMethod(VirtualMethod[Prefix]):
         with torch.device("meta"):
             network = PrefixEncoder(super().saved_config(peft))
         with torch.no_grad():
-            places = torch.arange(self.settings.virtual_tokens)
-            given: torch.Tensor = functional_call(network, dict(encoder), (places,))
+            positions = torch.arange(self.settings.virtual_tokens)
+            given: torch.Tensor = functional_call(network, dict(encoder), (positions,))
         return given
 
     def restored(

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_dist.config.method import Prompt
-from peft_dist.methods.method import TASKS, Start
+from peft_dist.methods.method import TASKS, BaseAccess
 from peft_dist.methods.virtual import VirtualMethod
 from peft_dist.model.architectures import bare_model
 
@@ -29,7 +29,7 @@ class PromptMethod(VirtualMethod[Prompt]):
             token_dim=embedding.embedding_dim,
         )
 
-    def _read(self, peft: PeftModel, start: Start, tokens: list[int]) -> torch.Tensor:
+    def _read(self, peft: PeftModel, start: BaseAccess, tokens: list[int]) -> torch.Tensor:
         """Return the embeddings as the blocks get them: some models scale what they look up."""
         seen: list[torch.Tensor] = []
         embedding = bare_model(peft).get_input_embeddings()

@@ -12,7 +12,7 @@ from peft_dist.common.errors import RecipeError
 from peft_dist.config.method import Prefix, Prompt
 from peft_dist.distributed.collectives import first_of_all
 from peft_dist.methods.init import assign, generator_for
-from peft_dist.methods.method import Method, Start, inject, saved_names
+from peft_dist.methods.method import BaseAccess, Method, inject, saved_names
 from peft_dist.model.architectures import bare_model
 
 Settings = TypeVar("Settings", bound=Prefix | Prompt)
@@ -32,16 +32,16 @@ class VirtualMethod(Method[Settings]):
     def attach(
         self, model: PreTrainedModel, *, task: str, base_name: str, has_conv1d: bool
     ) -> PeftModel:
-        """Put an encoder beside the model; see `Method.attach`."""
+        """CopyInto an encoder beside the model; see `Method.attach`."""
         # Imported here, as where the model is built: accelerate takes a second to import.
         from accelerate import init_empty_weights
 
-        count, places = self.settings.virtual_tokens, model.config.max_position_embeddings
-        if count >= places:
+        count, max_positions = self.settings.virtual_tokens, model.config.max_position_embeddings
+        if count >= max_positions:
             raise RecipeError(
-                f"{count} leave no place for a row in a model of {places} positions",
+                f"{count} leave no place for a row in a model of {max_positions} positions",
                 where="method.virtual_tokens",
-                remedy=f"set it well below {places}",
+                remedy=f"set it well below {max_positions}",
             )
         with init_empty_weights(include_buffers=False):
             peft = inject(model, self._config(model, task), base_name=base_name)
@@ -53,7 +53,7 @@ class VirtualMethod(Method[Settings]):
     def _config(self, model: PreTrainedModel, task: str) -> PeftConfig:
         """Return PEFT's configuration."""
 
-    def initialise(self, peft: PeftModel, start: Start) -> None:
+    def initialise(self, peft: PeftModel, start: BaseAccess) -> None:
         """Fill the encoder with noise, or with what the model makes of words. Collective."""
         parameter = peft.prompt_encoder["default"].get_parameter("embedding.weight")
         if self.settings.init == "random":
@@ -64,10 +64,10 @@ class VirtualMethod(Method[Settings]):
             assign(parameter, first_of_all(values))
 
     @abstractmethod
-    def _read(self, peft: PeftModel, start: Start, tokens: list[int]) -> torch.Tensor:
+    def _read(self, peft: PeftModel, start: BaseAccess, tokens: list[int]) -> torch.Tensor:
         """Return what stands for the tokens, [virtual tokens, width]. Collective."""
 
-    def _start_tokens(self, peft: PeftModel, start: Start) -> list[int]:
+    def _start_tokens(self, peft: PeftModel, start: BaseAccess) -> list[int]:
         """Return the token ids to start from, one for each virtual token."""
         count = self.settings.virtual_tokens
         if self.settings.text is None:

@@ -9,14 +9,14 @@ from typing import Any
 
 from peft_dist.checkpoint.progress import Progress
 from peft_dist.model.architectures import bare_model
-from peft_dist.model_setup import Session
+from peft_dist.model_setup import ModelSetup
 from peft_dist.run.directory import RunDir
 
 Result = dict[str, Any]
 
 
 def make_result(
-    session: Session,
+    setup: ModelSetup,
     progress: Progress,
     *,
     load_seconds: float,
@@ -24,23 +24,23 @@ def make_result(
     peaks: list[tuple[int, int]],
 ) -> Result:
     """Return `result.json`; times in seconds, sizes in bytes, lists in rank order."""
-    trained = session.adapter.values()
+    trained = setup.adapter.values()
     classes = {}
-    if session.recipe.model.task == "sequence-classification":
-        labels = bare_model(session.peft).config.id2label
+    if setup.recipe.model.task == "sequence-classification":
+        labels = bare_model(setup.peft).config.id2label
         assert labels is not None
         classes = {"labels": list(labels.values())}
     return classes | {
-        "method": session.recipe.method.kind,
-        "world_size": session.world.size,
-        "strategy": session.strategy,
-        "quantization": session.recipe.quantization,
-        "compute_dtype": str(session.compute_dtype).removeprefix("torch."),
-        "device": session.world.device.type,
-        "base_bytes_total": session.base_bytes_total,
-        "base_bytes_per_rank": session.base_bytes_by_rank,
+        "method": setup.recipe.method.kind,
+        "world_size": setup.world.size,
+        "strategy": setup.strategy,
+        "quantization": setup.recipe.quantization,
+        "compute_dtype": str(setup.compute_dtype).removeprefix("torch."),
+        "device": setup.world.device.type,
+        "base_bytes_total": setup.base_bytes_total,
+        "base_bytes_per_rank": setup.base_bytes_by_rank,
         "base_unchanged": True,
-        "packed_base": None if session.packed_base is None else str(session.packed_base),
+        "packed_base": None if setup.packed_base is None else str(setup.packed_base),
         "trainable_parameters": sum(parameter.numel() for parameter in trained),
         "peak_rss_bytes_per_rank": [rss for rss, _ in peaks],
         "peak_device_bytes_per_rank": [device for _, device in peaks],

@@ -132,6 +132,6 @@ def _capped_attention(
 def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor:
     """Return [length, length], true where a token may look: at itself and `window` - 1 before."""
     assert window is not None
-    place = torch.arange(length, device=device)
-    distance = place[:, None] - place[None, :]
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
     return (distance >= 0) & (distance < window)

@@ -245,7 +245,7 @@ def copy_rows(parameter: nn.Parameter, rows: torch.Tensor) -> None:
         local.copy_(rows)
 
 
-Put: TypeAlias = Callable[[nn.Parameter, torch.Tensor], None]
+CopyInto: TypeAlias = Callable[[nn.Parameter, torch.Tensor], None]
 """Writes a whole tensor into a parameter, of which this process may hold a part."""
 
 
@@ -263,7 +263,7 @@ def fill_base(
     shard: Shard,
     *,
     device: torch.device,
-    put: Put = copy_rows,
+    copy_into: CopyInto = copy_rows,
     sink: RowSink | None = None,
 ) -> dict[str, int]:
     """Read this shard's rows of every tensor into the parameters of that name. Collective.
@@ -290,7 +290,7 @@ def fill_base(
             if target is not None and by_rows:
                 copy_rows(target, rows)
             elif target is not None:
-                put(target, wholes[-1])
+                copy_into(target, wholes[-1])
         if sink is not None:
             sink.add(tensor, tuple(wholes))
     total = sum_over(torch.tensor(sums, dtype=torch.int64, device=device), shard.group)

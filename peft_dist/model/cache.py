@@ -25,7 +25,7 @@ from peft_dist.common.atomic import FolderTaken, folder_beside, put_in_place, re
 from peft_dist.common.locks import lock_file
 from peft_dist.distributed.collectives import Shard, broadcast_object, gather_objects
 from peft_dist.distributed.world import World
-from peft_dist.model.base import BasePlan, BaseTensor, Put, copy_rows, fill_base
+from peft_dist.model.base import BasePlan, BaseTensor, CopyInto, copy_rows, fill_base
 from peft_dist.model.weights import FLOATS, QUANT_STATE, WeightFiles
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def fill_through_cache(
     *,
     world: World,
     entry: Path,
-    put: Put = copy_rows,
+    copy_into: CopyInto = copy_rows,
 ) -> Path | None:
     """Fill the base from its packed form where that is whole, else from the files. Collective.
 
@@ -158,7 +158,7 @@ def fill_through_cache(
         packed_files = WeightFiles(entry)
         packed_plan = packed_form(plan, packed_files)
         found = fill_base(
-            parameters, packed_plan, packed_files, shard, device=world.device, put=put
+            parameters, packed_plan, packed_files, shard, device=world.device, copy_into=copy_into
         )
         # Replicas read on their own, so one may find what the others did not, or not yet.
         differs = next((name for name, value in expected.items() if found.get(name) != value), "")
@@ -170,7 +170,9 @@ def fill_through_cache(
             discard(entry)
     writes = world.is_main and (everywhere or expected is None)
     sink = PackedWriter(entry, plan, files) if writes else DiscardRows()
-    found = fill_base(parameters, plan, files, shard, device=world.device, put=put, sink=sink)
+    found = fill_base(
+        parameters, plan, files, shard, device=world.device, copy_into=copy_into, sink=sink
+    )
     sink.publish(found)
     failure = broadcast_object(sink.failure)
     if failure and world.is_main:

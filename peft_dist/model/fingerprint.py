@@ -53,10 +53,10 @@ def fingerprint_piece(piece: torch.Tensor, first: int, *, row_size: int) -> int:
     total = torch.zeros((), dtype=torch.int64, device=piece.device)
     for start in range(0, words.numel(), _CHUNK_WORDS):
         part = words[start : start + _CHUNK_WORDS].to(torch.int64)
-        place = torch.arange(
+        position = torch.arange(
             offset + start, offset + start + part.numel(), device=piece.device, dtype=torch.int64
         )
-        multiplier = place * _GOLDEN
+        multiplier = position * _GOLDEN
         multiplier ^= multiplier >> 29
         multiplier *= _GOLDEN
         multiplier |= 1

@@ -115,8 +115,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _learned(peft: PeftModel, device: torch.device) -> torch.Tensor:
     """Return what PEFT's encoder gives for each virtual token, [P, width]."""
-    places = torch.arange(peft.active_peft_config.num_virtual_tokens, device=device)
-    learned: torch.Tensor = peft.prompt_encoder[peft.active_adapter](places)
+    positions = torch.arange(peft.active_peft_config.num_virtual_tokens, device=device)
+    learned: torch.Tensor = peft.prompt_encoder[peft.active_adapter](positions)
     return learned
 
 

@@ -27,17 +27,19 @@ class BaseSource:
         shard: Shard,
         *,
         world: World,
-        put: base.Put,
+        copy_into: base.CopyInto,
     ) -> Path | None:
         """Fill every parameter of the plan; return the cache entry that now holds them, if any.
 
         Collective; the arguments are those of `fill_base`.
         """
         if self.entry is None:
-            base.fill_base(parameters, plan, self.files, shard, device=world.device, put=put)
+            base.fill_base(
+                parameters, plan, self.files, shard, device=world.device, copy_into=copy_into
+            )
             return None
         return cache.fill_through_cache(
-            parameters, plan, self.files, shard, world=world, entry=self.entry, put=put
+            parameters, plan, self.files, shard, world=world, entry=self.entry, copy_into=copy_into
         )
 
 

@@ -112,7 +112,7 @@ class WeightFiles:
         rows: torch.Tensor = piece[start:stop]
         return rows
 
-    def whole(self, key: str) -> torch.Tensor:
+    def full_tensor(self, key: str) -> torch.Tensor:
         """Read a whole tensor; for small ones."""
         tensor: torch.Tensor = self._handle(self.tensors[key].file).get_tensor(key)
         return tensor
@@ -146,7 +146,7 @@ class WeightFiles:
                 where="model.name",
                 remedy="only nf4 is supported; use the full-precision model",
             )
-        facts = json.loads(bytes(self.whole(states[0]).tolist()))
+        facts = json.loads(bytes(self.full_tensor(states[0]).tolist()))
         out_features, in_features = facts["shape"]
         block_size = facts["blocksize"]
         if in_features % block_size:
@@ -180,12 +180,12 @@ class WeightFiles:
         import bitsandbytes.functional as bnb
 
         state = bnb.QuantState(
-            absmax=self.whole(f"{key}.nested_absmax"),
+            absmax=self.full_tensor(f"{key}.nested_absmax"),
             blocksize=facts["nested_blocksize"],
-            code=self.whole(f"{key}.nested_quant_map"),
+            code=self.full_tensor(f"{key}.nested_quant_map"),
             dtype=getattr(torch, facts["nested_dtype"]),
         )
-        scales = bnb.dequantize_blockwise(self.whole(f"{key}.absmax"), state)
+        scales = bnb.dequantize_blockwise(self.full_tensor(f"{key}.absmax"), state)
         offset: float = facts["nested_offset"]
         return (scales + offset).float()
 

@@ -24,7 +24,7 @@ from peft_dist.common.env import NONCE
 from peft_dist.common.errors import EXIT_CRASHED, EXIT_DONE, EXIT_USER_ERROR
 from peft_dist.common.time_limit import within
 from peft_dist.preflight.node_info import NodeFacts, gather
-from peft_dist.preflight.verdict import PORT_TAKEN, Limits, Report, judge, report_path
+from peft_dist.preflight.verdict import PORT_TAKEN, PreflightLimits, Report, judge, report_path
 
 if TYPE_CHECKING:
     from peft_dist.preflight.network import Member
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if not 0 <= options.index < len(options.hosts.split(",")):
         parser.error(f"--index {options.index} is none of --hosts {options.hosts}")
     # The interpreter's own way out would wait for what hangs.
-    code = Preflight(options).run()
+    code = NodeCheck(options).run()
     console.flush()
     os._exit(code)
 
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Preflight:
+class NodeCheck:
     """This node's part."""
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -86,7 +86,7 @@ class Preflight:
         self.head: str = options.head or self.hosts[0]
         self.doing = "itself"
         """What this node waits for, in words."""
-        self.limits = Limits(
+        self.limits = PreflightLimits(
             devices=options.devices,
             min_free_bytes=options.min_free_gb * 1e9,
             max_clock_offset_s=options.max_clock_offset_s,

@@ -255,11 +255,11 @@ class Head:
         """Return what is wrong between this node and each other one, as far as there is time."""
         found: dict[int, str | None] = {}
         others = self.others
-        for place, index in enumerate(others):
+        for tried, index in enumerate(others):
             left_s = until_s - time.monotonic()
             if left_s < LEAST_S:
                 break
-            _, problem = self._all_reduce([0, index], min(PAIR_S, left_s / (len(others) - place)))
+            _, problem = self._all_reduce([0, index], min(PAIR_S, left_s / (len(others) - tried)))
             if index in self.others:  # and still answers
                 found[index] = problem
         return found

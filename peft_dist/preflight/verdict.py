@@ -45,7 +45,7 @@ class _Common(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Limits:
+class PreflightLimits:
     """What a node must have, or may not exceed."""
 
     devices: int = 0
@@ -126,7 +126,9 @@ def report_path(run_dir: Path) -> Path:
     return run_dir / "slurm" / "preflight.json"
 
 
-def judge(facts: Sequence[NodeFacts], *, expected_nodes: Sequence[str], limits: Limits) -> Report:
+def judge(
+    facts: Sequence[NodeFacts], *, expected_nodes: Sequence[str], limits: PreflightLimits
+) -> Report:
     """Judge the nodes of a job.
 
     Args:
@@ -157,7 +159,7 @@ def judge(facts: Sequence[NodeFacts], *, expected_nodes: Sequence[str], limits: 
     )
 
 
-def _own_faults(fact: NodeFacts | None, limits: Limits) -> Reasons:
+def _own_faults(fact: NodeFacts | None, limits: PreflightLimits) -> Reasons:
     """Return what is wrong with a node whatever the others say."""
     if fact is None:
         return {"absent": f"did not come within {limits.arrival_s:.3g} s"}
@@ -222,7 +224,7 @@ def _differing(
 
 
 def _wrong_clocks(
-    came: Sequence[tuple[str, NodeFacts]], limits: Limits
+    came: Sequence[tuple[str, NodeFacts]], limits: PreflightLimits
 ) -> list[tuple[str, str, str]]:
     """Return host, kind and text for each clock that is surely wrong by more than the limit."""
     offsets = [fact.clock_offset_s for _, fact in came]
@@ -240,7 +242,7 @@ def _wrong_clocks(
     return told
 
 
-def _common_fault(reasons: Mapping[str, Reasons], limits: Limits) -> _Common | None:
+def _common_fault(reasons: Mapping[str, Reasons], limits: PreflightLimits) -> _Common | None:
     """Return the fault of all nodes that are there, with its remedy; None where there is none."""
     head, *others = reasons
     here = {host: found for host, found in reasons.items() if not _GONE & found.keys()}

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from peft_dist.ledger.events import RollbackEvent, SkippedEvent
 from peft_dist.report.panel import (
     OVER_STEPS_HEAD,
-    Look,
     Panel,
     Trace,
+    TraceStyle,
     axis,
     in_words,
     legend_name,
@@ -40,26 +40,26 @@ def with_series(
 ) -> tuple[list[tuple[int, RunData]], list[Series]]:
     """Return the runs whose events have a field, each with its index, and their series."""
     pairs = []
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         series = Series.of(run.steps if event == "step" else run.evaluations, name)
         if len(series):
-            pairs.append(((place, run), series))
-    return [placed for placed, _ in pairs], [series for _, series in pairs]
+            pairs.append(((index, run), series))
+    return [indexed for indexed, _ in pairs], [series for _, series in pairs]
 
 
 def _training_loss(runs: Sequence[RunData]) -> Panel | None:
-    placed, lines = with_series(runs, "loss")
-    if not placed:
+    indexed, lines = with_series(runs, "loss")
+    if not indexed:
         return None
     traces: list[Trace] = []
     restarts: list[Trace] = []
     left_out: list[Trace] = []
-    for (place, run), series in zip(placed, lines, strict=True):
-        look, alone = Look(place), len(runs) == 1
-        traces += line_over_steps(series, look, name=legend_name(run), alone=alone)
-        restarts += restart_marks(run, look, series, shown=not restarts)
-        left_out += _left_out(run, look, series, shown=not left_out)
-    own = [run for _, run in placed]
+    for (index, run), series in zip(indexed, lines, strict=True):
+        style, alone = TraceStyle(index), len(runs) == 1
+        traces += line_over_steps(series, style, name=legend_name(run), alone=alone)
+        restarts += restart_marks(run, style, series, shown=not restarts)
+        left_out += _left_out(run, style, series, shown=not left_out)
+    own = [run for _, run in indexed]
     return make_panel(
         "loss",
         "Training loss",
@@ -77,7 +77,7 @@ def _words_of_loss(runs: Sequence[RunData], lines: Sequence[Series]) -> str:
     return f"{text} {some('restart', restarts)}." if restarts else text
 
 
-def _left_out(run: RunData, look: Look, series: Series, *, shown: bool) -> list[Trace]:
+def _left_out(run: RunData, style: TraceStyle, series: Series, *, shown: bool) -> list[Trace]:
     """Return a mark for each step whose loss or gradient was not finite."""
     events = [e for e in run.events if isinstance(e, SkippedEvent | RollbackEvent)]
     if not events:
@@ -90,8 +90,8 @@ def _left_out(run: RunData, look: Look, series: Series, *, shown: bool) -> list[
             "y": short(series.at(event.step) or series.y[0] for event in events),
             "text": [f"step {event.step} {words[type(event)]}" for event in events],
             "hovertemplate": "%{text}<extra></extra>", "showlegend": shown,
-            "marker": {"symbol": "x-open", "size": 11, "color": look.colour,
-                       "line": {"width": 2, "color": look.colour}},
+            "marker": {"symbol": "x-open", "size": 11, "color": style.colour,
+                       "line": {"width": 2, "color": style.colour}},
         }
     ]  # fmt: skip
 
@@ -99,29 +99,29 @@ def _left_out(run: RunData, look: Look, series: Series, *, shown: bool) -> list[
 def _held_out(
     runs: Sequence[RunData], name: str, title: str, unit: str, shown: Callable[[float], str]
 ) -> Panel | None:
-    placed, lines = with_series(runs, name, "evaluation")
-    if not placed:
+    indexed, lines = with_series(runs, name, "evaluation")
+    if not indexed:
         return None
     traces: list[Trace] = []
-    for (place, run), whole in zip(placed, lines, strict=True):
+    for (index, run), whole in zip(indexed, lines, strict=True):
         series = whole.thinned()
         # A mark for every evaluation of a long run would be a smear.
         mode = "lines+markers" if len(series) <= 60 else "lines"
         ends = [shown(y) if i in (0, len(series) - 1) else "" for i, y in enumerate(series.y)]
-        look, rises = Look(place), len(series) > 1 and series.y[1] > series.y[0]
+        style, rises = TraceStyle(index), len(series) > 1 and series.y[1] > series.y[0]
         first = "bottom right" if rises else "top right"
         traces.append(
             {
                 "type": "scatter", "mode": mode + ("+text" if len(runs) == 1 else ""),
                 "x": short(series.x), "y": short(series.y), "name": legend_name(run),
-                "line": look.line, "marker": look.marker, "text": ends, "cliponaxis": False,
+                "line": style.line, "marker": style.marker, "text": ends, "cliponaxis": False,
                 "textposition": [first, *["top left"] * (len(series) - 1)],
                 "hovertemplate": "step %{x}: %{y:.4g}",
             }
         )  # fmt: skip
     accuracy = name == "eval_accuracy"
     scale = {"tickformat": ".0%", "range": [0, 1.05]} if accuracy else {}
-    own = [run for _, run in placed]
+    own = [run for _, run in indexed]
     return make_panel(
         name.replace("_", "-"),
         title,
@@ -134,19 +134,19 @@ def _held_out(
 
 
 def _learning_rate(runs: Sequence[RunData]) -> Panel | None:
-    placed, lines = with_series(runs, "lr")
-    if not placed:
+    indexed, lines = with_series(runs, "lr")
+    if not indexed:
         return None
     traces: list[Trace] = []
-    for (place, run), whole in zip(placed, lines, strict=True):
+    for (index, run), whole in zip(indexed, lines, strict=True):
         series = whole.thinned()
         traces.append(
             {
                 "type": "scatter", "mode": "lines", "x": short(series.x), "y": short(series.y),
-                "name": legend_name(run), "line": Look(place).line,
+                "name": legend_name(run), "line": TraceStyle(index).line,
             }
         )  # fmt: skip
-    own = [run for _, run in placed]
+    own = [run for _, run in indexed]
     return make_panel(
         "lr",
         "Learning rate",
@@ -163,14 +163,14 @@ def _learning_rate(runs: Sequence[RunData]) -> Panel | None:
 
 
 def _gradient_norm(runs: Sequence[RunData]) -> Panel | None:
-    placed, lines = with_series(runs, "grad_norm")
-    if not placed:
+    indexed, lines = with_series(runs, "grad_norm")
+    if not indexed:
         return None
     traces: list[Trace] = []
-    for (place, run), series in zip(placed, lines, strict=True):
+    for (index, run), series in zip(indexed, lines, strict=True):
         alone = len(runs) == 1
-        traces += line_over_steps(series, Look(place), name=legend_name(run), alone=alone)
-    own = [run for _, run in placed]
+        traces += line_over_steps(series, TraceStyle(index), name=legend_name(run), alone=alone)
+    own = [run for _, run in indexed]
     text = in_words(own, lines, figure, highest=True)
     limits = {number(run.recipe.get("train.max_grad_norm")) for run in own}
     limit = limits.pop() if len(limits) == 1 else None

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from peft_dist.report.learning import STEP_AXIS
 from peft_dist.report.panel import (
     OVER_STEPS_HEAD,
-    Look,
     Panel,
     Trace,
+    TraceStyle,
     bar_axis,
     bar_name,
     byte_axis,
@@ -78,14 +78,14 @@ def _over_steps(runs: Sequence[RunData]) -> Panel | None:
     labels: list[RunData] = []
     lines: list[Series] = []
     traces: list[Trace] = []
-    for place, run in enumerate(runs):
+    for run_index, run in enumerate(runs):
         for index, (name, series) in enumerate(_lines_of(run, alone=len(runs) == 1)):
-            look = Look(index if len(runs) == 1 else place)
+            style = TraceStyle(index if len(runs) == 1 else run_index)
             drawn = series.thinned()
             traces.append(
                 {
                     "type": "scatter", "mode": "lines", "x": short(drawn.x), "y": short(drawn.y),
-                    "name": name, "line": look.line, "hovertemplate": "step %{x}: %{y:.4s}B",
+                    "name": name, "line": style.line, "hovertemplate": "step %{x}: %{y:.4s}B",
                 }
             )  # fmt: skip
             lines.append(series)
@@ -93,17 +93,18 @@ def _over_steps(runs: Sequence[RunData]) -> Panel | None:
     if not traces:
         return None
     text = f"Most that a rank has held so far: {sizes([series.y[-1] for series in lines])}."
-    for place, run in enumerate(runs):
+    for run_index, run in enumerate(runs):
         if run.planned_bytes:
             planned = max(run.planned_bytes)
             of_run = f" for {run.name}" if len(runs) > 1 else ""
             text += f" Planned{of_run}: {sizes(run.planned_bytes)}."
             steps = [min(line.x[0] for line in lines), max(line.x[-1] for line in lines)]
+            colour = TraceStyle(run_index).colour if len(runs) > 1 else "var(--ink)"
             traces.append(
                 {
                     "type": "scatter", "mode": "lines", "x": steps, "y": [planned, planned],
                     "name": f"planned {legend_name(run)}" if len(runs) > 1 else "planned",
-                    "line": {"color": Look(place).colour if len(runs) > 1 else "var(--ink)",
+                    "line": {"color": colour,
                              "dash": "longdashdot", "width": 1.5},
                 }
             )  # fmt: skip
@@ -153,25 +154,25 @@ def _bytes(runs: Sequence[RunData]) -> Panel | None:
     if not alone or len(every) > BARS_OF_RANKS:
         drawn = [(run, found) for run, found in map(_fullest, runs) if found.parts]
     names = [f"rank {found.rank}" if alone else bar_name(run) for run, found in drawn]
-    places = list(range(len(drawn)))
+    indices = list(range(len(drawn)))
     traces: list[Trace] = []
     for index, part in enumerate(PARTS):
         values = [found.parts[index] or 0.0 for _, found in drawn]
         if any(values):
             traces.append(
                 {
-                    "type": "bar", "orientation": "h", "y": places, "x": short(values),
-                    "name": part, "marker": Look(index).fill,
+                    "type": "bar", "orientation": "h", "y": indices, "x": short(values),
+                    "name": part, "marker": TraceStyle(index).fill,
                     "hovertemplate": f"{part}: %{{x:.4s}}B",
                 }
             )  # fmt: skip
-    planned = [(place, found.planned) for place, (_, found) in enumerate(drawn)]
-    marks = [(place, value) for place, value in planned if value is not None]
+    planned = [(run_index, found.planned) for run_index, (_, found) in enumerate(drawn)]
+    marks = [(run_index, value) for run_index, value in planned if value is not None]
     if marks:
         traces.append(
             {
                 "type": "scatter", "mode": "markers", "name": "planned",
-                "y": [place for place, _ in marks], "x": short(value for _, value in marks),
+                "y": [run_index for run_index, _ in marks], "x": short(value for _, value in marks),
                 "marker": {"symbol": "line-ns-open", "size": 18, "color": "var(--ink)",
                            "line": {"width": 3, "color": "var(--ink)"}},
                 "hovertemplate": "planned: %{x:.4s}B",

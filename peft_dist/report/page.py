@@ -19,7 +19,7 @@ from peft_dist import __version__
 from peft_dist.report.differences import UNKNOWN, differing_settings, outcomes, versions
 from peft_dist.report.learning import learning_panels
 from peft_dist.report.memory import memory_panels
-from peft_dist.report.panel import Look, Panel, in_rows
+from peft_dist.report.panel import Panel, TraceStyle, in_rows
 from peft_dist.report.run_data import RunData, SampleAnswers
 from peft_dist.report.series import MOST_POINTS, PARTS
 from peft_dist.report.speed import speed_panels
@@ -83,7 +83,7 @@ def context(
         "title": ", ".join(run.name for run in runs),
         "runs": runs,
         "alone": len(runs) == 1,
-        "looks": [Look(place) for place in range(len(runs))],
+        "looks": [TraceStyle(index) for index in range(len(runs))],
         "outcomes": outcomes_table(runs),
         "settings": differing_settings(runs) if len(runs) > 1 else [],
         "sections": [part for part in sections if part[2]],

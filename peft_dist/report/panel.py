@@ -43,30 +43,30 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Look:
+class TraceStyle:
     """How the n-th run, rank or part is drawn, from 0."""
 
-    place: int
+    index: int
 
     @property
     def colour(self) -> str:
         """Its colour, by name."""
-        return f"var(--s{self.place % SERIES_COLOURS + 1})"
+        return f"var(--s{self.index % SERIES_COLOURS + 1})"
 
     @property
     def line(self) -> dict[str, Any]:
         """Its line."""
-        return {"color": self.colour, "dash": DASHES[self.place % len(DASHES)], "width": 2}
+        return {"color": self.colour, "dash": DASHES[self.index % len(DASHES)], "width": 2}
 
     @property
     def marker(self) -> dict[str, Any]:
         """Its marker."""
-        return {"color": self.colour, "symbol": SYMBOLS[self.place % len(SYMBOLS)], "size": 8}
+        return {"color": self.colour, "symbol": SYMBOLS[self.index % len(SYMBOLS)], "size": 8}
 
     @property
     def fill(self) -> dict[str, Any]:
         """Its area in a bar."""
-        pattern = {"shape": PATTERNS[self.place % len(PATTERNS)], "solidity": 0.13, "size": 8}
+        pattern = {"shape": PATTERNS[self.index % len(PATTERNS)], "solidity": 0.13, "size": 8}
         return {
             "color": self.colour,
             "pattern": {**pattern, "fillmode": "overlay", "fgcolor": "var(--surface)"},
@@ -114,11 +114,11 @@ def axis(title: str, **settings: Any) -> dict[str, Any]:
 
 def bar_axis(names: Sequence[str]) -> dict[str, Any]:
     """Return an axis of bars, the first on top; names may be alike."""
-    places = list(range(len(names)))
+    indices = list(range(len(names)))
     shown = [_escaped_text(name) for name in names]
     return {
         "autorange": "reversed",
-        "tickvals": places,
+        "tickvals": indices,
         "ticktext": shown,
         "showgrid": False,
         "zeroline": False,
@@ -146,13 +146,13 @@ def _shortened(name: str, most: int) -> str:
 
 
 def line_over_steps(
-    series: Series, look: Look, *, name: str, alone: bool = True, **settings: Any
+    series: Series, style: TraceStyle, *, name: str, alone: bool = True, **settings: Any
 ) -> list[Trace]:
     """Return a line over steps: its mean and, where it stands alone, faint and whole beneath it."""
     mean = series.mean().thinned()
     main = {
         "type": "scatter", "mode": "lines", "x": short(mean.x), "y": short(mean.y),
-        "line": look.line, "name": name, "legendgroup": name, **settings,
+        "line": style.line, "name": name, "legendgroup": name, **settings,
     }  # fmt: skip
     if not alone:
         return [main]
@@ -161,12 +161,12 @@ def line_over_steps(
     whole = series.thinned()
     faint = {
         **main, "x": short(whole.x), "y": short(whole.y), "name": "each step", "opacity": 0.35,
-        "line": {"color": look.colour, "width": 1}, "legendgroup": "each step",
+        "line": {"color": style.colour, "width": 1}, "legendgroup": "each step",
     }  # fmt: skip
     return [faint, {**main, "name": f"mean of {series.window:,} steps"}]
 
 
-def restart_marks(run: RunData, look: Look, series: Series, *, shown: bool) -> list[Trace]:
+def restart_marks(run: RunData, style: TraceStyle, series: Series, *, shown: bool) -> list[Trace]:
     """Return a mark where each attempt but the first goes on, on the line of a series."""
     mean = series.mean()
     found = [(r.step, r.attempt, mean.at(max(r.step, mean.x[0]))) for r in run.restarts]
@@ -180,8 +180,8 @@ def restart_marks(run: RunData, look: Look, series: Series, *, shown: bool) -> l
             "text": [f"attempt {attempt} goes on after step {step}" for step, attempt, _ in placed],
             "hovertemplate": "%{text}<extra></extra>", "showlegend": shown,
             "marker": {
-                "symbol": "line-ns-open", "size": 18, "color": look.colour,
-                "line": {"width": 3, "color": look.colour},
+                "symbol": "line-ns-open", "size": 18, "color": style.colour,
+                "line": {"width": 3, "color": style.colour},
             },
         }
     ]  # fmt: skip

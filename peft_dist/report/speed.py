@@ -8,9 +8,9 @@ from peft_dist.ledger.events import StepEvent
 from peft_dist.report.learning import STEP_AXIS, with_series
 from peft_dist.report.panel import (
     OVER_STEPS_HEAD,
-    Look,
     Panel,
     Trace,
+    TraceStyle,
     axis,
     in_words,
     legend_name,
@@ -33,7 +33,7 @@ RankTimes = tuple[int, RunData, list[int], list[list[float]]]
 
 def speed_panels(runs: Sequence[RunData]) -> list[Panel]:
     """Return the figures of speed, those that the runs have numbers for."""
-    ranks = [(place, run, *rank_times(run)) for place, run in enumerate(runs)]
+    ranks = [(index, run, *rank_times(run)) for index, run in enumerate(runs)]
     several = [times for times in ranks if times[3] and len(times[3][0]) > 1]
     found = [_throughput(runs), _utilisation(runs)]
     if several:
@@ -58,15 +58,15 @@ def _warm_steps(run: RunData) -> list[StepEvent]:
 
 
 def _throughput(runs: Sequence[RunData]) -> Panel | None:
-    placed, lines = with_series(runs, "tokens_per_s")
-    if not placed:
+    indexed, lines = with_series(runs, "tokens_per_s")
+    if not indexed:
         return None
     traces: list[Trace] = []
-    for (place, run), series in zip(placed, lines, strict=True):
+    for (index, run), series in zip(indexed, lines, strict=True):
         alone = len(runs) == 1
-        traces += line_over_steps(series, Look(place), name=legend_name(run), alone=alone)
+        traces += line_over_steps(series, TraceStyle(index), name=legend_name(run), alone=alone)
     middles = [median(series.y) for series in lines]
-    own = [run for _, run in placed]
+    own = [run for _, run in indexed]
     if len(own) == 1:
         text = f"Median {figure(middles[0])} tokens per second."
     else:
@@ -85,14 +85,14 @@ def _throughput(runs: Sequence[RunData]) -> Panel | None:
 
 
 def _utilisation(runs: Sequence[RunData]) -> Panel | None:
-    placed, lines = with_series(runs, "mfu")
-    if not placed:
+    indexed, lines = with_series(runs, "mfu")
+    if not indexed:
         return None
     traces: list[Trace] = []
-    for (place, run), series in zip(placed, lines, strict=True):
+    for (index, run), series in zip(indexed, lines, strict=True):
         alone = len(runs) == 1
-        traces += line_over_steps(series, Look(place), name=legend_name(run), alone=alone)
-    own = [run for _, run in placed]
+        traces += line_over_steps(series, TraceStyle(index), name=legend_name(run), alone=alone)
+    own = [run for _, run in indexed]
     middles = ", ".join(share(median(series.y)) for series in lines)
     return make_panel(
         "mfu",
@@ -113,11 +113,11 @@ def _rank_times(runs: Sequence[RunData], ranks: Sequence[RankTimes]) -> Panel:
     few = max(len(times[0]) for *_, times in ranks) <= BARS_OF_RANKS
     traces: list[Trace] = []
     rows, words = [], []
-    for place, run, _, times in ranks:
+    for index, run, _, times in ranks:
         by_rank = [list(column) for column in zip(*times, strict=True)]
         middles = [median(column) for column in by_rank]
         highs = [quantile(column, 0.95) for column in by_rank]
-        traces.append(_rank_trace(legend_name(run), Look(place), middles, highs, bars=few))
+        traces.append(_rank_trace(legend_name(run), TraceStyle(index), middles, highs, bars=few))
         slowest = Counter(step.index(max(step)) for step in times)
         rows += [
             [run.name, str(rank), step_time(middle), step_time(high),
@@ -146,11 +146,11 @@ def _rank_times(runs: Sequence[RunData], ranks: Sequence[RankTimes]) -> Panel:
 
 
 def _rank_trace(
-    name: str, look: Look, middles: Sequence[float], highs: Sequence[float], *, bars: bool
+    name: str, style: TraceStyle, middles: Sequence[float], highs: Sequence[float], *, bars: bool
 ) -> Trace:
     """Return a bar for every rank or, where they are many, a mark."""
-    drawn = {"type": "bar", "marker": look.fill} if bars else {
-        "type": "scatter", "mode": "markers", "marker": {**look.marker, "size": 6}
+    drawn = {"type": "bar", "marker": style.fill} if bars else {
+        "type": "scatter", "mode": "markers", "marker": {**style.marker, "size": 6}
     }  # fmt: skip
     return {
         **drawn, "x": list(range(len(middles))), "y": short(middles), "name": name,
@@ -170,10 +170,10 @@ def step_time(seconds: float) -> str:
 
 def _imbalance(runs: Sequence[RunData], ranks: Sequence[RankTimes]) -> Panel:
     lines, own, traces = [], [], list[Trace]()
-    for place, run, steps, times in ranks:
+    for index, run, steps, times in ranks:
         series = Series(steps, [max(step) / max(median(step), 1e-9) for step in times])
         name, alone = legend_name(run), len(runs) == 1
-        traces += line_over_steps(series, Look(place), name=name, alone=alone)
+        traces += line_over_steps(series, TraceStyle(index), name=name, alone=alone)
         lines.append(series)
         own.append(run)
     if len(own) == 1:

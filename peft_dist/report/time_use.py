@@ -6,9 +6,9 @@ from statistics import fmean
 from peft_dist.ledger.events import Gpu, SystemEvent
 from peft_dist.ledger.goodput import PHASES
 from peft_dist.report.panel import (
-    Look,
     Panel,
     Trace,
+    TraceStyle,
     axis,
     bar_axis,
     bar_name,
@@ -19,7 +19,7 @@ from peft_dist.report.run_data import RunData
 from peft_dist.report.series import Series, short
 from peft_dist.report.text import duration, share
 
-PHASE_PLACES = {
+PHASE_ORDER = {
     "step": 0, "evaluation": 2, "checkpoint": 3, "startup": 7, "load": 4, "lost_work": 1,
     "down": 5, "other": 6,
 }  # fmt: skip
@@ -37,17 +37,17 @@ def _goodput(runs: Sequence[RunData]) -> Panel | None:
     own = [run for run in runs if run.goodput.total_s > 0]
     if not own:
         return None
-    places = list(range(len(own)))
+    indices = list(range(len(own)))
     traces: list[Trace] = []
-    for phase, place in PHASE_PLACES.items():
+    for phase, index in PHASE_ORDER.items():
         seconds = [run.goodput.seconds[phase] for run in own]
         shares = [s / run.goodput.total_s for s, run in zip(seconds, own, strict=True)]
         name = phase.replace("_", " ")
         if any(seconds):
             traces.append(
                 {
-                    "type": "bar", "orientation": "h", "y": places, "x": short(shares),
-                    "name": name, "marker": Look(place).fill,
+                    "type": "bar", "orientation": "h", "y": indices, "x": short(shares),
+                    "name": name, "marker": TraceStyle(index).fill,
                     "customdata": [duration(s) for s in seconds],
                     "hovertemplate": f"{name}: %{{customdata}}, %{{x:.1%}}",
                     "text": [f"{name} {s:.0%}" for s in shares],
@@ -89,7 +89,7 @@ def _goodput(runs: Sequence[RunData]) -> Panel | None:
                     for run in own
                 ),
             ]
-            for phase in PHASE_PLACES
+            for phase in PHASE_ORDER
         ],
         wide=True,
     )
@@ -100,7 +100,7 @@ def _machine(runs: Sequence[RunData]) -> Panel | None:
     spans = [run.events[-1].time - run.events[0].time for run in runs if run.events]
     longest = max([0.0, *spans])  # a clock may have been set back
     unit_s, unit = next((unit_s, unit) for above, unit_s, unit in TIME_UNITS if longest >= above)
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         samples = [sample for sample in run.of(SystemEvent) if sample.node is None]
         if not samples:
             continue
@@ -117,16 +117,16 @@ def _machine(runs: Sequence[RunData]) -> Panel | None:
             busy = dict(of_run)
             what = "GPUs busy" if "GPUs busy" in busy else "processor"
             if what in busy:
-                lines.append((f"{legend_name(run)}, {what}", place, busy[what]))
+                lines.append((f"{legend_name(run)}, {what}", index, busy[what]))
     if not lines:
         return None
     traces = [
         {
-            "type": "scatter", "mode": "lines", "name": name, "line": Look(place).line,
+            "type": "scatter", "mode": "lines", "name": name, "line": TraceStyle(index).line,
             "x": short(series.thinned().x), "y": short(series.thinned().y),
             "hovertemplate": "%{y:.0f}%",
         }
-        for name, place, series in lines
+        for name, index, series in lines
     ]  # fmt: skip
     further = _further_nodes(runs[0]) if len(runs) == 1 else []
     means = "; ".join(f"{name} {fmean(series.y):.0f}%" for name, _, series in lines)

@@ -96,7 +96,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class Limits:
+class RestartLimits:
     """How often a run may start again."""
 
     unit: str = "attempts"
@@ -115,7 +115,7 @@ class Limits:
     """Whether a start that a signal ended is followed by another one: by torchrun it is not."""
 
     @classmethod
-    def of_job(cls, *, starts: int, without_progress: int) -> "Limits":
+    def of_job(cls, *, starts: int, without_progress: int) -> "RestartLimits":
         """Return the limits of a Slurm job, as its cluster file has them."""
         return cls("starts", without_progress=without_progress, job_starts=starts)
 
@@ -141,7 +141,7 @@ class Decision:
         return self.word in ("again", "again-without")
 
 
-def decide(history: History, ending: Ending, limits: Limits) -> Decision:
+def decide(history: History, ending: Ending, limits: RestartLimits) -> Decision:
     """Decide whether a run starts again.
 
     Args:
@@ -179,10 +179,10 @@ def decide_by_attempts(history: History) -> Decision | None:
     if not history.attempts:
         return None
     *earlier, newest = history.attempts
-    return decide(replace(history, attempts=tuple(earlier)), newest, Limits())
+    return decide(replace(history, attempts=tuple(earlier)), newest, RestartLimits())
 
 
-def _limit_reached(history: History, ending: Ending, limits: Limits) -> str | None:
+def _limit_reached(history: History, ending: Ending, limits: RestartLimits) -> str | None:
     """Return in one line which limit forbids another start, or None where none does."""
     of_job = limits.unit == "starts"
     row = [*(history.starts if of_job else history.attempts), ending]
@@ -201,7 +201,7 @@ def _limit_reached(history: History, ending: Ending, limits: Limits) -> str | No
     )
 
 
-def _out_of_memory(row: Sequence[Ending], checkpoint: int, limits: Limits) -> str | None:
+def _out_of_memory(row: Sequence[Ending], checkpoint: int, limits: RestartLimits) -> str | None:
     """Return why the last starts of a row were the last, where each ran out of memory."""
     last = row[-limits.out_of_memory :]
     # Where the kernel ended a rank nobody knows its step, but that of the checkpoint before it.
@@ -215,7 +215,7 @@ def _out_of_memory(row: Sequence[Ending], checkpoint: int, limits: Limits) -> st
     return f"out of memory {where} in {len(last)} {limits.unit} ({by}{ending.error})"
 
 
-def _no_progress(row: Sequence[Ending], checkpoint: int, limits: Limits) -> str | None:
+def _no_progress(row: Sequence[Ending], checkpoint: int, limits: RestartLimits) -> str | None:
     """Return why the last starts of a row were the last, where none reached a new checkpoint."""
     last = row[-limits.without_progress :]
     # One that ended before it knew where to go on from has got no further either.

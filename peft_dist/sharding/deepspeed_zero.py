@@ -264,14 +264,14 @@ class ZeRO3Engine(Engine):
         """Whether DeepSpeed holds a piece of the parameter, and nobody the whole."""
         return self._partition(parameter) is not None and parameter.numel() == 0
 
-    def piece(self, parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
+    def local_elements(self, parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
         """Return this process's elements of a parameter, without padding, and the first's place."""
         held, size = self._partition(parameter), self.shape(parameter).numel()
         assert held is not None, "the adapter is no part of the base"
         first = min(held.numel() * self.shard.index, size)
         return held.detach()[: size - first], first
 
-    def whole(self, parameter: nn.Parameter) -> torch.Tensor:
+    def full_tensor(self, parameter: nn.Parameter) -> torch.Tensor:
         """Return a parameter of the base whole, on the device. Collective."""
         held = self._partition(parameter)
         if held is None:
@@ -280,12 +280,12 @@ class ZeRO3Engine(Engine):
         shape = self.shape(parameter)
         return flat[: shape.numel()].view(shape)
 
-    def put(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+    def copy_into(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         """Write a whole tensor into a parameter, or this process's piece of it."""
         if self._partition(parameter) is None:
-            super().put(parameter, value)
+            super().copy_into(parameter, value)
             return
-        mine, first = self.piece(parameter)
+        mine, first = self.local_elements(parameter)
         mine.copy_(value.reshape(-1)[first : first + mine.numel()])
 
     def expected_bytes(self, parameters: dict[str, nn.Parameter]) -> int:

@@ -52,7 +52,7 @@ class Engine(ABC):
         """Make the groups and meshes the engine needs. Collective.
 
         Args:
-            world: This process's place.
+            world: Rank and size of this process's world.
             shard_size: Processes that hold one copy of the base together.
             offload: Keep this process's part of the base in host memory while it is not needed.
         """
@@ -88,8 +88,8 @@ class Engine(ABC):
         for name, parameter in parameters.items():
             group = group_of(name)
             self._group_sizes[group] = self._group_sizes.get(group, 0) + parameter.numel()
-        place = {group: index for index, group in enumerate(self._group_sizes)}
-        ordered = sorted(parameters.items(), key=lambda item: place[group_of(item[0])])
+        rank_of_group = {group: index for index, group in enumerate(self._group_sizes)}
+        ordered = sorted(parameters.items(), key=lambda item: rank_of_group[group_of(item[0])])
         self._shapes = {name: parameter.shape for name, parameter in ordered}
         sizes = [parameter.numel() for _, parameter in ordered]
         self._values = torch.empty(sum(sizes), device=self.world.device)
@@ -175,7 +175,7 @@ class Engine(ABC):
         """Whether this process holds a part of the parameter alone."""
         return isinstance(parameter, DTensor)
 
-    def piece(self, parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
+    def local_elements(self, parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
         """Return this process's elements of a parameter of the base and the place of the first."""
         if not isinstance(parameter, DTensor):
             return parameter.detach().reshape(-1), 0
@@ -183,14 +183,14 @@ class Engine(ABC):
         row_size = parameter.numel() // max(parameter.shape[0], 1)
         return parameter.to_local().detach().reshape(-1), start * row_size
 
-    def whole(self, parameter: nn.Parameter) -> torch.Tensor:
+    def full_tensor(self, parameter: nn.Parameter) -> torch.Tensor:
         """Return a parameter of the base whole, on the device. Collective."""
         if not isinstance(parameter, DTensor):
             return parameter.detach()
         local = parameter.to_local().detach().to(self.world.device)
         return self.shard.gather(local, parameter.shape[0])
 
-    def put(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+    def copy_into(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         """Write a whole tensor into a parameter, or this process's part of it."""
         with torch.no_grad():
             if isinstance(parameter, DTensor):
@@ -206,7 +206,7 @@ class Engine(ABC):
         """
         sums: list[int] = []
         for parameter in parameters.values():
-            elements, first = self.piece(parameter)
+            elements, first = self.local_elements(parameter)
             shape = self.shape(parameter)
             row_size = shape.numel() // max(shape[0], 1)
             sums.append(wrap_int64(fingerprint_piece(elements, first, row_size=row_size)))
@@ -230,4 +230,6 @@ class Engine(ABC):
 
     def resident_bytes(self, parameters: dict[str, nn.Parameter]) -> int:
         """Return the bytes of the base this process does hold."""
-        return sum(self.piece(p)[0].numel() * p.element_size() for p in parameters.values())
+        return sum(
+            self.local_elements(p)[0].numel() * p.element_size() for p in parameters.values()
+        )

@@ -70,8 +70,8 @@ class FSDP2Engine(Engine):
         waits = torch.device("cpu") if self.offload else self.world.device
 
         def make(parameter: nn.Parameter) -> nn.Parameter:
-            place = self.world.device if parameter.requires_grad else waits
-            empty = torch.empty_like(parameter, device=place)
+            device = self.world.device if parameter.requires_grad else waits
+            empty = torch.empty_like(parameter, device=device)
             return nn.Parameter(empty, parameter.requires_grad)
 
         base.materialize(model, self.world.device, make)

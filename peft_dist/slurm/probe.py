@@ -28,7 +28,7 @@ NONE = ("", "(null)", "N/A", "NONE", "UNLIMITED", "INFINITE", "0", "ALL")
 
 
 @dataclass(frozen=True)
-class Kind:
+class NodeKind:
     """What nodes that are alike have to offer."""
 
     cpus: int
@@ -50,11 +50,11 @@ class Partition:
     name: str
     is_default: bool
     is_up: bool
-    nodes: Mapping[str, Kind]
+    nodes: Mapping[str, NodeKind]
     features: frozenset[str]
 
     @property
-    def kinds(self) -> list[tuple[Kind, int]]:
+    def kinds(self) -> list[tuple[NodeKind, int]]:
         """Its kinds of nodes with their number: first those that have most GPUs together."""
         counts = Counter(self.nodes.values())
         return sorted(counts.items(), key=lambda item: (-item[0].gpus * item[1], -item[1]))
@@ -101,7 +101,9 @@ def parse_nodes(text: str) -> list[Partition]:
                 name=label.removesuffix("*"),
                 is_default=label.endswith("*"),
                 is_up=own[0][1] == "up",
-                nodes={row[2]: Kind(int(row[3]), int(row[4]), *parse_gres(row[5])) for row in own},
+                nodes={
+                    row[2]: NodeKind(int(row[3]), int(row[4]), *parse_gres(row[5])) for row in own
+                },
                 features=frozenset(
                     word for row in own for word in row[6].split(",") if word not in NONE
                 ),
@@ -210,7 +212,7 @@ def _head(
 
 
 def _devices(
-    kind: Kind, node: Mapping[str, str], partition: Mapping[str, str], *, exclusive: bool
+    kind: NodeKind, node: Mapping[str, str], partition: Mapping[str, str], *, exclusive: bool
 ) -> list[str]:
     """Return the lines that ask for all of one node."""
     usable = node.get("CPUEfctv", "")  # without those that Slurm keeps for itself

@@ -38,7 +38,7 @@ class CannotStage(Exception):
 
 
 @dataclass(frozen=True)
-class Source:
+class StagedModel:
     """A model folder as it is now."""
 
     folder: Path
@@ -46,7 +46,7 @@ class Source:
     """What training reads of it, by name."""
 
     @classmethod
-    def of(cls, folder: Path) -> "Source":
+    def of(cls, folder: Path) -> "StagedModel":
         """Look at a folder.
 
         Raises:
@@ -111,7 +111,7 @@ def stage(source: Path, folder: Path, *, verify: bool = False) -> Path:
     Raises:
         CannotStage, OSError: Where there can be no copy; nothing is left of it then.
     """
-    model = Source.of(source)
+    model = StagedModel.of(source)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     copy = folder.absolute() / f"{source.absolute().name[:100]}-{model.digest}"
     with ExitStack() as stack:
@@ -154,7 +154,7 @@ def find_damage(copy: Path, names: Iterable[str], *, verify: bool) -> str | None
     return None
 
 
-def _make(model: Source, copy: Path) -> None:
+def _make(model: StagedModel, copy: Path) -> None:
     """Copy a model, all of it or nothing."""
     free = shutil.disk_usage(copy.parent).free
     if free < model.size + SPARE_BYTES:
@@ -170,7 +170,7 @@ def _make(model: Source, copy: Path) -> None:
         for name, facts in files.items():
             if _sha256(partial / name) != facts["sha256"]:
                 raise CannotStage(f"{copy.parent} gives back other bytes of {name} than it took")
-        if Source.of(model.folder).digest != model.digest:
+        if StagedModel.of(model.folder).digest != model.digest:
             raise CannotStage(f"{model.folder} was changed meanwhile")
         manifest = {"source": str(model.folder.absolute()), "files": files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from peft_dist.common.errors import LaunchError, RecipeError, RunDirError
 from peft_dist.common.locks import lock_file
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, load_cluster, render_cluster
-from peft_dist.launch.placement import Machine, place
+from peft_dist.launch.placement import Machine, plan_processes
 from peft_dist.run import job_events
 from peft_dist.run.directory import ARRAY_FILE, RunDir, write_text_atomic
 from peft_dist.run.sweep import (
@@ -106,7 +106,7 @@ def prepare(request: Request) -> Submission:
     validate.check_processes(cluster, request.nodes, recipes[0])
     machine = Machine(gpus=cluster.gpus_per_node, cores=cluster.cpus_of_a_node or 1)
     per_node = cluster.processes_per_node or 0
-    placement = place(recipes[0], machine, request.nodes, per_node=per_node)
+    placement = plan_processes(recipes[0], machine, request.nodes, per_node=per_node)
     time_limit, time_from = _time_limit(request)
     time_s = None if time_limit is None else duration_s(time_limit, where=time_from)
     job = Job(

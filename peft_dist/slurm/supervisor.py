@@ -30,7 +30,7 @@ from peft_dist.run import job_events
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_launch, mark_launch, read_history
 from peft_dist.run.lease import end_for, latest, records
-from peft_dist.run.restart_policy import STOPS, Decision, Ending, Kind, Limits, decide
+from peft_dist.run.restart_policy import STOPS, Decision, Ending, Kind, RestartLimits, decide
 from peft_dist.slurm import memory_kills
 from peft_dist.slurm.failed_nodes import FailedNodes
 from peft_dist.slurm.save_lead import lead_s
@@ -169,7 +169,7 @@ class Node:
         """Leave the head's decision for all; return this node's exit code."""
         if self.is_head and self._is_superseded():
             ending = Ending(Kind.SUPERSEDED)
-        limits = Limits.of_job(
+        limits = RestartLimits.of_job(
             starts=self.options.max_starts,
             without_progress=self.options.max_starts_without_progress,
         )

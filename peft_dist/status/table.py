@@ -162,16 +162,16 @@ def _rows(views: Sequence[RunView | ArrayView], *, narrow: bool = False) -> list
 
 
 def _run_rows(view: RunView, *, narrow: bool, indent: str = "") -> list[Cells | Span]:
-    place = [view.reason or NO_VALUE, view.nodes or NO_VALUE]
+    columns = [view.reason or NO_VALUE, view.nodes or NO_VALUE]
     if narrow:
         reason = f"({view.reason})" if view.reason else ""
-        place = [" ".join(filter(None, (view.nodes, reason))) or NO_VALUE]
+        columns = [" ".join(filter(None, (view.nodes, reason))) or NO_VALUE]
     speed = NO_VALUE if view.tokens_per_s is None else f"{view.tokens_per_s:,.0f}"
     row = [
         indent + view.run,
         view.job or NO_VALUE,
         view.state,
-        *place,
+        *columns,
         str(view.attempt) if view.attempt else NO_VALUE,
         _progress(view),
         NO_VALUE if view.loss is None else f"{view.loss:.4f}",

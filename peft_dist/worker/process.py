@@ -32,7 +32,7 @@ from peft_dist.run.directory import RunDir
 from peft_dist.run.failure_files import write_failure
 from peft_dist.run.history import note_crash, read_history
 from peft_dist.run.lease import Attempt, latest
-from peft_dist.run.restart_policy import Ending, Kind, Limits, decide
+from peft_dist.run.restart_policy import Ending, Kind, RestartLimits, decide
 from peft_dist.worker.signals import interrupted_code
 
 FIX_FIRST = "start again once that is fixed"
@@ -207,7 +207,7 @@ def _out_of_memory_again(context: WorkerContext, line: str) -> TrainingError | N
     ending = Ending(Kind.OUT_OF_MEMORY, line, rank=context.rank, step=context.step)
     with suppress(OSError, RunDirError):  # then the next attempt finds out
         history = read_history(context.run_dir, before=context.attempt_number)
-        decision = decide(history, ending, Limits())
+        decision = decide(history, ending, RestartLimits())
         if decision.word == "stop":
             where = str(context.run_dir.path)
             return TrainingError(decision.reason, where=where, remedy=FIX_FIRST)

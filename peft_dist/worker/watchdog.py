@@ -37,7 +37,7 @@ REPORT_S = 10.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class WatchdogLimits:
     """How long one phase may last before it is a hang, in seconds."""
 
     min_s: float
@@ -57,7 +57,7 @@ class _Phase(NamedTuple):
     is_first_step: bool
 
 
-class Watchdog:
+class HangWatchdog:
     """Watches this process from a thread of its own.
 
     Args:
@@ -73,7 +73,7 @@ class Watchdog:
         *,
         rank: int,
         folder: Path,
-        limits: Limits,
+        limits: WatchdogLimits,
         world_size: int,
         on_hang: Callable[[str], None] | None = None,
     ) -> None:

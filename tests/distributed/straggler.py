@@ -14,7 +14,7 @@ from peft_dist.distributed import process_group
 from peft_dist.distributed.world import read_world
 from peft_dist.model.architectures import transformer_blocks
 from peft_dist.model.source import find_base
-from peft_dist.model_setup import open_session
+from peft_dist.model_setup import set_up_model
 from peft_dist.trainer import Trainer
 from tests.equivalence.cases import Recorder
 from tests.tiny import tiny_recipe
@@ -37,12 +37,12 @@ def main(folder: Path) -> None:
             parallel={"strategy": engine, **groups},
         )
         rows = tokenize_rows(recipe, "train", folder / "cache")
-        session = open_session(recipe, world, find_base(recipe, folder / "cache"))
+        setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"))
         if world.rank == SLEEPER:
-            last = list(transformer_blocks(session.peft.get_base_model()).values())[-1]
+            last = list(transformer_blocks(setup.peft.get_base_model()).values())[-1]
             # Behind the gather of its block, before which FSDP2 and DeepSpeed stand.
             last.input_layernorm.register_forward_hook(lambda *_: time.sleep(SLEEP_S))
-        trainer, recorder = Trainer(session, rows, None), Recorder()
+        trainer, recorder = Trainer(setup, rows, None), Recorder()
         trainer.trackers = [recorder] if world.is_main else []
         trainer.run()
         if world.is_main:

@@ -15,7 +15,7 @@ from peft_dist.config import Recipe
 from peft_dist.config.recipe import Parallel
 from peft_dist.distributed.world import World
 from peft_dist.launch.command import launch_environment, worker_command
-from peft_dist.launch.placement import Machine, place
+from peft_dist.launch.placement import Machine, plan_processes
 from peft_dist.sharding.launcher_env import Launched, resolve
 from tests.processes import ROOT, environment, free_port, run
 from tests.tiny import completion_rows, tiny_model, write_jsonl
@@ -154,7 +154,7 @@ def test_our_command_starts_any_number_of_processes(
     recipe = Recipe.model_validate(
         {"model": {"name": "m"}, "data": {"train": "d"}, "parallel": parallel}
     )
-    placement = place(recipe, Machine(gpus=0, cores=6))
+    placement = plan_processes(recipe, Machine(gpus=0, cores=6))
     command = worker_command(placement, "train.py", [str(tmp_path / "out")], root=root)
     seen = launched(command, tmp_path / "out", launch_environment(placement, {}))
     assert [facts["GROUP_SIZE"] for facts in seen] == [str(processes)] * processes

@@ -22,12 +22,12 @@ from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group
 from peft_dist.distributed.collectives import barrier, gather_objects
 from peft_dist.distributed.world import World, read_world
-from peft_dist.evaluation.scoring import held_out, score
+from peft_dist.evaluation.scoring import make_eval_set, score
 from peft_dist.ledger.events import LedgerEvent
 from peft_dist.model import cache as packed_base
 from peft_dist.model.source import find_base
 from peft_dist.model.weights import WeightFiles
-from peft_dist.model_setup import Session, open_session
+from peft_dist.model_setup import ModelSetup, set_up_model
 from peft_dist.trainer import Trainer
 from tests.tiny import ARCHITECTURES, tiny_recipe
 
@@ -215,31 +215,31 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -
     # Caches are not shared between numbers of processes, so that what they hold can be compared.
     cache = folder / f"cache-{world.size}"
     rows = tokenize_rows(recipe, "train", cache / "rows")
-    held = held_out(recipe, tokenize_rows(recipe, "eval", cache / "rows"))
+    held = make_eval_set(recipe, tokenize_rows(recipe, "eval", cache / "rows"))
     warnings = _Warnings()
     logging.getLogger("peft_dist").addHandler(warnings)
     if case.damage:
-        flip_a_byte(open_session(recipe, world, find_base(recipe, cache)))
+        flip_a_byte(set_up_model(recipe, world, find_base(recipe, cache)))
     torch.manual_seed(world.rank)  # whatever a process did before: adapters start alike
     with slow_reader(late=case.damage and world.rank == world.size - 1):
         source = find_base(recipe, cache)
-        session = open_session(recipe, world, source, label_names=rows.label_names)
+        setup = set_up_model(recipe, world, source, label_names=rows.label_names)
     logging.getLogger("peft_dist").removeHandler(warnings)
     # At the start: DeepSpeed keeps what it may need again soon, which of a tiny model is all.
-    sharded = all(session.engine.is_shard(parameter) for parameter in session.base.values())
-    saver = AdapterSaver(session, rows)
-    before = adapter(session)
-    undisturbed = gradient(session, rows)
-    score(session, held)
-    disturbed = gradient(session, rows)
+    sharded = all(setup.engine.is_shard(parameter) for parameter in setup.base.values())
+    saver = AdapterSaver(setup, rows)
+    before = adapter(setup)
+    undisturbed = gradient(setup, rows)
+    score(setup, held)
+    disturbed = gradient(setup, rows)
     recorder = Recorder()
-    trainer = Trainer(session, rows, held)
+    trainer = Trainer(setup, rows, held)
     trainer.trackers = [recorder] if world.is_main else []
     outcome = trainer.run()
-    session.check_integrity()
-    after = adapter(session)
+    setup.check_integrity()
+    after = adapter(setup)
     digests = gather_objects({name: fingerprint(t) for name, t in after.items()})
-    nll, logits = probe(session, rows)
+    nll, logits = probe(setup, rows)
     saver.save(out / "adapter")
     if not world.is_main:
         return
@@ -248,13 +248,13 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -
         "first": [outcome.first.loss, outcome.first.accuracy] if outcome.first else None,
         "samples": [r for r in recorder.records if r["event"] == "sample"],
         "last": [outcome.last.loss, outcome.last.accuracy] if outcome.last else None,
-        "base_bytes_total": session.base_bytes_total,
-        "base_bytes_by_rank": session.base_bytes_by_rank,
-        "base_fingerprint": session.base_fingerprint,
-        "packed_base": None if session.packed_base is None else str(session.packed_base),
-        "packed_layers": sum(name.endswith(".packed") for name in session.base),
-        "trained": sorted(session.adapter),
-        "base_tensors": len(session.base),
+        "base_bytes_total": setup.base_bytes_total,
+        "base_bytes_by_rank": setup.base_bytes_by_rank,
+        "base_fingerprint": setup.base_fingerprint,
+        "packed_base": None if setup.packed_base is None else str(setup.packed_base),
+        "packed_layers": sum(name.endswith(".packed") for name in setup.base),
+        "trained": sorted(setup.adapter),
+        "base_tensors": len(setup.base),
         "sharded": sharded,
         "still": [name for name in after if torch.equal(before[name], after[name])],
         "adapters_agree": all(digest == digests[0] for digest in digests),
@@ -268,11 +268,11 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -
     (out / "outcome.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def flip_a_byte(session: Session) -> None:
+def flip_a_byte(setup: ModelSetup) -> None:
     """Change the packed base on disk in the last of its rows."""
-    if session.world.is_main:
-        assert session.packed_base is not None
-        file = session.packed_base / "model.safetensors"
+    if setup.world.is_main:
+        assert setup.packed_base is not None
+        file = setup.packed_base / "model.safetensors"
         data = bytearray(file.read_bytes())
         data[-4] ^= 1
         file.write_bytes(data)
@@ -305,9 +305,9 @@ class _Warnings(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def adapter(session: Session) -> dict[str, torch.Tensor]:
+def adapter(setup: ModelSetup) -> dict[str, torch.Tensor]:
     """Return a copy of every trained tensor."""
-    return {name: parameter.detach().clone() for name, parameter in session.adapter.items()}
+    return {name: parameter.detach().clone() for name, parameter in setup.adapter.items()}
 
 
 def fingerprint(tensor: torch.Tensor) -> list[float]:
@@ -316,26 +316,26 @@ def fingerprint(tensor: torch.Tensor) -> list[float]:
     return [float(values.sum()), float((values * torch.arange(1, len(values) + 1)).sum())]
 
 
-def gradient(session: Session, rows: TokenizedRows) -> torch.Tensor:
+def gradient(setup: ModelSetup, rows: TokenizedRows) -> torch.Tensor:
     """Return the adapter's gradient on a few rows; leaves none behind."""
-    ids = torch.arange(4).numpy() + session.world.rank
-    session.model.train()
-    with session.autocast():
-        loss = session.model(session.pack(rows, ids)).nll.sum()
+    ids = torch.arange(4).numpy() + setup.world.rank
+    setup.model.train()
+    with setup.autocast():
+        loss = setup.model(setup.pack(rows, ids)).nll.sum()
     loss.backward()
-    session.engine.reduce(loss.detach())
-    found = session.engine.gradients.clone()
-    session.engine.zero_gradients()
+    setup.engine.reduce(loss.detach())
+    found = setup.engine.gradients.clone()
+    setup.engine.zero_gradients()
     return found
 
 
-def probe(session: Session, rows: TokenizedRows) -> tuple[list[float], list[list[float]]]:
+def probe(setup: ModelSetup, rows: TokenizedRows) -> tuple[list[float], list[list[float]]]:
     """Return each target's loss and each row's logits on a fixed micro-batch."""
-    batch = session.pack(rows, torch.arange(PROBE_ROWS).numpy())
-    session.model.eval()
-    choices = torch.arange(session.peft.get_base_model().config.vocab_size)
-    with torch.no_grad(), session.autocast():
-        losses = session.model(batch, choices)
+    batch = setup.pack(rows, torch.arange(PROBE_ROWS).numpy())
+    setup.model.eval()
+    choices = torch.arange(setup.peft.get_base_model().config.vocab_size)
+    with torch.no_grad(), setup.autocast():
+        losses = setup.model(batch, choices)
     assert losses.choice_logits is not None
     return losses.nll.tolist(), losses.choice_logits.tolist()
 

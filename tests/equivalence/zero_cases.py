@@ -22,7 +22,7 @@ from peft_dist.model import base
 from peft_dist.model.architectures import transformer_blocks
 from peft_dist.model.nf4 import FrozenLinear4bit
 from peft_dist.model.source import find_base
-from peft_dist.model_setup import open_session
+from peft_dist.model_setup import set_up_model
 from peft_dist.sharding import deepspeed_zero
 from peft_dist.trainer import Trainer
 from tests.equivalence.cases import DDP, FSDP, SINGLE, ZERO2, ZERO3, Case, run_cases
@@ -78,7 +78,7 @@ def watch_a_load(folder: Path, world: World) -> dict[str, Any]:
     """Load a base under zero3; return what stood whole meanwhile, and what the engine gives."""
     most = {"made": 0, "filled": 0}
     parameters: list[nn.Parameter] = []
-    materialize, put = base.materialize, deepspeed_zero.ZeRO3Engine.put
+    materialize, copy_into = base.materialize, deepspeed_zero.ZeRO3Engine.copy_into
 
     def whole_bytes() -> int:
         return sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
@@ -96,29 +96,29 @@ def watch_a_load(folder: Path, world: World) -> dict[str, Any]:
     def watched_put(
         engine: deepspeed_zero.ZeRO3Engine, parameter: nn.Parameter, value: torch.Tensor
     ) -> None:
-        put(engine, parameter, value)
+        copy_into(engine, parameter, value)
         most["filled"] = max(most["filled"], whole_bytes())
 
-    base.materialize, deepspeed_zero.ZeRO3Engine.put = watched_materialize, watched_put  # type: ignore
+    base.materialize, deepspeed_zero.ZeRO3Engine.copy_into = watched_materialize, watched_put  # type: ignore
     try:
         recipe = tiny_recipe(
             folder / "models" / "odd", folder / "completion.jsonl", parallel={"strategy": "zero3"}
         )
-        session = open_session(recipe, world, find_base(recipe, folder / "cache-load"))
+        setup = set_up_model(recipe, world, find_base(recipe, folder / "cache-load"))
     finally:
-        base.materialize, deepspeed_zero.ZeRO3Engine.put = materialize, put  # type: ignore[method-assign]
+        base.materialize, deepspeed_zero.ZeRO3Engine.copy_into = materialize, copy_into  # type: ignore[method-assign]
     returned = {}
-    for name, parameter in session.base.items():
-        whole = session.engine.whole(parameter).clone()
-        session.engine.put(parameter, whole.flip(0))
-        returned[name] = torch.equal(session.engine.whole(parameter).flip(0), whole)
+    for name, parameter in setup.base.items():
+        whole = setup.engine.full_tensor(parameter).clone()
+        setup.engine.copy_into(parameter, whole.flip(0))
+        returned[name] = torch.equal(setup.engine.full_tensor(parameter).flip(0), whole)
     return {
         **most,
         "tensors": len(parameters),
         "returned": all(returned.values()),
-        "adapter_is_whole": all(p.numel() > 0 for p in session.adapter.values()),
-        "listed_by_peft": sum(p.requires_grad for p in session.peft.parameters()),
-        "trained": len(session.adapter),
+        "adapter_is_whole": all(p.numel() > 0 for p in setup.adapter.values()),
+        "listed_by_peft": sum(p.requires_grad for p in setup.peft.parameters()),
+        "trained": len(setup.adapter),
     }
 
 
@@ -136,8 +136,8 @@ def watch_a_training(folder: Path, world: World) -> dict[str, Any]:
             parallel={"strategy": "zero3"},
             train={"steps": 4, "global_batch_size": 8, "micro_batch_size": 2},
         )
-        session = open_session(recipe, world, find_base(recipe, folder / "cache-load"))
-        blocks = list(transformer_blocks(session.peft.get_base_model()).values())
+        setup = set_up_model(recipe, world, find_base(recipe, folder / "cache-load"))
+        blocks = list(transformer_blocks(setup.peft.get_base_model()).values())
         elsewhere: list[int] = []
         here: list[int] = []
 
@@ -158,10 +158,10 @@ def watch_a_training(folder: Path, world: World) -> dict[str, Any]:
                 if isinstance(layer, FrozenLinear4bit):
                     layer.register_forward_hook(lambda layer, *_: look_inside(layer), prepend=True)
         rows = tokenize_rows(recipe, "train", folder / "cache-load" / "rows")
-        Trainer(session, rows, None).run()
+        Trainer(setup, rows, None).run()
     finally:
         deepspeed_zero._config = config
-    left = sum(p.numel() for p in session.base.values())
+    left = sum(p.numel() for p in setup.base.values())
     return {"looks": len(elsewhere), "elsewhere": max(elsewhere), "here": min(here), "left": left}
 
 

@@ -48,7 +48,7 @@ def slow(
     elif where == "loading":
         from peft_dist import model_setup
 
-        load = model_setup.open_session
+        load = model_setup.set_up_model
         replace_function(load, lambda *rest, **named: around(load, *rest, **named))
     elif where == "evaluation":
         from peft_dist.evaluation import scoring

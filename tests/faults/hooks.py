@@ -156,7 +156,7 @@ def hang_at(
     if where == "setup":
         from peft_dist import model_setup
 
-        replace_function(model_setup.open_session, lambda *_, **__: _sleep_for_ever())
+        replace_function(model_setup.set_up_model, lambda *_, **__: _sleep_for_ever())
         return
     at_steps(lambda now: _sleep_for_ever() if where == "step" and now == step else None)
 
@@ -166,9 +166,9 @@ def hang_at(
         return call(*rest, **named)
 
     if where == "rows":
-        from peft_dist.model_setup import Session
+        from peft_dist.model_setup import ModelSetup
 
-        wrap(Session, "pack", around)
+        wrap(ModelSetup, "pack", around)
     elif where == "collective":
         from peft_dist.sharding.engine import Engine
 
@@ -209,21 +209,21 @@ def record_rows(here: Rank, *, folder: str) -> None:
 
     `oracles.trained_rows` reads it. It is what the rank did, where the ledger is what it says.
     """
-    from peft_dist.model_setup import Session
+    from peft_dist.model_setup import ModelSetup
 
     path = Path(folder) / f"rank-{here.rank}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     # One line of one write each: a kill leaves whole lines.
     book = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
-    def around(pack: Callable[..., Any], session: Any, rows: Any, ids: Any) -> Any:
-        if begun["step"] and session.model.training:
+    def around(pack: Callable[..., Any], setup: Any, rows: Any, ids: Any) -> Any:
+        if begun["step"] and setup.model.training:
             line = {"step": begun["step"], "rows": [int(row) for row in ids]}
             os.write(book, json.dumps(line).encode() + b"\n")
-        return pack(session, rows, ids)
+        return pack(setup, rows, ids)
 
     at_steps(nothing)
-    wrap(Session, "pack", around)
+    wrap(ModelSetup, "pack", around)
 
 
 def log_file_operations(here: Rank, *, under: str, into: str, rank: int = 0) -> None:

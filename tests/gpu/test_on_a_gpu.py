@@ -18,7 +18,7 @@ from peft_dist.metrics.mfu import peak_flops
 from peft_dist.model.nf4 import dequantize, quantize_rows
 from peft_dist.model.source import find_base
 from peft_dist.model.weights import WeightFiles
-from peft_dist.model_setup import Session, open_session
+from peft_dist.model_setup import ModelSetup, set_up_model
 from peft_dist.sharding.compute_timer import ComputeTimer
 from peft_dist.trainer import Trainer
 from tests.equivalence.cases import Recorder
@@ -43,7 +43,7 @@ def world() -> Iterator[World]:
 
 def opened(
     tmp_path: Path, world: World, *, strategy: str, quantization: str
-) -> tuple[Session, TokenizedRows, Path]:
+) -> tuple[ModelSetup, TokenizedRows, Path]:
     model = tmp_path / "model"
     tiny_model(model, "llama")
     recipe = tiny_recipe(
@@ -55,7 +55,7 @@ def opened(
         train={"steps": 5, "global_batch_size": 4, "learning_rate": 1e-2},
     )
     rows = tokenize_rows(recipe, "train", tmp_path / "cache")
-    return open_session(recipe, world, find_base(recipe, tmp_path / "cache")), rows, model
+    return set_up_model(recipe, world, find_base(recipe, tmp_path / "cache")), rows, model
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
@@ -66,20 +66,20 @@ def local(parameter: torch.Tensor) -> torch.Tensor:
 def test_nf4_agrees_with_a_bf16_model_of_the_same_weights(
     tmp_path: Path, world: World, strategy: str
 ) -> None:
-    session, rows, model = opened(tmp_path, world, strategy=strategy, quantization="nf4")
+    setup, rows, model = opened(tmp_path, world, strategy=strategy, quantization="nf4")
     batch = pack(rows, torch.arange(4).numpy(), packing=True).to(world.device)
-    with torch.no_grad(), session.autocast():
-        ours = session.model(batch).nll
+    with torch.no_grad(), setup.autocast():
+        ours = setup.model(batch).nll
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(world.device)
     files = WeightFiles(model)
     with torch.no_grad():
-        for name, parameter in session.base.items():
+        for name, parameter in setup.base.items():
             if not name.endswith(".packed"):
                 continue
             plain = name.removeprefix("base_model.model.").replace(".base_layer.packed", ".weight")
-            packed, absmax = quantize_rows(files.whole(plain).to(world.device), 64)
+            packed, absmax = quantize_rows(files.full_tensor(plain).to(world.device), 64)
             assert torch.equal(packed, local(parameter)), plain
             weight = dequantize(packed, absmax, block_size=64, dtype=torch.bfloat16)
             reference.get_parameter(plain).copy_(weight)
@@ -96,15 +96,15 @@ def test_nf4_agrees_with_a_bf16_model_of_the_same_weights(
 def test_the_packed_base_is_byte_exact_after_a_wrap_and_some_steps(
     tmp_path: Path, world: World, strategy: str
 ) -> None:
-    session, rows, _ = opened(tmp_path, world, strategy=strategy, quantization="nf4")
-    before = {name: local(parameter).clone() for name, parameter in session.base.items()}
-    adapter = session.engine.adapter_state()
-    outcome = Trainer(session, rows, None).run()
+    setup, rows, _ = opened(tmp_path, world, strategy=strategy, quantization="nf4")
+    before = {name: local(parameter).clone() for name, parameter in setup.base.items()}
+    adapter = setup.engine.adapter_state()
+    outcome = Trainer(setup, rows, None).run()
     assert outcome.final_loss == outcome.final_loss
-    session.check_integrity()
-    for name, parameter in session.base.items():
+    setup.check_integrity()
+    for name, parameter in setup.base.items():
         assert torch.equal(before[name], local(parameter)), name
-    moved = session.engine.adapter_state()
+    moved = setup.engine.adapter_state()
     assert any(not torch.equal(adapter[name], moved[name]) for name in adapter)
 
 
@@ -126,8 +126,8 @@ def test_the_time_of_a_step_is_the_devices_and_is_not_waited_for() -> None:
 def test_records_have_time_memory_and_mfu_of_the_device(
     tmp_path: Path, world: World, strategy: str
 ) -> None:
-    session, rows, _ = opened(tmp_path, world, strategy=strategy, quantization="nf4")
-    trainer, records = Trainer(session, rows, None), Recorder()
+    setup, rows, _ = opened(tmp_path, world, strategy=strategy, quantization="nf4")
+    trainer, records = Trainer(setup, rows, None), Recorder()
     trainer.trackers = [records]
     trainer.run()
     assert [len(record["rank_memory_bytes"]) for record in records.records] == [1] * 5
@@ -144,10 +144,10 @@ def test_memory_after_loading_is_the_bytes_that_were_counted(
 ) -> None:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    session, _, _ = opened(tmp_path, world, strategy="ddp", quantization=quantization)
+    setup, _, _ = opened(tmp_path, world, strategy="ddp", quantization=quantization)
     held = torch.cuda.memory_allocated() - before
-    trained = sum(parameter.numel() for parameter in session.adapter.values())
-    counted = session.base_bytes_total + 2 * 4 * trained  # values and gradients, float32
+    trained = sum(parameter.numel() for parameter in setup.adapter.values())
+    counted = setup.base_bytes_total + 2 * 4 * trained  # values and gradients, float32
     # CUDA hands memory out in 512-byte pieces, so every small tensor may cost one more.
-    tensors = len(session.base) + len(list(session.model.buffers())) + 8
+    tensors = len(setup.base) + len(list(setup.model.buffers())) + 8
     assert counted <= held <= counted + tensors * 1024 + (1 << 20)

@@ -13,7 +13,7 @@ from typing import Any
 
 from peft_dist.config import Recipe
 from peft_dist.config.cluster import Cluster
-from peft_dist.launch.placement import Machine, place
+from peft_dist.launch.placement import Machine, plan_processes
 from peft_dist.slurm.scripts import Array, Job, scripts
 from tests.unit.run_folders import slurm_commands
 
@@ -79,7 +79,7 @@ def job(
         name="first",
         folder=folder,
         cluster=checked,
-        placement=place(recipe, machine, nodes, per_node=checked.processes_per_node or 0),
+        placement=plan_processes(recipe, machine, nodes, per_node=checked.processes_per_node or 0),
         time_s=time_s,
         lead_s=180,
         max_restarts=recipe.parallel.max_restarts,

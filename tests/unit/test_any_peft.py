@@ -16,7 +16,7 @@ from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.ledger.events import LedgerEvent, StepEvent
 from peft_dist.model.source import find_base
-from peft_dist.model_setup import Session, open_session
+from peft_dist.model_setup import ModelSetup, set_up_model
 from peft_dist.trainer import Trainer
 from tests.tiny import completion_rows, save_adapter, tiny_model, tiny_recipe, write_jsonl
 
@@ -32,7 +32,7 @@ WORKING: dict[str, dict[str, Any]] = {
 }
 
 
-def opened(folder: Path, world: World, method: dict[str, Any], **sections: Any) -> Session:
+def opened(folder: Path, world: World, method: dict[str, Any], **sections: Any) -> ModelSetup:
     if not (folder / "llama").exists():
         tiny_model(folder / "llama", "llama")
         write_jsonl(folder / "rows.jsonl", completion_rows(24))
@@ -43,7 +43,7 @@ def opened(folder: Path, world: World, method: dict[str, Any], **sections: Any) 
         parallel={"strategy": "ddp"},
         **sections,
     )
-    return open_session(recipe, world, find_base(recipe, folder / "cache"))
+    return set_up_model(recipe, world, find_base(recipe, folder / "cache"))
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -52,12 +52,12 @@ def test_a_passed_through_method_starts_at_the_base_and_learns(
     tmp_path: Path, alone: World, name: str, quantization: str
 ) -> None:
     train = {"steps": 3, "global_batch_size": 8, "learning_rate": 1e-2}
-    session = opened(
+    setup = opened(
         tmp_path, alone, {"type": name, **WORKING[name]}, quantization=quantization, train=train
     )
-    rows = tokenize_rows(session.recipe, "train", tmp_path / "cache")
-    before = session.engine.adapter_state()
-    found = Trainer(session, rows, None)
+    rows = tokenize_rows(setup.recipe, "train", tmp_path / "cache")
+    before = setup.engine.adapter_state()
+    found = Trainer(setup, rows, None)
     losses: list[float] = []
 
     class Losses:
@@ -70,22 +70,22 @@ def test_a_passed_through_method_starts_at_the_base_and_learns(
 
     found.trackers = [Losses()]
     found.run()
-    session.check_integrity()
-    after = session.engine.adapter_state()
+    setup.check_integrity()
+    after = setup.engine.adapter_state()
     assert losses[-1] < losses[0]
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[n], after[n]) for n in after)
     folder = tmp_path / "adapter"
-    save_adapter(folder, session.method, session.peft, after)
-    back = adapter_file.load_adapter(folder, session.method, session.peft, session.adapter)
+    save_adapter(folder, setup.method, setup.peft, after)
+    back = adapter_file.load_adapter(folder, setup.method, setup.peft, setup.adapter)
     assert all(torch.equal(back[n], after[n]) for n in after)
     if quantization == "none":
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
         plain = PeftModel.from_pretrained(base, folder).eval()
         ids = torch.tensor([rows.tokens[: rows.offsets[1]].astype("int64").tolist()])
-        session.model.eval()
+        setup.model.eval()
         with torch.no_grad():
-            ours = session.peft.get_base_model()(input_ids=ids, row_lengths=None).logits
+            ours = setup.peft.get_base_model()(input_ids=ids, row_lengths=None).logits
             torch.testing.assert_close(plain(input_ids=ids).logits, ours, atol=1e-5, rtol=1e-5)
 
 

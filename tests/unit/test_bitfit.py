@@ -20,7 +20,7 @@ from peft_dist.methods import METHODS
 from peft_dist.methods.bitfit import BitFitConfig, BitFitLayer, BitFitMethod
 from peft_dist.model.nf4 import FrozenLinear4bit
 from peft_dist.model.source import find_base
-from peft_dist.model_setup import open_session
+from peft_dist.model_setup import set_up_model
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_recipe
 
 TOKENS = torch.arange(3, 15)[None]
@@ -225,19 +225,19 @@ def test_a_session_starts_it_as_the_base(
         quantization=quantization,
         parallel={"strategy": "ddp"},
     )
-    session = open_session(recipe, alone, find_base(recipe, tmp_path / "cache"))
-    assert session.adapter and all(".bitfit_bias." in name for name in session.adapter)
-    assert not any(change.any() for change in session.adapter.values())
-    layers = [m.base_layer for m in session.peft.modules() if isinstance(m, BitFitLayer)]
+    setup = set_up_model(recipe, alone, find_base(recipe, tmp_path / "cache"))
+    assert setup.adapter and all(".bitfit_bias." in name for name in setup.adapter)
+    assert not any(change.any() for change in setup.adapter.values())
+    layers = [m.base_layer for m in setup.peft.modules() if isinstance(m, BitFitLayer)]
     assert any(isinstance(layer, FrozenLinear4bit) for layer in layers) == (quantization == "nf4")
-    session.peft.eval()
+    setup.peft.eval()
     with torch.no_grad():
-        found = session.peft(input_ids=TOKENS, row_lengths=None).logits
-        for change in session.adapter.values():
+        found = setup.peft(input_ids=TOKENS, row_lengths=None).logits
+        for change in setup.adapter.values():
             change += 0.1
-        moved = session.peft(input_ids=TOKENS, row_lengths=None).logits
-        with session.peft.disable_adapter():
-            plain = session.peft(input_ids=TOKENS, row_lengths=None).logits
+        moved = setup.peft(input_ids=TOKENS, row_lengths=None).logits
+        with setup.peft.disable_adapter():
+            plain = setup.peft(input_ids=TOKENS, row_lengths=None).logits
     assert torch.equal(found, plain)
     assert not torch.allclose(moved, plain, atol=1e-3)
 

@@ -21,7 +21,7 @@ from peft_dist.methods import METHODS
 from peft_dist.methods.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckMethod
 from peft_dist.model.nf4 import FrozenLinear4bit
 from peft_dist.model.source import find_base
-from peft_dist.model_setup import open_session
+from peft_dist.model_setup import set_up_model
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_recipe
 
 TOKENS = torch.arange(3, 15)[None]
@@ -259,21 +259,21 @@ def test_a_session_starts_it_as_the_4_bit_base_whatever_the_process_drew_before(
     values = []
     for _ in range(2):
         torch.manual_seed(torch.seed())
-        session = open_session(recipe, alone, find_base(recipe, tmp_path / "cache"))
-        values.append({name: p.detach().clone() for name, p in session.adapter.items()})
+        setup = set_up_model(recipe, alone, find_base(recipe, tmp_path / "cache"))
+        values.append({name: p.detach().clone() for name, p in setup.adapter.items()})
     assert all(torch.equal(values[0][name], values[1][name]) for name in values[0])
     downs = [p for name, p in values[0].items() if "_down.default.weight" in name]
     assert all(0.8 < p.abs().max() * math.sqrt(64) <= 1 for p in downs)
     assert not any(torch.equal(downs[0], other) for other in downs[1:])
     assert not any(p.any() for name, p in values[0].items() if "_up." in name or "bias" in name)
 
-    wrapped = layers(session.peft).values()
+    wrapped = layers(setup.peft).values()
     assert all(isinstance(layer.base_layer, FrozenLinear4bit) for layer in wrapped)
-    session.peft.eval()
+    setup.peft.eval()
     with torch.no_grad():
-        found = session.peft(input_ids=TOKENS, row_lengths=None).logits
-        with session.peft.disable_adapter():
-            plain = session.peft(input_ids=TOKENS, row_lengths=None).logits
+        found = setup.peft(input_ids=TOKENS, row_lengths=None).logits
+        with setup.peft.disable_adapter():
+            plain = setup.peft(input_ids=TOKENS, row_lengths=None).logits
     assert torch.equal(found, plain)
 
 

@@ -19,16 +19,16 @@ from peft_dist.distributed.world import World
 from peft_dist.methods.lora import LoraMethod
 from peft_dist.model import architectures
 from peft_dist.model.source import find_base
-from peft_dist.model_setup import Session, open_session
+from peft_dist.model_setup import ModelSetup, set_up_model
 from tests.processes import environment, run, torchrun
 from tests.tiny import completion_rows, save_adapter, tiny_model, tiny_recipe, write_jsonl
 
 
-def opened(folder: Path, world: World, architecture: str = "llama", **sections: Any) -> Session:
+def opened(folder: Path, world: World, architecture: str = "llama", **sections: Any) -> ModelSetup:
     tiny_model(folder / architecture, architecture)
     recipe = tiny_recipe(folder / architecture, folder / "rows.jsonl", **sections)
     labels = ("a", "b") if architecture == "bert" else ()
-    return open_session(recipe, world, find_base(recipe, folder / "cache"), label_names=labels)
+    return set_up_model(recipe, world, find_base(recipe, folder / "cache"), label_names=labels)
 
 
 BERT = {"model": {"task": "sequence-classification"}}
@@ -48,25 +48,23 @@ BERT = {"model": {"task": "sequence-classification"}}
 def test_everything_that_trains_is_saved_and_read_back(
     tmp_path: Path, alone: World, architecture: str, sections: dict[str, Any]
 ) -> None:
-    session = opened(tmp_path, alone, architecture, **sections)
-    state = {
-        name: torch.randn_like(value) for name, value in session.engine.adapter_state().items()
-    }
-    assert state.keys() == session.adapter.keys()
-    save_adapter(tmp_path / "adapter", session.method, session.peft, state)
+    setup = opened(tmp_path, alone, architecture, **sections)
+    state = {name: torch.randn_like(value) for name, value in setup.engine.adapter_state().items()}
+    assert state.keys() == setup.adapter.keys()
+    save_adapter(tmp_path / "adapter", setup.method, setup.peft, state)
     stored = load_file(tmp_path / "adapter" / ADAPTER_FILE)
     assert len(stored) == len(state)
     assert not any(".default." in name for name in stored)
-    back = load_adapter(tmp_path / "adapter", session.method, session.peft, session.adapter)
+    back = load_adapter(tmp_path / "adapter", setup.method, setup.peft, setup.adapter)
     assert all(torch.equal(back[name], value) for name, value in state.items())
-    session.engine.load_adapter_state(back)
-    assert all(torch.equal(session.adapter[name], value) for name, value in state.items())
+    setup.engine.load_adapter_state(back)
+    assert all(torch.equal(setup.adapter[name], value) for name, value in state.items())
 
 
 def test_the_same_adapter_is_the_same_bytes(tmp_path: Path, alone: World) -> None:
-    session = opened(tmp_path, alone)
+    setup = opened(tmp_path, alone)
     for name in ("one", "two"):
-        save_adapter(tmp_path / name, session.method, session.peft, session.engine.adapter_state())
+        save_adapter(tmp_path / name, setup.method, setup.peft, setup.engine.adapter_state())
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
     config = json.loads((tmp_path / "one" / "adapter_config.json").read_text(encoding="utf-8"))
@@ -77,39 +75,39 @@ def test_the_same_adapter_is_the_same_bytes(tmp_path: Path, alone: World) -> Non
 def test_a_new_copy_replaces_the_old_one_and_leaves_nothing_beside_it(
     tmp_path: Path, alone: World
 ) -> None:
-    session = opened(tmp_path, alone)
+    setup = opened(tmp_path, alone)
     folder = tmp_path / "run" / "adapter"
     folder.mkdir(parents=True)
     (folder / "old").write_text("", encoding="utf-8")
-    save_adapter(folder, session.method, session.peft, session.engine.adapter_state())
+    save_adapter(folder, setup.method, setup.peft, setup.engine.adapter_state())
     assert {f.name for f in folder.iterdir()} == {ADAPTER_FILE, "adapter_config.json"}
     assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_a_tensor_that_peft_would_not_save_is_named(tmp_path: Path, alone: World) -> None:
-    session = opened(tmp_path, alone)
+    setup = opened(tmp_path, alone)
     with pytest.raises(TrainingError, match="extra.weight is trained, but PEFT would not save it"):
-        session.method.saved(session.peft, {**session.adapter, "extra.weight": torch.zeros(1)})
+        setup.method.saved(setup.peft, {**setup.adapter, "extra.weight": torch.zeros(1)})
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, alone: World) -> None:
-    session = opened(tmp_path, alone)
+    setup = opened(tmp_path, alone)
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(TrainingError, match="the adapter cannot be written: ") as caught:
         save_adapter(
             tmp_path / "file" / "adapter",
-            session.method,
-            session.peft,
-            session.engine.adapter_state(),
+            setup.method,
+            setup.peft,
+            setup.engine.adapter_state(),
         )
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "other", "shape"])
 def test_a_broken_or_foreign_adapter_is_refused(tmp_path: Path, alone: World, damage: str) -> None:
-    session = opened(tmp_path, alone)
+    setup = opened(tmp_path, alone)
     folder = tmp_path / "adapter"
-    save_adapter(folder, session.method, session.peft, session.engine.adapter_state())
+    save_adapter(folder, setup.method, setup.peft, setup.engine.adapter_state())
     file = folder / ADAPTER_FILE
     tensors = load_file(file)
     name = sorted(tensors)[0]
@@ -122,7 +120,7 @@ def test_a_broken_or_foreign_adapter_is_refused(tmp_path: Path, alone: World, da
     else:
         save_file({**tensors, name: torch.zeros(2, 2)}, file)
     with pytest.raises(RunDirError, match=str(file)) as caught:
-        load_adapter(folder, session.method, session.peft, session.adapter)
+        load_adapter(folder, setup.method, setup.peft, setup.adapter)
     assert isinstance(caught.value, PeftDistError)
     assert "\n" not in str(caught.value)
 
@@ -131,76 +129,76 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def trained(folder: Path, world: World, **sections: Any) -> tuple[Session, AdapterSaver]:
-    """Return a session whose every trained tensor has moved since its saver was made."""
+def trained(folder: Path, world: World, **sections: Any) -> tuple[ModelSetup, AdapterSaver]:
+    """Return a model setup whose every trained tensor has moved since its saver was made."""
     write_jsonl(folder / "rows.jsonl", completion_rows(8))
-    session = opened(folder, world, **sections)
-    saver = AdapterSaver(session, tokenize_rows(session.recipe, "train", folder / "cache"))
+    setup = opened(folder, world, **sections)
+    saver = AdapterSaver(setup, tokenize_rows(setup.recipe, "train", folder / "cache"))
     with torch.no_grad():
-        for parameter in session.adapter.values():
+        for parameter in setup.adapter.values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    return session, saver
+    return setup, saver
 
 
-def dropped(session: Session, patch: pytest.MonkeyPatch) -> str:
+def dropped(setup: ModelSetup, patch: pytest.MonkeyPatch) -> str:
     """Gather all tensors but one."""
-    state = session.engine.adapter_state()
+    state = setup.engine.adapter_state()
     state.popitem()
-    patch.setattr(session.engine, "adapter_state", lambda: state)
+    patch.setattr(setup.engine, "adapter_state", lambda: state)
     return "down_proj.lora_B.weight is trained, but not in the file"
 
 
-def emptied(session: Session, patch: pytest.MonkeyPatch) -> str:
+def emptied(setup: ModelSetup, patch: pytest.MonkeyPatch) -> str:
     """Gather a tensor as a process does that holds no part of it."""
-    state = session.engine.adapter_state()
+    state = setup.engine.adapter_state()
     state["base_model.model.model.layers.1.mlp.up_proj.lora_B.default.weight"].zero_()
-    patch.setattr(session.engine, "adapter_state", lambda: state)
+    patch.setattr(setup.engine, "adapter_state", lambda: state)
     return "layers.1.mlp.up_proj.lora_B.weight was changed by training, but is all zeros"
 
 
-def stale(session: Session, patch: pytest.MonkeyPatch) -> str:
+def stale(setup: ModelSetup, patch: pytest.MonkeyPatch) -> str:
     """Gather values from before the last step."""
-    state = {name: value + 0.01 for name, value in session.engine.adapter_state().items()}
-    patch.setattr(session.engine, "adapter_state", lambda: state)
+    state = {name: value + 0.01 for name, value in setup.engine.adapter_state().items()}
+    patch.setattr(setup.engine, "adapter_state", lambda: state)
     return "layers.0.mlp.down_proj.lora_A.weight has other values in the file than in the model"
 
 
-def renamed(session: Session, patch: pytest.MonkeyPatch, old: str, new: str) -> None:
-    saved = session.method.saved
+def renamed(setup: ModelSetup, patch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    saved = setup.method.saved
     patch.setattr(
-        session.method,
+        setup.method,
         "saved",
         lambda *args: {name.replace(old, new): t for name, t in saved(*args).items()},
     )
 
 
-def wrapped(session: Session, patch: pytest.MonkeyPatch) -> str:
+def wrapped(setup: ModelSetup, patch: pytest.MonkeyPatch) -> str:
     """Save by the names of a compiled model."""
-    renamed(session, patch, "base_model.model.", "base_model.model._orig_mod.")
+    renamed(setup, patch, "base_model.model.", "base_model.model._orig_mod.")
     return "_orig_mod.model.layers.0.mlp.down_proj.lora_A.weight stands in the file under the name"
 
 
-def ignored(session: Session, patch: pytest.MonkeyPatch) -> str:
+def ignored(setup: ModelSetup, patch: pytest.MonkeyPatch) -> str:
     """Save a tensor by a name that PEFT does not know and says nothing of."""
-    renamed(session, patch, "layers.1.self_attn.q_proj.lora_A", "layers.1.self_attn.q.lora_A")
+    renamed(setup, patch, "layers.1.self_attn.q_proj.lora_A", "layers.1.self_attn.q.lora_A")
     return "PEFT does not read base_model.model.model.layers.1.self_attn.q.lora_A.weight"
 
 
-def missed(session: Session, patch: pytest.MonkeyPatch) -> str:
+def missed(setup: ModelSetup, patch: pytest.MonkeyPatch) -> str:
     """Save all but a tensor that PEFT expects, and forget that it was trained."""
-    saved = session.method.saved
+    saved = setup.method.saved
     lost = "layers.0.self_attn.k_proj.lora_B.weight"
     patch.setattr(
-        session.method,
+        setup.method,
         "saved",
         lambda *args: {name: t for name, t in saved(*args).items() if not name.endswith(lost)},
     )
     return f"PEFT reads base_model.model.model.{lost}, which is not in the file"
 
 
-def misdescribed(session: Session, patch: pytest.MonkeyPatch) -> str:
+def misdescribed(setup: ModelSetup, patch: pytest.MonkeyPatch) -> str:
     """Write another scale than the one that was trained with."""
-    config = session.method.saved_config(session.peft)
+    config = setup.method.saved_config(setup.peft)
     write = config.save_pretrained
 
     def changed(folder: str) -> None:
@@ -213,9 +211,9 @@ def misdescribed(session: Session, patch: pytest.MonkeyPatch) -> str:
     return "lora_alpha is 8 in adapter_config.json, but 16.0 in training"
 
 
-def misread(session: Session, patch: pytest.MonkeyPatch) -> str:
+def misread(setup: ModelSetup, patch: pytest.MonkeyPatch) -> str:
     """Read the tensors back into the wrong places."""
-    restored = session.method.restored
+    restored = setup.method.restored
 
     def swapped(*args: Any) -> dict[str, torch.Tensor]:
         state = restored(*args)
@@ -223,7 +221,7 @@ def misread(session: Session, patch: pytest.MonkeyPatch) -> str:
                       for i in (0, 1))  # fmt: skip
         return state | {one: state[other], other: state[one]}
 
-    patch.setattr(session.method, "restored", swapped)
+    patch.setattr(setup.method, "restored", swapped)
     return "read back, it gives other losses ("
 
 
@@ -236,16 +234,16 @@ def test_an_adapter_that_would_not_come_back_is_not_saved(
     tmp_path: Path,
     alone: World,
     monkeypatch: pytest.MonkeyPatch,
-    damage: Callable[[Session, pytest.MonkeyPatch], str],
+    damage: Callable[[ModelSetup, pytest.MonkeyPatch], str],
 ) -> None:
-    session, saver = trained(tmp_path, alone)
+    setup, saver = trained(tmp_path, alone)
     folder = tmp_path / "run" / "adapter"
     saver.save(folder)
     before = contents(folder)
     with torch.no_grad():
-        next(iter(session.adapter.values())).add_(0.5)
-    state = session.engine.adapter_state()
-    expected = damage(session, monkeypatch)
+        next(iter(setup.adapter.values())).add_(0.5)
+    state = setup.engine.adapter_state()
+    expected = damage(setup, monkeypatch)
     with pytest.raises(TrainingError) as caught:
         saver.save(folder)
     assert str(caught.value).startswith("the adapter was not saved: ")
@@ -253,7 +251,7 @@ def test_an_adapter_that_would_not_come_back_is_not_saved(
     assert "\n" not in str(caught.value)
     assert contents(folder) == before
     assert list(folder.parent.iterdir()) == [folder]
-    assert all(torch.equal(session.adapter[name], value) for name, value in state.items())
+    assert all(torch.equal(setup.adapter[name], value) for name, value in state.items())
     monkeypatch.undo()
     saver.save(folder)
     assert contents(folder) != before
@@ -278,12 +276,12 @@ def test_an_adapter_of_an_attempt_that_was_taken_over_is_not_put_in_place(
 
 
 def test_a_tensor_that_has_not_moved_may_be_zero(tmp_path: Path, alone: World) -> None:
-    session, _ = trained(tmp_path, alone)
+    setup, _ = trained(tmp_path, alone)
     with torch.no_grad():
-        for name, parameter in session.adapter.items():
+        for name, parameter in setup.adapter.items():
             parameter.mul_(".lora_A." in name)
-    rows = tokenize_rows(session.recipe, "train", tmp_path / "cache")
-    AdapterSaver(session, rows).save(tmp_path / "adapter")
+    rows = tokenize_rows(setup.recipe, "train", tmp_path / "cache")
+    AdapterSaver(setup, rows).save(tmp_path / "adapter")
     assert not load_file(tmp_path / "adapter" / ADAPTER_FILE)[
         "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
     ].any()
@@ -305,20 +303,20 @@ def test_a_tensor_that_has_not_moved_may_be_zero(tmp_path: Path, alone: World) -
 def test_every_method_passes_the_check_and_trains_on(
     tmp_path: Path, alone: World, method: dict[str, Any]
 ) -> None:
-    session, saver = trained(tmp_path, alone, method=method)
-    session.model.train()
-    before = session.engine.adapter_state()
+    setup, saver = trained(tmp_path, alone, method=method)
+    setup.model.train()
+    before = setup.engine.adapter_state()
     saver.save(tmp_path / "adapter")
-    assert session.model.training
-    after = session.engine.adapter_state()
+    assert setup.model.training
+    after = setup.engine.adapter_state()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_the_base_is_not_gathered_to_save(
     tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session, saver = trained(tmp_path, alone)
-    sizes = sorted(parameter.numel() for parameter in session.adapter.values())
+    setup, saver = trained(tmp_path, alone)
+    sizes = sorted(parameter.numel() for parameter in setup.adapter.values())
     sent: list[int] = []
     broadcast = torch.distributed.broadcast
 
@@ -327,7 +325,7 @@ def test_the_base_is_not_gathered_to_save(
         return broadcast(tensor, **where)
 
     monkeypatch.setattr("torch.distributed.broadcast", counted)
-    monkeypatch.delattr("peft_dist.sharding.engine.Engine.whole")
+    monkeypatch.delattr("peft_dist.sharding.engine.Engine.full_tensor")
     monkeypatch.delattr("peft_dist.distributed.collectives.Shard.gather")
     saver.save(tmp_path / "adapter")
     assert sent == [sum(sizes)]
@@ -358,16 +356,16 @@ from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.common.errors import TrainingError
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.model.source import find_base
-from peft_dist.model_setup import open_session
+from peft_dist.model_setup import set_up_model
 from tests.tiny import tiny_recipe
 
 folder = Path(sys.argv[1])
 world = read_world()
 process_group.start(world)
 recipe = tiny_recipe(folder / "llama", folder / "rows.jsonl", parallel={"strategy": "fsdp"})
-session = open_session(recipe, world, find_base(recipe, folder / "cache"))
-saver = AdapterSaver(session, tokenize_rows(recipe, "train", folder / "cache"))
-for parameter in session.adapter.values():
+setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"))
+saver = AdapterSaver(setup, tokenize_rows(recipe, "train", folder / "cache"))
+for parameter in setup.adapter.values():
     parameter.data += 0.01
 told = []
 
@@ -379,15 +377,15 @@ def save(to):
         told.append(str(error))
 
 save(folder / "run" / "adapter")
-gather, restored = session.engine.adapter_state, session.method.restored
+gather, restored = setup.engine.adapter_state, setup.method.restored
 if world.rank == 0:
-    session.engine.adapter_state = lambda: dict(list(gather().items())[1:])
+    setup.engine.adapter_state = lambda: dict(list(gather().items())[1:])
 save(folder / "run" / "adapter")
-session.engine.adapter_state = gather
+setup.engine.adapter_state = gather
 if world.rank == 1:
-    session.method.restored = lambda *args: {n: t + 1 for n, t in restored(*args).items()}
+    setup.method.restored = lambda *args: {n: t + 1 for n, t in restored(*args).items()}
 save(folder / "run" / "adapter")
-session.method.restored = restored
+setup.method.restored = restored
 save(folder / "rows.jsonl" / "adapter")
 save(folder / "run" / "adapter")
 (folder / f"told-{world.rank}.json").write_text(json.dumps(told))

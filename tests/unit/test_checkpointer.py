@@ -1,4 +1,4 @@
-"""Checkpoints as a session makes and reads them: whole, to the bit, and never in training's way."""
+"""Checkpoints: whole, exact to the bit, and never in the way of training."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from peft_dist.distributed.world import World
 from peft_dist.evaluation.scoring import Score
 from peft_dist.ledger.events import LedgerEvent
 from peft_dist.model.source import find_base
-from peft_dist.model_setup import open_session
+from peft_dist.model_setup import set_up_model
 from peft_dist.trainer import Trainer
 from tests.tiny import completion_rows, tiny_model, tiny_recipe, write_jsonl
 
@@ -81,7 +81,7 @@ def training(
     checkpoints: str = "checkpoints",
     **sections: Any,
 ) -> tuple[Trainer, Records]:
-    """Open a session and all that trains it, as a new process would."""
+    """Open a model setup and all that trains it, as a new process would."""
     architecture = "qwen2" if sections.get("method", {}).get("kind") == "bitfit" else "llama"
     if not (folder / architecture).is_dir():
         tiny_model(folder / architecture, architecture)
@@ -89,10 +89,10 @@ def training(
     train = {"steps": STEPS, "global_batch_size": 4, "learning_rate": 1e-2}
     sections["train"] = {**train, **sections.get("train", {})}
     recipe = tiny_recipe(folder / architecture, path, **sections)
-    session = open_session(recipe, world, find_base(recipe, folder / "cache"))
+    setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"))
     rows = tokenize_rows(recipe, "train", folder / "cache")
     checkpointer = Checkpointer(
-        AdapterSaver(session, rows),
+        AdapterSaver(setup, rows),
         folder / checkpoints,
         recipe.checkpoint,
         attempt=1,
@@ -100,7 +100,7 @@ def training(
         may_publish=may_publish,
     )
     hooks = None if stop_after is None else StopAfter(stop_after)
-    trainer = Trainer(session, rows, None, checkpointer=checkpointer, hooks=hooks)
+    trainer = Trainer(setup, rows, None, checkpointer=checkpointer, hooks=hooks)
     records = Records()
     trainer.trackers = [records]
     return trainer, records
@@ -141,7 +141,7 @@ def test_a_checkpoint_holds_adapter_optimizer_and_place(tmp_path: Path, alone: W
     assert names(folder / "adapter") == ["adapter_config.json", "adapter_model.safetensors"]
     assert verify(folder) == {"step": 4, "attempt": 1}
     optimizer = load_file(folder / OPTIMIZER_FILE)
-    adapter = trainer.session.adapter
+    adapter = trainer.setup.adapter
     expected = {f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in adapter}
     assert optimizer.keys() == expected
     for name, parameter in adapter.items():
@@ -181,7 +181,7 @@ def test_a_resumed_training_is_the_undisturbed_one_to_the_bit(
     assert tensor_files(tmp_path / "cut" / step) == files
     state = read_state(tmp_path / "cut" / step)
     assert (state["updates"], state["cursor"], state["epoch"]) == (STEPS, 24, 1)  # of 20 rows
-    ours, theirs = (t.session.engine.adapter_state() for t in (after, whole))
+    ours, theirs = (t.setup.engine.adapter_state() for t in (after, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert after.progress.tokens == whole.progress.tokens
     assert after.progress.final_loss == whole.progress.final_loss
@@ -196,7 +196,7 @@ def test_a_pissa_training_goes_on_to_the_bit_where_its_start_is_rounded_otherwis
     before, first = training(tmp_path, alone, stop_after=3, checkpoints="cut", **sections)
     with pytest.raises(Interrupted):
         before.run()
-    started = before.session
+    started = before.setup
     decompose = torch.svd_lowrank
 
     def rounded_otherwise(*args: Any, **options: Any) -> Any:
@@ -207,12 +207,12 @@ def test_a_pissa_training_goes_on_to_the_bit_where_its_start_is_rounded_otherwis
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(torch, "svd_lowrank", rounded_otherwise)
         after, rest = training(tmp_path, alone, checkpoints="cut", **sections)
-    assert after.session.base_fingerprint != started.base_fingerprint
-    assert after.session.released_fingerprint == started.released_fingerprint
+    assert after.setup.base_fingerprint != started.base_fingerprint
+    assert after.setup.released_fingerprint == started.released_fingerprint
     go_on(after)
-    assert after.session.base_fingerprint == started.base_fingerprint
+    assert after.setup.base_fingerprint == started.base_fingerprint
     after.run()
-    after.session.check_integrity()
+    after.setup.check_integrity()
     assert losses(first) + losses(rest) == losses(expected)
     step = f"step-{STEPS:08d}"
     assert tensor_files(tmp_path / "cut" / step) == tensor_files(tmp_path / "whole" / step)
@@ -385,13 +385,13 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
         publish(partial, folder)
 
     monkeypatch.setattr(directory, "publish", slow)
-    state = trainer.session.engine.adapter_state()
+    state = trainer.setup.engine.adapter_state()
     trainer.progress.step = 1
     checkpointer.take(dataclasses.asdict(trainer.progress), trainer.optimizer)
     assert checkpointer.busy
     assert checkpointer.results() == []
     with torch.no_grad():  # the copy in flight is a copy
-        trainer.session.engine._values.add_(1.0)
+        trainer.setup.engine._values.add_(1.0)
     trainer.progress.step = 2
     second = threading.Thread(
         target=checkpointer.take, args=(dataclasses.asdict(trainer.progress), trainer.optimizer)
@@ -404,9 +404,9 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
     checkpointer.wait()
     assert [event.step for event in checkpointer.results()] == [1, 2]
     assert names(tmp_path / "checkpoints") == ["step-00000001", "step-00000002"]
-    trainer.session.engine.load_adapter_state({name: t + 9 for name, t in state.items()})
+    trainer.setup.engine.load_adapter_state({name: t + 9 for name, t in state.items()})
     checkpointer.load(tmp_path / "checkpoints" / "step-00000001", trainer.optimizer)
-    now = trainer.session.engine.adapter_state()
+    now = trainer.setup.engine.adapter_state()
     assert all(torch.equal(now[name], state[name]) for name in state)
 
 
@@ -445,10 +445,10 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path: Path, alone: World, 
 
     resealed(tmp_path / "checkpoints" / "step-00000004", change)
     after, _ = training(tmp_path, alone)
-    before = after.session.engine.adapter_state()
+    before = after.setup.engine.adapter_state()
     with pytest.raises(TrainingError, match=r"stands in optimizer.safetensors or in the model"):
         go_on(after)
-    now = after.session.engine.adapter_state()
+    now = after.setup.engine.adapter_state()
     assert all(torch.equal(now[name], before[name]) for name in before)
 
 

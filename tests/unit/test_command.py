@@ -9,7 +9,7 @@ from peft_dist.common.errors import LaunchError
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.batch_shape import batch_shape
 from peft_dist.launch.command import Meeting, launch_environment, shell_line, worker_command
-from peft_dist.launch.placement import Machine, place, this_machine
+from peft_dist.launch.placement import Machine, plan_processes, this_machine
 
 CPU = Machine(gpus=0, cores=8)
 
@@ -21,24 +21,24 @@ def recipe(**parallel: object) -> Recipe:
 
 
 def test_processes_default_to_one_per_gpu_and_one_without() -> None:
-    assert place(recipe(), Machine(gpus=4, cores=64)).processes == 4
-    assert place(recipe(), CPU).processes == 1
+    assert plan_processes(recipe(), Machine(gpus=4, cores=64)).processes == 4
+    assert plan_processes(recipe(), CPU).processes == 1
 
 
 def test_auto_is_fsdp_over_all_processes() -> None:
-    placement = place(recipe(processes=4), CPU)
+    placement = plan_processes(recipe(processes=4), CPU)
     assert (placement.strategy, placement.shard_size, placement.replicas) == ("fsdp", 4, 1)
 
 
 def test_ddp_holds_one_copy_per_process() -> None:
-    placement = place(recipe(strategy="ddp", processes=4), CPU)
+    placement = plan_processes(recipe(strategy="ddp", processes=4), CPU)
     assert (placement.shard_size, placement.replicas) == (1, 4)
 
 
 def test_zero2_is_placed_as_ddp_is_and_zero3_as_fsdp() -> None:
     for strategy, twin in (("zero2", "ddp"), ("zero3", "fsdp")):
-        placement = place(recipe(strategy=strategy, processes=4), CPU)
-        expected = place(recipe(strategy=twin, processes=4), CPU)
+        placement = plan_processes(recipe(strategy=strategy, processes=4), CPU)
+        expected = plan_processes(recipe(strategy=twin, processes=4), CPU)
         assert (placement.shard_size, placement.replicas) == (
             expected.shard_size,
             expected.replicas,
@@ -46,23 +46,23 @@ def test_zero2_is_placed_as_ddp_is_and_zero3_as_fsdp() -> None:
 
 
 def test_hsdp_makes_replicas_of_shard_groups() -> None:
-    placement = place(recipe(strategy="hsdp", processes=4, shard_size=2), CPU)
+    placement = plan_processes(recipe(strategy="hsdp", processes=4, shard_size=2), CPU)
     assert (placement.shard_size, placement.replicas) == (2, 2)
 
 
 def test_more_processes_than_gpus_are_refused_with_both_ways_out() -> None:
     with pytest.raises(LaunchError, match=r"--nproc 2, or CUDA_VISIBLE_DEVICES="):
-        place(recipe(processes=4), Machine(gpus=2, cores=8))
+        plan_processes(recipe(processes=4), Machine(gpus=2, cores=8))
 
 
 def test_a_shard_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(LaunchError, match="3 does not divide 4 processes"):
-        place(recipe(strategy="hsdp", shard_size=3), Machine(gpus=4, cores=8))
+        plan_processes(recipe(strategy="hsdp", shard_size=3), Machine(gpus=4, cores=8))
 
 
 def test_threads_are_shared_and_never_none() -> None:
-    assert place(recipe(processes=2), CPU).threads_per_process == 4
-    assert place(recipe(processes=16), CPU).threads_per_process == 1
+    assert plan_processes(recipe(processes=2), CPU).threads_per_process == 4
+    assert plan_processes(recipe(processes=16), CPU).threads_per_process == 1
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_setting_cannot_conjure_gpus_on_a_machine_without(tmp_path: Path) -> N
 
 def test_the_command_is_accelerate_with_the_strategy_file() -> None:
     command = worker_command(
-        place(recipe(processes=2), CPU),
+        plan_processes(recipe(processes=2), CPU),
         "train.py",
         ["/runs/a/recipe.yaml"],
         python="py",
@@ -99,22 +99,26 @@ def test_the_command_is_accelerate_with_the_strategy_file() -> None:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp", "zero2", "zero3"])
 def test_every_strategy_has_its_file(strategy: str) -> None:
-    command = worker_command(place(recipe(strategy=strategy, processes=2), CPU), "train.py", [])
+    command = worker_command(
+        plan_processes(recipe(strategy=strategy, processes=2), CPU), "train.py", []
+    )
     file = Path(command[command.index("--config_file") + 1])
     assert file.name == f"{strategy}.yaml"
     assert file.is_file()
 
 
 def test_restarts_in_place_are_asked_of_the_launcher_not_of_the_script() -> None:
-    command = worker_command(place(recipe(processes=2), CPU), "train.py", ["r"], max_restarts=3)
+    command = worker_command(
+        plan_processes(recipe(processes=2), CPU), "train.py", ["r"], max_restarts=3
+    )
     at = command.index("--max_restarts")
     assert command[at + 1] == "3"
     assert Path(command[at + 2]).name == "train.py"
-    assert "--max_restarts" not in worker_command(place(recipe(), CPU), "train.py", [])
+    assert "--max_restarts" not in worker_command(plan_processes(recipe(), CPU), "train.py", [])
 
 
 def test_hsdp_passes_its_mesh() -> None:
-    placement = place(recipe(strategy="hsdp", processes=4, shard_size=2), CPU)
+    placement = plan_processes(recipe(strategy="hsdp", processes=4, shard_size=2), CPU)
     line = " ".join(worker_command(placement, "train.py", ["r.yaml"]))
     assert "--parallelism_config_dp_replicate_size 2" in line
     assert "--parallelism_config_dp_shard_size 2" in line
@@ -125,7 +129,7 @@ MEETING = Meeting(node="1", host="node1", port="20120", settings="is_host=0,join
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp", "zero2", "zero3"])
 def test_the_launchers_of_several_nodes_meet_where_they_are_told(strategy: str) -> None:
-    placement = place(recipe(strategy=strategy), Machine(gpus=4, cores=8), 2)
+    placement = plan_processes(recipe(strategy=strategy), Machine(gpus=4, cores=8), 2)
     command = worker_command(placement, "train.py", ["r"], root=Path("/r"), meeting=MEETING)
     options = dict(zip(command[3:-2:2], command[4:-2:2], strict=True))
     expected = {
@@ -147,7 +151,7 @@ def test_the_launchers_of_several_nodes_meet_where_they_are_told(strategy: str) 
 
 
 def test_one_node_meets_nobody() -> None:
-    command = worker_command(place(recipe(processes=2), CPU), "train.py", ["r"])
+    command = worker_command(plan_processes(recipe(processes=2), CPU), "train.py", ["r"])
     assert not {"--num_machines", "--machine_rank", "--rdzv_backend"} & set(command)
 
 
@@ -155,7 +159,7 @@ def test_accelerate_knows_every_option_that_it_is_given() -> None:
     from accelerate.commands.launch import launch_command_parser
 
     for strategy in ("ddp", "hsdp", "zero3"):
-        placement = place(recipe(strategy=strategy), Machine(gpus=4, cores=8), 2)
+        placement = plan_processes(recipe(strategy=strategy), Machine(gpus=4, cores=8), 2)
         command = worker_command(placement, "train.py", ["r"], max_restarts=3, meeting=MEETING)
         parsed = launch_command_parser().parse_args(command[3:])
         assert (parsed.num_machines, parsed.num_processes, parsed.machine_rank) == (2, 8, 1)
@@ -163,8 +167,8 @@ def test_accelerate_knows_every_option_that_it_is_given() -> None:
 
 
 def test_the_environment_says_cpu_only_where_there_is_no_gpu() -> None:
-    on_cpu = launch_environment(place(recipe(processes=2), CPU), {})
-    on_gpu = launch_environment(place(recipe(), Machine(gpus=2, cores=8)), {})
+    on_cpu = launch_environment(plan_processes(recipe(processes=2), CPU), {})
+    on_gpu = launch_environment(plan_processes(recipe(), Machine(gpus=2, cores=8)), {})
     assert on_cpu["ACCELERATE_USE_CPU"] == "true"
     assert "ACCELERATE_USE_CPU" not in on_gpu
     assert on_cpu["OMP_NUM_THREADS"] == "4"
@@ -172,20 +176,20 @@ def test_the_environment_says_cpu_only_where_there_is_no_gpu() -> None:
 
 def test_deepspeed_is_told_that_there_is_no_gpu() -> None:
     for strategy, expected in (("zero2", "cpu"), ("zero3", "cpu"), ("fsdp", None)):
-        placement = place(recipe(strategy=strategy, processes=2), CPU)
+        placement = plan_processes(recipe(strategy=strategy, processes=2), CPU)
         assert launch_environment(placement, {}).get("DS_ACCELERATOR") == expected
-    on_gpu = place(recipe(strategy="zero3"), Machine(gpus=2, cores=8))
+    on_gpu = plan_processes(recipe(strategy="zero3"), Machine(gpus=2, cores=8))
     assert "DS_ACCELERATOR" not in launch_environment(on_gpu, {})
 
 
 def test_threads_that_the_user_chose_are_left_alone() -> None:
-    extra = launch_environment(place(recipe(processes=2), CPU), {"OMP_NUM_THREADS": "3"})
+    extra = launch_environment(plan_processes(recipe(processes=2), CPU), {"OMP_NUM_THREADS": "3"})
     assert "OMP_NUM_THREADS" not in extra
 
 
 def test_a_printed_command_survives_hostile_paths() -> None:
     path = Path("/runs/a'; echo foo #/$(x) y/recipe.yaml")
-    command = worker_command(place(recipe(processes=2), CPU), "train.py", [str(path)])
+    command = worker_command(plan_processes(recipe(processes=2), CPU), "train.py", [str(path)])
     line = shell_line(command, {"NAME": "a b"})
     assert shlex.split(line) == ["NAME=a b", *command]
 

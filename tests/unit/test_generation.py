@@ -12,11 +12,11 @@ from peft_dist.common.errors import Interrupted
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.distributed.world import World
 from peft_dist.evaluation.generation import Sampler, shortened, split
-from peft_dist.evaluation.scoring import EvalSet, ScoringStopped, held_out, score_rows
+from peft_dist.evaluation.scoring import EvalSet, ScoringStopped, make_eval_set, score_rows
 from peft_dist.ledger.events import SampleEvent
 from peft_dist.ledger.writer import LedgerWriter
 from peft_dist.model.source import find_base
-from peft_dist.model_setup import Session, open_session
+from peft_dist.model_setup import ModelSetup, set_up_model
 from peft_dist.tracking.wandb.rows import LedgerRows
 from peft_dist.trainer import Trainer
 from tests.tiny import (
@@ -32,8 +32,8 @@ from tests.unit.test_trainer import Records, with_checkpointer
 
 def prepared(
     folder: Path, world: World, architecture: str = "llama", **sections: Any
-) -> tuple[Session, EvalSet]:
-    """Return a session with plain tensors, which the PEFT model runs by itself too."""
+) -> tuple[ModelSetup, EvalSet]:
+    """Return a model setup with plain tensors, which the PEFT model runs by itself too."""
     if not (folder / "model").is_dir():
         tiny_model(folder / "model", architecture)
     make = labelled_rows if architecture == "bert" else completion_rows
@@ -43,18 +43,18 @@ def prepared(
     rows = tokenised(folder, make(17), **sections)
     recipe = tiny_recipe(folder / "model", folder / "train.jsonl", **sections)
     source = find_base(recipe, folder / "cache")
-    session = open_session(recipe, world, source, label_names=rows.label_names)
-    return session, held_out(recipe, rows)
+    setup = set_up_model(recipe, world, source, label_names=rows.label_names)
+    return setup, make_eval_set(recipe, rows)
 
 
-def written_on(session: Session, prompt: list[int], count: int) -> list[int]:
+def written_on(setup: ModelSetup, prompt: list[int], count: int) -> list[int]:
     """Write on greedily, one whole pass per token, up to the tokenizer's end token."""
-    end = load_tokenizer(session.recipe).eos_token_id
+    end = load_tokenizer(setup.recipe).eos_token_id
     tokens = list(prompt)
-    session.model.eval()
+    setup.model.eval()
     for _ in range(count):
         with torch.no_grad():
-            logits = session.peft(input_ids=torch.tensor([tokens]), row_lengths=None).logits
+            logits = setup.peft(input_ids=torch.tensor([tokens]), row_lengths=None).logits
         found = int(logits[0, -1].argmax())
         if found == end:
             break
@@ -67,43 +67,43 @@ def written_on(session: Session, prompt: list[int], count: int) -> list[int]:
 def test_a_row_is_written_on_as_the_plain_model_would(
     tmp_path: Path, alone: World, architecture: str, packing: bool
 ) -> None:
-    session, held = prepared(
+    setup, held = prepared(
         tmp_path, alone, architecture,
         evaluate={"samples": 5, "sample_tokens": 7}, data={"packing": packing},
     )  # fmt: skip
-    tokenizer = load_tokenizer(session.recipe)
-    found = Sampler(session, held).events(0, None)
+    tokenizer = load_tokenizer(setup.recipe)
+    found = Sampler(setup, held).events(0, None)
     assert [sample.row for sample in found] == [1, 5, 9, 13, 17]
     for sample, row in zip(found, (0, 4, 8, 12, 16), strict=True):
         prompt, _ = split(held.rows, row)
-        expected = written_on(session, prompt.tolist(), 7)
+        expected = written_on(setup, prompt.tolist(), 7)
         assert sample.predicted == tokenizer.decode(expected, skip_special_tokens=True)
         assert sample.prompt + sample.expected == "".join(completion_rows(17)[row].values())
 
 
 def test_a_learned_prompt_is_read_before_a_row(tmp_path: Path, alone: World) -> None:
     method = {"kind": "prompt", "virtual_tokens": 4, "text": "the cat and the dog"}
-    session, held = prepared(tmp_path, alone, method=method, evaluate={"sample_tokens": 3})
-    first = Sampler(session, held).events(0, None)
+    setup, held = prepared(tmp_path, alone, method=method, evaluate={"sample_tokens": 3})
+    first = Sampler(setup, held).events(0, None)
     with torch.no_grad():
-        for parameter in session.adapter.values():
+        for parameter in setup.adapter.values():
             parameter.normal_(std=20.0)
-    assert Sampler(session, held).events(0, None) != first
+    assert Sampler(setup, held).events(0, None) != first
 
 
 def test_an_answer_ends_where_a_table_of_positions_ends(tmp_path: Path, alone: World) -> None:
     tiny_model(tmp_path / "model", "gpt2", n_positions=48)
-    session, held = prepared(tmp_path, alone, "gpt2", evaluate={"samples": 17, "sample_tokens": 60})
-    session.check_lengths(held.rows)
-    assert len(Sampler(session, held).events(0, None)) == 17
+    setup, held = prepared(tmp_path, alone, "gpt2", evaluate={"samples": 17, "sample_tokens": 60})
+    setup.check_lengths(held.rows)
+    assert len(Sampler(setup, held).events(0, None)) == 17
 
 
 def test_choices_are_taken_from_the_scoring(tmp_path: Path, alone: World) -> None:
-    session, held = prepared(tmp_path, alone, evaluate={"choices": [" cat", " dog"]})
-    scoring = score_rows(session, held)
+    setup, held = prepared(tmp_path, alone, evaluate={"choices": [" cat", " dog"]})
+    scoring = score_rows(setup, held)
     assert scoring.predicted is not None
     assert scoring.score.accuracy == float(np.mean(scoring.predicted == held.truth))
-    for sample in Sampler(session, held).events(3, scoring.predicted):
+    for sample in Sampler(setup, held).events(3, scoring.predicted):
         row = completion_rows(17)[sample.row - 1]
         assert sample.expected == row["completion"]
         assert sample.predicted == (" cat", " dog")[scoring.predicted[sample.row - 1]]
@@ -111,8 +111,8 @@ def test_choices_are_taken_from_the_scoring(tmp_path: Path, alone: World) -> Non
 
 def test_classes_have_their_names(tmp_path: Path, alone: World) -> None:
     tiny_model(tmp_path / "model", "bert", num_labels=3)
-    session, held = prepared(tmp_path, alone, "bert", model={"task": "sequence-classification"})
-    found = Sampler(session, held).events(0, score_rows(session, held).predicted)
+    setup, held = prepared(tmp_path, alone, "bert", model={"task": "sequence-classification"})
+    found = Sampler(setup, held).events(0, score_rows(setup, held).predicted)
     for sample in found:
         row = labelled_rows(17)[sample.row - 1]
         assert (sample.prompt, sample.expected) == (row["text"], row["label"])
@@ -141,12 +141,12 @@ def test_long_texts_keep_their_beginning_and_their_end() -> None:
 
 
 def test_a_process_that_is_told_to_stop_writes_nothing_more(tmp_path: Path, alone: World) -> None:
-    session, held = prepared(tmp_path, alone)
+    setup, held = prepared(tmp_path, alone)
     asked = iter([False, True])
-    session.model.train()
+    setup.model.train()
     with pytest.raises(ScoringStopped):
-        Sampler(session, held).events(0, None, wants_stop=lambda: next(asked))
-    assert session.model.training
+        Sampler(setup, held).events(0, None, wants_stop=lambda: next(asked))
+    assert setup.model.training
 
 
 def test_samples_leave_the_run_as_it_is_to_the_bit(tmp_path: Path, alone: World) -> None:
@@ -154,19 +154,19 @@ def test_samples_leave_the_run_as_it_is_to_the_bit(tmp_path: Path, alone: World)
     adapters = []
     write_jsonl(tmp_path / "held.jsonl", completion_rows(9, seed=1))
     for samples in (0, 4):
-        session, held = prepared(
+        setup, held = prepared(
             tmp_path, alone,
             method={"dropout": 0.2},
             evaluate={"samples": samples, "sample_tokens": 3, "every_steps": 2},
             data={"eval": str(tmp_path / "held.jsonl")},
             train={"steps": 6, "global_batch_size": 4, "learning_rate": 1e-2},
         )  # fmt: skip
-        trainer = Trainer(session, held.rows, held)
+        trainer = Trainer(setup, held.rows, held)
         book = Records()
         trainer.trackers = [book]
         trainer.run()
         books.append(book)
-        adapters.append({name: p.detach().clone() for name, p in session.adapter.items()})
+        adapters.append({name: p.detach().clone() for name, p in setup.adapter.items()})
     without, with_them = books
     assert [r["step"] for r in with_them if r["event"] == "sample"] == [0] * 4 + [6] * 4
     assert not [r for r in without if r["event"] == "sample"]
@@ -198,12 +198,12 @@ def test_a_stop_among_samples_saves_and_the_next_start_samples_again(
     tmp_path: Path, alone: World, looks: int
 ) -> None:
     def made() -> tuple[Trainer, Checkpointer, Records]:
-        session, held = prepared(
+        setup, held = prepared(
             tmp_path, alone,
             evaluate={"sample_tokens": 8},
             train={"steps": 4, "global_batch_size": 4},
         )  # fmt: skip
-        found = Trainer(session, held.rows, held)
+        found = Trainer(setup, held.rows, held)
         records = Records()
         found.trackers = [records]
         return found, with_checkpointer(found, tmp_path / "checkpoints"), records

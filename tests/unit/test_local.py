@@ -14,7 +14,7 @@ from peft_dist.config import Recipe
 from peft_dist.launch import local
 from peft_dist.launch.command import worker_command
 from peft_dist.launch.local import PASSED_ON, run_launcher
-from peft_dist.launch.placement import Machine, place
+from peft_dist.launch.placement import Machine, plan_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -218,7 +218,7 @@ def test_under_nohup_sighup_is_ignored(tmp_path: Path) -> None:
 def accelerate(tmp_path: Path, code: str) -> list[str]:
     """Return our own command for two processes, with a script of the test's."""
     recipe = {"model": {"name": "m"}, "data": {"train": "d"}, "parallel": {"processes": 2}}
-    placement = place(Recipe.model_validate(recipe), Machine(gpus=0, cores=2))
+    placement = plan_processes(Recipe.model_validate(recipe), Machine(gpus=0, cores=2))
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "strategies").symlink_to(ROOT / "launch" / "strategies")
     (tmp_path / "launch" / "train.py").write_text(code, encoding="utf-8")

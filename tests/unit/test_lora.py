@@ -17,33 +17,33 @@ from peft_dist.distributed.world import World
 from peft_dist.methods.lora import LoraMethod
 from peft_dist.model.architectures import build_skeleton, read_config
 from peft_dist.model.source import find_base
-from peft_dist.model_setup import Session, open_session
+from peft_dist.model_setup import ModelSetup, set_up_model
 from peft_dist.trainer import make_optimizer
 from tests.tiny import save_adapter, tiny_model, tiny_recipe
 
 ALL_LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def opened(folder: Path, world: World, architecture: str = "llama", **sections: Any) -> Session:
+def opened(folder: Path, world: World, architecture: str = "llama", **sections: Any) -> ModelSetup:
     if not (folder / architecture).is_dir():
         tiny_model(folder / architecture, architecture)
     # ddp leaves plain tensors, with which the PEFT model runs by itself
     sections = {"parallel": {"strategy": "ddp"}, **sections}
     recipe = tiny_recipe(folder / architecture, folder / "rows.jsonl", **sections)
-    return open_session(recipe, world, find_base(recipe, folder / "cache"))
+    return set_up_model(recipe, world, find_base(recipe, folder / "cache"))
 
 
-def adapted(session: Session) -> set[str]:
-    return {name.split(".lora_A")[0].rpartition(".")[2] for name in session.adapter if "_A" in name}
+def adapted(setup: ModelSetup) -> set[str]:
+    return {name.split(".lora_A")[0].rpartition(".")[2] for name in setup.adapter if "_A" in name}
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_all_linear_is_every_linear_of_the_blocks(
     tmp_path: Path, alone: World, quantization: str
 ) -> None:
-    session = opened(tmp_path, alone, quantization=quantization)
-    assert adapted(session) == ALL_LLAMA
-    assert not any("lm_head" in name or "embed" in name for name in session.adapter)
+    setup = opened(tmp_path, alone, quantization=quantization)
+    assert adapted(setup) == ALL_LLAMA
+    assert not any("lm_head" in name or "embed" in name for name in setup.adapter)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "phi3", "opt"])
@@ -57,8 +57,8 @@ def test_all_linear_knows_other_names(tmp_path: Path, alone: World, architecture
 
 
 def test_named_targets_are_the_only_ones(tmp_path: Path, alone: World) -> None:
-    session = opened(tmp_path, alone, method={"targets": ["v_proj", "q_proj"]})
-    assert adapted(session) == {"q_proj", "v_proj"}
+    setup = opened(tmp_path, alone, method={"targets": ["v_proj", "q_proj"]})
+    assert adapted(setup) == {"q_proj", "v_proj"}
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_a_wrong_target_names_the_nearest(
 def test_the_first_values_depend_on_seed_and_name_alone(tmp_path: Path, alone: World) -> None:
     def values(**sections: Any) -> dict[str, torch.Tensor]:
         torch.manual_seed(torch.seed())
-        session = opened(tmp_path, alone, **sections)
-        return {name: p.detach().clone() for name, p in session.adapter.items()}
+        setup = opened(tmp_path, alone, **sections)
+        return {name: p.detach().clone() for name, p in setup.adapter.items()}
 
     one, again = values(), values()
     fewer, other = values(method={"targets": ["v_proj"]}), values(train={"seed": 1})
@@ -104,12 +104,12 @@ def test_a_starts_uniform_and_b_at_zero(tmp_path: Path, alone: World) -> None:
 def test_the_first_output_is_that_of_the_base(
     tmp_path: Path, alone: World, quantization: str, dora: bool
 ) -> None:
-    session = opened(tmp_path, alone, method={"dora": dora}, quantization=quantization)
+    setup = opened(tmp_path, alone, method={"dora": dora}, quantization=quantization)
     tokens = torch.arange(12)[None]
     with torch.no_grad():
-        adapted_logits = session.peft(input_ids=tokens, row_lengths=None).logits
-        with session.peft.disable_adapter():
-            plain = session.peft(input_ids=tokens, row_lengths=None).logits
+        adapted_logits = setup.peft(input_ids=tokens, row_lengths=None).logits
+        with setup.peft.disable_adapter():
+            plain = setup.peft(input_ids=tokens, row_lengths=None).logits
     torch.testing.assert_close(adapted_logits, plain, atol=1e-5, rtol=1e-5)
 
 
@@ -117,8 +117,8 @@ def test_the_first_output_is_that_of_the_base(
 def test_rslora_scales_by_the_root_of_the_rank(
     tmp_path: Path, alone: World, rslora: bool, expected: float
 ) -> None:
-    session = opened(tmp_path, alone, method={"rank": 4, "alpha": 16.0, "rslora": rslora})
-    layers = [m for m in session.peft.modules() if isinstance(m, LoraLayer)]
+    setup = opened(tmp_path, alone, method={"rank": 4, "alpha": 16.0, "rslora": rslora})
+    layers = [m for m in setup.peft.modules() if isinstance(m, LoraLayer)]
     scalings = {layer.scaling["default"] for layer in layers}
     assert scalings == {expected}
 
@@ -129,9 +129,9 @@ def test_dora_on_an_unquantized_transposed_base_is_refused(tmp_path: Path, alone
 
 
 def test_adapters_are_float32_on_a_bfloat16_base(tmp_path: Path, alone: World) -> None:
-    session = opened(tmp_path, alone, model={"dtype": "bfloat16"}, quantization="none")
-    assert {p.dtype for p in session.adapter.values()} == {torch.float32}
-    assert {p.dtype for p in session.base.values()} == {torch.bfloat16}
+    setup = opened(tmp_path, alone, model={"dtype": "bfloat16"}, quantization="none")
+    assert {p.dtype for p in setup.adapter.values()} == {torch.float32}
+    assert {p.dtype for p in setup.base.values()} == {torch.bfloat16}
 
 
 def test_the_adapter_names_its_base_as_the_recipe_does(tmp_path: Path) -> None:
@@ -150,13 +150,13 @@ def test_the_adapter_names_its_base_as_the_recipe_does(tmp_path: Path) -> None:
 def test_every_start_leaves_the_output_of_the_base(
     tmp_path: Path, alone: World, architecture: str, init: str
 ) -> None:
-    session = opened(tmp_path, alone, architecture, quantization="none", method={"init": init})
+    setup = opened(tmp_path, alone, architecture, quantization="none", method={"init": init})
     ids = torch.arange(12)[None]
     base = AutoModelForCausalLM.from_pretrained(tmp_path / architecture)
     with torch.no_grad():
-        ours = session.peft.get_base_model()(input_ids=ids, row_lengths=None).logits
+        ours = setup.peft.get_base_model()(input_ids=ids, row_lengths=None).logits
         torch.testing.assert_close(ours, base(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
-    zero = [n for n, t in session.engine.adapter_state().items() if not t.any()]
+    zero = [n for n, t in setup.engine.adapter_state().items() if not t.any()]
     assert bool(zero) == (init in ("default", "gaussian"))
 
 
@@ -164,17 +164,17 @@ def test_every_start_leaves_the_output_of_the_base(
 def test_a_pissa_adapter_is_a_plain_one_of_twice_the_rank_on_disk(
     tmp_path: Path, alone: World, rslora: bool
 ) -> None:
-    session = opened(
+    setup = opened(
         tmp_path, alone, quantization="none", method={"init": "pissa", "rank": 4, "rslora": rslora}
     )
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in session.adapter.values():
+        for parameter in setup.adapter.values():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     folder = tmp_path / "adapter"
-    state = session.engine.adapter_state()
-    save_adapter(folder, session.method, session.peft, state)
-    back = load_adapter(folder, session.method, session.peft, session.adapter)
+    state = setup.engine.adapter_state()
+    save_adapter(folder, setup.method, setup.peft, state)
+    back = load_adapter(folder, setup.method, setup.peft, setup.adapter)
     assert all(torch.equal(back[name], state[name]) for name in state)
     plain = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), folder
@@ -182,15 +182,15 @@ def test_a_pissa_adapter_is_a_plain_one_of_twice_the_rank_on_disk(
     assert plain.peft_config["default"].r == 8
     ids = torch.arange(12)[None]
     with torch.no_grad():
-        ours = session.peft.get_base_model()(input_ids=ids, row_lengths=None).logits
+        ours = setup.peft.get_base_model()(input_ids=ids, row_lengths=None).logits
         torch.testing.assert_close(plain(input_ids=ids).logits, ours, atol=3e-5, rtol=1e-5)
 
 
 def test_lora_plus_gives_b_its_own_rate(tmp_path: Path, alone: World) -> None:
-    session = opened(tmp_path, alone, method={"learning_rate_ratio": 16})
-    factors = {group["rate_factor"]: group for group in make_optimizer(session).param_groups}
+    setup = opened(tmp_path, alone, method={"learning_rate_ratio": 16})
+    factors = {group["rate_factor"]: group for group in make_optimizer(setup).param_groups}
     assert factors.keys() == {1.0, 16.0}
-    sizes = [sum(t.numel() for n, t in session.adapter.items() if f"lora_{x}" in n) for x in "AB"]
+    sizes = [sum(t.numel() for n, t in setup.adapter.items() if f"lora_{x}" in n) for x in "AB"]
     assert [factors[f]["params"][0].numel() for f in (1.0, 16.0)] == sizes
 
 

@@ -31,7 +31,7 @@ from peft_dist.entrypoints.merge import UNMERGEABLE, merge
 from peft_dist.methods import METHODS
 from peft_dist.model import architectures
 from peft_dist.model.source import find_base
-from peft_dist.model_setup import open_session
+from peft_dist.model_setup import set_up_model
 from peft_dist.run.directory import RunDir
 from tests.processes import environment, run
 from tests.tiny import completion_rows, save_adapter, tiny_model, tiny_recipe, write_jsonl
@@ -55,14 +55,14 @@ def trained_run(
     recipe = tiny_recipe(folder / "base", folder / "rows.jsonl", **(sections or {}))
     source = find_base(recipe, folder / "cache")
     labels = LABELS if architecture == "bert" else ()
-    session = open_session(recipe, world, source, label_names=labels)
+    setup = set_up_model(recipe, world, source, label_names=labels)
     torch.manual_seed(1)
     state = {
         name: value + scale * torch.randn_like(value)
-        for name, value in session.engine.adapter_state().items()
+        for name, value in setup.engine.adapter_state().items()
     }
     found = RunDir.create(folder / "run", recipe)
-    save_adapter(found.adapter, session.method, session.peft, state)
+    save_adapter(found.adapter, setup.method, setup.peft, state)
     found.result.write_text(json.dumps({"labels": labels}), encoding="utf-8")
     return found
 

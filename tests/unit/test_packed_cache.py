@@ -14,27 +14,27 @@ from peft_dist.distributed.world import World, read_world
 from peft_dist.entrypoints import quantize
 from peft_dist.model.cache import MANIFEST
 from peft_dist.model.source import find_base
-from peft_dist.model_setup import Session, open_session
+from peft_dist.model_setup import ModelSetup, set_up_model
 from tests.tiny import tiny_model, tiny_recipe
 
-Opened = Callable[[], Session]
+Opened = Callable[[], ModelSetup]
 
 
 @pytest.fixture
 def opened(tmp_path: Path, alone: World) -> Opened:
-    """Return a function that starts a session with a tiny model and the cache beside it."""
+    """Return a function that starts a model setup with a tiny model and the cache beside it."""
     tiny_model(tmp_path / "model", "llama")
     recipe = tiny_recipe(tmp_path / "model", tmp_path / "rows.jsonl")
-    return lambda: open_session(recipe, alone, find_base(recipe, tmp_path / "cache"))
+    return lambda: set_up_model(recipe, alone, find_base(recipe, tmp_path / "cache"))
 
 
 def contents(entry: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in entry.iterdir()}
 
 
-def entry_of(session: Session) -> Path:
-    assert session.packed_base is not None
-    return session.packed_base
+def entry_of(setup: ModelSetup) -> Path:
+    assert setup.packed_base is not None
+    return setup.packed_base
 
 
 def test_the_second_start_reads_the_packed_form_alone(opened: Opened, tmp_path: Path) -> None:
@@ -140,9 +140,9 @@ def test_an_unwritable_cache_only_warns(
     (tmp_path / "cache" / "packed").write_text("no folder", encoding="utf-8")
     (tmp_path / "cache" / "sha256").write_text("no folder", encoding="utf-8")
     with caplog.at_level(logging.WARNING):
-        session = opened()
-    assert session.packed_base is None
-    assert session.base_fingerprint == expected
+        setup = opened()
+    assert setup.packed_base is None
+    assert setup.base_fingerprint == expected
     (warning,) = caplog.messages
     assert warning.startswith("the packed base is not cached: ")
 

@@ -6,7 +6,7 @@ import pytest
 
 from peft_dist.common.errors import LaunchError
 from peft_dist.config import Recipe
-from peft_dist.launch.placement import Machine, place
+from peft_dist.launch.placement import Machine, plan_processes
 
 CPU = Machine(gpus=0, cores=8)
 FOUR_GPUS = Machine(gpus=4, cores=64)
@@ -19,18 +19,18 @@ def recipe(**parallel: Any) -> Recipe:
 
 
 def test_every_gpu_of_every_node_gets_a_process() -> None:
-    placement = place(recipe(), FOUR_GPUS, 3)
+    placement = plan_processes(recipe(), FOUR_GPUS, 3)
     assert (placement.nodes, placement.processes, placement.processes_per_node) == (3, 12, 4)
     assert placement.threads_per_process == 16
 
 
 def test_a_node_without_gpus_gets_as_many_processes_as_asked_for() -> None:
-    assert place(recipe(), CPU, 3).processes == 3
-    assert place(recipe(), CPU, 3, per_node=2).processes == 6
+    assert plan_processes(recipe(), CPU, 3).processes == 3
+    assert plan_processes(recipe(), CPU, 3, per_node=2).processes == 6
 
 
 def test_what_the_recipe_says_of_all_processes_goes_before_what_a_node_would_get() -> None:
-    placement = place(recipe(processes=4), CPU, 2, per_node=8)
+    placement = plan_processes(recipe(processes=4), CPU, 2, per_node=8)
     assert (placement.processes, placement.processes_per_node) == (4, 2)
 
 
@@ -42,13 +42,13 @@ def test_what_the_recipe_says_of_all_processes_goes_before_what_a_node_would_get
 def test_only_hsdp_keeps_its_shards_inside_a_node(
     strategy: str, shard_size: int, replicas: int
 ) -> None:
-    placement = place(recipe(strategy=strategy), FOUR_GPUS, 3)
+    placement = plan_processes(recipe(strategy=strategy), FOUR_GPUS, 3)
     assert (placement.shard_size, placement.replicas) == (shard_size, replicas)
 
 
 @pytest.mark.parametrize(("asked", "replicas"), [(2, 4), (4, 2), (8, 1)])
 def test_shards_may_be_smaller_or_larger_than_a_node(asked: int, replicas: int) -> None:
-    placement = place(recipe(strategy="hsdp", shard_size=asked), FOUR_GPUS, 2)
+    placement = plan_processes(recipe(strategy="hsdp", shard_size=asked), FOUR_GPUS, 2)
     assert (placement.shard_size, placement.replicas) == (asked, replicas)
 
 
@@ -62,4 +62,4 @@ def test_shards_may_be_smaller_or_larger_than_a_node(asked: int, replicas: int) 
 )
 def test_what_nodes_or_shards_do_not_divide_is_refused(parallel: dict[str, Any], told: str) -> None:
     with pytest.raises(LaunchError, match=told):
-        place(recipe(**parallel), FOUR_GPUS, 2)
+        plan_processes(recipe(**parallel), FOUR_GPUS, 2)

@@ -48,25 +48,25 @@ def test_plain_peft_gives_the_logits_of_the_trained_model(
     tmp_path: Path, alone: World, architecture: str, tokens: int
 ) -> None:
     recipe = prefix(tmp_path, architecture, method={"virtual_tokens": tokens}, **STEPS)
-    session, rows = opened(recipe, alone)
-    before = session.engine.adapter_state()[ENCODER]
-    trained(session, rows)
-    session.check_integrity()
-    assert not torch.equal(before, session.engine.adapter_state()[ENCODER])
-    found = ours(session, rows)
+    setup, rows = opened(recipe, alone)
+    before = setup.engine.adapter_state()[ENCODER]
+    trained(setup, rows)
+    setup.check_integrity()
+    assert not torch.equal(before, setup.engine.adapter_state()[ENCODER])
+    found = ours(setup, rows)
     base = bare(tmp_path / architecture)
     without = plain(base, rows)
-    assert_alike(found, plain(reloaded(session, tmp_path, base), rows))
+    assert_alike(found, plain(reloaded(setup, tmp_path, base), rows))
     assert not torch.allclose(found[0], without[0], atol=1e-2)
     assert load_file(tmp_path / "adapter" / ADAPTER_FILE).keys() == {"prompt_embeddings"}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_on_a_4_bit_base_too(tmp_path: Path, alone: World, architecture: str) -> None:
-    session, rows = opened(prefix(tmp_path, architecture, quantization="nf4", **STEPS), alone)
-    trained(session, rows)
-    peft = reloaded(session, tmp_path, dequantized(session))
-    assert_alike(ours(session, rows), plain(peft, rows), atol=1e-4)
+    setup, rows = opened(prefix(tmp_path, architecture, quantization="nf4", **STEPS), alone)
+    trained(setup, rows)
+    peft = reloaded(setup, tmp_path, dequantized(setup))
+    assert_alike(ours(setup, rows), plain(peft, rows), atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", CAUSAL_LM)
@@ -82,9 +82,9 @@ def test_layout_and_recomputation_change_no_gradient(
                 data={"packing": packing},
                 train={"activation_checkpointing": recompute},
             )
-            session, rows = opened(recipe, alone)
-            assert session.peft.get_base_model().is_gradient_checkpointing == recompute
-            gradients.append(gradient(session, rows))
+            setup, rows = opened(recipe, alone)
+            assert setup.peft.get_base_model().is_gradient_checkpointing == recompute
+            gradients.append(gradient(setup, rows))
     assert float(gradients[0].abs().max()) > 1e-3
     for found in gradients[1:]:
         torch.testing.assert_close(found, gradients[0], atol=1e-5, rtol=1e-4)
@@ -95,20 +95,20 @@ def test_a_text_starts_as_the_keys_and_values_of_its_tokens(
     tmp_path: Path, alone: World, architecture: str
 ) -> None:
     recipe = prefix(tmp_path, architecture, method={"text": TEXT})
-    session, rows = opened(recipe, alone)
+    setup, rows = opened(recipe, alone)
     base = bare(tmp_path / architecture)
     words = torch.tensor([tokens_of(tmp_path / architecture, TEXT)[:P]])
 
     def after_the_words(input_ids: torch.Tensor) -> Any:
         return base(input_ids=torch.cat([words, input_ids], dim=1))
 
-    assert_alike(ours(session, rows), plain(after_the_words, rows))
+    assert_alike(ours(setup, rows), plain(after_the_words, rows))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "qwen3"])
 def test_a_text_starts_as_in_peft(tmp_path: Path, alone: World, architecture: str) -> None:
     recipe = prefix(tmp_path, architecture, method={"text": TEXT})
-    session, _ = opened(recipe, alone)
+    setup, _ = opened(recipe, alone)
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
     expected = initialize_kv_prefix_from_text(
         get_peft_model(bare(tmp_path / architecture), config),
@@ -116,7 +116,7 @@ def test_a_text_starts_as_in_peft(tmp_path: Path, alone: World, architecture: st
         text=TEXT,
         use_chat_template=False,
     )
-    found = session.engine.adapter_state()[ENCODER]
+    found = setup.engine.adapter_state()[ENCODER]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -136,18 +136,18 @@ def test_the_start_follows_the_seed_and_the_recipe(tmp_path: Path, alone: World)
 
 def test_a_projected_prefix_is_saved_as_a_plain_one(tmp_path: Path, alone: World) -> None:
     recipe = prefix(tmp_path, "qwen3", method={"projection": True, "projection_size": 24}, **STEPS)
-    session, rows = opened(recipe, alone)
-    assert len(session.adapter) == 5
-    assert session.adapter["prompt_encoder.default.transform.0.weight"].shape[0] == 24
-    before = session.engine.adapter_state()
-    trained(session, rows)
-    after = session.engine.adapter_state()
+    setup, rows = opened(recipe, alone)
+    assert len(setup.adapter) == 5
+    assert setup.adapter["prompt_encoder.default.transform.0.weight"].shape[0] == 24
+    before = setup.engine.adapter_state()
+    trained(setup, rows)
+    after = setup.engine.adapter_state()
     assert not any(torch.equal(before[name], after[name]) for name in before)
-    found = ours(session, rows)
-    assert_alike(found, plain(reloaded(session, tmp_path, bare(tmp_path / "qwen3")), rows))
+    found = ours(setup, rows)
+    assert_alike(found, plain(reloaded(setup, tmp_path, bare(tmp_path / "qwen3")), rows))
     assert not PeftConfig.from_pretrained(str(tmp_path / "adapter")).prefix_projection
     with pytest.raises(RunDirError, match=r"method\.projection: .* is not saved; load it with"):
-        load_adapter(tmp_path / "adapter", session.method, session.peft, session.adapter)
+        load_adapter(tmp_path / "adapter", setup.method, setup.peft, setup.adapter)
 
     assert isinstance(recipe.method, Prefix)
     settings = PrefixMethod.of_saved(recipe.method)
@@ -164,9 +164,9 @@ def test_a_projection_has_one_gradient_with_and_without_recomputation(
     for recompute in (False, True):
         train = {"activation_checkpointing": recompute}
         recipe = prefix(tmp_path, "llama", method={"projection": True}, train=train)
-        session, rows = opened(recipe, alone)
-        gradients.append(gradient(session, rows))
-        for parameter in session.adapter.values():
+        setup, rows = opened(recipe, alone)
+        gradients.append(gradient(setup, rows))
+        for parameter in setup.adapter.values():
             assert parameter.grad is not None
             assert bool(parameter.grad.any())
     torch.testing.assert_close(*gradients)
@@ -174,12 +174,10 @@ def test_a_projection_has_one_gradient_with_and_without_recomputation(
 
 def test_bfloat16_trains_a_float32_prefix(tmp_path: Path, alone: World) -> None:
     model = {"dtype": "bfloat16"}
-    session, rows = opened(
-        prefix(tmp_path, "llama", quantization="nf4", model=model, **STEPS), alone
-    )
-    before = session.engine.adapter_state()[ENCODER]
-    trained(session, rows)
-    after = session.adapter[ENCODER].detach()
+    setup, rows = opened(prefix(tmp_path, "llama", quantization="nf4", model=model, **STEPS), alone)
+    before = setup.engine.adapter_state()[ENCODER]
+    trained(setup, rows)
+    after = setup.adapter[ENCODER].detach()
     assert after.dtype == torch.float32
     assert bool(torch.isfinite(after).all())
     assert not torch.equal(before, after)

@@ -13,10 +13,10 @@ import pytest
 from peft_dist.common.time_limit import within
 from peft_dist.preflight import node_info as facts_module
 from peft_dist.preflight.node_info import SILENT, NodeFacts, code_digest, gather
-from peft_dist.preflight.verdict import Limits, Report, judge, report_path
+from peft_dist.preflight.verdict import PreflightLimits, Report, judge, report_path
 
 GB = 10**9
-LIMITS = Limits(devices=8, min_free_bytes=GB, max_clock_offset_s=60, arrival_s=30)
+LIMITS = PreflightLimits(devices=8, min_free_bytes=GB, max_clock_offset_s=60, arrival_s=30)
 FINE = NodeFacts(
     index=0,
     host="",

@@ -11,7 +11,7 @@ from peft_dist.checkpoint.adapter_file import ADAPTER_FILE, load_adapter
 from peft_dist.common.errors import DataError, RecipeError
 from peft_dist.config.recipe import Recipe
 from peft_dist.distributed.world import World
-from peft_dist.methods import Start
+from peft_dist.methods import BaseAccess
 from peft_dist.model.architectures import CAUSAL_LM
 from tests.tiny import ARCHITECTURES
 from tests.virtual import (
@@ -45,30 +45,30 @@ def test_plain_peft_gives_the_logits_of_the_trained_model(
     tmp_path: Path, alone: World, architecture: str, tokens: int
 ) -> None:
     recipe = prompt(tmp_path, architecture, method={"virtual_tokens": tokens}, **STEPS)
-    session, rows = opened(recipe, alone)
-    before = session.engine.adapter_state()
-    trained(session, rows)
-    session.check_integrity()
-    after = session.engine.adapter_state()
+    setup, rows = opened(recipe, alone)
+    before = setup.engine.adapter_state()
+    trained(setup, rows)
+    setup.check_integrity()
+    after = setup.engine.adapter_state()
     assert not any(torch.equal(before[name], after[name]) for name in before)
-    found = ours(session, rows)
+    found = ours(setup, rows)
     base = bare(tmp_path / architecture)
     without = plain(base, rows)
-    assert_alike(found, plain(reloaded(session, tmp_path, base), rows))
+    assert_alike(found, plain(reloaded(setup, tmp_path, base), rows))
     assert not torch.allclose(found[0], without[0], atol=1e-2)
     saved = load_file(tmp_path / "adapter" / ADAPTER_FILE)
     assert saved["prompt_embeddings"].shape == (tokens, 64)
     assert len(saved) == (3 if architecture == "bert" else 1)
-    back = load_adapter(tmp_path / "adapter", session.method, session.peft, session.adapter)
+    back = load_adapter(tmp_path / "adapter", setup.method, setup.peft, setup.adapter)
     assert all(torch.equal(back[name], value) for name, value in after.items())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_on_a_4_bit_base_too(tmp_path: Path, alone: World, architecture: str) -> None:
-    session, rows = opened(prompt(tmp_path, architecture, quantization="nf4", **STEPS), alone)
-    trained(session, rows)
-    peft = reloaded(session, tmp_path, dequantized(session))
-    assert_alike(ours(session, rows), plain(peft, rows), atol=1e-4)
+    setup, rows = opened(prompt(tmp_path, architecture, quantization="nf4", **STEPS), alone)
+    trained(setup, rows)
+    peft = reloaded(setup, tmp_path, dequantized(setup))
+    assert_alike(ours(setup, rows), plain(peft, rows), atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -84,9 +84,9 @@ def test_layout_and_recomputation_change_no_gradient(
                 data={"packing": packing},
                 train={"activation_checkpointing": recompute},
             )
-            session, rows = opened(recipe, alone)
-            assert session.peft.get_base_model().is_gradient_checkpointing == recompute
-            gradients.append(gradient(session, rows))
+            setup, rows = opened(recipe, alone)
+            assert setup.peft.get_base_model().is_gradient_checkpointing == recompute
+            gradients.append(gradient(setup, rows))
     assert float(gradients[0].abs().max()) > 1e-3
     for found in gradients[1:]:
         torch.testing.assert_close(found, gradients[0], atol=1e-5, rtol=1e-4)
@@ -94,21 +94,21 @@ def test_layout_and_recomputation_change_no_gradient(
 
 @pytest.mark.parametrize("architecture", CAUSAL_LM)
 def test_a_text_starts_as_its_own_tokens(tmp_path: Path, alone: World, architecture: str) -> None:
-    session, rows = opened(prompt(tmp_path, architecture, method={"text": TEXT}), alone)
+    setup, rows = opened(prompt(tmp_path, architecture, method={"text": TEXT}), alone)
     base = bare(tmp_path / architecture)
     words = torch.tensor([tokens_of(tmp_path / architecture, TEXT)[:P]])
 
     def after_the_words(input_ids: torch.Tensor) -> Any:
         return base(input_ids=torch.cat([words, input_ids], dim=1))
 
-    assert_alike(ours(session, rows), plain(after_the_words, rows))
+    assert_alike(ours(setup, rows), plain(after_the_words, rows))
 
 
 def test_a_short_text_is_repeated(tmp_path: Path, alone: World) -> None:
-    session, _ = opened(prompt(tmp_path, "llama", method={"text": "cat"}), alone)
+    setup, _ = opened(prompt(tmp_path, "llama", method={"text": "cat"}), alone)
     ids = (tokens_of(tmp_path / "llama", "cat") * P)[:P]
     expected = bare(tmp_path / "llama").get_input_embeddings().weight[ids]
-    torch.testing.assert_close(session.engine.adapter_state()[ENCODER], expected.detach())
+    torch.testing.assert_close(setup.engine.adapter_state()[ENCODER], expected.detach())
 
 
 def test_the_start_follows_the_seed_and_the_recipe(tmp_path: Path, alone: World) -> None:
@@ -128,21 +128,23 @@ def test_the_start_follows_the_seed_and_the_recipe(tmp_path: Path, alone: World)
 
 def test_an_embedding_stored_narrower_is_read_as_it_computes(tmp_path: Path, alone: World) -> None:
     recipe = prompt(tmp_path, "llama", method={"text": TEXT}, model={"dtype": "bfloat16"}, **STEPS)
-    session, rows = opened(recipe, alone)
-    before = session.adapter[ENCODER].detach().clone()
+    setup, rows = opened(recipe, alone)
+    before = setup.adapter[ENCODER].detach().clone()
     ids = tokens_of(tmp_path / "llama", TEXT)[:P]
     expected = bare(tmp_path / "llama").get_input_embeddings().weight[ids].bfloat16().float()
     assert torch.equal(before, expected)
-    trained(session, rows)
-    assert session.adapter[ENCODER].dtype == torch.float32
-    assert not torch.equal(before, session.adapter[ENCODER])
+    trained(setup, rows)
+    assert setup.adapter[ENCODER].dtype == torch.float32
+    assert not torch.equal(before, setup.adapter[ENCODER])
 
 
 def test_a_text_without_tokens_is_refused(tmp_path: Path, alone: World) -> None:
-    session, _ = opened(prompt(tmp_path, "llama", method={"text": TEXT}), alone)
-    start = Start(lambda p: p, lambda p, v: None, lambda p: None, lambda text: [], lambda ids: None)
+    setup, _ = opened(prompt(tmp_path, "llama", method={"text": TEXT}), alone)
+    start = BaseAccess(
+        lambda p: p, lambda p, v: None, lambda p: None, lambda text: [], lambda ids: None
+    )
     with pytest.raises(RecipeError, match=r"method\.text: '.*' has no token; add words"):
-        session.method.initialise(session.peft, start)
+        setup.method.initialise(setup.peft, start)
 
 
 def test_more_tokens_than_positions_are_refused(tmp_path: Path, alone: World) -> None:
@@ -155,12 +157,12 @@ def test_more_tokens_than_positions_are_refused(tmp_path: Path, alone: World) ->
 def test_rows_past_the_table_of_positions_are_refused(
     tmp_path: Path, alone: World, architecture: str
 ) -> None:
-    session, rows = opened(prompt(tmp_path, architecture, method={"virtual_tokens": 250}), alone)
+    setup, rows = opened(prompt(tmp_path, architecture, method={"virtual_tokens": 250}), alone)
     longest = int(rows.lengths.max())
     assert longest > 6
     if architecture == "llama":
-        session.check_lengths(rows)  # rotary positions go on
+        setup.check_lengths(rows)  # rotary positions go on
         return
     said = f"a row has {longest} tokens, but gpt2 has places for 6 behind 250 learned ones"
     with pytest.raises(DataError, match=said):
-        session.check_lengths(rows)
+        setup.check_lengths(rows)

@@ -18,7 +18,7 @@ from peft_dist.report import text
 from peft_dist.report.page import render_page
 from peft_dist.report.run_data import RunData, read_runs
 from peft_dist.report.series import MOST_POINTS, Series, number
-from peft_dist.report.time_use import PHASE_PLACES, clock_panels
+from peft_dist.report.time_use import PHASE_ORDER, clock_panels
 from peft_dist.report.timeline import MOST_SHOWN, timeline, timeline_of
 from tests.unit.run_folders import failure, lease
 from tests.unit.whole_runs import Story, write_run
@@ -90,8 +90,8 @@ def test_other_nodes_stand_in_the_table_of_the_machine(tmp_path: Path) -> None:
 
 
 def test_every_phase_of_goodput_has_a_place_in_the_bar() -> None:
-    assert set(PHASE_PLACES) == set(PHASES)
-    assert len(set(PHASE_PLACES.values())) == len(PHASES)
+    assert set(PHASE_ORDER) == set(PHASES)
+    assert len(set(PHASE_ORDER.values())) == len(PHASES)
 
 
 def test_a_clock_that_was_set_back_or_is_absurd_is_no_obstacle(tmp_path: Path) -> None:

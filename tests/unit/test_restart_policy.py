@@ -9,13 +9,13 @@ from peft_dist.run.restart_policy import (
     Ending,
     History,
     Kind,
-    Limits,
+    RestartLimits,
     decide,
     decide_by_attempts,
 )
 
-OF_JOB = Limits.of_job(starts=100, without_progress=5)
-IN_PLACE = Limits(after_signal=False)
+OF_JOB = RestartLimits.of_job(starts=100, without_progress=5)
+IN_PLACE = RestartLimits(after_signal=False)
 STEP = 40
 """Where the newest checkpoint is."""
 
@@ -33,7 +33,7 @@ def attempt(kind: Kind, error: str = "", **known: object) -> Ending:
 GOES_ON = f"; goes on after step {STEP}"
 NO_MORE = f"none saved a checkpoint after step {STEP}"
 
-ENDINGS: dict[str, tuple[Limits, Ending, str, int | None, str]] = {
+ENDINGS: dict[str, tuple[RestartLimits, Ending, str, int | None, str]] = {
     # name: limits; ending; what follows the first; how many in a row are the last; and then why
     "done": (OF_JOB, job(Kind.DONE), "done", None, ""),
     "interrupted, in a job": (
@@ -46,7 +46,7 @@ ENDINGS: dict[str, tuple[Limits, Ending, str, int | None, str]] = {
         "stopped by SIGINT",
     ),
     "interrupted, started by a person": (
-        Limits(), attempt(Kind.INTERRUPTED, "stopped by SIGINT"),
+        RestartLimits(), attempt(Kind.INTERRUPTED, "stopped by SIGINT"),
         f"again stopped by SIGINT{GOES_ON}", None, "",
     ),
     "time limit": (
@@ -58,7 +58,7 @@ ENDINGS: dict[str, tuple[Limits, Ending, str, int | None, str]] = {
         f"again stopped by SIGTERM{GOES_ON}", 5, "no progress in 5 starts",
     ),
     "crash of a rank": (
-        Limits(), attempt(Kind.CRASHED, "ValueError: bug", rank=1),
+        RestartLimits(), attempt(Kind.CRASHED, "ValueError: bug", rank=1),
         f"again ValueError: bug (rank 1){GOES_ON}", 3,
         f"no progress in 3 attempts: {NO_MORE}; last: ValueError: bug (rank 1)",
     ),
@@ -71,15 +71,15 @@ ENDINGS: dict[str, tuple[Limits, Ending, str, int | None, str]] = {
         "no progress in 5 starts",
     ),
     "hang": (
-        Limits(), attempt(Kind.HUNG, "rank 0 has been in step 41", rank=0),
+        RestartLimits(), attempt(Kind.HUNG, "rank 0 has been in step 41", rank=0),
         f"again rank 0 has been in step 41 (rank 0){GOES_ON}", 3, "no progress in 3 attempts",
     ),
     "lost peer": (
-        Limits(), attempt(Kind.LOST_PEER, "Connection reset", rank=1),
+        RestartLimits(), attempt(Kind.LOST_PEER, "Connection reset", rank=1),
         f"again Connection reset (rank 1){GOES_ON}", 3, "no progress in 3 attempts",
     ),
     "out of memory, a rank": (
-        Limits(), attempt(Kind.OUT_OF_MEMORY, "2 GiB", rank=1, step=43),
+        RestartLimits(), attempt(Kind.OUT_OF_MEMORY, "2 GiB", rank=1, step=43),
         f"again 2 GiB (rank 1){GOES_ON}", 2,
         "out of memory at step 43 in 2 attempts (rank 1: 2 GiB)",
     ),
@@ -88,7 +88,7 @@ ENDINGS: dict[str, tuple[Limits, Ending, str, int | None, str]] = {
         f"out of memory after step {STEP} in 2 starts (node1 ran out)",
     ),
     "ended before it knew where to go on": (
-        Limits(), Ending(Kind.CRASHED), f"again error{GOES_ON}", 3,
+        RestartLimits(), Ending(Kind.CRASHED), f"again error{GOES_ON}", 3,
         f"no progress in 3 attempts: {NO_MORE}",
     ),
     "node lost": (
@@ -137,7 +137,7 @@ ENDINGS: dict[str, tuple[Limits, Ending, str, int | None, str]] = {
 each_ending = pytest.mark.parametrize("name", ENDINGS)
 
 
-def after(limits: Limits, *earlier: Ending) -> History:
+def after(limits: RestartLimits, *earlier: Ending) -> History:
     """Return a history of such endings, of the kind that the limits count."""
     of_job = limits.unit == "starts"
     return History(
@@ -210,11 +210,11 @@ def test_exit_codes_are_those_that_the_readme_promises(kind: Kind, code: int) ->
 
 def test_a_limit_ends_with_the_code_that_asks_for_a_person() -> None:
     crash = attempt(Kind.CRASHED)
-    assert decide(after(Limits(), crash, crash), crash, Limits()).exit_code == 3
+    assert decide(after(RestartLimits(), crash, crash), crash, RestartLimits()).exit_code == 3
 
 
 def test_starts_that_get_on_are_only_counted() -> None:
-    few = Limits.of_job(starts=6, without_progress=3)
+    few = RestartLimits.of_job(starts=6, without_progress=3)
     starts = tuple(Ending(Kind.CRASHED, checkpoint=step) for step in (0, 10, 20, 30, 35))
     history = History(STEP, starts=starts, job_starts=5)
     assert decide(history, job(Kind.CRASHED, "node1 crashed"), few).again
@@ -227,29 +227,34 @@ def test_starts_that_get_on_are_only_counted() -> None:
 @pytest.mark.parametrize("kind", [Kind.INTERRUPTED, Kind.DONE])
 def test_an_attempt_that_was_no_failure_breaks_the_row_of_those_that_were(kind: Kind) -> None:
     crash = attempt(Kind.CRASHED)
-    assert decide(after(Limits(), crash, crash, attempt(kind)), crash, Limits()).again
-    assert decide(after(Limits(), attempt(kind), crash, crash), crash, Limits()).word == "stop"
+    assert decide(after(RestartLimits(), crash, crash, attempt(kind)), crash, RestartLimits()).again
+    assert (
+        decide(after(RestartLimits(), attempt(kind), crash, crash), crash, RestartLimits()).word
+        == "stop"
+    )
 
 
 def test_memory_that_runs_out_elsewhere_is_no_loop() -> None:
     out = attempt(Kind.OUT_OF_MEMORY, "2 GiB", rank=1, step=43)
-    assert decide(after(Limits(), replace(out, step=42)), out, Limits()).again
-    assert decide(after(Limits(), attempt(Kind.CRASHED)), out, Limits()).again
+    assert decide(after(RestartLimits(), replace(out, step=42)), out, RestartLimits()).again
+    assert decide(after(RestartLimits(), attempt(Kind.CRASHED)), out, RestartLimits()).again
 
 
 def test_the_cause_that_is_told_is_not_a_lost_peer_where_there_is_another() -> None:
     history = after(
-        Limits(), attempt(Kind.CRASHED, "disk on fire", rank=1), attempt(Kind.LOST_PEER, "reset")
+        RestartLimits(),
+        attempt(Kind.CRASHED, "disk on fire", rank=1),
+        attempt(Kind.LOST_PEER, "reset"),
     )
-    decision = decide(history, attempt(Kind.LOST_PEER, "reset"), Limits())
+    decision = decide(history, attempt(Kind.LOST_PEER, "reset"), RestartLimits())
     assert decision.reason.endswith("; last: disk on fire (rank 1)")
 
 
 def test_attempts_alone_decide_by_the_newest_of_them() -> None:
     assert decide_by_attempts(History(STEP)) is None
     crash = attempt(Kind.CRASHED)
-    assert (decide_by_attempts(after(Limits(), crash, crash)) or Decision("none")).again
-    last = decide_by_attempts(after(Limits(), crash, crash, crash))
+    assert (decide_by_attempts(after(RestartLimits(), crash, crash)) or Decision("none")).again
+    last = decide_by_attempts(after(RestartLimits(), crash, crash, crash))
     assert last is not None and last.word == "stop"
 
 

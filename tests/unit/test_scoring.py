@@ -10,9 +10,9 @@ from torch.nn.functional import cross_entropy
 from peft_dist.common.errors import DataError
 from peft_dist.data.tokenize import encode_completions, tokenize_rows
 from peft_dist.distributed.world import World
-from peft_dist.evaluation.scoring import EvalSet, held_out, score
+from peft_dist.evaluation.scoring import EvalSet, make_eval_set, score
 from peft_dist.model.source import find_base
-from peft_dist.model_setup import Session, open_session
+from peft_dist.model_setup import ModelSetup, set_up_model
 from tests.tiny import (
     completion_rows,
     labelled_rows,
@@ -26,20 +26,20 @@ SINGLE = [" cat", " dog"]
 SEVERAL = [" cat", " dog", " cat and the dog", " elephant"]
 
 
-def prepared(folder: Path, world: World, **sections: Any) -> tuple[Session, EvalSet]:
+def prepared(folder: Path, world: World, **sections: Any) -> tuple[ModelSetup, EvalSet]:
     tiny_model(folder / "model", "llama")
     rows = write_jsonl(folder / "rows.jsonl", completion_rows(17))
     # ddp leaves plain tensors, with which the PEFT model runs by itself
     parallel = {"strategy": "ddp"}
     sections["data"] = {"eval": str(rows), **sections.get("data", {})}
     recipe = tiny_recipe(folder / "model", rows, parallel=parallel, **sections)
-    session = open_session(recipe, world, find_base(recipe, folder / "cache"))
-    return session, held_out(recipe, tokenize_rows(recipe, "eval", folder / "cache"))
+    setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"))
+    return setup, make_eval_set(recipe, tokenize_rows(recipe, "eval", folder / "cache"))
 
 
-def row_logits(session: Session, tokens: torch.Tensor) -> torch.Tensor:
+def row_logits(setup: ModelSetup, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        logits: torch.Tensor = session.peft(input_ids=tokens[None], row_lengths=None).logits[0]
+        logits: torch.Tensor = setup.peft(input_ids=tokens[None], row_lengths=None).logits[0]
     return logits
 
 
@@ -47,7 +47,7 @@ def row_logits(session: Session, tokens: torch.Tensor) -> torch.Tensor:
 def test_the_loss_is_the_mean_over_trained_tokens(
     tmp_path: Path, alone: World, packing: bool
 ) -> None:
-    session, held = prepared(
+    setup, held = prepared(
         tmp_path, alone, evaluate={"micro_batch_size": 5}, data={"packing": packing}
     )
     losses = []
@@ -55,9 +55,9 @@ def test_the_loss_is_the_mean_over_trained_tokens(
         part = slice(held.rows.offsets[row], held.rows.offsets[row + 1])
         tokens = torch.from_numpy(held.rows.tokens[part].astype("int64"))
         trained = torch.from_numpy(held.rows.trained[part].copy())[1:]
-        nll = cross_entropy(row_logits(session, tokens)[:-1], tokens[1:], reduction="none")
+        nll = cross_entropy(row_logits(setup, tokens)[:-1], tokens[1:], reduction="none")
         losses.append(nll[trained])
-    found = score(session, held)
+    found = score(setup, held)
     assert found.loss == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
     assert found.accuracy is None
     assert found.rows == 17
@@ -67,8 +67,8 @@ def test_the_loss_is_the_mean_over_trained_tokens(
 def test_the_accuracy_is_the_share_of_rows_whose_own_choice_is_the_most_likely(
     tmp_path: Path, alone: World, choices: list[str]
 ) -> None:
-    session, held = prepared(tmp_path, alone, evaluate={"choices": choices, "micro_batch_size": 4})
-    ends = list(encode_completions(session.recipe, tuple(choices)))
+    setup, held = prepared(tmp_path, alone, evaluate={"choices": choices, "micro_batch_size": 4})
+    ends = list(encode_completions(setup.recipe, tuple(choices)))
     if all(len(end) == 2 for end in ends):
         ends = [end[:-1] for end in ends]  # one position tells them apart
     assert held.single_token == all(len(end) == 1 for end in ends)
@@ -80,16 +80,16 @@ def test_the_accuracy_is_the_share_of_rows_whose_own_choice_is_the_most_likely(
         scores = []
         for end in ends:
             whole = torch.cat([prompt, torch.from_numpy(end.astype("int64"))])
-            nll = cross_entropy(row_logits(session, whole)[:-1], whole[1:], reduction="none")
+            nll = cross_entropy(row_logits(setup, whole)[:-1], whole[1:], reduction="none")
             scores.append(float(nll[len(prompt) - 1 :].sum()))
         assert held.truth is not None
         correct += scores.index(min(scores)) == held.truth[row]
-    assert score(session, held).accuracy == pytest.approx(correct / held.rows.n_rows)
+    assert score(setup, held).accuracy == pytest.approx(correct / held.rows.n_rows)
 
 
 def test_rows_can_be_fewer(tmp_path: Path, alone: World) -> None:
-    session, held = prepared(tmp_path, alone, evaluate={"max_rows": 3, "choices": SINGLE})
-    assert score(session, held).rows == held.rows.n_rows == 3
+    setup, held = prepared(tmp_path, alone, evaluate={"max_rows": 3, "choices": SINGLE})
+    assert score(setup, held).rows == held.rows.n_rows == 3
     assert held.truth is not None
     assert len(held.truth) == 3
 
@@ -101,17 +101,17 @@ def test_a_completion_that_is_no_choice_is_refused(tmp_path: Path) -> None:
         tmp_path / "model", rows, data={"eval": str(rows)}, evaluate={"choices": [" cat", " log"]}
     )
     with pytest.raises(DataError, match=r"evaluate\.choices: row \d of the held-out rows"):
-        held_out(recipe, tokenize_rows(recipe, "eval", tmp_path / "cache"))
+        make_eval_set(recipe, tokenize_rows(recipe, "eval", tmp_path / "cache"))
 
 
 def test_scoring_leaves_the_mode_and_the_gradients(tmp_path: Path, alone: World) -> None:
-    session, held = prepared(tmp_path, alone)
+    setup, held = prepared(tmp_path, alone)
     for training in (True, False):
-        session.model.train(training)
-        before = session.engine.gradients.clone()
-        score(session, held)
-        assert session.model.training == training
-        assert torch.equal(session.engine.gradients, before)
+        setup.model.train(training)
+        before = setup.engine.gradients.clone()
+        score(setup, held)
+        assert setup.model.training == training
+        assert torch.equal(setup.engine.gradients, before)
 
 
 def test_classes_are_scored_by_their_logits(tmp_path: Path, alone: World) -> None:
@@ -126,21 +126,21 @@ def test_classes_are_scored_by_their_logits(tmp_path: Path, alone: World) -> Non
         data={"eval": str(rows)},
     )
     tokens = tokenize_rows(recipe, "eval", tmp_path / "cache")
-    held = held_out(recipe, tokens)
-    session = open_session(
+    held = make_eval_set(recipe, tokens)
+    setup = set_up_model(
         recipe, alone, find_base(recipe, tmp_path / "cache"), label_names=tokens.label_names
     )
     assert tokens.class_ids is not None
-    session.model.eval()
+    setup.model.eval()
     logits = torch.stack(
         [
-            session.peft(input_ids=torch.from_numpy(tokens.tokens[a:b].astype("int64"))[None])
+            setup.peft(input_ids=torch.from_numpy(tokens.tokens[a:b].astype("int64"))[None])
             .logits[0]
             .detach()
             for a, b in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)
         ]
     )
     truth = torch.from_numpy(tokens.class_ids.astype("int64"))
-    found = score(session, held)
+    found = score(setup, held)
     assert found.loss == pytest.approx(float(cross_entropy(logits, truth)), abs=1e-5)
     assert found.accuracy == pytest.approx(float((logits.argmax(dim=1) == truth).float().mean()))

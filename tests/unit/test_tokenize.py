@@ -228,8 +228,8 @@ def test_an_evaluation_label_unknown_to_training_is_a_bad_row(tmp_path: Path) ->
     tiny_encoder_tokenizer(tmp_path / "model")
     train = [{"text": "a", "label": name} for name in ("cat", "dog", "eel")]
     write_jsonl(tmp_path / "train.jsonl", train)
-    held_out = [{"text": "a", "label": name} for name in ("dog", "emu")]
-    write_jsonl(tmp_path / "eval.jsonl", held_out)
+    make_eval_set = [{"text": "a", "label": name} for name in ("dog", "emu")]
+    write_jsonl(tmp_path / "eval.jsonl", make_eval_set)
     recipe = tiny_recipe(
         tmp_path / "model",
         tmp_path / "train.jsonl",

@@ -15,11 +15,11 @@ from peft_dist.common.errors import Interrupted, TrainingError
 from peft_dist.config.recipe import Train
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.distributed.world import World
-from peft_dist.evaluation.scoring import held_out
+from peft_dist.evaluation.scoring import make_eval_set
 from peft_dist.ledger.events import LedgerEvent
 from peft_dist.metrics.step import StepInputs, StepMetricsReader
 from peft_dist.model.source import find_base
-from peft_dist.model_setup import Session, open_session
+from peft_dist.model_setup import ModelSetup, set_up_model
 from peft_dist.optim.lr_schedule import learning_rate
 from peft_dist.trainer import Trainer, make_optimizer
 from tests.tiny import completion_rows, tiny_model, tiny_recipe, write_jsonl
@@ -30,9 +30,9 @@ def trainer(folder: Path, world: World, architecture: str = "llama", **sections:
         tiny_model(folder / architecture, architecture)
     rows = write_jsonl(folder / "rows.jsonl", completion_rows(24))
     recipe = tiny_recipe(folder / architecture, rows, **sections)
-    session = open_session(recipe, world, find_base(recipe, folder / "cache"))
+    setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"))
     tokens = tokenize_rows(recipe, "train", folder / "cache")
-    return Trainer(session, tokens, None)
+    return Trainer(setup, tokens, None)
 
 
 class Records(list[dict[str, Any]]):
@@ -80,10 +80,10 @@ def test_short_trainings_have_positive_rates(steps: int, warmup: float) -> None:
 
 def test_matrices_decay_and_vectors_do_not(tmp_path: Path, alone: World) -> None:
     both = trainer(tmp_path, alone, "qwen2", train={"weight_decay": 0.1}, method={"bias": "all"})
-    groups = make_optimizer(both.session).param_groups
+    groups = make_optimizer(both.setup).param_groups
     groups.sort(key=lambda group: -group["weight_decay"])
     counts = [sum(p.numel() for p in group["params"]) for group in groups]
-    adapter = both.session.adapter.values()
+    adapter = both.setup.adapter.values()
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert counts == [
         sum(p.numel() for p in adapter if p.dim() > 1),
@@ -92,14 +92,14 @@ def test_matrices_decay_and_vectors_do_not(tmp_path: Path, alone: World) -> None
 
 
 def test_a_group_without_parameters_is_left_out(tmp_path: Path, alone: World) -> None:
-    session = trainer(tmp_path, alone, train={"weight_decay": 0.1}).session
-    (group,) = make_optimizer(session).param_groups
+    setup = trainer(tmp_path, alone, train={"weight_decay": 0.1}).setup
+    (group,) = make_optimizer(setup).param_groups
     assert group["weight_decay"] == 0.1
 
 
-def plain_training(session: Session, found: Trainer, steps: int) -> list[float]:
+def plain_training(setup: ModelSetup, found: Trainer, steps: int) -> list[float]:
     """Train with torch's own pieces: padded rows, one pass, whole-vocabulary loss, AdamW."""
-    parameters = list(session.adapter.values())
+    parameters = list(setup.adapter.values())
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
@@ -113,7 +113,7 @@ def plain_training(session: Session, found: Trainer, steps: int) -> list[float]:
             part = slice(found.rows.offsets[row], found.rows.offsets[row + 1])
             tokens = torch.from_numpy(found.rows.tokens[part].astype("int64"))
             trained = torch.from_numpy(found.rows.trained[part].copy())[1:]
-            logits = session.peft(input_ids=tokens[None], row_lengths=None).logits[0, :-1]
+            logits = setup.peft(input_ids=tokens[None], row_lengths=None).logits[0, :-1]
             nll = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
             total, count = total + nll[trained].sum(), count + int(trained.sum())
         loss = total / count
@@ -121,7 +121,7 @@ def plain_training(session: Session, found: Trainer, steps: int) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(session.recipe.train, step, steps, peak=5e-3)
+            group["lr"] = learning_rate(setup.recipe.train, step, steps, peak=5e-3)
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
@@ -140,13 +140,13 @@ def test_the_loop_is_plain_adamw_on_the_mean_token_loss(tmp_path: Path, alone: W
     records = Records()
     ours.trackers = [records]
     ours.run()
-    expected = plain_training(theirs.session, theirs, 6)
+    expected = plain_training(theirs.setup, theirs, 6)
     assert [r["loss"] for r in records] == pytest.approx(expected, abs=1e-5)
     assert max(r["grad_norm"] for r in records) > 0.5  # so the clipping was at work
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
-    for name, parameter in ours.session.adapter.items():
+    for name, parameter in ours.setup.adapter.items():
         torch.testing.assert_close(
-            parameter.detach(), theirs.session.adapter[name].detach(), atol=1e-4, rtol=1e-3
+            parameter.detach(), theirs.setup.adapter[name].detach(), atol=1e-4, rtol=1e-3
         )
 
 
@@ -180,15 +180,15 @@ def test_a_record_has_time_and_memory_of_the_one_process_there_is(
 def test_parameters_of_the_base_are_counted_however_they_are_stored(
     tmp_path: Path, alone: World, quantization: str
 ) -> None:
-    session = trainer(tmp_path, alone, quantization=quantization).session
+    setup = trainer(tmp_path, alone, quantization=quantization).setup
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
-    assert session.base_parameters == sum(p.numel() for p in plain.parameters())
+    assert setup.base_parameters == sum(p.numel() for p in plain.parameters())
 
 
 def with_checkpointer(found: Trainer, folder: Path) -> Checkpointer:
     """Let a training make checkpoints in a folder."""
     found.checkpointer = Checkpointer(
-        AdapterSaver(found.session, found.rows),
+        AdapterSaver(found.setup, found.rows),
         folder,
         found.recipe.checkpoint,
         attempt=1,
@@ -200,7 +200,7 @@ def with_checkpointer(found: Trainer, folder: Path) -> Checkpointer:
 
 def broken_at(found: Trainer, *steps: int, how: str = "loss") -> None:
     """Make the loss or the gradient of some steps infinite or not a number."""
-    engine, reduce = found.session.engine, found.session.engine.reduce
+    engine, reduce = found.setup.engine, found.setup.engine.reduce
 
     def poisoned(extras: torch.Tensor) -> torch.Tensor:
         summed = reduce(extras)
@@ -216,7 +216,7 @@ def broken_at(found: Trainer, *steps: int, how: str = "loss") -> None:
 
 def state_of(found: Trainer) -> tuple[bytes, bytes, bytes, int]:
     """Return weights, both moments and the count of updates, to the bit."""
-    engine, moments = found.session.engine, found.optimizer.moments()
+    engine, moments = found.setup.engine, found.optimizer.moments()
     weights = engine.flat(engine.adapter_state())
     parts = (weights, moments.mean, moments.square)
     a, b, c = (part.numpy().tobytes() for part in parts)
@@ -264,7 +264,7 @@ def test_under_stop_a_loss_that_is_not_finite_ends_the_run_before_the_update(
         found.run()
     assert caught.value.exit_code == 3
     assert len(records) < 50
-    assert all(torch.isfinite(p).all() for p in found.session.adapter.values())
+    assert all(torch.isfinite(p).all() for p in found.setup.adapter.values())
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
@@ -421,7 +421,9 @@ def with_held_out_rows(
     """Return a training that evaluates and makes checkpoints, and its records."""
     held = write_jsonl(folder / "held.jsonl", completion_rows(9, seed=1))
     found = trainer(folder, world, data={"eval": str(held)}, **sections)
-    found.held = held_out(found.recipe, tokenize_rows(found.recipe, "eval", folder / "cache"))
+    found.eval_set = make_eval_set(
+        found.recipe, tokenize_rows(found.recipe, "eval", folder / "cache")
+    )
     records = Records()
     found.trackers = [records]
     return found, with_checkpointer(found, folder / "checkpoints"), records

@@ -16,11 +16,11 @@ from peft_dist.worker.watchdog import describe_hang
 PRELUDE = """
 import os, sys, threading, time
 from pathlib import Path
-from peft_dist.worker.watchdog import Limits, Watchdog
+from peft_dist.worker.watchdog import HangWatchdog, WatchdogLimits
 def watch(world_size=1, rank=0, min_s=0.4, setup_s=20.0, evaluation_s=20.0, save_s=20.0):
-    limits = Limits(min_s=min_s, setup_s=setup_s, evaluation_s=evaluation_s, save_s=save_s)
+    limits = WatchdogLimits(min_s=min_s, setup_s=setup_s, evaluation_s=evaluation_s, save_s=save_s)
     folder = Path(sys.argv[1])
-    return Watchdog(rank=rank, folder=folder, limits=limits, world_size=world_size,
+    return HangWatchdog(rank=rank, folder=folder, limits=limits, world_size=world_size,
                     on_hang=lambda line: (folder / f"note-{rank}").write_text(line))
 def steps(dog, count, seconds):
     for step in range(count):

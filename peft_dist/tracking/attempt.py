@@ -1,0 +1,272 @@
+"""One attempt to train a run, on one rank: what guards it, what follows it, and how it ends."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from peft_dist.common.console import say
+from peft_dist.common.env import LAUNCHED_AT
+from peft_dist.common.errors import Interrupted, LaunchError, PeftDistError, Superseded
+from peft_dist.common.process_identity import slurm_job
+from peft_dist.config import Recipe
+from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.distributed.collectives import broadcast_object, gather_objects
+from peft_dist.distributed.world import read_world
+from peft_dist.ledger.events import EndEvent, StartEvent
+from peft_dist.ledger.writer import LedgerWriter, Tracker
+from peft_dist.metrics.memory import peak_device_bytes, peak_rss_bytes
+from peft_dist.metrics.result import make_result, summary
+from peft_dist.run.directory import RunDir, write_text_atomic
+from peft_dist.run.lease import Attempt
+from peft_dist.run.provenance import versions
+from peft_dist.run.restart_policy import Kind
+from peft_dist.tracking.nodes import watch_machine
+from peft_dist.tracking.terminal import Terminal
+from peft_dist.tracking.wandb.tracker import WandbTracker
+from peft_dist.trainer import Trainer
+from peft_dist.worker.process import WorkerContext
+from peft_dist.worker.signals import StopRequests
+from peft_dist.worker.watchdog import HangWatchdog, WatchdogLimits
+
+
+class TrainingAttempt:
+    """This rank's part in an attempt: lease, watchdog, clocks, ledger, trackers, result.
+
+    It is the hooks of its trainer.
+
+    Attributes:
+        world: The processes that train together.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        context: WorkerContext,
+        stop_requests: StopRequests,
+        *,
+        logs: Path,
+        started_s: float,
+    ) -> None:
+        """Begin to watch for hangs.
+
+        Args:
+            recipe: What is trained.
+            context: This process; on rank 0 with the run and its lease.
+            stop_requests: The signals it got.
+            logs: The run's folder of logs.
+            started_s: When the process was started, on the monotonic clock.
+
+        Raises:
+            LaunchError: Where the launcher's variables make no sense, or a tracker is missing.
+        """
+        self._recipe, self._context, self._requests = recipe, context, stop_requests
+        self._started_s = started_s
+        self._startup_s = time.monotonic() - started_s
+        self._load_s = self._train_s = 0.0
+        self._peaks: list[Any] = []
+        self.world = read_world()
+        _require_trackers(recipe)
+        limits = recipe.watchdog
+        self._watchdog = HangWatchdog(
+            rank=self.world.rank,
+            folder=logs,
+            limits=WatchdogLimits(limits.min_s, limits.setup_s, limits.evaluation_s, limits.save_s),
+            world_size=self.world.size,
+            on_hang=lambda line: context.note_crash(Kind.HUNG, line),
+        )
+
+    @property
+    def number(self) -> int:
+        """Which attempt this is, from 1."""
+        return self._context.attempt_number
+
+    @property
+    def run(self) -> RunDir:
+        """The run directory, once `share_run` was called."""
+        assert self._context.run_dir is not None
+        return self._context.run_dir
+
+    @property
+    def lease(self) -> Attempt:
+        """The lease of the run; on rank 0 alone."""
+        assert self._context.attempt is not None, "rank 0 alone holds the run"
+        return self._context.attempt
+
+    def share_run(self) -> None:
+        """Broadcast which attempt of which run this is. Collective."""
+        context = self._context
+        path = "" if context.run_dir is None else str(context.run_dir.path)
+        path, context.attempt_number = broadcast_object([path, context.attempt_number])
+        context.run_dir, context.has_met = RunDir.open(path), True
+        self._watchdog.attempt = context.attempt_number
+
+    def require_lease(self) -> None:
+        """Look whether the run is still ours, on rank 0, before anything of it is replaced.
+
+        Raises:
+            Superseded: Where a later attempt has taken it over.
+            OSError: Where its folder cannot be looked at.
+        """
+        self.lease.check(now=True)
+
+    def stop_requested(self) -> bool:
+        """Whether this process was sent a signal."""
+        return self._requests.requested is not None
+
+    def phase(self, name: str, step: int) -> None:
+        """Note a phase for the watchdog and for a crash report; check that the run is still ours.
+
+        Raises:
+            Superseded: Where a later attempt has taken it over.
+        """
+        self._context.step = step
+        if self._context.attempt is not None:
+            self._context.attempt.check()
+        self._watchdog.phase(name, step)
+
+    @contextmanager
+    def follow(self, trainer: Trainer) -> Iterator[None]:
+        """Write ledger and trackers while the block trains, and how it ended. Collective."""
+        world = self.world
+        hosts = gather_objects(os.uname().nodename)
+        self._load_s = time.monotonic() - self._started_s - self._startup_s
+        write = None
+        if world.is_main:
+            ledger = LedgerWriter(
+                self.run.ledger,
+                attempt=self.number,
+                clock_zero=self._started_s,
+                check=self.lease.check,
+            )
+            trainer.trackers = _trackers(ledger, self.run, trainer)
+            self._report_start(trainer, hosts)
+            write = ledger.write
+        sampler = watch_machine(
+            self._recipe.tracking,
+            self.run,
+            write,
+            rank=world.rank,
+            local_rank=world.local_rank,
+            attempt=self.number,
+            step=lambda: trainer.progress.step,
+            gpu_uuids=world.gpu_uuids(),
+        )
+        self._requests.begin_training()
+        outcome = "crashed"
+        try:
+            yield
+            outcome = "done"
+        except Superseded:
+            trainer.trackers = []  # the ledger is another's now
+            raise
+        except PeftDistError as error:
+            outcome = "interrupted" if isinstance(error, Interrupted) else "failed"
+            raise
+        finally:
+            self._watchdog.phase("save", trainer.progress.step)
+            if sampler is not None:
+                sampler.stop()
+            _end(trainer, outcome)
+            self._watchdog.stop()
+
+    def end_training(self, step: int) -> None:
+        """Note that the last step is done, and that the adapter is saved next."""
+        self.phase("save", step)
+        self._train_s = time.monotonic() - self._started_s - self._startup_s - self._load_s
+
+    def measure_peaks(self) -> None:
+        """Gather the peak memory of all ranks, in bytes of host and device. Collective."""
+        self._peaks = gather_objects((peak_rss_bytes(), peak_device_bytes(self.world.device)))
+
+    def write_result(self, trainer: Trainer) -> None:
+        """Write and print the result on rank 0, and let go of the run."""
+        if not self.world.is_main:
+            return
+        result = make_result(
+            trainer.setup,
+            trainer.progress,
+            load_seconds=self._load_s + self._startup_s,
+            train_seconds=self._train_s,
+            peaks=self._peaks,
+        )
+        self.require_lease()
+        write_text_atomic(self.run.result, json.dumps(result, indent=2) + "\n")
+        self.lease.end("done", step=trainer.progress.step)
+        say(summary(result, self.run, base=self._recipe.model.name))
+
+    def _report_start(self, trainer: Trainer, hosts: list[str]) -> None:
+        """Write into lease and ledger, and print, where this attempt begins."""
+        step, steps, setup = trainer.progress.step, trainer.plan.total_steps, trainer.setup
+        self.lease.note(from_step=step, steps=steps, world_size=self.world.size)
+        _report_rows(trainer.rows)
+        if step:
+            say(f"going on after step {step} (attempt {self.number})")
+        facts: dict[str, Any] = {}
+        job = slurm_job()
+        if job["slurm_job_id"] is not None:
+            facts |= job
+        if LAUNCHED_AT in os.environ:
+            facts["launched"] = float(os.environ[LAUNCHED_AT])
+        trainer.write(
+            StartEvent(
+                step=step,
+                steps=steps,
+                world_size=self.world.size,
+                strategy=setup.strategy,
+                device=self.world.device_name,
+                base_parameters=setup.base_parameters,
+                base_bytes_per_rank=setup.base_bytes_by_rank,
+                versions=versions(),
+                startup_s=self._startup_s,
+                load_s=self._load_s,
+                hosts=hosts,
+                **facts,
+            )
+        )
+
+
+def _end(trainer: Trainer, outcome: str) -> None:
+    """Write how the attempt ended and close every tracker, whatever one of them raises.
+
+    A checkpoint that is being written is not given up, whatever else has failed.
+    """
+    with ExitStack() as closing:
+        for tracker in trainer.trackers:
+            closing.callback(tracker.close)
+        trainer.finish_saves()
+        trainer.write(EndEvent(step=trainer.progress.step, outcome=outcome))
+
+
+def _require_trackers(recipe: Recipe) -> None:
+    """Refuse a tracker that is not installed, on every process and before anything is loaded."""
+    if recipe.tracking.wandb.mode != "disabled" and find_spec("wandb") is None:
+        raise LaunchError(
+            "wandb is not installed",
+            where="tracking.wandb.mode",
+            remedy="pip install 'peft-dist[wandb]', or mode: disabled",
+        )
+
+
+def _report_rows(rows: TokenizedRows) -> None:
+    """Print what was left out of the training rows: a smaller data set is no secret."""
+    for report in rows.bad_rows:
+        say(f"left out {report}")
+    if rows.truncated_rows or rows.dropped_rows:
+        say(
+            f"rows: {rows.n_rows} kept, {rows.truncated_rows} of them cut to data.max_length, "
+            f"{rows.dropped_rows} left out with nothing to train"
+        )
+
+
+def _trackers(ledger: LedgerWriter, run: RunDir, trainer: Trainer) -> list[Tracker]:
+    """Return what gets each event of a run, in this order; closed in the other."""
+    trackers: list[Tracker] = [ledger]
+    if trainer.recipe.tracking.wandb.mode != "disabled":
+        trackers.append(WandbTracker(run))
+    terminal = Terminal(trainer.plan.total_steps, first_step=trainer.progress.step)
+    return [*trackers, terminal]
