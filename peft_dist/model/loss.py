@@ -5,18 +5,16 @@ long batch never stand in memory at once. No optimisation and no reduction over 
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel, PrefixTuningConfig
 from torch import nn
 from torch.nn import functional
 
+from peft_dist.data.pack import Batch
 from peft_dist.model.architectures import bare_model
 from peft_dist.model.attention import ROW_ATTENTION
-
-if TYPE_CHECKING:
-    from peft_dist.data.pack import Batch
 
 LOGIT_BYTES_PER_CHUNK = 256 << 20
 """Float32 logits that stand in memory at once."""
@@ -120,7 +118,7 @@ def _learned(peft: PeftModel, device: torch.device) -> torch.Tensor:
     return learned
 
 
-def _inputs(peft: PeftModel, batch: "Batch") -> dict[str, torch.Tensor]:
+def _inputs(peft: PeftModel, batch: Batch) -> dict[str, torch.Tensor]:
     """Return the tokens of a `Batch`, or their embeddings with the learned ones in their places."""
     if batch.virtual_positions is None:
         return {"input_ids": batch.input_ids}
@@ -158,7 +156,7 @@ class CausalLM(nn.Module):
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self._attention = config._attn_implementation
 
-    def forward(self, batch: "Batch", choice_ids: torch.Tensor | slice | None = None) -> Losses:
+    def forward(self, batch: Batch, choice_ids: torch.Tensor | slice | None = None) -> Losses:
         """Score a `Batch`, and its rows' first targets against single-token choices [C]."""
         model = bare_model(self.peft)
         prefix = _prefix(self.peft, batch.position_ids.device)
@@ -189,7 +187,7 @@ class CausalLM(nn.Module):
             choice_logits = _logits(first, head.weight[choice_ids], bias)
         return Losses(nll, choice_logits)
 
-    def _row_arguments(self, batch: "Batch") -> dict[str, Any]:
+    def _row_arguments(self, batch: Batch) -> dict[str, Any]:
         """Return how this kernel is told where packed rows begin.
 
         Flash attention would find out by itself, in every layer, waiting for the device.
@@ -215,7 +213,7 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         self.peft = peft_model
 
-    def forward(self, batch: "Batch", choice_ids: torch.Tensor | slice | None = None) -> Losses:
+    def forward(self, batch: Batch, choice_ids: torch.Tensor | slice | None = None) -> Losses:
         """Score a `Batch`; the choices are always all classes."""
         model = bare_model(self.peft)
         inputs = _inputs(self.peft, batch)

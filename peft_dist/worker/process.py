@@ -122,6 +122,7 @@ def run_worker(work: Callable[[WorkerContext], None]) -> int:
     own teardown can abort while gloo's threads still run, or wait minutes for a lost peer.
     """
     os.umask(0o077)
+    _close_input()
     logging.basicConfig(format="peft-dist: %(levelname)s: %(message)s", level=logging.WARNING)
     _quieten_libraries()
     context = WorkerContext.of_environment()
@@ -139,6 +140,13 @@ def run_worker(work: Callable[[WorkerContext], None]) -> int:
     if context.size > 1:
         os._exit(code)
     return code
+
+
+def _close_input() -> None:
+    """Let nothing be asked: a library that wants a yes gets the end of the input."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
 
 
 def _interrupted(error: Interrupted, context: WorkerContext) -> int:

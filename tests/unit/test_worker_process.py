@@ -1,17 +1,26 @@
-"""What a process may still write at its end: only what its own attempt's run is to know."""
+"""A worker process: nobody answers for it, and at its end it writes only into its own run."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from peft_dist.common.errors import EXIT_USER_ERROR, DataError
+from peft_dist.common.errors import EXIT_CRASHED, EXIT_USER_ERROR, DataError
 from peft_dist.config import Recipe
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import crash_notes, ending_of_run
 from peft_dist.run.lease import Attempt, record_path, write_json
 from peft_dist.run.restart_policy import Kind
 from peft_dist.worker.process import WorkerContext, _report
+from tests.processes import environment
 
+ASKS = """
+from peft_dist.worker.process import run_worker
+def work(context):
+    print(repr(input("run this code? ")))
+raise SystemExit(run_worker(work))
+"""
 FAULT = DataError("no rows", where="data.train")
 
 
@@ -85,3 +94,13 @@ def test_a_rank_that_is_told_to_stop_before_rank_0_has_the_run_waits_for_that(
         assert ending is not None and ending.kind is Kind.INTERRUPTED
     finally:
         attempt.end("done")
+
+
+def test_a_question_of_a_library_has_no_answer(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ASKS], input="y\n" * 9, capture_output=True, text=True,
+        check=False, env=environment(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == EXIT_CRASHED
+    assert "EOFError" in done.stderr
+    assert "y" not in done.stdout.replace("run this code? ", "")
