@@ -1,9 +1,9 @@
 """torchrun's rendezvous for nodes that are known before a job starts: `--rdzv-backend peft-dist`.
 
 Node 0 serves a `PrivateStore`, and every node's launcher joins each round of it. Nothing that comes
-over the network is unpickled, and nobody joins who does not know the secret of this start, which
-stands in the environment of every launcher; that of a single node makes one where it has none. torch
-finds this module by the entry point `torchrun.handlers`.
+over the network is unpickled, and nobody joins who does not know the secret of this start. Every
+launcher has it in its environment; that of a single node makes one where it has none. torch finds
+this module by the entry point `torchrun.handlers`.
 
 Settings (`--rdzv-conf`): `node` (0 to nodes - 1), `host` and `port` of node 0 (port 0: any free
 one, for a single node), `join_timeout_s`.

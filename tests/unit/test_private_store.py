@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 
+from peft_dist.distributed import private_store
 from peft_dist.distributed.private_store import (
     HANDSHAKE_S,
     MAX_UNPROVEN,
@@ -175,6 +176,24 @@ def test_silent_strangers_hold_nobody_up_for_long(server: StoreServer) -> None:
     assert time.monotonic() - begin < HANDSHAKE_S
     for connection in silent:
         connection.close()
+
+
+def test_a_stranger_who_sends_a_byte_now_and_then_gets_no_more_time(
+    server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(private_store, "HANDSHAKE_S", 0.5)
+    slow = stranger(server)
+    begin = time.monotonic()
+    with pytest.raises(ConnectionError):  # of 64 bytes that a proof has, far from all
+        for _ in range(60):
+            slow.sendall(b"x")
+            time.sleep(0.1)
+    assert time.monotonic() - begin < 3
+
+
+def test_a_server_that_is_closed_lets_go_of_its_port(server: StoreServer) -> None:
+    server.close()
+    StoreServer("127.0.0.1", server.port, "another").close()
 
 
 def test_it_listens_where_its_host_is_and_nowhere_else(server: StoreServer) -> None:
