@@ -36,3 +36,8 @@ TRY = "PEFT_DIST_TRY"
 """How many ports this start has tried."""
 JOB_END = "PEFT_DIST_JOB_END"
 """The unix time at which Slurm ends the job."""
+
+STORE_SECRET = "PEFT_DIST_STORE_SECRET"
+"""What the processes of one start know, and nobody else."""
+ROUND = "PEFT_DIST_ROUND"
+"""How often the processes of this start were started, from 1."""

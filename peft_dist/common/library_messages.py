@@ -3,6 +3,8 @@
 Each entry has a test that provokes the real message: a library that words it anew is found there.
 """
 
+import errno
+
 OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory",)
 """Of torch on a CPU; on a GPU it has a type for this."""
 LOST_PEER = (
@@ -11,7 +13,7 @@ LOST_PEER = (
 )
 """Of gloo."""
 PORT_TAKEN = ("EADDRINUSE",)
-"""Of torch's TCPStore."""
+"""Of torch's TCPStore; a socket of Python has an errno for it."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -30,7 +32,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 def is_port_taken(error: BaseException) -> bool:
     """Whether a store could not be served because another program has its port."""
-    return _says(error, PORT_TAKEN)
+    return getattr(error, "errno", None) == errno.EADDRINUSE or _says(error, PORT_TAKEN)
 
 
 def _says(error: BaseException, messages: tuple[str, ...]) -> bool:

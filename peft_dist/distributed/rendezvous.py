@@ -8,8 +8,10 @@ from datetime import timedelta
 
 import torch.distributed as torch_dist
 
+from peft_dist.common import env
 from peft_dist.common.errors import LaunchError
 from peft_dist.common.library_messages import is_port_taken
+from peft_dist.distributed.private_store import PrivateStore, StoreServer
 from peft_dist.distributed.world import World, env_int
 
 MEETING_TIMEOUT = timedelta(seconds=28)
@@ -43,7 +45,7 @@ def meet(world: World, *, within: timedelta = MEETING_TIMEOUT) -> torch_dist.Sto
         try:
             store = connect(host, port, serves, within)
             break
-        except (torch_dist.DistError, RuntimeError, TimeoutError) as error:
+        except (torch_dist.DistError, RuntimeError, OSError) as error:
             taken = is_port_taken(error)
             if taken and time.monotonic() < deadline:
                 time.sleep(0.5)  # the attempt before this one may still be letting go of the port
@@ -51,8 +53,10 @@ def meet(world: World, *, within: timedelta = MEETING_TIMEOUT) -> torch_dist.Sto
             raise _cannot_meet(
                 "the port is taken" if taken else "nobody answers there", within
             ) from error
-    # The launcher's store outlives a group that it starts again.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if of_launcher else "0"
+    # The launcher's store outlives a group that it starts again. Our rendezvous counts its rounds;
+    # torchrun counts on each node the restarts that this node's own processes have caused.
+    attempt = os.environ.get(env.ROUND) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    attempt = attempt if of_launcher else "0"
     meeting = torch_dist.PrefixStore(f"/worker/attempt_{attempt}", store)
     if not of_launcher:  # which has seen all its nodes before it starts a process
         _wait_for_all(meeting, world, within, deadline)
@@ -60,13 +64,20 @@ def meet(world: World, *, within: timedelta = MEETING_TIMEOUT) -> torch_dist.Sto
     return meeting
 
 
-def connect(host: str, port: int, serves: bool, within: timedelta) -> torch_dist.TCPStore:
+def connect(host: str, port: int, serves: bool, within: timedelta) -> torch_dist.Store:
     """Connect to the store, or serve it.
 
+    The store is private where the start has a secret, as every start by `peft-dist` has.
+
     Raises:
-        TimeoutError: Where another program has the port, and says nothing.
-        DistError, RuntimeError: torch's own, for everything else.
+        OSError: Where the port is taken, or nobody who knows the secret answers (a TimeoutError).
+        DistError, RuntimeError: torch's own.
     """
+    secret = os.environ.get(env.STORE_SECRET)
+    if secret:
+        if serves:
+            StoreServer(host, port, secret)  # until the process ends
+        return PrivateStore(host, port, secret, within)
     outcome: list[torch_dist.TCPStore | Exception] = []
 
     def connect() -> None:
@@ -103,9 +114,9 @@ def _wait_for_all(
         meeting.set(everyone[world.rank], "")
         left_s = max(1.0, deadline - time.monotonic())
         meeting.wait(everyone, timedelta(seconds=left_s))
-    except (torch_dist.DistError, RuntimeError) as error:
+    except (torch_dist.DistError, RuntimeError, OSError) as error:
         absent = 0  # it serves, and may have given up just now
-        with suppress(torch_dist.DistError, RuntimeError):
+        with suppress(torch_dist.DistError, RuntimeError, OSError):
             absent = next(rank for rank, key in enumerate(everyone) if not meeting.check([key]))
         raise _cannot_meet(f"rank {absent} has not come, or is gone", within) from error
 

@@ -26,7 +26,7 @@ class Meeting:
     """Name of node 0, whose launcher serves the rendezvous."""
     port: str
     settings: str
-    """torchrun's `rdzv_conf`: whether this node serves, and how long it waits for others."""
+    """torchrun's `rdzv_conf`: see `distributed.fixed_nodes`."""
 
 
 def worker_command(
@@ -63,7 +63,7 @@ def worker_command(
     if meeting is not None:
         command += ["--num_machines", str(placement.nodes), "--machine_rank", meeting.node]
         command += ["--main_process_ip", meeting.host, "--main_process_port", meeting.port]
-        command += ["--rdzv_backend", "c10d", "--rdzv_conf", meeting.settings]
+        command += ["--rdzv_conf", meeting.settings]
         if placement.strategy in ("zero2", "zero3"):
             command += ["--deepspeed_multinode_launcher", "standard"]  # torchrun, not ssh
     if placement.strategy == "hsdp":
@@ -73,6 +73,8 @@ def worker_command(
             "--parallelism_config_dp_shard_size",
             str(placement.shard_size),
         ]
+    # Not c10d, which unpickles what anybody writes to its port.
+    command += ["--rdzv_backend", "peft-dist"]
     if max_restarts:
         command += ["--max_restarts", str(max_restarts)]
     return [*command, str(launch / script), *arguments]
@@ -103,6 +105,9 @@ def launch_environment(placement: Placement, environ: Mapping[str, str]) -> dict
         extra["ACCELERATE_USE_CPU"] = "true"
         if placement.strategy in ("zero2", "zero3"):
             extra["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed says at length that it found no GPU
+    if placement.nodes == 1:
+        # Else torchrun warns that Accelerate has named a port and no rendezvous uses it.
+        extra["PET_RDZV_ENDPOINT"] = "127.0.0.1:0"
     if "OMP_NUM_THREADS" not in environ:
         # Else every process takes every core (torchrun) or just one of them (Accelerate).
         extra["OMP_NUM_THREADS"] = str(placement.threads_per_process)

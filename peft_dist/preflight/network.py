@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as torch_dist
 
+from peft_dist.common.library_messages import is_port_taken
 from peft_dist.common.time_limit import within
 from peft_dist.distributed import rendezvous
 from peft_dist.preflight.node_info import SILENT, NodeFacts
@@ -123,7 +124,7 @@ class Member:
         try:
             store = rendezvous.connect(host, port, serves, timedelta(seconds=limit_s))
         except FAULTS as error:
-            if "EADDRINUSE" in str(error):
+            if is_port_taken(error):
                 raise PortTaken from error
             raise
         return torch_dist.PrefixStore(f"pre-flight/{key}", store)

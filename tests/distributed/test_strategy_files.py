@@ -26,7 +26,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORKER = """
 import json, os, sys
 import torch.distributed as dist
-dist.init_process_group("gloo")
+from peft_dist.distributed import process_group
+from peft_dist.distributed.world import read_world
+process_group.start(read_world())
 facts = dict(os.environ) | {"GROUP_SIZE": str(dist.get_world_size())}
 with open(os.path.join(sys.argv[1], f"{dist.get_rank()}.json"), "w") as file:
     json.dump(facts, file)

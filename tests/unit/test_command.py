@@ -93,7 +93,7 @@ def test_the_command_is_accelerate_with_the_strategy_file() -> None:
     assert command == [
         "py", "-m", "accelerate.commands.launch",
         "--config_file", "/r/launch/strategies/fsdp.yaml", "--num_processes", "2",
-        "/r/launch/train.py", "/runs/a/recipe.yaml",
+        "--rdzv_backend", "peft-dist", "/r/launch/train.py", "/runs/a/recipe.yaml",
     ]  # fmt: skip
 
 
@@ -124,7 +124,8 @@ def test_hsdp_passes_its_mesh() -> None:
     assert "--parallelism_config_dp_shard_size 2" in line
 
 
-MEETING = Meeting(node="1", host="node1", port="20120", settings="is_host=0,join_timeout=120")
+SETTINGS = "node=1,host=node1,port=20120,join_timeout_s=120"
+MEETING = Meeting(node="1", host="node1", port="20120", settings=SETTINGS)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp", "zero2", "zero3"])
@@ -139,8 +140,8 @@ def test_the_launchers_of_several_nodes_meet_where_they_are_told(strategy: str) 
         "--machine_rank": "1",
         "--main_process_ip": "node1",
         "--main_process_port": "20120",
-        "--rdzv_backend": "c10d",
-        "--rdzv_conf": "is_host=0,join_timeout=120",
+        "--rdzv_backend": "peft-dist",
+        "--rdzv_conf": SETTINGS,
     }
     if strategy in ("zero2", "zero3"):
         expected["--deepspeed_multinode_launcher"] = "standard"
@@ -150,9 +151,14 @@ def test_the_launchers_of_several_nodes_meet_where_they_are_told(strategy: str) 
     assert options == expected
 
 
-def test_one_node_meets_nobody() -> None:
-    command = worker_command(plan_processes(recipe(processes=2), CPU), "train.py", ["r"])
-    assert not {"--num_machines", "--machine_rank", "--rdzv_backend"} & set(command)
+def test_one_node_meets_nobody_else_and_nobody_by_pickles() -> None:
+    placement = plan_processes(recipe(processes=2), CPU)
+    command = worker_command(placement, "train.py", ["r"])
+    assert not {"--num_machines", "--machine_rank", "--rdzv_conf"} & set(command)
+    assert command[command.index("--rdzv_backend") + 1] == "peft-dist"
+    assert launch_environment(placement, {})["PET_RDZV_ENDPOINT"] == "127.0.0.1:0"
+    several = plan_processes(recipe(), Machine(gpus=4, cores=8), 2)
+    assert "PET_RDZV_ENDPOINT" not in launch_environment(several, {})
 
 
 def test_accelerate_knows_every_option_that_it_is_given() -> None:

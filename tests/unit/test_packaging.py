@@ -86,6 +86,10 @@ def test_the_wheel_holds_every_file_and_no_rubbish(wheel: Path) -> None:
     assert "peft_dist/py.typed" in names
     assert {f"peft_dist/report/page.{kind}" for kind in ("html.j2", "css", "js")} <= names
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
+    (entry_points,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
+    text = zipfile.ZipFile(wheel).read(entry_points).decode()
+    # By which torchrun knows `--rdzv-backend peft-dist`.
+    assert "[torchrun.handlers]\npeft-dist = peft_dist.distributed.fixed_nodes:handler" in text
     tops = {name.split("/")[0] for name in names}
     assert len(tops) == 2  # peft_dist and its dist-info: no top-level `launch` or `configs`
 

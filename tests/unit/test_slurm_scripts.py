@@ -155,7 +155,10 @@ def test_every_node_runs_the_launcher_as_it_was_written(tmp_path: Path) -> None:
             "--config_file", "/share of/it/launch/strategies/fsdp.yaml", "--num_processes", "8",
             "--num_machines", "2", "--machine_rank", str(node), "--main_process_ip", "node1",
             "--main_process_port", launcher[launcher.index("--main_process_port") + 1],
-            "--rdzv_backend", "c10d", "--rdzv_conf", f"is_host={int(node == 0)},join_timeout=120",
+            "--rdzv_conf", "node={},host=node1,port={},join_timeout_s=120".format(
+                node, launcher[launcher.index("--main_process_port") + 1]
+            ),
+            "--rdzv_backend", "peft-dist",
             "--max_restarts", "3", "/share of/it/launch/train.py", str(folder / "recipe.yaml"),
         ]  # fmt: skip
         variables = machines.variables(node)

@@ -9,6 +9,7 @@ umask 077
 set -u
 threads=$((SLURM_CPUS_ON_NODE / 4))
 export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+export PET_RDZV_ENDPOINT=127.0.0.1:0
 export PYTHONSAFEPATH=1
 python=(/opt/venv/bin/python)
 share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
@@ -24,5 +25,6 @@ exec "${python[@]}" -m peft_dist.slurm.supervisor \
   /opt/venv/bin/python -m accelerate.commands.launch \
   --config_file "$share/launch/strategies/ddp.yaml" \
   --num_processes 4 \
+  --rdzv_backend peft-dist \
   --max_restarts 3 \
   "$share/launch/train.py" /scratch/alice/runs/first/000/recipe.yaml

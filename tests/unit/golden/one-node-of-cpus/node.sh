@@ -10,6 +10,7 @@ set -u
 threads=$((SLURM_CPUS_ON_NODE / 1))
 export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 export ACCELERATE_USE_CPU=true
+export PET_RDZV_ENDPOINT=127.0.0.1:0
 export PYTHONSAFEPATH=1
 python=(/opt/venv/bin/python)
 share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
@@ -25,4 +26,5 @@ exec "${python[@]}" -m peft_dist.slurm.supervisor \
   /opt/venv/bin/python -m accelerate.commands.launch \
   --config_file "$share/launch/strategies/fsdp.yaml" \
   --num_processes 1 \
+  --rdzv_backend peft-dist \
   "$share/launch/train.py" /scratch/alice/runs/first/recipe.yaml

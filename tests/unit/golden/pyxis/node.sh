@@ -14,7 +14,7 @@ export PYTHONSAFEPATH=1
 python=(python3)
 share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
 export PET_RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$PEFT_DIST_NONCE
-rendezvous=is_host=$((SLURM_NODEID == 0)),join_timeout=120
+rendezvous=node=$SLURM_NODEID,host=$PEFT_DIST_HEAD,port=$PEFT_DIST_PORT,join_timeout_s=120
 if [ $# -eq 0 ]; then
   PEFT_DIST_STAGED=$("${python[@]}" -m peft_dist.slurm.stage_model \
   --json /scratch/models/llama /local/models)
@@ -37,7 +37,7 @@ exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --machine_rank "$SLURM_NODEID" \
   --main_process_ip "$PEFT_DIST_HEAD" \
   --main_process_port "$PEFT_DIST_PORT" \
-  --rdzv_backend c10d \
   --rdzv_conf "$rendezvous" \
+  --rdzv_backend peft-dist \
   --max_restarts 3 \
   "$share/launch/train.py" /scratch/alice/runs/first/recipe.yaml

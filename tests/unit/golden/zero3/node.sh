@@ -15,7 +15,7 @@ export PYTHONSAFEPATH=1
 python=(/opt/venv/bin/python)
 share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
 export PET_RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$PEFT_DIST_NONCE
-rendezvous=is_host=$((SLURM_NODEID == 0)),join_timeout=120
+rendezvous=node=$SLURM_NODEID,host=$PEFT_DIST_HEAD,port=$PEFT_DIST_PORT,join_timeout_s=120
 
 exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --run-dir /scratch/alice/runs/first \
@@ -32,8 +32,8 @@ exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --machine_rank "$SLURM_NODEID" \
   --main_process_ip "$PEFT_DIST_HEAD" \
   --main_process_port "$PEFT_DIST_PORT" \
-  --rdzv_backend c10d \
   --rdzv_conf "$rendezvous" \
   --deepspeed_multinode_launcher standard \
+  --rdzv_backend peft-dist \
   --max_restarts 3 \
   "$share/launch/train.py" /scratch/alice/runs/first/recipe.yaml
