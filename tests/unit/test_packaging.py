@@ -119,6 +119,7 @@ def test_the_installed_wheel_works_without_a_checkout(clean_venv: Path, tmp_path
 
 def test_the_base_install_has_no_torch() -> None:
     assert {canonical(line) for line in PROJECT["project"]["dependencies"]} == {
+        "filelock",
         "jinja2",
         "pydantic",
         "ruamel-yaml",
