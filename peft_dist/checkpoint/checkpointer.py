@@ -196,8 +196,8 @@ class Checkpointer:
                 log.warning("the checkpoint %s is damaged: %s; see %s", folder, why, aside.name)
             if bad:
                 log.warning("going on from %s", "the beginning" if chosen is None else chosen.name)
-        told: str = broadcast_object("" if chosen is None else str(chosen))
-        return Path(told) if told else None
+        shared: str = broadcast_object("" if chosen is None else str(chosen))
+        return Path(shared) if shared else None
 
     def load(self, folder: Path, optimizer: AdapterOptimizer) -> Facts:
         """Put a checkpoint into the model setup; return where it stands. Collective.
@@ -207,7 +207,7 @@ class Checkpointer:
             optimizer: Goes on from the checkpoint's state.
 
         Returns:
-            What `take` was told, among other facts.
+            What `take` was given, among other facts.
 
         Raises:
             TrainingError: Where it holds other tensors than the model setup trains.
@@ -246,7 +246,7 @@ class Checkpointer:
         except Superseded as error:
             self._superseded = error
             return
-        except Exception as error:  # of whatever kind: a thread's own end would be told to nobody
+        except Exception as error:  # of whatever kind: nobody would see a thread end
             self.failed_in_a_row += 1
             reason = getattr(error, "strerror", None) or str(error)
             log.warning("the checkpoint of step %d was not written: %s", snapshot.step, reason)

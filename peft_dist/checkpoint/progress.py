@@ -1,4 +1,4 @@
-"""Where a training stands, and what it hears from the process it runs in."""
+"""Where a training stands, and what it asks of the process it runs in."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -37,7 +37,7 @@ class Progress:
 
 
 class TrainerHooks(Protocol):
-    """What a loop hears from, and tells, the process it runs in."""
+    """What a loop asks of, and reports to, the process it runs in."""
 
     def stop_requested(self) -> bool:
         """Whether this process was asked to stop."""

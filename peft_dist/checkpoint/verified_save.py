@@ -202,6 +202,6 @@ def _hash(tensor: torch.Tensor) -> int:
 
 def _agree(problem: str | None) -> None:
     """End on every process what has failed on rank 0. Collective."""
-    told = broadcast_object(problem)
-    if told is not None:
-        raise TrainingError(told)
+    shared = broadcast_object(problem)
+    if shared is not None:
+        raise TrainingError(shared)

@@ -170,5 +170,5 @@ def _cancel(arguments: argparse.Namespace) -> int:
         elements = array_elements(folder)
         runs = [folder / element["run_dir"] for element in elements] or [RunDir.open(folder).path]
         folders += runs
-    cancel(folders, now=arguments.now, tell=print)
+    cancel(folders, now=arguments.now, report=print)
     return EXIT_DONE

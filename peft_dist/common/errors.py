@@ -24,7 +24,7 @@ EXIT_INTERRUPTED = 75
 (EX_TEMPFAIL of sysexits.h)"""
 
 ERROR_PREFIX = "peft-dist: error: "
-"""Begins the line on standard error that tells a fault."""
+"""Begins the line on standard error that reports a fault."""
 
 
 class PeftDistError(Exception):

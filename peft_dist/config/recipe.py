@@ -173,7 +173,7 @@ class Checkpoint(Section):
     """Steps between checkpoints. Off: as `every_seconds` says."""
     every_seconds: PositiveFloat | None = 600.0
     """Seconds after which the next step is followed by a checkpoint, besides `every_steps`.
-    null: off. A run that is told to stop always makes one."""
+    null: off. A run that is asked to stop always makes one."""
     keep_last: PositiveInt = 2
     """Newest checkpoints to keep."""
     keep_best: Annotated[int, Field(ge=0)] = 0

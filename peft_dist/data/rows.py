@@ -184,8 +184,8 @@ def _message(message: Any, at: str) -> dict[str, str]:
     if message.get("tool_calls"):  # leaving them out would train on another conversation
         raise BadRow(f"{at}.tool_calls is not supported")
     role = _text(message, "role", at=f"{at}.")
-    said = _text(message, "content", at=f"{at}.", may_be_empty=role != "assistant")
-    return {"role": role, "content": said}
+    content = _text(message, "content", at=f"{at}.", may_be_empty=role != "assistant")
+    return {"role": role, "content": content}
 
 
 def _shown(value: Any) -> str:

@@ -15,7 +15,7 @@ from peft_dist.distributed.private_store import PrivateStore, StoreServer
 from peft_dist.distributed.world import World, env_int
 
 MEETING_TIMEOUT = timedelta(seconds=28)
-"""How long a process tries to reach the others, so that a wrong address is told within 30 s."""
+"""How long a process tries to reach the others, so that a wrong address is reported within 30 s."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """A collective that waits longer than this ends the run. Downloads, hashing and tokenising run
 before there is a group; writing the packed base is what may take minutes inside it."""

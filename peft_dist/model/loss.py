@@ -188,7 +188,7 @@ class CausalLM(nn.Module):
         return Losses(nll, choice_logits)
 
     def _row_arguments(self, batch: Batch) -> dict[str, Any]:
-        """Return how this kernel is told where packed rows begin.
+        """Return how this kernel gets to know where packed rows begin.
 
         Flash attention would find out by itself, in every layer, waiting for the device.
         """

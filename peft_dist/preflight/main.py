@@ -36,7 +36,7 @@ LINKS_SHARE = 0.7
 LOCAL_SHARE = 1 / 6
 """Part of it that a node's disk has to answer, and then its devices."""
 TORCH_SETTINGS = {
-    "TORCH_CPP_LOG_LEVEL": "FATAL",  # what goes wrong is told in one line
+    "TORCH_CPP_LOG_LEVEL": "FATAL",  # what goes wrong is reported in one line
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # else the end of a peer aborts this process
     "TORCH_NCCL_ENABLE_MONITORING": "0",
 }
@@ -107,7 +107,7 @@ class NodeCheck:
     def run(self) -> int:
         """Check, as the head or as one of the others; return the exit code."""
         if self.options.index == 0:
-            with suppress(OSError, TimeoutError):  # what cannot be written is told below
+            with suppress(OSError, TimeoutError):  # what cannot be written is reported below
                 within(self.left_s / 4, lambda: report_path(self.options.run_dir).unlink())
         local_s = self.options.timeout_s * LOCAL_SHARE
         self.doing = "its disk"

@@ -308,9 +308,9 @@ class Head:
         )
         silence = {"error": NO_ANSWER}
         problems = [answers.get(index, silence).get("error") for index in members]
-        told = [str(problem) for problem in problems if problem is not None]
-        if told:  # whoever knows more than that it has waited
-            return None, next((problem for problem in told if problem != NO_ANSWER), NO_ANSWER)
+        reported = [str(problem) for problem in problems if problem is not None]
+        if reported:  # whoever knows more than that it has waited
+            return None, next((problem for problem in reported if problem != NO_ANSWER), NO_ANSWER)
         return float(answers[members[0]]["s"]), None
 
     def _ask(

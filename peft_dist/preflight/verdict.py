@@ -186,20 +186,20 @@ def _own_faults(fact: NodeFacts | None, limits: PreflightLimits) -> Reasons:
 
 def _odd_ones(came: Sequence[tuple[str, NodeFacts]]) -> list[tuple[str, str, str]]:
     """Return host, kind and text for each node whose software is not that of the others."""
-    told = []
+    differing = []
     having_code = [(host, fact) for host, fact in came if fact.code]
     for host, other, _, _ in _differing(having_code, lambda fact: fact.code):
-        told.append((host, "code", f"other code of peft-dist than {other}"))
+        differing.append((host, "code", f"other code of peft-dist than {other}"))
     for host, other, own, usual in _differing(came, lambda fact: fact.python):
-        told.append((host, "python", f"Python {own}, {other} has {usual}"))
+        differing.append((host, "python", f"Python {own}, {other} has {usual}"))
     differences: dict[str, list[str]] = {}
     for package in sorted({name for _, fact in came for name in fact.versions}):
         for host, other, own, usual in _differing(came, _version_of(package)):
             here = f"{package} {own}" if own else f"no {package}"
             there = usual or "none"
             differences.setdefault(host, []).append(f"{here}, {other} has {there}")
-    told += [(host, "packages", "; ".join(texts)) for host, texts in differences.items()]
-    return told
+    differing += [(host, "packages", "; ".join(texts)) for host, texts in differences.items()]
+    return differing
 
 
 def _version_of(package: str) -> Callable[[NodeFacts], str]:
@@ -232,14 +232,14 @@ def _wrong_clocks(
         return []
     # Most nodes are right, the head not always; of two it is.
     usual = min(statistics.median_low(offsets), statistics.median_high(offsets), key=abs)
-    told = []
+    differing = []
     for host, fact in came:
         ahead_s = fact.clock_offset_s - usual
         if abs(ahead_s) - fact.clock_uncertainty_s > limits.max_clock_offset_s:
             way = "ahead" if ahead_s > 0 else "behind"
             limit = f"{limits.max_clock_offset_s:.3g} s allowed"
-            told.append((host, "clock", f"its clock is {abs(ahead_s):.1f} s {way}, {limit}"))
-    return told
+            differing.append((host, "clock", f"its clock is {abs(ahead_s):.1f} s {way}, {limit}"))
+    return differing
 
 
 def _common_fault(reasons: Mapping[str, Reasons], limits: PreflightLimits) -> _Common | None:
@@ -250,13 +250,13 @@ def _common_fault(reasons: Mapping[str, Reasons], limits: PreflightLimits) -> _C
         text = f"no other node came to {head} within {limits.arrival_s:.3g} s"
         return _Common("absent", f"{text}; {REMEDIES['absent']}")
     for kind, remedy in REMEDIES.items():
-        told = [found[kind] for found in here.values() if kind in found]
-        if len(told) < len(here) or (len(told) == 1 and kind not in SHARED):
+        differing = [found[kind] for found in here.values() if kind in found]
+        if len(differing) < len(here) or (len(differing) == 1 and kind not in SHARED):
             continue
-        if kind == "error" and len(set(told)) > 1:
+        if kind == "error" and len(set(differing)) > 1:
             continue
-        who = head if len(told) == 1 else f"all {len(told)} nodes"
-        return _Common(kind, f"{who}: {told[0]}; {remedy}".removesuffix("; "))
+        who = head if len(differing) == 1 else f"all {len(differing)} nodes"
+        return _Common(kind, f"{who}: {differing[0]}; {remedy}".removesuffix("; "))
     return None
 
 

@@ -25,7 +25,7 @@ class Launched:
     """Whether the base waits in host memory."""
 
 
-class _Said(NamedTuple):
+class _LauncherSettings(NamedTuple):
     """What a launcher was configured for."""
 
     strategy: str
@@ -49,22 +49,22 @@ def resolve(parallel: Parallel, world: World, environ: Mapping[str, str]) -> Lau
             where="parallel.processes",
             remedy="make them equal, or leave processes out",
         )
-    said = _launcher_said(environ)
-    if said is not None and parallel.strategy not in ("auto", said.strategy):
+    launched = _launcher_settings(environ)
+    if launched is not None and parallel.strategy not in ("auto", launched.strategy):
         raise LaunchError(
-            f"the recipe says {parallel.strategy}, the launcher says {said.strategy}",
+            f"the recipe says {parallel.strategy}, the launcher says {launched.strategy}",
             where="parallel.strategy",
             remedy=f"use launch/strategies/{parallel.strategy}.yaml, or strategy: auto",
         )
-    strategy = said.strategy if said else parallel.strategy
+    strategy = launched.strategy if launched else parallel.strategy
     if strategy == "auto":
         strategy = "fsdp"
-    offload = _offload(parallel, said, strategy)
+    offload = _offload(parallel, launched, strategy)
     if strategy in ("ddp", "zero2"):
         return Launched(strategy, 1)
     if strategy in ("fsdp", "zero3"):
         return Launched(strategy, world.size, offload)
-    exported = _exported_size(environ, "SHARD") if said else None
+    exported = _exported_size(environ, "SHARD") if launched else None
     if exported and parallel.shard_size and exported != parallel.shard_size:
         raise LaunchError(
             f"the recipe says {parallel.shard_size}, the launcher says {exported}",
@@ -81,9 +81,9 @@ def resolve(parallel: Parallel, world: World, environ: Mapping[str, str]) -> Lau
     return Launched(strategy, shard_size, offload)
 
 
-def _offload(parallel: Parallel, said: _Said | None, strategy: str) -> bool:
+def _offload(parallel: Parallel, launched: _LauncherSettings | None, strategy: str) -> bool:
     """Agree on offload; a launcher that offloads nothing is silent, for that is its default."""
-    if said is not None and said.offload:
+    if launched is not None and launched.offload:
         if "offload" in parallel.model_fields_set and parallel.offload == "none":
             raise LaunchError(
                 "the recipe says none, the launcher says cpu",
@@ -100,7 +100,7 @@ def _offload(parallel: Parallel, said: _Said | None, strategy: str) -> bool:
     return parallel.offload == "cpu"
 
 
-def _launcher_said(environ: Mapping[str, str]) -> _Said | None:
+def _launcher_settings(environ: Mapping[str, str]) -> _LauncherSettings | None:
     """Return what Accelerate or DeepSpeed was configured for; None under torchrun or python."""
     if _is_true(environ, "ACCELERATE_USE_DEEPSPEED"):
         return _deepspeed_said(environ)
@@ -113,12 +113,12 @@ def _launcher_said(environ: Mapping[str, str]) -> _Said | None:
             )
         # Our hsdp.yaml exports a mesh, even of a single replica; fsdp.yaml exports none.
         strategy = "fsdp" if _exported_size(environ, "REPLICATE") is None else "hsdp"
-        return _Said(strategy, _is_true(environ, "FSDP_OFFLOAD_PARAMS"))
+        return _LauncherSettings(strategy, _is_true(environ, "FSDP_OFFLOAD_PARAMS"))
     # Accelerate exports this for every kind of launch, other launchers for none.
-    return _Said("ddp") if "ACCELERATE_MIXED_PRECISION" in environ else None
+    return _LauncherSettings("ddp") if "ACCELERATE_MIXED_PRECISION" in environ else None
 
 
-def _deepspeed_said(environ: Mapping[str, str]) -> _Said:
+def _deepspeed_said(environ: Mapping[str, str]) -> _LauncherSettings:
     """Read the ZeRO stage and where parameters wait, exported one by one or as a JSON file."""
     file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if file:
@@ -139,7 +139,7 @@ def _deepspeed_said(environ: Mapping[str, str]) -> _Said:
             f"offload_param to {device} is not supported", where=where, remedy="set cpu or none"
         )
     # Stage 2 has no parameters to offload; Accelerate's questionnaire asks all the same.
-    return _Said(f"zero{stage}", device == "cpu" and str(stage) == "3")
+    return _LauncherSettings(f"zero{stage}", device == "cpu" and str(stage) == "3")
 
 
 def _zero_section(file: str) -> dict[str, Any]:

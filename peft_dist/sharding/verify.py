@@ -30,15 +30,15 @@ def verify_sharded(
                 remedy="please report this",
             )
     expected = gather_objects(engine.expected_bytes(frozen))
-    held = gather_objects(engine.resident_bytes(frozen))
-    wrong = [rank for rank, (e, h) in enumerate(zip(expected, held, strict=True)) if e != h]
+    resident = gather_objects(engine.resident_bytes(frozen))
+    wrong = [rank for rank, (e, h) in enumerate(zip(expected, resident, strict=True)) if e != h]
     if wrong:
         rank = wrong[0]
         raise TrainingError(
-            f"rank {rank} holds {held[rank]} bytes of the base, {expected[rank]} expected",
+            f"rank {rank} holds {resident[rank]} bytes of the base, {expected[rank]} expected",
             where="parallel.strategy",
             remedy="please report this",
         )
     if not trained:
         raise ModelError("nothing to train", where="method", remedy="choose other targets")
-    return engine.total_bytes(frozen), held
+    return engine.total_bytes(frozen), resident

@@ -46,8 +46,8 @@ def run_slurm(
     except OSError as error:
         raise SlurmError(f"cannot be run: {error}", where=argv[0]) from error
     if done.returncode:
-        told = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
-        raise SlurmError(told.removeprefix(f"{argv[0]}: error: "), where=argv[0])
+        output = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+        raise SlurmError(output.removeprefix(f"{argv[0]}: error: "), where=argv[0])
     return done.stdout
 
 
@@ -66,10 +66,10 @@ def sbatch(argv: Sequence[str]) -> str:
     Raises:
         SlurmError: Where Slurm refuses.
     """
-    told = run_slurm(argv, environment=submitting_environment()).strip()
-    job = told.partition(";")[0]  # "47;cluster" where a site has several
+    output = run_slurm(argv, environment=submitting_environment()).strip()
+    job = output.partition(";")[0]  # "47;cluster" where a site has several
     if not job.isdecimal():
-        raise SlurmError(f"printed {told!r} and no job id", where="sbatch")
+        raise SlurmError(f"printed {output!r} and no job id", where="sbatch")
     return job
 
 

@@ -17,16 +17,16 @@ LEAST_WAIT_S = 120
 """How long a run may take to save and end, where it has not been seen to need more."""
 
 
-def cancel(folders: Sequence[Path], *, now: bool, tell: Callable[[str], None]) -> None:
+def cancel(folders: Sequence[Path], *, now: bool, report: Callable[[str], None]) -> None:
     """Cancel the jobs of runs and wait until they are over.
 
-    Those that wait in the queue are gone at once. Those that run are told to save and end; after
+    Those that wait in the queue are gone at once. Those that run are asked to save and end; after
     the time that may take, or with `now`, Slurm ends them.
 
     Args:
         folders: Run directories.
         now: Do not wait for a checkpoint.
-        tell: Takes what happens, a line at a time.
+        report: Takes what happens, a line at a time.
 
     Raises:
         RunDirError: Where none of them has a job.
@@ -56,12 +56,12 @@ def cancel(folders: Sequence[Path], *, now: bool, tell: Callable[[str], None]) -
         cli_client.scancel(ended_now)
     if running and not now:
         cli_client.scancel(running, options=["--signal=USR1"])
-        tell(f"job {' '.join(running)}: told to save and end")
+        report(f"job {' '.join(running)}: asked to save and end")
     wait_s = max([LEAST_WAIT_S, *(lead_s(RunDir(folder).ledger, 0) for folder in wanted)])
     deadline = time.monotonic() + wait_s
     while live and (left := _not_over(live)):
         if time.monotonic() > deadline:
-            tell(f"job {' '.join(left)}: not over after {wait_s} s; ended by Slurm")
+            report(f"job {' '.join(left)}: not over after {wait_s} s; ended by Slurm")
             cli_client.scancel(left)
             break
         time.sleep(LOOK_EVERY_S)
@@ -69,10 +69,10 @@ def cancel(folders: Sequence[Path], *, now: bool, tell: Callable[[str], None]) -
         for job in names:
             if job in live:  # its script may have been killed before it could say so
                 job_events.record(folder, {"event": "ended", "job": job, "decision": "cancelled"})
-            tell(f"job {job}: {_outcome(states[job], was_live=job in live)}")
+            report(f"job {job}: {_outcome(states[job], was_live=job in live)}")
         if names:
             step = RunDir(folder).newest_step()
-            tell(f"{folder}: `peft-dist resume {folder}` goes on after step {step}")
+            report(f"{folder}: `peft-dist resume {folder}` goes on after step {step}")
 
 
 def _outcome(state: JobState, *, was_live: bool) -> str:

@@ -83,14 +83,14 @@ def _ask(wanted: Sequence[str], timeout_s: float) -> dict[str, JobState]:
         found = _pick(parse_squeue(_run(argv, timeout_s)), wanted)
     except SlurmError as error:
         # Whoever else answers now may not know that the job was queued again.
-        return {job: JobState(job, UNKNOWN, _told("squeue", error)) for job in wanted}
+        return {job: JobState(job, UNKNOWN, _reason("squeue", error)) for job in wanted}
     unknown = {job: ["squeue does not show it"] for job in wanted if job not in found}
     if unknown:
         _ask_sacct(found, unknown, timeout_s)
     for job in list(unknown)[:SCONTROL_AT_MOST]:
         _ask_scontrol(job, found, unknown, timeout_s)
-    for job, told in unknown.items():
-        found[job] = JobState(job, UNKNOWN, "; ".join(told))
+    for job, reasons in unknown.items():
+        found[job] = JobState(job, UNKNOWN, "; ".join(reasons))
     return found
 
 
@@ -99,19 +99,19 @@ def _ask_sacct(found: dict[str, JobState], unknown: dict[str, list[str]], timeou
     try:
         text = _run([*argv, "-j", ",".join(unknown)], timeout_s)
     except SlurmError as error:
-        for told in unknown.values():
-            told.append(_told("sacct", error))
+        for reasons in unknown.values():
+            reasons.append(_reason("sacct", error))
         return
     answers = _pick(parse_sacct(text), unknown)
-    for job, told in list(unknown.items()):
+    for job, reasons in list(unknown.items()):
         answer = answers.get(job)
         if answer is None:
-            told.append("sacct does not know it")
+            reasons.append("sacct does not know it")
         elif is_over(answer.state):
             found[job] = answer
             del unknown[job]
         else:  # accounting missed its end: a job that may run, squeue shows
-            told.append(f"sacct says {answer.state}")
+            reasons.append(f"sacct says {answer.state}")
 
 
 def _ask_scontrol(
@@ -120,7 +120,7 @@ def _ask_scontrol(
     try:
         text = _run(["scontrol", "show", "job", "-o", job], timeout_s)
     except SlurmError as error:
-        unknown[job].append(_told("scontrol", error))
+        unknown[job].append(_reason("scontrol", error))
         return
     answer = _pick(parse_scontrol(text), [job]).get(job)
     if answer is None:
@@ -206,6 +206,6 @@ def _pick(answers: Sequence[tuple[str, JobState]], wanted: Iterable[str]) -> dic
     return found
 
 
-def _told(command: str, error: SlurmError) -> str:
+def _reason(command: str, error: SlurmError) -> str:
     text = str(error)
     return text if text.startswith(command) else f"{command}: {text}"

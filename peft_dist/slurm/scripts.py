@@ -48,7 +48,7 @@ class Job:
     time_s: int | None
     """Time limit; None leaves it to the partition."""
     lead_s: int
-    """Seconds before the time limit at which the ranks are told to save."""
+    """Seconds before the time limit at which the ranks are asked to save."""
     max_restarts: int
     array: Array | None = None
     singleton: bool = False

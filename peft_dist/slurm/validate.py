@@ -162,9 +162,9 @@ def check_cluster_files(cluster: Cluster) -> None:
         check=False,
     )
     if checked.returncode or checked.stderr:  # of text without an end bash only warns
-        told = (checked.stderr.splitlines() or ["cannot be read"])[0]
+        message = (checked.stderr.splitlines() or ["cannot be read"])[0]
         raise ClusterError(
-            told.removeprefix("bash: "), where="setup", remedy="fix it in the cluster file"
+            message.removeprefix("bash: "), where="setup", remedy="fix it in the cluster file"
         )
 
 

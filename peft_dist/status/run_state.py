@@ -25,7 +25,7 @@ DONE = "COMPLETED"
 """The run has trained to its end, and its result proves it."""
 NOT_STARTED = "NEW"
 INTERRUPTED = "INTERRUPTED"
-"""A run without a job was told to stop, and saved."""
+"""A run without a job was asked to stop, and saved."""
 CRASHED = "CRASHED"
 """The process that held a run without a job is gone, and has not said why."""
 ENDED = "ENDED"
@@ -147,8 +147,8 @@ def is_at_work(state: str) -> bool:
 
 def has_failed(state: str) -> bool:
     """Whether a run in this state ended otherwise than it should, or than somebody told it."""
-    told = (DONE, "CANCELLED", "PREEMPTED")
-    return state in (CRASHED, ENDED) or (is_over(state) and state not in told)
+    asked_for = (DONE, "CANCELLED", "PREEMPTED")
+    return state in (CRASHED, ENDED) or (is_over(state) and state not in asked_for)
 
 
 def _state(reading: Reading, job: JobState | None, heartbeat_s: float | None) -> tuple[str, str]:
@@ -279,5 +279,5 @@ def _crash(reading: Reading) -> str:
         return ""
     notes = crash_notes(reading.run.attempts, record.get("attempt", 0))
     # Who lost a peer says nothing of why that one ended.
-    told = [note for note in notes if note["kind"] != Kind.LOST_PEER] or notes
-    return f"rank {told[0]['rank']}: {told[0]['error']}" if told else ""
+    own = [note for note in notes if note["kind"] != Kind.LOST_PEER] or notes
+    return f"rank {own[0]['rank']}: {own[0]['error']}" if own else ""
