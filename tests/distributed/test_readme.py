@@ -1,4 +1,4 @@
-"""Every command of the README runs, on a tiny model in the real one's place."""
+"""Every command of README and docs runs, on a tiny model in the real one's place."""
 
 import os
 import re
@@ -12,14 +12,15 @@ import pytest
 from tests.processes import ROOT, environment, run
 from tests.tiny import tiny_model
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md")
 SMALLER = ["train.steps=2", "evaluate.max_rows=4", "data.max_length=256"]
 TRAINS = ("peft-dist train", "accelerate launch", "torchrun")
 
 
 def commands() -> list[str]:
-    """Return the lines of the README's shell blocks, in order, without comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    """Return the lines of all shell blocks, in order, without comments."""
+    texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
+    blocks = re.findall(r"```bash\n(.*?)```", "\n".join(texts), flags=re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
 
@@ -42,7 +43,7 @@ def at_home(home: Path) -> dict[str, str]:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
-def test_every_command_of_the_readme_runs(home: Path) -> None:
+def test_every_command_of_readme_and_docs_runs(home: Path) -> None:
     assert len(commands()) >= 7
     for command in commands():
         words = shlex.split(command)
@@ -76,8 +77,8 @@ def test_the_lines_that_a_run_ends_with_load_its_adapter(home: Path) -> None:
 def test_make_has_the_targets_that_the_documents_name() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     named = set()
-    for document in ("README.md", "CONTRIBUTING.md"):
-        text = (ROOT / document).read_text(encoding="utf-8")
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
         named |= set(re.findall(r"^ {4}make ([a-z-]+)", text, re.M))
     assert {"quickstart", "test", "install", "check"} <= named
     for target in named:
@@ -85,8 +86,14 @@ def test_make_has_the_targets_that_the_documents_name() -> None:
 
 
 def test_files_that_the_documents_name_exist() -> None:
-    for document in ("README.md", "CONTRIBUTING.md"):
-        text = (ROOT / document).read_text(encoding="utf-8")
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
         for path in re.findall(r"`((?:configs|launch|tests|benchmarks|peft_dist)/[\w./-]*)`", text):
             known = (ROOT / path).exists() or (ROOT / "peft_dist" / path).exists()
             assert known or path == "peft_dist/_share/", path  # only an installed wheel has that
+        for link in re.findall(r"\]\(([^)#:]+)[)#]", text):
+            assert (document.parent / link).exists(), (document.name, link)
+
+
+def test_the_readme_can_be_read_in_five_minutes() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1300
