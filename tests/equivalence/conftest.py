@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests.distributed import cases
+from tests.equivalence import cases
 from tests.processes import ROOT, environment, run, torchrun
 from tests.tiny import (
     ARCHITECTURES,

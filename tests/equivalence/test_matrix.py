@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from peft_dist.checkpoint.adapter_file import ADAPTER_FILE
-from tests.distributed import matrix
+from tests.equivalence import matrix
 from tests.equivalence.cases import (
     CASES,
     DDP,
