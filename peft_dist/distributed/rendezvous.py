@@ -11,7 +11,7 @@ import torch.distributed as torch_dist
 from peft_dist.common import env
 from peft_dist.common.errors import LaunchError
 from peft_dist.common.library_messages import is_port_taken
-from peft_dist.distributed.private_store import PrivateStore, StoreServer
+from peft_dist.distributed.private_store import PrivateStore, StoreServer, WrongSecret
 from peft_dist.distributed.world import World, env_int
 
 MEETING_TIMEOUT = timedelta(seconds=28)
@@ -40,22 +40,24 @@ def meet(world: World, *, within: timedelta = MEETING_TIMEOUT) -> torch_dist.Sto
         )
     of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == str(True)
     serves = world.is_main and not of_launcher
+    round_ = os.environ.get(env.ROUND)  # of our own rendezvous; another one has torch's store
     deadline = time.monotonic() + within.total_seconds()
     while True:
         try:
-            store = connect(host, port, serves, within)
+            store = connect(host, port, serves, within, private=not of_launcher or bool(round_))
             break
         except (torch_dist.DistError, RuntimeError, OSError) as error:
             taken = is_port_taken(error)
             if taken and time.monotonic() < deadline:
                 time.sleep(0.5)  # the attempt before this one may still be letting go of the port
                 continue
-            raise _cannot_meet(
-                "the port is taken" if taken else "nobody answers there", within
-            ) from error
+            problem = "the port is taken" if taken else "nobody answers there"
+            if isinstance(error, WrongSecret):
+                problem = "who answers there has another secret"
+            raise _cannot_meet(problem, within) from error
     # The launcher's store outlives a group that it starts again. Our rendezvous counts its rounds;
     # torchrun counts on each node the restarts that this node's own processes have caused.
-    attempt = os.environ.get(env.ROUND) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    attempt = round_ or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     attempt = attempt if of_launcher else "0"
     meeting = torch_dist.PrefixStore(f"/worker/attempt_{attempt}", store)
     if not of_launcher:  # which has seen all its nodes before it starts a process
@@ -64,17 +66,24 @@ def meet(world: World, *, within: timedelta = MEETING_TIMEOUT) -> torch_dist.Sto
     return meeting
 
 
-def connect(host: str, port: int, serves: bool, within: timedelta) -> torch_dist.Store:
+def connect(
+    host: str, port: int, serves: bool, within: timedelta, *, private: bool = True
+) -> torch_dist.Store:
     """Connect to the store, or serve it.
 
-    The store is private where the start has a secret, as every start by `peft-dist` has.
+    Args:
+        host: Where it is.
+        port: Its port.
+        serves: Whether this process serves it.
+        within: How long to try.
+        private: Take a private store where the environment has a secret, else torch's own.
 
     Raises:
         OSError: Where the port is taken, or nobody who knows the secret answers (a TimeoutError).
         DistError, RuntimeError: torch's own.
     """
     secret = os.environ.get(env.STORE_SECRET)
-    if secret:
+    if private and secret:
         if serves:
             StoreServer(host, port, secret)  # until the process ends
         return PrivateStore(host, port, secret, within)

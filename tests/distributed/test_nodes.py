@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_dist.common.env import STORE_SECRET
 from peft_dist.ledger.events import EndEvent, StartEvent, SystemEvent
 from peft_dist.ledger.goodput import goodput
 from peft_dist.ledger.reader import LedgerReader
@@ -33,7 +34,8 @@ def test_the_machine_of_every_node_stands_in_the_ledger(tmp_path: Path) -> None:
          "tracking.system_every_s=0.1", "tracking.system_nodes=true"]
         for node in range(2)
     ]  # fmt: skip
-    variables = environment(tmp_path / "cache")
+    # A secret that is there does not hinder a launcher whose store is torch's own.
+    variables = environment(tmp_path / "cache", **{STORE_SECRET: "of another start"})
     with ThreadPoolExecutor() as nodes:
         ended = list(
             nodes.map(lambda argv: run(argv, environment=variables, cwd=tmp_path), commands)
