@@ -25,7 +25,8 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from peft_dist.common import env
-from peft_dist.distributed.private_store import PrivateStore, StoreServer, WrongSecret
+from peft_dist.distributed.private_store import PrivateStore, StoreServer
+from peft_dist.distributed.secret_channel import WrongSecret
 
 JOIN_TIMEOUT_S = 120
 

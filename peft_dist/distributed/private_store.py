@@ -1,18 +1,9 @@
 """A key-value store for process groups that only processes which know a secret can use.
 
 torch's `TCPStore` answers whoever reaches its port, and torchrun's c10d rendezvous unpickles what
-it reads there. This store proves both ends to each other before the first request, authenticates
-every message after it, and never unpickles a value.
-
-Protocol, over TCP: the server sends 32 random bytes, the client answers with 32 of its own and a
-proof, and the server with its proof. Then requests and answers alternate. Each frame is its length
-(4 bytes), HMAC-SHA256 over direction, frame number and body (32 bytes), and the body: JSON, a zero
-byte, and a value. Eavesdroppers can read the values: they are addresses, not secrets.
+it reads there. This store answers over a `SecretChannel`, and never unpickles a value.
 """
 
-import hmac
-import json
-import secrets
 import socket
 import struct
 import threading
@@ -24,53 +15,15 @@ from typing import Any
 
 from torch.distributed import Store
 
-NONCE_BYTES = 32
-MAX_FRAME_BYTES = 1 << 26
-"""The longest message that is read, and only from who knows the secret."""
-HANDSHAKE_S = 10.0
-"""How long a connection may take to prove that it knows the secret."""
+from peft_dist.distributed import secret_channel
+from peft_dist.distributed.secret_channel import SecretChannel, WrongSecret, greet, introduce
+
 MAX_UNPROVEN = 128
 """Connections that may be proving themselves at one time; one more is closed at once."""
 
 
 _ALL: list["PrivateStore"] = []
 """Process groups hold the C++ half of a store alone, which is nothing without its Python half."""
-
-
-class WrongSecret(ConnectionError):
-    """The other side of a connection does not know the secret."""
-
-
-class _Channel:
-    """One authenticated connection: frames with a number and a proof each."""
-
-    def __init__(self, connection: socket.socket, key: bytes, *, sends: bytes, gets: bytes) -> None:
-        self._socket, self._key = connection, key
-        self._sends, self._gets = sends, gets
-        self._sent = self._got = 0
-
-    def send(self, header: dict[str, Any], value: bytes = b"") -> None:
-        body = json.dumps(header).encode() + b"\0" + value
-        proof = _proof(self._key, self._sends, struct.pack("!Q", self._sent), body)
-        self._sent += 1
-        self._socket.sendall(struct.pack("!I", len(body)) + proof + body)
-
-    def receive(self) -> tuple[dict[str, Any], bytes]:
-        (length,) = struct.unpack("!I", _read(self._socket, 4))
-        if length > MAX_FRAME_BYTES:
-            raise ConnectionError(f"a message of {length} bytes")
-        proof, body = _read(self._socket, 32), _read(self._socket, length)
-        expected = _proof(self._key, self._gets, struct.pack("!Q", self._got), body)
-        if not hmac.compare_digest(proof, expected):
-            raise WrongSecret("a message was changed on its way")
-        self._got += 1
-        header, _, value = body.partition(b"\0")
-        return json.loads(header), value
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
 
 
 class StoreServer:
@@ -120,7 +73,7 @@ class StoreServer:
         # Whatever a stranger sends ends its own connection; so does a client that goes away.
         with connection, suppress(OSError, ValueError, KeyError, TypeError, struct.error):
             try:
-                channel = _greet(connection, self._secret)
+                channel = greet(connection, self._secret)
             finally:
                 self._unproven.release()
             while True:
@@ -183,7 +136,7 @@ class PrivateStore(Store):
         super().__init__()
         _ALL.append(self)
         self._at, self._secret, self._limit = (host, port), secret.encode(), timeout
-        self._idle: list[_Channel] = []
+        self._idle: list[SecretChannel] = []
         self._lock = threading.Lock()
         self._idle.append(self._connect(within_s=timeout.total_seconds()))
 
@@ -261,7 +214,7 @@ class PrivateStore(Store):
     ) -> tuple[dict[str, Any], bytes]:
         with self._lock:
             channel = self._idle.pop() if self._idle else None
-        channel = channel or self._connect(within_s=HANDSHAKE_S)
+        channel = channel or self._connect(within_s=secret_channel.HANDSHAKE_S)
         try:
             channel.send({"do": do, "keys": keys, **more}, value)
             answer = channel.receive()
@@ -272,14 +225,14 @@ class PrivateStore(Store):
             self._idle.append(channel)
         return answer
 
-    def _connect(self, *, within_s: float) -> _Channel:
+    def _connect(self, *, within_s: float) -> SecretChannel:
         deadline = time.monotonic() + within_s
         while True:
             left_s = deadline - time.monotonic()
             try:
                 connection = socket.create_connection(self._at, timeout=max(0.1, left_s))
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                return _introduce(connection, self._secret, limit_s=max(1.0, left_s))
+                return introduce(connection, self._secret, limit_s=max(1.0, left_s))
             except WrongSecret:
                 raise
             except OSError as error:
@@ -288,79 +241,6 @@ class PrivateStore(Store):
                         f"{self._at[0]}:{self._at[1]} does not answer: {error}"
                     ) from error
                 time.sleep(0.2)
-
-
-def _greet(connection: socket.socket, secret: bytes) -> _Channel:
-    """Prove the server to a client, and the client to the server.
-
-    Raises:
-        WrongSecret: Where the client's proof is wrong.
-        OSError: Where it sends none in time.
-    """
-    deadline = time.monotonic() + HANDSHAKE_S
-    connection.settimeout(HANDSHAKE_S)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    ours = secrets.token_bytes(NONCE_BYTES)
-    connection.sendall(ours)
-    theirs = _read(connection, NONCE_BYTES, deadline)
-    proof = _read(connection, 32, deadline)
-    if not hmac.compare_digest(proof, _proof(secret, b"client", ours, theirs)):
-        raise WrongSecret("a client does not know the secret")
-    connection.sendall(_proof(secret, b"server", ours, theirs))
-    _keep_alive(connection)
-    key = _proof(secret, b"session", ours, theirs)
-    return _Channel(connection, key, sends=b"answer", gets=b"request")
-
-
-def _introduce(connection: socket.socket, secret: bytes, *, limit_s: float) -> _Channel:
-    """Prove this client to a server, and the server to the client.
-
-    Raises:
-        WrongSecret: Where the server's proof is wrong, or it rejects ours.
-        OSError: Where nothing comes in time.
-    """
-    deadline = time.monotonic() + limit_s
-    connection.settimeout(limit_s)
-    theirs, ours = _read(connection, NONCE_BYTES, deadline), secrets.token_bytes(NONCE_BYTES)
-    connection.sendall(ours + _proof(secret, b"client", theirs, ours))
-    try:
-        proof = _read(connection, 32, deadline)
-    except ConnectionError as error:
-        raise WrongSecret("the server does not accept the secret of this run") from error
-    if not hmac.compare_digest(proof, _proof(secret, b"server", theirs, ours)):
-        raise WrongSecret("the server does not know the secret of this run")
-    _keep_alive(connection)
-    key = _proof(secret, b"session", theirs, ours)
-    return _Channel(connection, key, sends=b"request", gets=b"answer")
-
-
-def _keep_alive(connection: socket.socket) -> None:
-    """Wait for the other side as long as its machine lives; notice in a minute that it does not."""
-    connection.settimeout(None)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
-        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
-def _proof(key: bytes, *parts: bytes) -> bytes:
-    return hmac.digest(key, b"\0".join(parts), "sha256")
-
-
-def _read(connection: socket.socket, size: int, deadline: float | None = None) -> bytes:
-    """Read exactly so many bytes, until a time of the steady clock.
-
-    Raises:
-        OSError: Where they do not come.
-    """
-    data = bytearray()
-    while len(data) < size:
-        if deadline is not None:  # of all of it: a byte now and then is no progress
-            connection.settimeout(max(0.01, deadline - time.monotonic()))
-        part = connection.recv(min(size - len(data), 1 << 20))
-        if not part:
-            raise ConnectionResetError("the other side has closed the connection")
-        data += part
-    return bytes(data)
 
 
 def _bytes(value: bytes | str) -> bytes:

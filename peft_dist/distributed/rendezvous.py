@@ -11,7 +11,8 @@ import torch.distributed as torch_dist
 from peft_dist.common import env
 from peft_dist.common.errors import LaunchError
 from peft_dist.common.library_messages import is_port_taken
-from peft_dist.distributed.private_store import PrivateStore, StoreServer, WrongSecret
+from peft_dist.distributed.private_store import PrivateStore, StoreServer
+from peft_dist.distributed.secret_channel import WrongSecret
 from peft_dist.distributed.world import World, env_int
 
 MEETING_TIMEOUT = timedelta(seconds=28)

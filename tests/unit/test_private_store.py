@@ -13,14 +13,9 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 
-from peft_dist.distributed import private_store
-from peft_dist.distributed.private_store import (
-    HANDSHAKE_S,
-    MAX_UNPROVEN,
-    PrivateStore,
-    StoreServer,
-    WrongSecret,
-)
+from peft_dist.distributed import secret_channel
+from peft_dist.distributed.private_store import MAX_UNPROVEN, PrivateStore, StoreServer
+from peft_dist.distributed.secret_channel import HANDSHAKE_S, WrongSecret
 
 SECRET = "a long random text"
 SOON = timedelta(seconds=5)
@@ -181,7 +176,7 @@ def test_silent_strangers_hold_nobody_up_for_long(server: StoreServer) -> None:
 def test_a_stranger_who_sends_a_byte_now_and_then_gets_no_more_time(
     server: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(private_store, "HANDSHAKE_S", 0.5)
+    monkeypatch.setattr(secret_channel, "HANDSHAKE_S", 0.5)
     slow = stranger(server)
     begin = time.monotonic()
     with pytest.raises(ConnectionError):  # of 64 bytes that a proof has, far from all
