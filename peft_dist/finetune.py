@@ -102,6 +102,7 @@ def _trainer(
         attempt=attempt.number,
         facts=facts,
         may_publish=attempt.require_lease,
+        sync_ledger=attempt.sync_ledger,
     )
     trainer = Trainer(setup, rows, eval_set, checkpointer=checkpointer, hooks=attempt)
     newest = checkpointer.newest()

@@ -63,6 +63,7 @@ class Checkpointer:
         attempt: int,
         facts: Facts,
         may_publish: Callable[[], None],
+        sync_ledger: Callable[[], None],
     ) -> None:
         """Prepare; nothing is read or written yet.
 
@@ -73,6 +74,8 @@ class Checkpointer:
             attempt: This attempt's number.
             facts: What every checkpoint says besides its progress: model, rows, recipe.
             may_publish: Raises where another attempt has taken over. Asked on rank 0 only.
+            sync_ledger: Makes the ledger survive a power cut, or raises an OSError. Called on rank
+                0 only, in the thread that writes checkpoints.
         """
         self.setup = saver.setup
         self.failed_in_a_row = 0
@@ -80,7 +83,8 @@ class Checkpointer:
         self.newest_step = 0
         """Of the newest checkpoint that was written, or gone on from; rank 0 alone knows."""
         self._saver, self._folder, self._settings = saver, checkpoints, settings
-        self._attempt, self._facts, self._may_publish = attempt, facts, may_publish
+        self._attempt, self._facts = attempt, facts
+        self._may_publish, self._sync_ledger = may_publish, sync_ledger
         method = self.setup.method
         # Some methods save what their tensors amount to; these must be kept as well then.
         self._file_restores = method.of_saved(method.settings) == method.settings
@@ -266,6 +270,8 @@ class Checkpointer:
             text = json.dumps(snapshot.state, indent=2, sort_keys=True)
             (partial / STATE_FILE).write_text(f"{text}\n", encoding="utf-8")
             size = seal(partial, {"step": snapshot.step, "attempt": self._attempt})
+            # A checkpoint that outlives the lines of its steps would leave a gap in the ledger.
+            self._sync_ledger()
             self._may_publish()
             directory.publish(partial, self._folder / step_name(snapshot.step))
         except BaseException:

@@ -211,6 +211,21 @@ class Gpu(BaseModel):
     """Power draw in watts."""
 
 
+class GapEvent(LedgerEvent):
+    """Steps before the attempt's checkpoint have no lines: these were lost, as with a machine."""
+
+    event: Literal["gap"] = "gap"
+    from_step: Count
+    """First step that has no line."""
+    to_step: Count
+    """Last step that has no line."""
+
+    @property
+    def missing_steps(self) -> int:
+        """How many steps have no line."""
+        return max(0, self.to_step - self.from_step + 1)
+
+
 class SystemEvent(LedgerEvent):
     """A sample of a node, taken by a thread every `tracking.system_every_s` seconds."""
 
@@ -258,6 +273,7 @@ EVENT_TYPES: tuple[type[LedgerEvent], ...] = (
     SaveFailedEvent,
     SkippedEvent,
     RollbackEvent,
+    GapEvent,
     SystemEvent,
     EndEvent,
 )

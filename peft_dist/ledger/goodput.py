@@ -8,12 +8,13 @@ import json
 import math
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from peft_dist.ledger.events import (
     CheckpointEvent,
     EndEvent,
     EvaluationEvent,
+    GapEvent,
     LedgerEvent,
     RollbackEvent,
     SkippedEvent,
@@ -70,11 +71,28 @@ class AttemptSpan:
 
 
 @dataclass(frozen=True)
+class LedgerGap:
+    """Steps that were done, and whose lines were lost."""
+
+    from_step: int
+    to_step: int
+
+    def __str__(self) -> str:
+        """Return what a reader must know, in one line."""
+        steps = f"steps {self.from_step} to {self.to_step} are"
+        if self.from_step == self.to_step:
+            steps = f"step {self.from_step} is"
+        return f"{steps} not in the ledger: lost lines"
+
+
+@dataclass(frozen=True)
 class Goodput:
     """Seconds of every phase, which sum to the run's total, and its attempts in order."""
 
     seconds: dict[str, float]
     attempts: list[AttemptSpan]
+    gaps: list[LedgerGap] = field(default_factory=list)
+    """What the ledger lacks; the time of these steps counts as `down`."""
 
     @property
     def total_s(self) -> float:
@@ -93,6 +111,7 @@ class Goodput:
             "total_s": self.total_s,
             "phases_s": self.seconds,
             "attempts": [asdict(span) for span in self.attempts],
+            "gaps": [asdict(gap) for gap in self.gaps],
         }
         return json.dumps(numbers, indent=2)
 
@@ -117,6 +136,7 @@ class GoodputMeter:
         """Start before the first event."""
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._spans: list[AttemptSpan] = []
+        self._gaps: list[LedgerGap] = []
         self._attempt: _Attempt | None = None
         self._last_time, self._last_step = 0.0, 0
         # Of all work that counts so far: its step, the index of its phase in `WORK_PHASES`, and the
@@ -136,6 +156,8 @@ class GoodputMeter:
         if kept_step is not None:
             self._take_back(kept_step)
             self._last_step = kept_step
+        if isinstance(event, GapEvent):
+            self._gaps.append(LedgerGap(event.from_step, event.to_step))
         kind = type(event)
         if kind is StepEvent:
             self._last_step = own.to_step = event.step
@@ -172,7 +194,7 @@ class GoodputMeter:
         seconds["other"] += self._attempt.rest_s
         if now is not None:
             seconds["down"] += max(0.0, now - self._last_time)
-        return Goodput(seconds, [*self._spans, self._attempt.span("unfinished")])
+        return Goodput(seconds, [*self._spans, self._attempt.span("unfinished")], list(self._gaps))
 
     def _begin(self, first: LedgerEvent) -> "_Attempt":
         process_start = first.time - first.at_s
@@ -192,7 +214,11 @@ class GoodputMeter:
         return self._attempt
 
     def _take_back(self, last_step: int) -> None:
-        """Move the time of all work past a step to `lost_work`."""
+        """Move the time of all work past a step to `lost_work`; what is done again is no gap."""
+        while self._gaps and self._gaps[-1].to_step > last_step:
+            gap = self._gaps.pop()
+            if gap.from_step <= last_step:
+                self._gaps.append(LedgerGap(gap.from_step, last_step))
         while self._steps and self._steps[-1] > last_step:
             self._steps.pop()
             phase, before_s = WORK_PHASES[self._phases.pop()], self._before_s.pop()
@@ -262,6 +288,8 @@ def render(found: Goodput) -> str:
         f"  {span.outcome}"
         for span in found.attempts[-SHOWN_ATTEMPTS:]
     ]
+    if found.gaps:
+        lines += ["", *(f"{gap}; their time counts as down" for gap in found.gaps)]
     return "\n".join(lines)
 
 

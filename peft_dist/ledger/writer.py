@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from peft_dist.common.atomic import sync_folder
 from peft_dist.common.errors import TrainingError
 from peft_dist.ledger.events import LedgerEvent
 
@@ -65,7 +66,7 @@ class LedgerWriter:
         self._pending: deque[bytes] = deque()
         self._half: tuple[int, int] | None = None
         """Where a half line begins and ends that could not be cut yet."""
-        self._warned = self._closed = False
+        self._warned = self._closed = self._name_synced = False
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         except OSError as error:
@@ -107,6 +108,36 @@ class LedgerWriter:
                         self._path,
                         error.strerror or error,
                     )
+
+    def sync(self) -> None:
+        """Write what waits, and make all lines survive a power cut; does nothing once closed.
+
+        Other threads can write events while the disk is busy with it.
+
+        Raises:
+            OSError: Where the disk is full or broken; lines that wait are tried again later.
+            PeftDistError: Whatever `check` raises while events wait.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            if self._pending and self._check is not None:
+                self._check()
+            try:
+                self._write_pending()
+                # Its own number: the file may be closed meanwhile, and the number be another's.
+                fd = os.dup(self._fd)
+            except OSError as error:
+                raise self._not_synced(error) from error
+        try:
+            os.fsync(fd)
+            if not self._name_synced:
+                sync_folder(self._path.parent)
+                self._name_synced = True
+        except OSError as error:
+            raise self._not_synced(error) from error
+        finally:
+            os.close(fd)
 
     def close(self) -> None:
         """Write what waits and close the file; a second time does nothing.
@@ -157,6 +188,10 @@ class LedgerWriter:
         if os.fstat(self._fd).st_size == end:
             os.ftruncate(self._fd, begin)
         self._half = None
+
+    def _not_synced(self, error: OSError) -> OSError:
+        reason = f"{self._path.name}: {error.strerror or error}"
+        return OSError(error.errno, reason)
 
     def _lost(self, error: OSError) -> TrainingError:
         waiting = f" ({len(self._pending)} events not written)" if self._pending else ""

@@ -135,7 +135,11 @@ def _how_to_read(runs: Sequence[RunData]) -> str:
             f"Lines have {MOST_POINTS:,} points at most, of up to {longest:,}: the lowest and the "
             "highest of every part, so that no spike is lost."
         )
-    return " ".join([*notes, "Means, texts and tables count every step."] if notes else [])
+    if notes:
+        notes.append("Means, texts and tables count every step.")
+    for run in runs:
+        notes += [f"Of {run.name}, {gap}, which no figure has." for gap in run.goodput.gaps]
+    return " ".join(notes)
 
 
 def _shown_attempts(run: RunData) -> tuple[list[Any], int]:

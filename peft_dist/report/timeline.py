@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from itertools import groupby
 
 from peft_dist.ledger import events
+from peft_dist.ledger.goodput import LedgerGap
 from peft_dist.report.run_data import RunData
 from peft_dist.report.text import duration, some
 
@@ -78,6 +79,8 @@ def _described(run: RunData, event: events.LedgerEvent) -> tuple[str, str, str] 
         case events.RollbackEvent():
             detail = f"back to step {event.last_step}: {event.reason}"
             return "notice", "rolled back", detail
+        case events.GapEvent():
+            return "notice", "gap", str(LedgerGap(event.from_step, event.to_step))
         case events.SaveFailedEvent():
             return "bad", "checkpoint not written", event.reason
     return None

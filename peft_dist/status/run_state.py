@@ -13,6 +13,7 @@ from typing import Any
 
 from peft_dist.common.errors import RunDirError
 from peft_dist.common.process_identity import is_alive
+from peft_dist.ledger.goodput import LedgerGap
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import crash_notes
 from peft_dist.run.job_events import Event, candidates, events, newest_logs, others
@@ -57,6 +58,8 @@ class RunView:
     """Age of the last sign of life."""
     cause: str
     """What is wrong, in one line."""
+    gap: str = ""
+    """Which steps the ledger lacks, in one line."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Reading:
     """Those that may be live, as `jobs.candidates` returns them."""
     problem: str = ""
     """Why the directory could not be read."""
+    gap: str = ""
+    """Which steps the ledger lacks, as the attempts have found it."""
 
     def job(self, answers: Mapping[str, JobState]) -> JobState | None:
         """Return the job that is or was at work, of those whose state is known."""
@@ -93,7 +98,8 @@ def read_run(path: Path) -> Reading:
     # The ledger's end may lie long after its start.
     known = [attempt["steps"] for attempt in attempts if type(attempt.get("steps")) is int]
     steps = known[-1] if known else found.steps
-    return Reading(run, history, record, replace(found, steps=steps), jobs)
+    progress = replace(found, steps=steps)
+    return Reading(run, history, record, progress, jobs, gap=_gaps(attempts))
 
 
 def view(reading: Reading, answers: Mapping[str, JobState], *, name: str, now: float) -> RunView:
@@ -128,6 +134,7 @@ def view(reading: Reading, answers: Mapping[str, JobState], *, name: str, now: f
         eta_s=_left_s(found) if state == "RUNNING" else None,
         heartbeat_s=heartbeat_s,
         cause=cause,
+        gap=reading.gap,
     )
 
 
@@ -253,6 +260,22 @@ def _cause(reading: Reading, state: str) -> str:
     if failure is not None and state not in WAITING:
         return failure.error
     return _decision(reading) or ("" if state in WAITING else _crash(reading))
+
+
+def _gaps(attempts: Sequence[Record]) -> str:
+    """Return which steps the ledger lacks; those that were done again since are there."""
+    found: list[LedgerGap] = []
+    for record in attempts:
+        if type(begun := record.get("from_step")) is int:
+            found = [
+                LedgerGap(gap.from_step, min(gap.to_step, begun))
+                for gap in found
+                if gap.from_step <= begun
+            ]
+        match record.get("ledger_gap"):
+            case [int(first), int(last)]:
+                found.append(LedgerGap(first, last))
+    return "; ".join(map(str, found))
 
 
 def _decision(reading: Reading) -> str:

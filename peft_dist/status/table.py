@@ -179,7 +179,7 @@ def _run_rows(view: RunView, *, narrow: bool, indent: str = "") -> list[Cells | 
         NO_VALUE if view.eta_s is None else duration(view.eta_s),
         NO_VALUE if view.heartbeat_s is None else duration(view.heartbeat_s),
     ]
-    return [row, Span(f"{indent}  ^ {view.cause}")] if view.cause else [row]
+    return [row, *(Span(f"{indent}  ^ {text}") for text in (view.cause, view.gap) if text)]
 
 
 def _progress(view: RunView) -> str:

@@ -18,6 +18,7 @@ from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.distributed.world import read_world
 from peft_dist.ledger.events import EndEvent, StartEvent
+from peft_dist.ledger.gap import read_gap
 from peft_dist.ledger.writer import LedgerWriter, Tracker
 from peft_dist.metrics.memory import peak_device_bytes, peak_rss_bytes
 from peft_dist.metrics.result import make_result, summary
@@ -69,6 +70,8 @@ class TrainingAttempt:
         self._startup_s = time.monotonic() - started_s
         self._load_s = self._train_s = 0.0
         self._peaks: list[Any] = []
+        self._ledger: LedgerWriter | None = None
+        """On rank 0, from when it begins to train."""
         self.world = read_world()
         _require_trackers(recipe)
         limits = recipe.watchdog
@@ -114,6 +117,16 @@ class TrainingAttempt:
         """
         self.lease.check(now=True)
 
+    def sync_ledger(self) -> None:
+        """Make what the ledger holds survive a power cut; only rank 0 has one.
+
+        Raises:
+            OSError: Where the disk is full or broken.
+            Superseded: Where a later attempt has taken the run over.
+        """
+        if self._ledger is not None:
+            self._ledger.sync()
+
     def stop_requested(self) -> bool:
         """Whether this process was sent a signal."""
         return self._requests.requested is not None
@@ -137,7 +150,7 @@ class TrainingAttempt:
         self._load_s = time.monotonic() - self._started_s - self._startup_s
         write = None
         if world.is_main:
-            ledger = LedgerWriter(
+            ledger = self._ledger = LedgerWriter(
                 self.run.ledger,
                 attempt=self.number,
                 clock_zero=self._started_s,
@@ -202,7 +215,9 @@ class TrainingAttempt:
     def _report_start(self, trainer: Trainer, hosts: list[str]) -> None:
         """Write into lease and ledger, and print, where this attempt begins."""
         step, steps, setup = trainer.progress.step, trainer.plan.total_steps, trainer.setup
-        self.lease.note(from_step=step, steps=steps, world_size=self.world.size)
+        gap = read_gap(self.run.ledger, step)
+        lost = {} if gap is None else {"ledger_gap": [gap.from_step, gap.to_step]}
+        self.lease.note(from_step=step, steps=steps, world_size=self.world.size, **lost)
         _report_rows(trainer.rows)
         if step:
             say(f"going on after step {step} (attempt {self.number})")
@@ -228,6 +243,8 @@ class TrainingAttempt:
                 **facts,
             )
         )
+        if gap is not None:
+            trainer.write(gap)
 
 
 def _end(trainer: Trainer, outcome: str) -> None:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from peft_dist.common.console import to_nowhere
 from peft_dist.ledger import events
+from peft_dist.ledger.goodput import LedgerGap
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class Terminal:
                     self._line(f"step {event.step}  rolled back: {event.reason}")
                 case events.SkippedEvent():
                     self._line(f"step {event.step}  skipped: {event.reason}")
+                case events.GapEvent():
+                    self._line(f"step {event.step}  {LedgerGap(event.from_step, event.to_step)}")
                 case events.SaveFailedEvent():
                     self._line(f"step {event.step}  save failed: {event.reason}")
         except OSError as error:

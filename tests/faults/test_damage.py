@@ -1,5 +1,6 @@
 """Row 11: checkpoints that were damaged on the disk, found before anything is read from them."""
 
+import json
 import random
 import shutil
 import signal
@@ -11,11 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from peft_dist.checkpoint.directory import newest_good
 from peft_dist.common.manifest import MANIFEST_FILE, seal, step_name
+from peft_dist.ledger.goodput import goodput, render
+from peft_dist.ledger.reader import LedgerReader
+from peft_dist.status.run_state import read_run
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Group, Harness, Project, fault
 from tests.faults.long import cases
 from tests.faults.mutations import KINDS, mutate
-from tests.faults.oracles import assert_same_run, records
+from tests.faults.oracles import adapter_sha256, assert_same_run, losses, records
 
 pytestmark = pytest.mark.distributed
 
@@ -162,3 +166,40 @@ def test_every_mutation_of_a_real_checkpoint_is_detected(killed: Path, tmp_path:
         assert [folder for folder, _ in bad] == newer, (seed, what)
         assert all(why for _, why in bad), (seed, what)
         shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("kept_steps", [0, 27, 49])
+def test_a_ledger_that_lost_lines_says_so_once(
+    harness: Harness, project: Project, undisturbed: Undisturbed, copy: Copy, kept_steps: int
+) -> None:
+    run = copy("cut")
+    ledger = run / "ledger.jsonl"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    of_step = [index for index, line in enumerate(lines) if json.loads(line)["event"] == "step"]
+    ledger.write_bytes(b"".join(lines[: of_step[kept_steps]] if kept_steps else []))
+    kill = fault("signal_at", step=55, rank=0, number=signal.SIGKILL, to="group")
+    harness.start(project, run, overrides=SHORT, faults=[kill]).wait()
+    again = harness.start(project, run, overrides=SHORT, SLURM_RESTART_COUNT="1")
+    assert again.wait() == [0, 0], again.told()
+    gaps = records(run, "gap")
+    assert [(gap["attempt"], gap["step"]) for gap in gaps] == [(2, 50)]
+    assert [(gap["from_step"], gap["to_step"]) for gap in gaps] == [(kept_steps + 1, 50)]
+    starts = [record["event"] for record in records(run) if record["attempt"] == 2]
+    assert starts[:2] == ["start", "gap"]
+    expected = undisturbed(2, "fsdp", *SHORT)
+    assert adapter_sha256(run) == adapter_sha256(expected)
+    steps = {step: loss for step, loss in losses(expected).items() if not kept_steps < step <= 50}
+    assert losses(run) == steps
+    said = "steps" if kept_steps < 49 else "step"
+    for told in (render(goodput(LedgerReader(ledger).all())), read_run(run).gap):
+        assert f"{said} {kept_steps + 1} " in told and "not in the ledger" in told
+
+
+def test_a_ledger_that_lost_nothing_has_no_gap(
+    harness: Harness, project: Project, copy: Copy
+) -> None:
+    run = copy("whole")
+    again = harness.start(project, run, overrides=SHORT)
+    assert again.wait() == [0, 0], again.told()
+    assert [record["step"] for record in records(run, "start")] == [0, 50]
+    assert records(run, "gap") == [] and read_run(run).gap == ""

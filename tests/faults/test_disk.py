@@ -81,10 +81,17 @@ def test_a_ledger_that_finds_no_room_keeps_its_lines_and_writes_them_later(
     full = fault(
         "full_disk", under=run / "ledger.jsonl", after_bytes=room, from_step=15, to_step=45
     )
-    group = harness.start(project, run, overrides=SHORT, faults=[full])
+    overrides = [*SHORT, "checkpoint.max_failed_saves=4"]
+    group = harness.start(project, run, overrides=overrides, faults=[full])
     assert group.wait() == [0, 0], group.told()
     assert "its events wait in memory" in group.errors(0)
-    kinds = [(record["event"], record["step"]) for record in records(run)]
+    # No checkpoint may outlive the lines of its steps.
+    failed = {(record["step"], record["reason"]) for record in records(run, "save_failed")}
+    assert failed == {(step, "ledger.jsonl: No space left on device") for step in (20, 30, 40)}
+    assert checkpoint_steps(run) == [10, 50, 60]
+    kinds = [
+        (record["event"].replace("save_failed", "saved"), record["step"]) for record in records(run)
+    ]
     assert kinds == [(record["event"], record["step"]) for record in records(expected)]
     at = [record["at_s"] for record in records(run)]
     assert at == sorted(at)

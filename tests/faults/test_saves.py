@@ -95,6 +95,24 @@ def test_all_changes_are_cut(harness: Harness, project: Project) -> None:
     assert ("fsync", changes[last][1]) in changes[last:renamed]
 
 
+def test_the_ledger_is_on_the_disk_before_a_checkpoint_has_its_name(
+    harness: Harness, project: Project
+) -> None:
+    changes = changes_of(harness, project, MAKING)
+    run_dir = harness.run_dir()
+    written, synced = ("write", run_dir / "ledger.jsonl"), ("fsync", run_dir / "ledger.jsonl")
+    for step in (4, 8):
+        name = step_name(step)
+        renamed = changes.index(("os.rename", run_dir / "checkpoints" / name))
+        # The folder that becomes the checkpoint is made once all lines up to its step are written.
+        begun = next(
+            index for index, (_, path) in enumerate(changes) if path.name.startswith(f".{name}-a")
+        )
+        assert written in changes[:begun] and synced in changes[begun:renamed]
+    # So is the ledger's own name.
+    assert ("fsync", run_dir) in changes[changes.index(synced) : renamed]
+
+
 @pytest.mark.parametrize("change", cuts(8, CHANGES))
 def test_a_save_that_is_cut_anywhere_leaves_a_checkpoint_to_go_on_from(
     harness: Harness, project: Project, undisturbed: Undisturbed, change: int

@@ -78,6 +78,7 @@ def training(
     *,
     stop_after: int | None = None,
     may_publish: Callable[[], None] = lambda: None,
+    sync_ledger: Callable[[], None] = lambda: None,
     checkpoints: str = "checkpoints",
     **sections: Any,
 ) -> tuple[Trainer, Records]:
@@ -98,6 +99,7 @@ def training(
         attempt=1,
         facts={"recipe": {"a": 1}},
         may_publish=may_publish,
+        sync_ledger=sync_ledger,
     )
     hooks = None if stop_after is None else StopAfter(stop_after)
     trainer = Trainer(setup, rows, None, checkpointer=checkpointer, hooks=hooks)
@@ -264,6 +266,27 @@ def test_a_failed_write_is_told_and_leaves_the_one_before(
     assert [r["step"] for r in records.of("step")] == [2, 3, 4]
     assert trainer.checkpointer.failed_in_a_row == 0  # type: ignore[union-attr]
     assert names(tmp_path / "checkpoints") == ["step-00000004"]
+
+
+def test_a_ledger_that_cannot_be_synced_is_a_save_that_failed_and_is_tried_again(
+    tmp_path: Path, alone: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    there: list[list[str]] = []
+
+    def sync() -> None:
+        checkpoints = names(tmp_path / "checkpoints")
+        there.append([name for name in checkpoints if not name.startswith(".")])
+        if len(there) in (2, 3):
+            full_disk()
+
+    sections: dict[str, Any] = {"checkpoint": {"every_steps": 1, "background": False}}
+    trainer, records = training(tmp_path, alone, train={"steps": 4}, sync_ledger=sync, **sections)
+    trainer.run()
+    assert [r["step"] for r in records.of("step")] == [1, 2, 3, 4]
+    assert [r["step"] for r in records.of("save_failed")] == [2, 3]
+    assert [r["step"] for r in records.of("saved")] == [1, 4]
+    assert there == [[], *[["step-00000001"]] * 3]
+    assert "the checkpoint of step 2 was not written: No space left on device" in caplog.text
 
 
 def test_too_many_failed_writes_in_a_row_end_the_run(

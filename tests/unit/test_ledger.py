@@ -39,6 +39,7 @@ OLD_LINES: list[dict[str, Any]] = [
     {**STAMP, "event": "save_failed", "step": 1, "reason": "disk full", "write_s": 0.5},
     {**STAMP, "event": "skipped", "step": 2, "reason": "loss nan", "tokens": 8},
     {**STAMP, "event": "rollback", "step": 2, "reason": "loss nan", "back_to": 1},
+    {**STAMP, "event": "gap", "step": 2, "from_step": 1, "to_step": 2},
     {**STAMP, "event": "system", "step": 1, "cpu_percent": 5, "gpus": [{"power_w": 3.5}]},
     {**STAMP, "event": "end", "step": 2, "outcome": "done"},
 ]  # fmt: skip
@@ -82,7 +83,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
 def test_keys_and_events_of_another_version_are_kept(tmp_path: Path) -> None:
     lines = [
         {**step(1), "heat": 3, "gpus": ["x"]},
-        {**STAMP, "event": "gap", "step": 1, "loss": "of another type"},
+        {**STAMP, "event": "pause", "step": 1, "loss": "of another type"},
     ]
     known, unknown = write_lines(tmp_path / "l", lines).all()
     assert isinstance(known, StepEvent) and isinstance(unknown, UnknownEvent)

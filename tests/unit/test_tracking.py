@@ -185,6 +185,49 @@ def test_a_line_that_another_process_wrote_behind_a_half_one_is_not_cut(tmp_path
     assert path.read_text(encoding="utf-8").count("other line") == 1
 
 
+def test_a_ledger_without_room_cannot_be_synced_until_there_is_room(tmp_path: Path) -> None:
+    code = (
+        "try:\n    ledger.sync()\n"
+        "except OSError as error:\n    print(error.strerror)\n"
+        "limit(resource.RLIM_INFINITY)\n"
+        "ledger.sync()\n"
+        "assert whole() == list(range(1, 51))\n"
+        "ledger.close()\n"
+        "ledger.sync()\n"
+    )
+    done = full_disk(tmp_path / "ledger.jsonl", code, room=2000)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == ["ledger.jsonl: File too large"]
+
+
+def test_no_event_waits_for_a_disk_that_is_slow_to_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, fsync = tmp_path / "ledger.jsonl", os.fsync
+    begun, may_end = threading.Event(), threading.Event()
+    synced: list[Path] = []
+
+    def slow(handle: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{handle}").readlink())
+        begun.set()
+        assert may_end.wait(30)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    ledger = LedgerWriter(path)
+    ledger.write(STEP)
+    thread = threading.Thread(target=ledger.sync)
+    thread.start()
+    assert begun.wait(30)
+    ledger.write(EVALUATION)
+    assert [record["event"] for record in read(path)] == ["step", "evaluation"]
+    may_end.set()
+    thread.join()
+    ledger.sync()
+    assert synced == [path, tmp_path, path]  # the name of a new file is in its folder
+    ledger.close()
+
+
 def test_a_ledger_in_a_missing_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"ledger\.jsonl: cannot be written: No such file"):
         LedgerWriter(tmp_path / "none" / "ledger.jsonl")

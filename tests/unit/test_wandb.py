@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from peft_dist.ledger.events import SkippedEvent
+from peft_dist.ledger.gap import read_gap
 from peft_dist.run.directory import RunDir
 from peft_dist.tracking.wandb.identity import identity, wandb_environment
 from tests.faults.long import only_long
@@ -222,6 +223,28 @@ def test_three_restarts_are_one_run(stub: Stub, here: dict[str, str], tmp_path: 
         "Started again", "Step skipped",
     ]  # fmt: skip
     assert stub.run().alerts[0]["text"] == "loss nan"
+
+
+def test_rows_whose_lines_were_lost_after_they_were_sent_cost_no_later_row(
+    stub: Stub, here: dict[str, str], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run")
+    training = Training(run)
+    training.train(20)
+    training.end("crashed")
+    sent = list(stub.run().rows)
+    lines = run.ledger.read_text(encoding="utf-8").splitlines(keepends=True)
+    run.ledger.write_text("".join(lines[:13]), encoding="utf-8")
+    training = Training(run, attempt=2, step=20)
+    gap = read_gap(run.ledger, 20)
+    assert gap is not None and (gap.from_step, gap.to_step) == (13, 20)
+    training.write(gap)
+    training.train(5)
+    training.end("done")
+    rows = rows_of(stub.run())
+    assert rows[: len(sent)] == sent
+    assert [row["train/step"] for row in rows if row["event"] == "step"] == list(range(1, 26))
+    assert rows[len(sent) :] == wanted_rows(run)[len(sent) :]
 
 
 def test_many_events_of_a_kind_are_told_with_a_limit(

@@ -1,5 +1,7 @@
 """Turn the ledger into rows for W&B: one row of named numbers per event, in order.
 
+A gap is as many rows as steps it stands for.
+
 A row is a function of the ledger up to its event and of nothing else, so that it is the same
 whoever sends it, and whenever. Sends nothing, and never imports wandb.
 """
@@ -71,7 +73,7 @@ class LedgerRows:
         self._meter = GoodputMeter()
         self._mishaps = dict.fromkeys(MISHAPS, 0)
         self.count = 0
-        """Events read so far."""
+        """Rows made so far."""
 
     def new(self) -> Iterator[Numbered]:
         """Yield what was written since the last call.
@@ -82,8 +84,10 @@ class LedgerRows:
         """
         for event in self._reader.follow():
             self._meter.add(event)
-            number, self.count = self.count, self.count + 1
-            yield Numbered(number, event, self._row(event) | self._shares(event, number))
+            row = self._row(event)
+            for _ in range(rows_of(event)):
+                number, self.count = self.count, self.count + 1
+                yield Numbered(number, event, row | self._shares(event, number))
 
     def _row(self, event: events.LedgerEvent) -> Row:
         row: Row = {
@@ -119,6 +123,15 @@ class LedgerRows:
             return {}
         shares = (found.seconds[phase] / found.total_s for phase in PHASES)
         return {GOODPUT: found.fraction, **dict(zip(SHARES, shares, strict=True))}
+
+
+def rows_of(event: events.LedgerEvent) -> int:
+    """Return how many rows an event is: one, but of a gap one for each step whose line was lost.
+
+    The server may have the rows of lost lines. It counts rows: without others in their place, as
+    many later ones would be taken for those that it has.
+    """
+    return max(1, event.missing_steps) if isinstance(event, events.GapEvent) else 1
 
 
 def _of_ranks(name: str, values: Sequence[Any]) -> Row:

@@ -18,7 +18,7 @@ from peft_dist.tracking.wandb.alerts import ALERT_EVERY_S, Alert, alert_of, cras
 from peft_dist.ledger.events import EndEvent
 from peft_dist.ledger.reader import LedgerReader
 from peft_dist.tracking.wandb.identity import only_writer, prove_room, reachable, wandb_environment
-from peft_dist.tracking.wandb.rows import LedgerRows
+from peft_dist.tracking.wandb.rows import LedgerRows, rows_of
 from peft_dist.tracking.wandb.wandb_run import NotAllowed, Unreachable, WandbRun, recipe_of
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class Sidecar:
                 if self._settings.mode != "auto" or "no key" not in str(error):
                     log.warning("%s; logging offline", error)
         events = LedgerReader(self._run.ledger).follow()
-        earlier = sum(1 for event in events if event.attempt < self._attempt)
+        earlier = sum(rows_of(event) for event in events if event.attempt < self._attempt)
         return WandbRun(self._run, self._start, online=False, first_row=max(written, earlier))
 
     def _send(self, wandb_run: WandbRun) -> None:
