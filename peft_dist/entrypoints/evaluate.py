@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from peft_dist.checkpoint import adapter_file as adapter_file
-from peft_dist.common import paths
+from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.errors import RecipeError, RunDirError
 from peft_dist.config import load_recipe
 from peft_dist.config.recipe import Parallel
@@ -49,7 +49,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise RecipeError(
             "there are no held-out rows", where="data.eval", remedy="add data.eval=FILE"
         )
-    cache = paths.cache_dir()
+    cache = usable_cache_dir()
     rows = tokenize_rows(recipe, "eval", cache / "rows")
     eval_set = make_eval_set(recipe, rows)
     source = find_base(recipe, cache)

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from peft_dist.common import paths
+from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.errors import ModelError
 from peft_dist.distributed import process_group
 from peft_dist.distributed.collectives import Shard
@@ -47,7 +47,7 @@ def _quantize(options: argparse.Namespace, world: World) -> None:
             f"{folder} is quantized already", where="MODEL", remedy="train from it as it is"
         )
     plan = base.plan_base(skeleton, files, quantization="nf4")
-    cache_dir = paths.cache_dir()
+    cache_dir = usable_cache_dir()
     folder_of_entry = cache.entry_folder(cache_dir, files)
     process_group.start(world)
     shard = Shard(world.rank, world.size)
