@@ -11,6 +11,7 @@ from pathlib import Path
 
 from peft_dist.checkpoint import adapter_file as adapter_file
 from peft_dist.common.cache_folder import usable_cache_dir
+from peft_dist.common.console import show
 from peft_dist.common.errors import RecipeError, RunDirError
 from peft_dist.config import load_recipe
 from peft_dist.config.recipe import Parallel
@@ -63,5 +64,5 @@ def _evaluate(options: argparse.Namespace) -> None:
         text = json.dumps(asdict(result), indent=2)
         write_text_atomic(run.evaluation, text + "\n")
         accuracy = "" if result.accuracy is None else f"accuracy {result.accuracy:.3f}  "
-        print(f"{accuracy}held-out loss {result.loss:.4f}  ({result.rows} rows)")
+        show(f"{accuracy}held-out loss {result.loss:.4f}  ({result.rows} rows)")
     process_group.stop()

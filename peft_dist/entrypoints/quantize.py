@@ -9,6 +9,7 @@ import time
 import torch
 
 from peft_dist.common.cache_folder import usable_cache_dir
+from peft_dist.common.console import show
 from peft_dist.common.errors import ModelError
 from peft_dist.distributed import process_group
 from peft_dist.distributed.collectives import Shard
@@ -60,7 +61,7 @@ def _quantize(options: argparse.Namespace, world: World) -> None:
         )
     if world.is_main:
         size = sum(file.stat().st_size for file in entry.iterdir())
-        print(f"{entry}  {size / 1e6:,.1f} MB  {time.monotonic() - started:.1f} s")
+        show(f"{entry}  {size / 1e6:,.1f} MB  {time.monotonic() - started:.1f} s")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def write_report(run_dirs: Sequence[str], *, out: str | None, show: bool) -> int
         raise PeftDistError(
             f"cannot be written: {reason}", where=str(path), remedy="choose another file with --out"
         ) from error
-    print(f"{path} ({size(len(text.encode()))})")
+    console.show(f"{path} ({size(len(text.encode()))})")
     if show and not webbrowser.open(path.absolute().as_uri()):
         raise PeftDistError("no browser was found", remedy=f"open {path} in one yourself")
     return EXIT_DONE

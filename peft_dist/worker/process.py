@@ -122,7 +122,7 @@ def run_worker(work: Callable[[WorkerContext], None]) -> int:
     own teardown can abort while gloo's threads still run, or wait minutes for a lost peer.
     """
     os.umask(0o077)
-    logging.basicConfig(format="peft-dist: %(levelname)s: %(message)s", level=logging.WARNING)
+    console.show_warnings()
     _quieten_libraries()
     context = WorkerContext.of_environment()
     try:
