@@ -5,6 +5,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
+from peft_dist.common import console
 from peft_dist.common.atomic import replace_file
 from peft_dist.common.errors import EXIT_DONE, PeftDistError
 from peft_dist.report.run_data import read_runs

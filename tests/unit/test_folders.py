@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from peft_dist.cli.main import main
+from peft_dist.common.cache_folder import usable_cache_dir
+from peft_dist.common.errors import CacheError
 from peft_dist.common.folders import LONGEST_NAME, find_fault
 
 Make = Callable[[Path], Path]
@@ -172,4 +174,58 @@ def test_train_refuses_such_a_cache_in_one_line_before_the_run_is_made(
     assert line.startswith("peft-dist: error: ") and line.isprintable()
     assert f": the cache {expected}"[: len(": the cache ")] in line and expected in line
     assert line.endswith("; set PEFT_DIST_CACHE to another folder")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("part", ["", "packed", "rows"])
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o1777])
+def test_a_cache_that_others_can_write_is_refused_unless_it_is_shared_on_purpose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, mode: int
+) -> None:
+    cache = tmp_path / "cache"
+    (cache / part).mkdir(parents=True)
+    (cache / part).chmod(mode)
+    monkeypatch.setenv("PEFT_DIST_CACHE", str(cache))
+    with pytest.raises(CacheError) as caught:
+        usable_cache_dir()
+    line = str(caught.value)
+    assert line.startswith(
+        f"{cache / part}: other users can write to the cache (mode {mode:04o}); "
+    )
+    assert "chmod go-w it, or set PEFT_DIST_CACHE_SHARED=1" in line
+    monkeypatch.setenv("PEFT_DIST_CACHE_SHARED", "1")
+    assert usable_cache_dir() == cache
+    monkeypatch.setenv("PEFT_DIST_CACHE_SHARED", "0")
+    (cache / part).chmod(0o755)
+    assert usable_cache_dir() == cache
+
+
+def test_a_cache_of_another_user_is_refused_unless_it_is_shared_on_purpose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can give a folder away")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("PEFT_DIST_CACHE", str(cache))
+    for uid, name in ((NOBODY, "nobody"), (54321, "uid 54321")):
+        os.chown(cache, uid, -1)
+        with pytest.raises(CacheError, match=f"the cache belongs to {name}, another user; set "):
+            usable_cache_dir()
+    monkeypatch.setenv("PEFT_DIST_CACHE_SHARED", "1")
+    assert usable_cache_dir() == cache
+
+
+def test_train_refuses_a_cache_that_others_can_write_in_one_line(
+    tmp_path: Path,
+    recipe_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    monkeypatch.setenv("PEFT_DIST_CACHE", str(tmp_path / "cache"))
+    assert main(["train", str(recipe_file), "--run-dir", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "other users can write to the cache (mode 0777)" in line
     assert not (tmp_path / "run").exists()
