@@ -11,7 +11,7 @@ from peft_dist.checkpoint import directory
 from peft_dist.checkpoint.checkpointer import Checkpointer, read_state
 from peft_dist.checkpoint.run_identity import describe_run, refuse_another_run
 from peft_dist.checkpoint.verified_save import AdapterSaver
-from peft_dist.common import paths
+from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.errors import RunDirError
 from peft_dist.config import Recipe
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
@@ -52,7 +52,7 @@ def fine_tune(
     meeting = rendezvous.meet(world)
 
     # What can take minutes comes before the process group, whose collectives would not wait.
-    cache = paths.cache_dir()
+    cache = usable_cache_dir()
     rows, eval_set = _read_rows(recipe, cache / "rows")
     base = find_base(recipe, cache)
     process_group.start(world, meeting)

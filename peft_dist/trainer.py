@@ -202,11 +202,12 @@ class Trainer:
             self._settle()
         self._write_saves()
         if self._give_up:
+            assert self.checkpointer is not None
             raise TrainingError(
                 f"{self.recipe.checkpoint.max_failed_saves} checkpoints in a row could not be "
-                f"written, the last one before step {step}",
+                f"written, the last one before step {step}{self.checkpointer.last_failure}",
                 where="checkpoint.max_failed_saves",
-                remedy="free space; the last checkpoint that was written is whole",
+                remedy="free space, or let the disk be written to; the last one written is whole",
             )
         if evaluate_due and not self._stop:
             self._evaluate(step)

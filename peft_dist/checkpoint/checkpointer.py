@@ -80,6 +80,8 @@ class Checkpointer:
         self.setup = saver.setup
         self.failed_in_a_row = 0
         """Checkpoints that could not be written since the last one that could."""
+        self.last_failure = ""
+        """Why the last of them could not be, as the end of a line; rank 0 alone knows."""
         self.newest_step = 0
         """Of the newest checkpoint that was written, or gone on from; rank 0 alone knows."""
         self._saver, self._folder, self._settings = saver, checkpoints, settings
@@ -251,12 +253,23 @@ class Checkpointer:
             self._superseded = error
             return
         except Exception as error:  # of whatever kind: nobody would see a thread end
-            self.failed_in_a_row += 1
+            if self._is_superseded():  # where the folder is gone nothing can be written to it
+                return
             reason = getattr(error, "strerror", None) or str(error)
+            self.failed_in_a_row, self.last_failure = self.failed_in_a_row + 1, f": {reason}"
             log.warning("the checkpoint of step %d was not written: %s", snapshot.step, reason)
             write_s = time.monotonic() - started
             result = SaveFailedEvent(step=snapshot.step, reason=reason, write_s=write_s)
         self._results.append(result)
+
+    def _is_superseded(self) -> bool:
+        try:
+            self._may_publish()
+        except Superseded as error:
+            self._superseded = error
+        except OSError:
+            pass
+        return self._superseded is not None
 
     def _publish(self, snapshot: _Snapshot) -> int:
         """Write, check and rename a checkpoint into place; return its bytes."""

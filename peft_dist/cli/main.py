@@ -16,6 +16,7 @@ from typing import NoReturn
 from peft_dist.cli import slurm as slurm_commands
 from peft_dist.cli import wandb
 from peft_dist.common.arguments import add_allow_changed
+from peft_dist.common.console import show
 from peft_dist.common.errors import (
     ERROR_PREFIX,
     EXIT_CRASHED,
@@ -187,7 +188,7 @@ def _resume(arguments: argparse.Namespace) -> int:
         return slurm_commands.resume_job(arguments)
     run = RunDir.open(arguments.run_dir)
     if run.is_finished:
-        print(f"{arguments.run_dir} has finished; nothing is left to do")
+        show(f"{arguments.run_dir} has finished; nothing is left to do")
         return EXIT_DONE
     arguments.recipe = str(run.recipe)
     return _start(arguments, run.path)
@@ -205,8 +206,8 @@ def _start(
     recipe = load_recipe(arguments.recipe, [*arguments.overrides, *processes])
     start = prepare(recipe, folder, allow_changed=arguments.allow_changed)
     if dry_run:
-        print(render_recipe(recipe))
-        print(shell_line(start.command, start.environment))
+        show(render_recipe(recipe))
+        show(shell_line(start.command, start.environment))
         return EXIT_DONE
     _require_training_packages(start.strategy)
     os.umask(0o077)
@@ -220,20 +221,20 @@ def _validate(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     placement = plan_processes(recipe, this_machine())
-    print(f"{arguments.recipe}: valid")
-    print(f"  processes: {placement.processes} ({placement.strategy})")
+    show(f"{arguments.recipe}: valid")
+    show(f"  processes: {placement.processes} ({placement.strategy})")
     shape = batch_shape(recipe, placement.processes)
     if shape is None:
-        print(f"  a step: rows of up to {recipe.train.global_batch_tokens} tokens together")
+        show(f"  a step: rows of up to {recipe.train.global_batch_tokens} tokens together")
         return EXIT_DONE
     passes = "1 pass" if shape.accumulation == 1 else f"{shape.accumulation} passes"
-    print(
+    show(
         f"  a step: {shape.rows_per_step} rows, {shape.rows_per_process} per process "
         f"in {passes} of up to {recipe.train.micro_batch_size}"
     )
     if recipe.train.steps is not None:
         rows = recipe.train.steps * shape.rows_per_step
-        print(f"  the run: {recipe.train.steps} steps, {rows} rows")
+        show(f"  the run: {recipe.train.steps} steps, {rows} rows")
     return EXIT_DONE
 
 
@@ -241,7 +242,7 @@ def _schema(arguments: argparse.Namespace) -> int:
     from peft_dist.config.cluster import cluster_schema
     from peft_dist.config.load import recipe_schema
 
-    print(cluster_schema() if arguments.cluster else recipe_schema())
+    show(cluster_schema() if arguments.cluster else recipe_schema())
     return EXIT_DONE
 
 
@@ -288,7 +289,7 @@ def _goodput(arguments: argparse.Namespace) -> int:
     from peft_dist.run.directory import RunDir
 
     found = goodput(LedgerReader(RunDir.open(arguments.run_dir).ledger).all())
-    print(found.to_json() if arguments.json else render(found))
+    show(found.to_json() if arguments.json else render(found))
     return EXIT_DONE
 
 
@@ -321,7 +322,7 @@ def _init(arguments: argparse.Namespace) -> int:
         raise PeftDistError(
             f"cannot be written: {error}", where=str(target), remedy="choose another folder"
         ) from error
-    print(f"{len(copies)} files in {', '.join(str(target / source.name) for source in sources)}")
+    show(f"{len(copies)} files in {', '.join(str(target / source.name) for source in sources)}")
     return EXIT_DONE
 
 
@@ -340,7 +341,7 @@ def _require_training_packages(strategy: str = "") -> None:
 
 
 def _complain(line: str, code: int) -> int:
-    print(f"{ERROR_PREFIX}{line}", file=sys.stderr)
+    show(f"{ERROR_PREFIX}{line}", sys.stderr)
     return code
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE
 
 Run = Callable[[argparse.Namespace], int]
@@ -121,15 +122,15 @@ def _hand_over(request: Any, *, by: str, dry_run: bool = False, fresh: bool = Fa
 
     submission = prepare(request)
     for warning in submission.warnings:
-        print(f"peft-dist: {warning}", file=sys.stderr)
+        show(f"peft-dist: {warning}", sys.stderr)
     if dry_run:
         for path, text in submission.files.items():
-            print(f"==> {path} <==\n{text}")
-        print(shlex.join(submission.argv(submission.wanted(fresh=fresh))))
+            show(f"==> {path} <==\n{text}")
+        show(shlex.join(submission.argv(submission.wanted(fresh=fresh))))
         return EXIT_DONE
     os.umask(0o077)
     job = submit(submission, command=sys.argv, by=by, fresh=fresh)
-    print(f"job {job}: {request.folder}; `peft-dist status {request.folder}` shows how it is")
+    show(f"job {job}: {request.folder}; `peft-dist status {request.folder}` shows how it is")
     return EXIT_DONE
 
 

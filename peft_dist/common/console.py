@@ -1,5 +1,10 @@
-"""Lines for people, on standard streams that may be full or gone: no reason for a run to end."""
+"""Lines for people, on standard streams that may be full or gone: no reason for a run to end.
 
+Whatever a person reads passes `printable`: names, rows, hosts and logs come from others, and a
+terminal obeys what stands in them.
+"""
+
+import logging
 import os
 import sys
 from contextlib import suppress
@@ -12,7 +17,49 @@ from peft_dist.common.env import RANK_LOGS
 def say(text: str, stream: TextIO | None = None) -> None:
     """Print a line, on standard output by default, as far as the stream takes it."""
     with suppress(OSError):
-        print(text, file=stream or sys.stdout, flush=True)
+        show(text, stream)
+
+
+def show(text: str, stream: TextIO | None = None, *, end: str = "\n") -> None:
+    """Print what a command was asked for, on standard output by default.
+
+    Raises:
+        OSError: Where the stream is full or gone.
+    """
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"
+    known = printable(text).encode(encoding, errors="replace").decode(encoding)
+    print(known, file=stream, end=end, flush=True)
+
+
+def printable(text: str) -> str:
+    """Return a text with `?` for every character that steers a terminal or that nobody sees.
+
+    Those are control characters, what reverses the direction of writing, and half characters. Line
+    ends and tabs stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in _HARMLESS else "?" for one in text)
+
+
+_HARMLESS = "\n\t\u00a0\u200c\u200d\u202f\u3000"
+"""Not printable by Unicode, but part of texts: line ends, wide and narrow spaces, and the joiners
+of emoji and of Indic and Persian words."""
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Formats records of logs, whose texts come from others too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def show_warnings() -> None:
+    """Let warnings and worse that are logged be seen on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableFormatter("peft-dist: %(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
 
 def to_nowhere(stream: TextIO) -> None:

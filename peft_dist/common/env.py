@@ -5,6 +5,8 @@ Those of Slurm, torchrun, Accelerate and W&B keep their names where they are rea
 
 CACHE = "PEFT_DIST_CACHE"
 """Set by users: the folder for what can be made again."""
+CACHE_SHARED = "PEFT_DIST_CACHE_SHARED"
+"""Set by users: 1 where other users may write to the cache on purpose."""
 STAGED = "PEFT_DIST_STAGED"
 """JSON that maps a recipe's `model.name` to this node's own copy of it."""
 

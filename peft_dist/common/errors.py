@@ -62,6 +62,10 @@ class RunDirError(PeftDistError):
     """A run directory that is taken, incomplete or cannot be written."""
 
 
+class CacheError(PeftDistError):
+    """A cache folder that cannot be used, or must not be trusted."""
+
+
 class LaunchError(PeftDistError):
     """A launcher whose settings contradict the recipe or the machine."""
 
@@ -82,6 +86,20 @@ class TrainingError(PeftDistError):
 
 class Superseded(TrainingError):
     """A later attempt has taken the run over; this process may write nothing any more."""
+
+
+class RunDirGone(Superseded):
+    """A run directory was moved or removed while its run trains; nothing may be written there."""
+
+    exit_code = EXIT_USER_ERROR
+
+    def __init__(self, run_dir: object) -> None:
+        """Say where it was, and what follows."""
+        super().__init__(
+            "is gone",
+            where=str(run_dir),
+            remedy="if it was moved, go on with `peft-dist resume NEW_PLACE`",
+        )
 
 
 class Interrupted(PeftDistError):

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from peft_dist.checkpoint import adapter_file as adapter_file
-from peft_dist.common import paths
+from peft_dist.common.cache_folder import usable_cache_dir
+from peft_dist.common.console import show
 from peft_dist.common.errors import RecipeError, RunDirError
 from peft_dist.config import load_recipe
 from peft_dist.config.recipe import Parallel
@@ -49,7 +50,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise RecipeError(
             "there are no held-out rows", where="data.eval", remedy="add data.eval=FILE"
         )
-    cache = paths.cache_dir()
+    cache = usable_cache_dir()
     rows = tokenize_rows(recipe, "eval", cache / "rows")
     eval_set = make_eval_set(recipe, rows)
     source = find_base(recipe, cache)
@@ -63,5 +64,5 @@ def _evaluate(options: argparse.Namespace) -> None:
         text = json.dumps(asdict(result), indent=2)
         write_text_atomic(run.evaluation, text + "\n")
         accuracy = "" if result.accuracy is None else f"accuracy {result.accuracy:.3f}  "
-        print(f"{accuracy}held-out loss {result.loss:.4f}  ({result.rows} rows)")
+        show(f"{accuracy}held-out loss {result.loss:.4f}  ({result.rows} rows)")
     process_group.stop()

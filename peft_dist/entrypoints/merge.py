@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dist.checkpoint.adapter_file import ADAPTER_FILE
 from peft_dist.common.atomic import whole_folder
+from peft_dist.common.console import show
 from peft_dist.common.errors import ModelError, RecipeError, RunDirError
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.model import architectures, base
@@ -124,7 +125,7 @@ def merge(run: RunDir, out: Path) -> None:
             remedy="free space, or choose another folder with --out",
         ) from error
     size = sum(file.stat().st_size for file in out.iterdir())
-    print(
+    show(
         f"{out}  {len(changes) + len(added)} of {len(files.tensors) + len(added)} tensors merged  "
         f"{size / 1e6:,.1f} MB  {time.monotonic() - started:.1f} s"
     )

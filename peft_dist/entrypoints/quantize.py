@@ -8,7 +8,8 @@ import time
 
 import torch
 
-from peft_dist.common import paths
+from peft_dist.common.cache_folder import usable_cache_dir
+from peft_dist.common.console import show
 from peft_dist.common.errors import ModelError
 from peft_dist.distributed import process_group
 from peft_dist.distributed.collectives import Shard
@@ -47,7 +48,7 @@ def _quantize(options: argparse.Namespace, world: World) -> None:
             f"{folder} is quantized already", where="MODEL", remedy="train from it as it is"
         )
     plan = base.plan_base(skeleton, files, quantization="nf4")
-    cache_dir = paths.cache_dir()
+    cache_dir = usable_cache_dir()
     folder_of_entry = cache.entry_folder(cache_dir, files)
     process_group.start(world)
     shard = Shard(world.rank, world.size)
@@ -60,7 +61,7 @@ def _quantize(options: argparse.Namespace, world: World) -> None:
         )
     if world.is_main:
         size = sum(file.stat().st_size for file in entry.iterdir())
-        print(f"{entry}  {size / 1e6:,.1f} MB  {time.monotonic() - started:.1f} s")
+        show(f"{entry}  {size / 1e6:,.1f} MB  {time.monotonic() - started:.1f} s")
 
 
 if __name__ == "__main__":

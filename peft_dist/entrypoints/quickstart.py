@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from peft_dist.common.atomic import FolderTaken, whole_folder
+from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE, ModelError, PeftDistError
 from peft_dist.config import load_recipe
 
@@ -25,12 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make the model that a recipe names and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m peft_dist.entrypoints.quickstart RECIPE")
+        show("usage: python -m peft_dist.entrypoints.quickstart RECIPE")
         return EXIT_DONE if arguments in (["-h"], ["--help"]) else 2
     try:
         make_model(model_folder(Path(arguments[0])))
     except PeftDistError as error:
-        print(f"peft-dist: error: {error}", file=sys.stderr)
+        show(f"peft-dist: error: {error}", sys.stderr)
         return error.exit_code
     return EXIT_DONE
 
@@ -44,7 +45,7 @@ def model_folder(recipe: Path) -> Path:
 def make_model(folder: Path) -> None:
     """Convert the packaged model into `folder`, all of it or nothing; leave a made one alone."""
     if folder.is_dir():
-        print(f"model: {folder}")
+        show(f"model: {folder}")
         return
     if folder.name != FOLDER_NAME:
         raise ModelError(
@@ -52,7 +53,7 @@ def make_model(folder: Path) -> None:
             remedy=f"name an existing folder, or one that ends in {FOLDER_NAME}",
         )
     gguf = packaged_gguf()
-    print(f"model: converting {gguf.stem} once into {folder} (about 20 s)", flush=True)
+    show(f"model: converting {gguf.stem} once into {folder} (about 20 s)")
     try:
         with suppress(FolderTaken), whole_folder(folder) as unfinished:
             # Private folders are stricter than the user's own. Where another quickstart was

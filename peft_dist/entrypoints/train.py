@@ -115,11 +115,13 @@ def _take(options: argparse.Namespace, recipe: Recipe, context: WorkerContext) -
     """Take the run directory for this attempt, as rank 0.
 
     Raises:
-        RunDirError: Where another process holds it, or it has finished, or learns otherwise.
+        RunDirError: Where another process holds it, it has finished, learns otherwise, or cannot
+            be written.
         TrainingError: Where starting again cannot help.
     """
     run, prepared = _run_of(options)
     watched = os.environ.get(WATCHED_LEASE, "")
+    run.require_writable()
     if not prepared:
         fresh = options.fresh and not _is_restart()
         watched = refuse_if_held(run.attempts)

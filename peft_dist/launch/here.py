@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from os import environ
 from pathlib import Path
 from shutil import disk_usage
+from tempfile import TemporaryFile
 
+from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.console import say
 from peft_dist.common.env import LAUNCHED_AT, WATCHED_LEASE
 from peft_dist.common.errors import (
@@ -19,6 +21,7 @@ from peft_dist.common.errors import (
     EXIT_CRASHED,
     EXIT_DO_NOT_RETRY,
     EXIT_DONE,
+    RunDirGone,
 )
 from peft_dist.config import Recipe
 from peft_dist.launch.command import launch_environment, worker_command
@@ -54,9 +57,12 @@ def prepare(recipe: Recipe, folder: Path, *, allow_changed: Collection[str] = ()
 
     Raises:
         LaunchError: For more processes than GPUs, or processes that shards do not divide.
+        RunDirError, CacheError: For a folder that the training could not write to.
     """
     placement = plan_processes(recipe, this_machine())
     run = RunDir(folder.absolute())
+    run.require_writable()
+    usable_cache_dir()
     changed = [word for field in allow_changed for word in ("--allow-changed", field)]
     command = worker_command(
         placement,
@@ -90,6 +96,9 @@ def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
     before = mark_launch(run)
     environment = start.environment | {LAUNCHED_AT: repr(time.time()), WATCHED_LEASE: watched}
     ended = run_launcher(start.command, environment=environment, error_log=log)
+    if not run.path.exists():
+        gone = RunDirGone(run.path)
+        return fail(str(gone), gone.exit_code)
     ending = ending_of_launch(
         run,
         before=before,
@@ -107,8 +116,9 @@ def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
         end_for(run.attempts, "interrupted", **signal)
         say(f"peft-dist: {ending.error}; {go_on}", sys.stderr)
         return decision.exit_code
-    if disk_usage(run.path).free < LEAST_FREE_BYTES:  # then there was no room for any error
-        return fail(f"{run.path}: No space left on device; free some; {go_on}", EXIT_DO_NOT_RETRY)
+    refusal = _refusal_of_disk(run.path)
+    if refusal is not None:  # then no process could leave its error there
+        return fail(f"{run.path}: {refusal}; {go_on}", EXIT_DO_NOT_RETRY)
     _print_tail(log)
     return fail(f"{ending.error}; {go_on}", decision.exit_code)
 
@@ -130,6 +140,18 @@ def fail(line: str, code: int) -> int:
     """Print an error as every error is printed; return its exit code."""
     say(f"{ERROR_PREFIX}{line}", sys.stderr)
     return code
+
+
+def _refusal_of_disk(folder: Path) -> str | None:
+    """Return why nothing can be written to a folder, with the remedy; None where that can be."""
+    try:
+        if disk_usage(folder).free < LEAST_FREE_BYTES:
+            return "No space left on device; free some"
+        # What the kernel says of a file system that an error made read-only may be out of date.
+        with TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"{error.strerror or error}; let it be written to again"
 
 
 def _print_tail(log: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from peft_dist.common.console import show
 from peft_dist.ledger.events import EVENT_TYPES, STAMP, Gpu, LedgerEvent, event_name
 
 INTRODUCTION = """\
@@ -54,4 +55,4 @@ def _text(description: str | None) -> str:
 
 
 if __name__ == "__main__":
-    print(render_docs(), end="")
+    show(render_docs(), end="")

@@ -1,5 +1,6 @@
 """Append the events of a run to its ledger, and the protocol of everything that takes events."""
 
+import errno
 import json
 import logging
 import os
@@ -195,10 +196,11 @@ class LedgerWriter:
 
     def _lost(self, error: OSError) -> TrainingError:
         waiting = f" ({len(self._pending)} events not written)" if self._pending else ""
+        free = "let its disk be written to" if error.errno == errno.EROFS else "free space"
         return TrainingError(
             f"cannot be written: {error.strerror or error}{waiting}",
             where=str(self._path),
-            remedy="free space and start the run again",
+            remedy=f"{free} and start the run again",
         )
 
 

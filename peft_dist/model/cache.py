@@ -1,8 +1,9 @@
 """The packed base on disk, so that the next start reads 4-bit rows instead of quantizing.
 
 A cache entry is a model folder in bitsandbytes' own safetensors naming, which transformers loads
-too. Its name is a hash of the source's content; a manifest, written last, holds the fingerprint
-of every tensor, which each load checks against the rows it really read.
+too. Its name is a hash of the source's content; a manifest, written last, names the source, so that
+an entry under another one's name is no entry, and holds the fingerprint of every tensor, which
+each load checks against the rows it really read.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import logging
 import os
 import shutil
 import struct
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +33,7 @@ from peft_dist.model.weights import FLOATS, QUANT_STATE, WeightFiles
 log = logging.getLogger(__name__)
 
 MANIFEST = "peft_dist_manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 STALE_AFTER_S = 24 * 3600.0
 """Age past which a half-written entry has no writer any more."""
 
@@ -65,18 +67,27 @@ def entry_folder(cache: Path, files: WeightFiles) -> Path:
     Call it before the process group exists: the first process of a node hashes, the others wait
     for its lock and read what it remembered.
     """
-    digest = hashlib.sha256(f"peft-dist packed base {_FORMAT}\n".encode())
     with ExitStack() as stack:
         with suppress(OSError):  # a read-only cache
             cache.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock_file(cache / "sha256.lock"))
-        return cache / "packed" / _add_files(digest, cache, files)[:32]
+        return cache / "packed" / _name_of(_source(cache, files))
 
 
-def _add_files(digest: Any, cache: Path, files: WeightFiles) -> str:
-    for file in (files.folder / "config.json", *files.files):
-        digest.update(f"{file.name} {file_sha256(file, cache / 'sha256')}\n".encode())
-    return str(digest.hexdigest())
+def _source(cache: Path, files: WeightFiles) -> dict[str, str]:
+    """Return the sha256 of every file that decides what the packed form is, by name."""
+    memo = cache / "sha256"
+    return {
+        file.name: file_sha256(file, memo) for file in (files.folder / "config.json", *files.files)
+    }
+
+
+def _name_of(source: Mapping[str, str]) -> str:
+    """Return the name of the entry that holds the packed form of a source."""
+    digest = hashlib.sha256(f"peft-dist packed base {_FORMAT}\n".encode())
+    for name, sha256 in source.items():
+        digest.update(f"{name} {sha256}\n".encode())
+    return digest.hexdigest()[:32]
 
 
 def read_manifest(entry: Path, plan: BasePlan, files: WeightFiles) -> dict[str, int] | None:
@@ -90,6 +101,7 @@ def read_manifest(entry: Path, plan: BasePlan, files: WeightFiles) -> dict[str, 
         fingerprints = {name: int(value) for name, value in manifest["fingerprints"].items()}
         whole = (
             manifest["format"] == _FORMAT
+            and _name_of(manifest["source"]) == entry.name
             and all((entry / n).stat().st_size == size for n, size in manifest["bytes"].items())
             and (entry / "config.json").read_text() == _config_text(files, plan)
             and _frame_is_intact(entry / "model.safetensors", plan, files)
@@ -213,8 +225,10 @@ class PackedWriter:
         self.entry, self.failure = entry, ""
         self._stream: BinaryIO | None = None
         self._temporary = entry
+        self._source: dict[str, str] = {}
         layout = [spec for tensor in plan.tensors for spec in _layout(tensor, files)]
         try:
+            self._source = _source(entry.parent.parent, files)
             remove_unfinished(entry, older_than_s=STALE_AFTER_S)
             self._temporary = folder_beside(entry)
             self._stream = (self._temporary / "model.safetensors").open("wb")
@@ -246,6 +260,7 @@ class PackedWriter:
             self._stream.close()
             manifest = {
                 "format": _FORMAT,
+                "source": self._source,
                 "bytes": {p.name: p.stat().st_size for p in sorted(self._temporary.iterdir())},
                 "fingerprints": {name: str(value) for name, value in fingerprints.items()},
             }

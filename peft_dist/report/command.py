@@ -5,6 +5,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
+from peft_dist.common import console
 from peft_dist.common.atomic import replace_file
 from peft_dist.common.errors import EXIT_DONE, PeftDistError
 from peft_dist.report.run_data import read_runs
@@ -41,7 +42,7 @@ def write_report(run_dirs: Sequence[str], *, out: str | None, show: bool) -> int
         raise PeftDistError(
             f"cannot be written: {reason}", where=str(path), remedy="choose another file with --out"
         ) from error
-    print(f"{path} ({size(len(text.encode()))})")
+    console.show(f"{path} ({size(len(text.encode()))})")
     if show and not webbrowser.open(path.absolute().as_uri()):
         raise PeftDistError("no browser was found", remedy=f"open {path} in one yourself")
     return EXIT_DONE

@@ -15,6 +15,7 @@ from typing import NamedTuple, Self
 
 from peft_dist.common.atomic import FolderTaken, remove_unfinished, replace_file, whole_folder
 from peft_dist.common.errors import EXIT_DO_NOT_RETRY, PeftDistError, RunDirError
+from peft_dist.common.folders import find_fault, readable_name
 from peft_dist.config import Recipe, load_recipe, render_recipe
 from peft_dist.config.resume_rules import differences, learning_settings, refuse_changes
 from peft_dist.run.provenance import run_facts
@@ -153,12 +154,10 @@ class RunDir:
             RunDirError: Where the folder is taken or cannot be written; then nothing is left.
         """
         run = cls(Path(path).absolute())
+        run.require_writable()
         try:
-            if run.path.exists() and not run.path.is_dir():
-                raise RunDirError(
-                    "is a file", where=str(run.path), remedy="choose another folder with --run-dir"
-                )
-            with whole_folder(run.path) as making:
+            # A new folder cannot be renamed over a link to an empty one, but over that itself.
+            with whole_folder(run.path.resolve()) as making:
                 cls(making).logs.mkdir(mode=0o700)
                 write_text_atomic(cls(making).recipe, render_recipe(recipe))
                 write_text_atomic(
@@ -168,7 +167,7 @@ class RunDir:
             names = {entry.name for entry in run.path.iterdir()}
             held = "another run" if run.run_facts.is_file() else f"{min(names)!r} already"
             raise _taken(run.path, held) from error
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        except OSError as error:
             raise _cannot_write(run.path, error) from error
         return run
 
@@ -193,12 +192,13 @@ class RunDir:
             allow_changed: Fields that may differ all the same.
 
         Raises:
-            RunDirError: Where the run has finished, or learns by other settings.
+            RunDirError: Where the run has finished, learns by other settings or cannot be written.
         """
         run = cls(Path(path).absolute())
+        run.require_writable()
         try:
             there = run.run_facts.is_file()
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise _cannot_write(run.path, error) from error
         if there and fresh:
             run._set_aside()
@@ -255,6 +255,20 @@ class RunDir:
         path = Path(recipe_path).absolute()
         run = cls(path.parent)
         return run if path.name == run.recipe.name and run.run_facts.is_file() else None
+
+    def require_writable(self) -> None:
+        """Refuse a folder that the run's files cannot be written to, whether it is there or not.
+
+        Raises:
+            RunDirError: Naming the reason.
+        """
+        fault = find_fault(self.path)
+        if fault is not None:
+            raise RunDirError(
+                fault,
+                where=readable_name(self.path),
+                remedy="choose another folder with --run-dir",
+            )
 
     def accept_recipe(self) -> None:
         """Let the recipe that this start goes on by be the run's own."""
@@ -321,10 +335,9 @@ def _taken(path: Path, held: str) -> RunDirError:
     )
 
 
-def _cannot_write(path: Path, error: OSError | ValueError) -> RunDirError:
-    reason = error.strerror if isinstance(error, OSError) else error
+def _cannot_write(path: Path, error: OSError) -> RunDirError:
     return RunDirError(
-        f"cannot be written: {reason}",
+        f"cannot be written: {error.strerror}",
         where=str(path),
         remedy="free space or choose another folder with --run-dir",
     )

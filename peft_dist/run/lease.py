@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Self
 
 from peft_dist.common.atomic import make_file, replace_file
 from peft_dist.common.console import say
-from peft_dist.common.errors import RunDirError, Superseded
+from peft_dist.common.errors import RunDirError, RunDirGone, Superseded
 from peft_dist.common.process_identity import (
     is_alive,
     is_requeue_of,
@@ -129,6 +129,7 @@ class Attempt:
 
         Raises:
             Superseded: Where one has.
+            RunDirGone: Where the run directory was moved or removed.
             OSError: With `now`, where the folder cannot be looked at.
         """
         time_s = time.monotonic()
@@ -141,11 +142,13 @@ class Attempt:
                     raise
         if not self._superseded:
             return
-        newest = latest(self._path.parent)
+        run_dir, newest = self._path.parent.parent, latest(self._path.parent)
+        if newest is None and not _exists(self._path.parent):
+            raise RunDirGone(run_dir)
         by = _describe(newest) if newest else "a fresh run"
         raise Superseded(
             f"attempt {self.number} was taken over by {by}",
-            where=str(self._path.parent.parent),
+            where=str(run_dir),
             remedy="leave it to that one",
         )
 
@@ -200,7 +203,8 @@ class Attempt:
         # The answer can be as old as a network file system's cached attributes (60 s in NFS), and
         # so less than `STALE_AFTER_S`, before which nobody takes a run over that lives elsewhere.
         looked_at_s = time.monotonic()  # before: a stop in between makes the answer an old one
-        # Our own file is missing where somebody cleared the folder: then it is another's run.
+        # Our own file is missing where somebody cleared the folder: then it is another's run, or
+        # none where the folder itself is missing; `check` tells these apart.
         if _exists(self._next) or not _exists(self._path):
             self._superseded = True
         self._looked_at_s = looked_at_s

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from peft_dist.common.console import show
 from peft_dist.common.env import LOGS
 from peft_dist.common.errors import ERROR_PREFIX, EXIT_USER_ERROR
 
@@ -18,7 +19,7 @@ REMEDY = "`peft-dist resume RUN` makes new ones"
 
 def refuse() -> NoReturn:
     """End with the one line, and leave it as the decision that the batch script obeys."""
-    print(f"{ERROR_PREFIX}{PROBLEM}{REMEDY}", file=sys.stderr)
+    show(f"{ERROR_PREFIX}{PROBLEM}{REMEDY}", sys.stderr)
     logs = os.environ.get(LOGS)
     if logs and os.environ.get("SLURM_NODEID") == "0":
         with suppress(OSError):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_dist.common.atomic import make_file
+from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE, ClusterError, SlurmError, nearest
 from peft_dist.config.cluster import check_cluster
 from peft_dist.config.load import render_yaml
@@ -266,7 +267,7 @@ def probe_here(partition: str | None, out: Path | None) -> int:
     """
     text = probe(partition)
     if out is None:
-        print(text, end="")
+        show(text, end="")
         return EXIT_DONE
     try:
         made = make_file(out, text)
@@ -275,5 +276,5 @@ def probe_here(partition: str | None, out: Path | None) -> int:
         raise ClusterError(f"cannot be written: {reason}", where=str(out)) from error
     if not made:
         raise ClusterError("is there already", where=str(out), remedy="name another file")
-    print(f"{out}: look through it, then submit with --cluster {shlex.quote(str(out))}")
+    show(f"{out}: look through it, then submit with --cluster {shlex.quote(str(out))}")
     return EXIT_DONE

@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = " ".join(str(error).split())
         say(f"peft-dist: warning: the model is not copied to this node: {reason}", sys.stderr)
         path = options.source
-    print(json.dumps({options.source: path}) if options.json else path)
+    # What a script reads, as it is.
+    print(json.dumps({options.source: path}) if options.json else path)  # noqa: T201
     return EXIT_DONE
 
 

@@ -4,25 +4,21 @@ Asks Slurm nothing, and makes nothing.
 """
 
 import os
-import stat
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from peft_dist.common.durations import duration_s, duration_text
-from peft_dist.common.errors import ClusterError, LaunchError, RecipeError, RunDirError
+from peft_dist.common.errors import ClusterError, LaunchError, RecipeError
 from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import batch_shape
 from peft_dist.config.cluster import Cluster
+from peft_dist.run.directory import RunDir
 from peft_dist.slurm.scripts import Job
 from peft_dist.slurm.secrets import read_secrets
 
 NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 """Folders that each node has for itself, nearly everywhere."""
-
-
-LONGEST_NAME = 200
-"""Bytes of a folder's name: files take 255, and what is being made has a longer one for a while."""
 
 
 def check_folder(folder: Path) -> None:
@@ -31,20 +27,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         RunDirError: Naming it.
     """
-    remedy = "choose another folder with --run-dir"
-    if len(os.fsencode(folder.name)) > LONGEST_NAME:
-        problem = f"has a name of more than {LONGEST_NAME} bytes"
-        raise RunDirError(problem, where=f"{folder.parent}/{folder.name[:20]}...", remedy=remedy)
-    try:
-        if not stat.S_ISDIR(folder.stat().st_mode):
-            raise RunDirError("is a file", where=str(folder), remedy=remedy)
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise RunDirError(
-            f"cannot be used: {reason}", where=repr(str(folder)), remedy=remedy
-        ) from error
+    RunDir(folder).require_writable()
 
 
 def check_limits(job: Job, *, time_from: str) -> None:

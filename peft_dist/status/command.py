@@ -54,7 +54,8 @@ def show_status(run_dirs: Sequence[str], *, watch: bool = False, as_json: bool =
             if time.monotonic() - asked_s >= ASK_SLURM_EVERY_S:
                 answers, asked_s = {}, time.monotonic()
             views = gather(paths, answers)
-            print(_text(views, watch=watch, as_json=as_json), flush=True)
+            # Lines of tables and JSON are printable already, and CLEAR is to steer the terminal.
+            print(_text(views, watch=watch, as_json=as_json), flush=True)  # noqa: T201
             if not watch:
                 return EXIT_DONE
             time.sleep(REDRAW_EVERY_S)

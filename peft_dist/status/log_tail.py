@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+from peft_dist.common import console
+
 BLOCK_BYTES = 1 << 16
 TAIL_BYTES = 1 << 23
 """No more of a file's end than this is searched for its last lines, or read at once."""
@@ -56,10 +58,11 @@ class Tail:
 def printable(text: str) -> str:
     """Return a text without what steers a terminal; line ends and tabs stay.
 
-    Of a line that a progress bar wrote again and again, its last state is left.
+    Colours, and what else programs write for terminals, are left out. Of a line that a progress bar
+    wrote again and again, its last state is left.
     """
     lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
-    return CONTROL.sub("", "\n".join(lines))
+    return console.printable(CONTROL.sub("", "\n".join(lines)))
 
 
 def _begin_of_last(path: Path, lines: int) -> int:

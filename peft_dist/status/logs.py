@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from peft_dist.common.console import say
+from peft_dist.common.console import say, show
 from peft_dist.common.errors import EXIT_DONE, RunDirError
 from peft_dist.run.directory import ARRAY_FILE, RunDir
 from peft_dist.run.job_events import newest_job
@@ -197,7 +197,7 @@ class _Shown:
             return
         if path != self._current and len(self._tails) > 1:
             blank = "\n" if self._current else ""
-            print(f"{blank}==> {_name(path)} <==")
+            show(f"{blank}==> {_name(path)} <==")
         self._current = path
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peft_dist.common.console import printable
 from peft_dist.slurm.job_state import UNKNOWN
 from peft_dist.status.run_state import DONE, WAITING, RunView, has_failed, is_at_work
 
@@ -103,13 +104,13 @@ def lay_out(
     lines = []
     for row in ([column.title for column in columns], *rows):
         if isinstance(row, Span):
-            lines += _wrap(_printable(row.text), width)
+            lines += _wrap(_one_line(row.text), width)
             continue
         aligned = [
             _fit(cell, room).rjust(room) if column.right else _fit(cell, room).ljust(room)
             for column, cell, room in zip(columns, row, wide, strict=True)
         ]
-        lines.append(_fit(_printable(gap.join(aligned).rstrip()), width))
+        lines.append(_fit(_one_line(gap.join(aligned).rstrip()), width))
     return lines
 
 
@@ -144,9 +145,8 @@ def _wrap(text: str, width: int | None) -> list[str]:
     return textwrap.wrap(text, width, subsequent_indent=indent, drop_whitespace=True)
 
 
-def _printable(text: str) -> str:
-    """Return a text without anything that a terminal would obey."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+def _one_line(text: str) -> str:
+    return printable(text).translate(str.maketrans("\n\t", "??"))
 
 
 def _rows(views: Sequence[RunView | ArrayView], *, narrow: bool = False) -> list[Cells | Span]:

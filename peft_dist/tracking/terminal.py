@@ -10,7 +10,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from peft_dist.common.console import to_nowhere
+from peft_dist.common.console import printable, show, to_nowhere
 from peft_dist.ledger import events
 from peft_dist.ledger.goodput import LedgerGap
 
@@ -97,10 +97,11 @@ class Terminal:
             self._line(f"step {step}/{self._total}  {metrics}{left}".rstrip())
 
     def _line(self, text: str) -> None:
+        text = printable(text)
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
-            print(text, file=self._stream, flush=True)
+            show(text, self._stream)
 
     def _give_up(self, error: OSError) -> None:
         self._off = True

@@ -123,7 +123,7 @@ def run_worker(work: Callable[[WorkerContext], None]) -> int:
     """
     os.umask(0o077)
     _close_input()
-    logging.basicConfig(format="peft-dist: %(levelname)s: %(message)s", level=logging.WARNING)
+    console.show_warnings()
     _quieten_libraries()
     context = WorkerContext.of_environment()
     try:

@@ -19,6 +19,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from peft_dist.common.console import printable
 from peft_dist.common.errors import EXIT_CRASHED
 
 PHASES = ("setup", "step", "evaluation", "save", "end")
@@ -296,4 +297,4 @@ def _kill_siblings(ranks: Collection[int]) -> None:
 def _say(line: str) -> None:
     # Not through sys.stderr: the main thread may hang holding its lock.
     with suppress(OSError):
-        os.write(2, f"peft-dist: {line}\n".encode())
+        os.write(2, f"peft-dist: {printable(line)}\n".encode())

@@ -1,6 +1,7 @@
 """The lease of a run directory, with real processes: one holder, no clocks, zombies locked out."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,13 @@ from typing import Any
 import pytest
 
 from peft_dist.common import atomic
-from peft_dist.common.errors import EXIT_DO_NOT_RETRY, RunDirError, Superseded
+from peft_dist.common.errors import (
+    EXIT_DO_NOT_RETRY,
+    EXIT_USER_ERROR,
+    RunDirError,
+    RunDirGone,
+    Superseded,
+)
 from peft_dist.run import lease
 from peft_dist.run.history import note_crash
 from peft_dist.run.lease import Attempt, latest, record_path, records, refuse_if_held, write_json
@@ -388,6 +395,26 @@ def test_an_attempt_whose_folder_was_cleared_does_not_come_back(
     assert records(folder) == []
     with pytest.raises(Superseded):
         zombie.check(now=True)
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_an_attempt_whose_run_directory_is_gone_says_so_and_makes_nothing_there(
+    tmp_path: Path, moved: bool
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    attempt = Attempt.begin(run_dir / "attempts")
+    if moved:
+        run_dir.rename(tmp_path / "elsewhere")
+    else:
+        shutil.rmtree(run_dir)
+    attempt.note(from_step=40)
+    with pytest.raises(RunDirGone) as caught:
+        attempt.check(now=True)
+    assert str(caught.value).startswith(f"{run_dir}: is gone; if it was moved, go on with ")
+    assert caught.value.exit_code == EXIT_USER_ERROR
+    attempt.end("failed")
+    assert not run_dir.exists()
 
 
 def test_check_looks_at_the_disk_only_now_and_then_unless_it_must(

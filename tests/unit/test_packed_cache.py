@@ -1,8 +1,10 @@
 """The packed base on disk: read instead of quantized, checked to the last byte, no obstacle."""
 
+import hashlib
 import json
 import logging
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +125,35 @@ def test_a_missing_or_truncated_file_is_made_anew(
         (entry / name).write_bytes(whole[name][:kept])
     assert opened().base_fingerprint == first.base_fingerprint
     assert contents(entry) == whole
+
+
+def test_the_packed_form_of_another_model_is_not_used_under_this_ones_name(
+    opened: Opened, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = opened()
+    entry, whole = entry_of(right), contents(entry_of(right))
+    weights = tmp_path / "model" / "model.safetensors"
+    data = weights.read_bytes()
+    changed = bytearray(data)
+    changed[-2] ^= 1
+    weights.write_bytes(changed)
+    other = entry_of(opened())
+    weights.write_bytes(data)
+    shutil.rmtree(entry)
+    shutil.copytree(other, entry)
+    with caplog.at_level(logging.WARNING):
+        again = opened()
+    assert "made anew" in caplog.text
+    assert again.base_fingerprint == right.base_fingerprint
+    assert contents(entry) == whole
+
+
+def test_a_packed_form_names_the_files_that_it_was_made_of(opened: Opened, tmp_path: Path) -> None:
+    manifest = json.loads((entry_of(opened()) / MANIFEST).read_text(encoding="utf-8"))
+    assert manifest["source"] == {
+        name: hashlib.sha256((tmp_path / "model" / name).read_bytes()).hexdigest()
+        for name in ("config.json", "model.safetensors")
+    }
 
 
 def test_nothing_is_left_beside_the_entry(opened: Opened) -> None:

@@ -83,8 +83,26 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, recipe: Reci
 def test_a_file_in_the_way_is_named(tmp_path: Path, recipe: Recipe) -> None:
     (tmp_path / "a").write_text("x", encoding="utf-8")
     assert "is a file" in refusal(tmp_path / "a", recipe)
-    assert "cannot be written" in refusal(tmp_path / "a" / "b", recipe)
-    assert "cannot be written" in refusal(tmp_path / ("x" * 300), recipe)
+    line = refusal(tmp_path / "a" / "b", recipe)
+    assert line.startswith(f"{tmp_path}/a/b: cannot be made: {tmp_path}/a is a file; ")
+
+
+def test_a_link_to_an_empty_folder_may_be_used(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "a").symlink_to("there")
+    run = RunDir.create(tmp_path / "a", recipe)
+    assert (tmp_path / "a").is_symlink() and run.recipe.is_file()
+    assert (tmp_path / "there" / "recipe.yaml").is_file()
+    assert "holds another run" in refusal(tmp_path / "a", recipe)
+
+
+def test_a_run_that_lies_where_it_cannot_be_written_any_more_is_refused(
+    tmp_path: Path, recipe: Recipe
+) -> None:
+    run = RunDir.create(tmp_path / "a", recipe)
+    run.path.rename(tmp_path / os.fsdecode(b"\xff"))
+    with pytest.raises(RunDirError, match="is not UTF-8"):
+        RunDir.claim(tmp_path / os.fsdecode(b"\xff"), recipe)
 
 
 def test_a_failure_is_noted_once_with_its_time(tmp_path: Path, recipe: Recipe) -> None:
@@ -225,7 +243,7 @@ def test_a_claim_takes_no_folder_with_something_else(tmp_path: Path, recipe: Rec
         with pytest.raises(RunDirError, match="holds 'thesis.tex' already"):
             RunDir.claim(tmp_path / "a", recipe, fresh=fresh)
     for path in (tmp_path / ("x" * 300), "a\0b"):
-        with pytest.raises(RunDirError, match="cannot be written"):
+        with pytest.raises(RunDirError, match="a name of more than|in its name"):
             RunDir.claim(path, recipe)
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import suppress
 
+from peft_dist.common import console
 from peft_dist.common.errors import PeftDistError
 from peft_dist.run.directory import RunDir
 from peft_dist.tracking.wandb.alerts import ALERT_EVERY_S, Alert, alert_of, crashed
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     environment = wandb_environment(os.environ)
     os.environ.clear()
     os.environ.update(environment)
-    logging.basicConfig(format="peft-dist: %(levelname)s: %(message)s", level=logging.WARNING)
+    console.show_warnings()
     over = threading.Event()
     threading.Thread(target=_wait_for_end, args=(over,), daemon=True).start()
     try:
