@@ -4,6 +4,7 @@ A launcher's own exit code only says that a process failed: how a training ended
 directory, and what ended any other command in the file of the worker that failed.
 """
 
+import json
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -13,19 +14,21 @@ from pathlib import Path
 from shutil import disk_usage
 
 from peft_dist.common.console import say
-from peft_dist.common.env import LAUNCHED_AT, WATCHED_LEASE
+from peft_dist.common.env import LAUNCHED_AT, LAUNCHER, WATCHED_LEASE
 from peft_dist.common.errors import (
     ERROR_PREFIX,
     EXIT_CRASHED,
     EXIT_DO_NOT_RETRY,
     EXIT_DONE,
 )
+from peft_dist.common.process_identity import this_process
 from peft_dist.config import Recipe
 from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.local import run_launcher
 from peft_dist.launch.placement import plan_processes, this_machine
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_launch, mark_launch
+from peft_dist.run.holder import wait_for_orphans
 from peft_dist.run.lease import end_for, refuse_if_held
 from peft_dist.run.restart_policy import Ending, History, Kind, RestartLimits, decide
 
@@ -78,6 +81,7 @@ def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
     Raises:
         RunDirError: Where another process holds the run, or it has finished, or learns otherwise.
     """
+    wait_for_orphans(start.run.attempts)
     watched = refuse_if_held(start.run.attempts)
     run = RunDir.claim(
         start.run.path,
@@ -88,7 +92,8 @@ def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
     )
     log = run.launcher_log
     before = mark_launch(run)
-    environment = start.environment | {LAUNCHED_AT: repr(time.time()), WATCHED_LEASE: watched}
+    facts = {LAUNCHED_AT: repr(time.time()), WATCHED_LEASE: watched}
+    environment = start.environment | _launcher() | facts
     ended = run_launcher(start.command, environment=environment, error_log=log)
     ending = ending_of_launch(
         run,
@@ -115,6 +120,7 @@ def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
 
 def run_here(command: Sequence[str], environment: Mapping[str, str], *, log: Path) -> int:
     """Run workers that keep no state to their end; return the exit code."""
+    environment = {**environment, **_launcher()}
     ended = run_launcher(command, environment=environment, error_log=log)
     if ended.code == EXIT_DONE:
         return EXIT_DONE
@@ -130,6 +136,11 @@ def fail(line: str, code: int) -> int:
     """Print an error as every error is printed; return its exit code."""
     say(f"{ERROR_PREFIX}{line}", sys.stderr)
     return code
+
+
+def _launcher() -> dict[str, str]:
+    """Return the variable by which workers see that this command was killed."""
+    return {LAUNCHER: json.dumps(this_process())}
 
 
 def _print_tail(log: Path) -> None:

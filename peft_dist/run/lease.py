@@ -22,6 +22,7 @@ from peft_dist.common.errors import RunDirError, Superseded
 from peft_dist.common.process_identity import (
     is_alive,
     is_requeue_of,
+    launcher,
     slurm_job,
     this_group,
     this_process,
@@ -104,6 +105,7 @@ class Attempt:
                 **this_process(),
                 **slurm_job(),
                 "group": this_group(),
+                "launcher": launcher(),
                 "world_size": world_size,
                 "counts_from": after_verdict,
             }

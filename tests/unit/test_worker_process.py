@@ -1,9 +1,14 @@
 """What a process may still write at its end: only what its own attempt's run is to know."""
 
+import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from peft_dist.common.env import LAUNCHER
 from peft_dist.common.errors import EXIT_USER_ERROR, DataError
 from peft_dist.config import Recipe
 from peft_dist.run.directory import RunDir
@@ -85,3 +90,37 @@ def test_a_rank_that_is_told_to_stop_before_rank_0_has_the_run_waits_for_that(
         assert ending is not None and ending.kind is Kind.INTERRUPTED
     finally:
         attempt.end("done")
+
+
+IDENTIFY = """
+import json, sys
+from peft_dist.common.process_identity import this_process
+print(json.dumps(this_process()), flush=True)
+sys.stdin.read()
+"""
+WORK = """
+import time
+from peft_dist.worker.orphan import end_with_launcher
+end_with_launcher()
+print("works", flush=True)
+time.sleep(3)
+"""
+
+
+@pytest.mark.parametrize("case", ["killed", "lives", "of another machine", "none"])
+def test_a_worker_ends_once_its_command_has_been_killed(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", IDENTIFY], **pipes) as command:
+        record = json.loads(command.stdout.readline())
+        if case == "of another machine":
+            record["boot_id"] = "another"
+        if case != "none":
+            monkeypatch.setenv(LAUNCHER, json.dumps(record))
+        with subprocess.Popen([sys.executable, "-c", WORK], stdout=subprocess.PIPE) as worker:
+            assert worker.stdout.readline() == b"works\n"
+            if case != "lives":
+                command.kill()
+            assert worker.wait(20) == (-signal.SIGTERM if case == "killed" else 0)
+        command.kill()
