@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from os import environ
 from pathlib import Path
@@ -20,9 +21,10 @@ from peft_dist.common.errors import (
     EXIT_CRASHED,
     EXIT_DO_NOT_RETRY,
     EXIT_DONE,
+    PeftDistError,
 )
 from peft_dist.common.process_identity import this_process
-from peft_dist.config import Recipe
+from peft_dist.config import Recipe, load_recipe, render_recipe
 from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.local import run_launcher
 from peft_dist.launch.placement import plan_processes, this_machine
@@ -74,15 +76,21 @@ def prepare(recipe: Recipe, folder: Path, *, allow_changed: Collection[str] = ()
 def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
     """Train to the end, or go on with what is there; return the exit code.
 
+    Of a run that has finished with the same recipe one line says so, and nothing is started.
+
     Args:
         start: What `prepare` returned.
         fresh: Set a run that is there aside and start anew.
 
     Raises:
-        RunDirError: Where another process holds the run, or it has finished, or learns otherwise.
+        RunDirError: Where another process holds the run, or it has finished with another recipe, or
+            learns otherwise.
     """
     wait_for_orphans(start.run.attempts)
     watched = refuse_if_held(start.run.attempts)
+    if not fresh and _has_finished(start.run, start.recipe):
+        say(f"{start.run.path} has finished; nothing is left to do")
+        return EXIT_DONE
     run = RunDir.claim(
         start.run.path,
         start.recipe,
@@ -136,6 +144,17 @@ def fail(line: str, code: int) -> int:
     """Print an error as every error is printed; return its exit code."""
     say(f"{ERROR_PREFIX}{line}", sys.stderr)
     return code
+
+
+def _has_finished(run: RunDir, recipe: Recipe) -> bool:
+    """Whether a run has finished with a recipe; on which processes makes no difference then."""
+    if not run.is_finished:
+        return False
+    with suppress(PeftDistError):  # of another version: not the same, as far as we know
+        old = load_recipe(RunDir.open(run.path).recipe, check_paths=False)
+        old = old.model_copy(update={"parallel": recipe.parallel})
+        return render_recipe(old) == render_recipe(recipe)
+    return False
 
 
 def _launcher() -> dict[str, str]:
