@@ -326,7 +326,7 @@ def _refuse(folder: Path, record: Record | None) -> NoReturn:
     raise RunDirError(
         f"is in use by {_describe(record) if record else 'another process'}",
         where=str(folder.parent),
-        remedy="wait for it, stop it, or choose another folder with --run-dir",
+        remedy=f"wait for it, `peft-dist stop {folder.parent}`, or choose another --run-dir",
     )
 
 

@@ -35,7 +35,7 @@ PEFT_DIST = [sys.executable, "-m", "peft_dist"]
 
 
 class Command:
-    """A `peft-dist` command that runs."""
+    """A command that runs."""
 
     def __init__(self, project: Project, folder: Path, name: str, *arguments: str) -> None:
         """Start it, in a session of its own."""
@@ -43,7 +43,7 @@ class Command:
         self.started_s = time.monotonic()
         with self._log.open("ab") as errors:
             self.process = subprocess.Popen(
-                [*PEFT_DIST, *arguments],
+                arguments,
                 env=environment(project.cache, PEFT_DIST_TEST=str(folder)),
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
@@ -87,6 +87,10 @@ class Run:
 
     def command(self, *arguments: str) -> Command:
         """Start any `peft-dist` command."""
+        return self.execute(*PEFT_DIST, *arguments)
+
+    def execute(self, *arguments: str) -> Command:
+        """Start any command."""
         command = Command(self.project, self.folder, f"{len(self._commands)}", *arguments)
         self._commands.append(command)
         return command
