@@ -1,4 +1,4 @@
-"""The commands of `peft-dist` that speak to Slurm: their arguments, and the one call of each.
+"""The commands that submit, watch and end runs: their arguments, and the one call of each.
 
 Imports are inside the commands, as in `cli`.
 """
@@ -20,7 +20,7 @@ Run = Callable[[argparse.Namespace], int]
 def add_commands(
     command: Callable[[str, Run, str], argparse.ArgumentParser], *, count: Callable[[str], int]
 ) -> None:
-    """Add the Slurm commands.
+    """Add the commands.
 
     Args:
         command: Makes one, from its name, function and description.
@@ -77,6 +77,11 @@ def add_commands(
     cancel = command("cancel", _cancel, "end a run's job, after a checkpoint")
     cancel.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder that submit made")
     cancel.add_argument("--now", action="store_true", help="without a checkpoint")
+    stop = command("stop", _stop, "end a run of this machine, after a checkpoint")
+    stop.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run")
+    stop.add_argument(
+        "--wait-s", type=count, default=120, metavar="S", help="seconds to wait (default: 120)"
+    )
 
 
 def _add_size(parser: argparse.ArgumentParser) -> None:
@@ -172,4 +177,12 @@ def _cancel(arguments: argparse.Namespace) -> int:
         runs = [folder / element["run_dir"] for element in elements] or [RunDir.open(folder).path]
         folders += runs
     cancel(folders, now=arguments.now, report=print)
+    return EXIT_DONE
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    from peft_dist.run.directory import RunDir
+    from peft_dist.run.holder import stop_holder
+
+    say(stop_holder(RunDir.open(arguments.run_dir), wait_s=arguments.wait_s))
     return EXIT_DONE

@@ -12,6 +12,8 @@ STAGED = "PEFT_DIST_STAGED"
 
 LAUNCH_MARK = "PEFT_DIST_LAUNCH"
 """By which the processes that `peft-dist` starts are found."""
+LAUNCHER = "PEFT_DIST_LAUNCHER"
+"""The `peft-dist` process that looks after the workers, as JSON of `process_identity`."""
 LAUNCHED_AT = "PEFT_DIST_LAUNCHED_AT"
 """The unix time at which the launcher of a process was started."""
 FAILURES = "PEFT_DIST_FAILURES"

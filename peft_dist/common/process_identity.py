@@ -3,12 +3,13 @@
 Reads the kernel's tables and Slurm's environment. Compares no clocks and sends no signals.
 """
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from peft_dist.common.env import AFTER_JOB
+from peft_dist.common.env import AFTER_JOB, LAUNCHER
 
 
 def this_process() -> dict[str, Any]:
@@ -24,6 +25,21 @@ def this_process() -> dict[str, Any]:
         "boot_id": boot_id,
         "pid_namespace": pid_namespace,
     }
+
+
+def launcher() -> dict[str, Any] | None:
+    """Return the `peft-dist` process that looks after this one; None where there is none."""
+    with suppress(ValueError):
+        record = json.loads(os.environ.get(LAUNCHER, ""))
+        if isinstance(record, dict) and isinstance(record.get("pid"), int):
+            return record
+    return None
+
+
+def is_launcher_gone() -> bool:
+    """Whether the `peft-dist` process that looked after this one has ended."""
+    record = launcher()
+    return record is not None and is_alive(record) is False
 
 
 def this_group() -> str:

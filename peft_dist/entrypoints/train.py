@@ -15,6 +15,7 @@ from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import to_rank_log
 from peft_dist.common.env import WATCHED_LEASE
 from peft_dist.common.errors import RunDirError, TrainingError
+from peft_dist.common.process_identity import is_launcher_gone
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_run, is_machine_start, read_history
@@ -68,6 +69,8 @@ def _exit_code_before_start(options: argparse.Namespace) -> int | None:
 
     torchrun starts again whatever does not end with 0, also what a signal or an error has ended.
     """
+    if is_launcher_gone():  # torchrun starts the group again once its orphans have ended
+        return signals.interrupted_code()
     if not (_is_restart() or is_machine_start()):
         return None
     run, _ = _run_of(options)

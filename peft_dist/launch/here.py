@@ -4,9 +4,11 @@ A launcher's own exit code only says that a process failed: how a training ended
 directory, and what ended any other command in the file of the worker that failed.
 """
 
+import json
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from os import environ
 from pathlib import Path
@@ -15,20 +17,23 @@ from tempfile import TemporaryFile
 
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.console import say
-from peft_dist.common.env import LAUNCHED_AT, WATCHED_LEASE
+from peft_dist.common.env import LAUNCHED_AT, LAUNCHER, WATCHED_LEASE
 from peft_dist.common.errors import (
     ERROR_PREFIX,
     EXIT_CRASHED,
     EXIT_DO_NOT_RETRY,
     EXIT_DONE,
+    PeftDistError,
     RunDirGone,
 )
-from peft_dist.config import Recipe
+from peft_dist.common.process_identity import this_process
+from peft_dist.config import Recipe, load_recipe, render_recipe
 from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.local import run_launcher
 from peft_dist.launch.placement import plan_processes, this_machine
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_launch, mark_launch
+from peft_dist.run.holder import wait_for_orphans
 from peft_dist.run.lease import end_for, refuse_if_held
 from peft_dist.run.restart_policy import Ending, History, Kind, RestartLimits, decide
 
@@ -77,14 +82,21 @@ def prepare(recipe: Recipe, folder: Path, *, allow_changed: Collection[str] = ()
 def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
     """Train to the end, or go on with what is there; return the exit code.
 
+    Of a run that has finished with the same recipe one line says so, and nothing is started.
+
     Args:
         start: What `prepare` returned.
         fresh: Set a run that is there aside and start anew.
 
     Raises:
-        RunDirError: Where another process holds the run, or it has finished, or learns otherwise.
+        RunDirError: Where another process holds the run, or it has finished with another recipe, or
+            learns otherwise.
     """
+    wait_for_orphans(start.run.attempts)
     watched = refuse_if_held(start.run.attempts)
+    if not fresh and _has_finished(start.run, start.recipe):
+        say(f"{start.run.path} has finished; nothing is left to do")
+        return EXIT_DONE
     run = RunDir.claim(
         start.run.path,
         start.recipe,
@@ -94,7 +106,8 @@ def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
     )
     log = run.launcher_log
     before = mark_launch(run)
-    environment = start.environment | {LAUNCHED_AT: repr(time.time()), WATCHED_LEASE: watched}
+    facts = {LAUNCHED_AT: repr(time.time()), WATCHED_LEASE: watched}
+    environment = start.environment | _launcher() | facts
     ended = run_launcher(start.command, environment=environment, error_log=log)
     if not run.path.exists():
         gone = RunDirGone(run.path)
@@ -125,6 +138,7 @@ def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
 
 def run_here(command: Sequence[str], environment: Mapping[str, str], *, log: Path) -> int:
     """Run workers that keep no state to their end; return the exit code."""
+    environment = {**environment, **_launcher()}
     ended = run_launcher(command, environment=environment, error_log=log)
     if ended.code == EXIT_DONE:
         return EXIT_DONE
@@ -152,6 +166,22 @@ def _refusal_of_disk(folder: Path) -> str | None:
             return None
     except OSError as error:
         return f"{error.strerror or error}; let it be written to again"
+
+
+def _has_finished(run: RunDir, recipe: Recipe) -> bool:
+    """Whether a run has finished with a recipe; on which processes makes no difference then."""
+    if not run.is_finished:
+        return False
+    with suppress(PeftDistError):  # of another version: not the same, as far as we know
+        old = load_recipe(RunDir.open(run.path).recipe, check_paths=False)
+        old = old.model_copy(update={"parallel": recipe.parallel})
+        return render_recipe(old) == render_recipe(recipe)
+    return False
+
+
+def _launcher() -> dict[str, str]:
+    """Return the variable by which workers see that this command was killed."""
+    return {LAUNCHER: json.dumps(this_process())}
 
 
 def _print_tail(log: Path) -> None:

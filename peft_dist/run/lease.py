@@ -22,6 +22,7 @@ from peft_dist.common.errors import RunDirError, RunDirGone, Superseded
 from peft_dist.common.process_identity import (
     is_alive,
     is_requeue_of,
+    launcher,
     slurm_job,
     this_group,
     this_process,
@@ -104,6 +105,7 @@ class Attempt:
                 **this_process(),
                 **slurm_job(),
                 "group": this_group(),
+                "launcher": launcher(),
                 "world_size": world_size,
                 "counts_from": after_verdict,
             }
@@ -328,7 +330,7 @@ def _refuse(folder: Path, record: Record | None) -> NoReturn:
     raise RunDirError(
         f"is in use by {_describe(record) if record else 'another process'}",
         where=str(folder.parent),
-        remedy="wait for it, stop it, or choose another folder with --run-dir",
+        remedy=f"wait for it, `peft-dist stop {folder.parent}`, or choose another --run-dir",
     )
 
 

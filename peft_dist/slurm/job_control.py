@@ -43,7 +43,7 @@ def cancel(folders: Sequence[Path], *, now: bool, report: Callable[[str], None])
         raise RunDirError(
             "has no Slurm job",
             where=str(folders[0]),
-            remedy="press Ctrl-C where it runs, or send SIGTERM to its processes",
+            remedy=f"where it runs, use `peft-dist stop {folders[0]}`",
         )
     for folder, names in wanted.items():
         if names:  # whatever is queued of it from here on ends as soon as it starts

@@ -33,6 +33,7 @@ from peft_dist.run.failure_files import write_failure
 from peft_dist.run.history import note_crash, read_history
 from peft_dist.run.lease import Attempt, latest
 from peft_dist.run.restart_policy import Ending, Kind, RestartLimits, decide
+from peft_dist.worker.orphan import end_with_launcher
 from peft_dist.worker.signals import interrupted_code
 
 FIX_FIRST = "start again once that is fixed"
@@ -126,6 +127,7 @@ def run_worker(work: Callable[[WorkerContext], None]) -> int:
     console.show_warnings()
     _quieten_libraries()
     context = WorkerContext.of_environment()
+    end_with_launcher()
     try:
         work(context)
         code = EXIT_DONE

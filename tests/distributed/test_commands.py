@@ -231,8 +231,11 @@ def test_the_last_copy_is_the_adapter_and_loads_with_peft(runs: Path) -> None:
 
 def test_a_finished_run_is_not_trained_again(runs: Path) -> None:
     before = (runs / "runs" / "python" / "ledger.jsonl").read_bytes()
-    for way in ("python", "peft-dist"):
-        done = start(runs, [*WAYS[way], "--run-dir", "runs/python"])
+    done = start(runs, [*WAYS["peft-dist"], "--run-dir", "runs/python"])
+    assert done.returncode == 0, done.stderr
+    assert "runs/python has finished; nothing is left to do" in done.stdout
+    for way in (WAYS["python"], [*WAYS["peft-dist"], "train.seed=5"]):
+        done = start(runs, [*way, "--run-dir", "runs/python"])
         assert done.returncode == 2
         (line,) = error_lines(done)
         assert "holds a run that has finished; choose another folder with --run-dir" in line

@@ -15,7 +15,7 @@ import pytest
 
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Project
-from tests.faults.long import cases, only_long
+from tests.faults.long import cases
 from tests.faults.oracles import (
     assert_same_run,
     checkpoint_steps,
@@ -24,7 +24,7 @@ from tests.faults.oracles import (
     processes_below,
     records,
 )
-from tests.processes import environment
+from tests.processes import environment, wait_until
 from tests.tiny import completion_rows, write_jsonl
 
 pytestmark = pytest.mark.distributed
@@ -35,7 +35,7 @@ PEFT_DIST = [sys.executable, "-m", "peft_dist"]
 
 
 class Command:
-    """A `peft-dist` command that runs."""
+    """A command that runs."""
 
     def __init__(self, project: Project, folder: Path, name: str, *arguments: str) -> None:
         """Start it, in a session of its own."""
@@ -43,7 +43,7 @@ class Command:
         self.started_s = time.monotonic()
         with self._log.open("ab") as errors:
             self.process = subprocess.Popen(
-                [*PEFT_DIST, *arguments],
+                arguments,
                 env=environment(project.cache, PEFT_DIST_TEST=str(folder)),
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
@@ -87,6 +87,10 @@ class Run:
 
     def command(self, *arguments: str) -> Command:
         """Start any `peft-dist` command."""
+        return self.execute(*PEFT_DIST, *arguments)
+
+    def execute(self, *arguments: str) -> Command:
+        """Start any command."""
         command = Command(self.project, self.folder, f"{len(self._commands)}", *arguments)
         self._commands.append(command)
         return command
@@ -121,6 +125,10 @@ class Run:
         """Return how each attempt ended, as it said itself."""
         files = sorted((self.path / "attempts").glob("????????.json"))
         return [json.loads(path.read_text(encoding="utf-8")).get("outcome") for path in files]
+
+    def launcher_said(self) -> str:
+        """Return what launcher and workers wrote to standard error."""
+        return (self.path / "logs" / "launcher.log").read_text(encoding="utf-8")
 
     def close(self) -> None:
         """End what still runs; fail where a command that had ended has left something behind."""
@@ -237,27 +245,60 @@ def test_workers_whose_launcher_is_killed_save_and_end_and_train_goes_on(
     assert_undisturbed(run, undisturbed)
 
 
-@only_long
-def test_a_command_that_is_killed_leaves_a_run_that_its_repetition_goes_on_with(run: Run) -> None:
-    command = run.start("train.steps=2000")  # long enough for the second command to see it
+def test_a_command_that_is_killed_takes_its_workers_along_and_its_repetition_goes_on(
+    run: Run, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    command = run.start("parallel.max_restarts=3")
     run.wait_for_step(command, 50)
+    held_back = run.ranks()[1]
+    os.kill(held_back, signal.SIGSTOP)  # the run must not finish before they notice
+    command.process.kill()
+    killed_at_s = time.monotonic()
+    command.wait()
+    wait_until(lambda: "was killed; the run ends" in run.launcher_said(), "rank 0 notices")
+    os.kill(held_back, signal.SIGCONT)
+    wait_until(lambda: not processes_below(run.folder), "end of all", timeout_s=20)
+    print(f"\nSIGKILL to the end of all: {time.monotonic() - killed_at_s:.1f} s")
+    assert run.outcomes() == ["interrupted"]
+    stopped = last_step(run.path)
+    assert 50 <= stopped < 200
+    assert checkpoint_steps(run.path)[-1] == stopped
+    assert not list((tmp_path / "tmp").glob("peft-dist-*"))
+    again = run.start("parallel.max_restarts=3")
+    assert again.wait() == 0, again.told()
+    assert records(run.path, "start")[1]["step"] == stopped
+    assert run.outcomes() == ["interrupted", "done"]
+    assert_undisturbed(run, undisturbed)
+
+
+def test_a_start_right_after_its_process_group_was_killed_waits_and_goes_on(
+    run: Run, undisturbed: Undisturbed
+) -> None:
+    command = run.start()
+    run.wait_for_step(command, 50)
+    held_back = run.ranks()[1]
+    os.kill(held_back, signal.SIGSTOP)
+    os.killpg(command.process.pid, signal.SIGKILL)
+    command.wait()
+    again = run.start()
+    again.wait_until(lambda: "waiting up to 120 s" in again.told(), "waiting")
+    wait_until(lambda: "was killed; the run ends" in run.launcher_said(), "rank 0 notices")
+    os.kill(held_back, signal.SIGCONT)
+    assert again.wait() == 0, again.told()
+    assert run.outcomes() == ["interrupted", "done"]
+    assert_undisturbed(run, undisturbed)
+
+
+def test_workers_that_load_end_when_their_command_is_killed(run: Run) -> None:
+    command = run.start("parallel.max_restarts=3")
+    command.wait_until(lambda: bool(run.outcomes()), "lease")
     command.process.kill()
     command.wait()
-    # Nobody is left to look after the workers: they train on, and hold the run.
-    second = run.start("train.steps=2000")
-    assert second.wait() == 2
-    assert f"in use by attempt 1, process {run.ranks()[0]}" in second.told(), second.told()
-    for pid in run.ranks().values():
-        os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + LIMIT_S
-    while processes_below(run.folder):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    stopped = checkpoint_steps(run.path)[-1]
-    assert stopped == last_step(run.path)
-    third = run.start("train.steps=2000")
-    third.wait_until(lambda: records(run.path)[-1]["attempt"] > 1, "going on")
-    assert records(run.path, "start")[-1]["step"] == stopped
+    wait_until(lambda: not processes_below(run.folder), "end of all", timeout_s=20)
+    assert len(run.outcomes()) == 1, "started again with nobody to look after it"
+    assert not records(run.path, "step")
 
 
 def test_a_bad_row_ends_the_command_at_once_and_burns_no_restart(run: Run, tmp_path: Path) -> None:

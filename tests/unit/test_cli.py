@@ -232,6 +232,15 @@ def test_resume_starts_the_runs_own_recipe_and_a_finished_run_not_at_all(
     code, _, err = outcome(capsys, "train", str(recipe_file), "--run-dir", str(run.path))
     assert code == 2
     assert "holds a run that has finished; choose another folder" in err
+    words = ["train", str(recipe_file), "--run-dir", str(run.path), "train.steps=7"]
+    for other in ("train.seed=5", "checkpoint.every_steps=3"):
+        code, out, err = outcome(capsys, *words, other)
+        assert (code, out) == (2, ""), other
+        assert "holds a run that has finished; choose another folder" in err
+    for same in ([], ["--nproc", "2"], ["parallel.strategy=fsdp"]):
+        told = outcome(capsys, *words, *same)
+        assert told == (0, f"{run.path} has finished; nothing is left to do\n", ""), same
+    assert not (run.path / "rank-0.json").exists()
     code, _, err = outcome(capsys, "train", str(recipe_file), "--run-dir", str(run.path), "--fresh")
     assert (code, err) == (0, "")
     assert load_recipe(tmp_path / "run.old-1" / "recipe.yaml").train.steps == 7
