@@ -22,7 +22,7 @@ SECRET_IN_SETUP = re.compile(rf"\b({SECRET_NAME})=(?![\"']?(?:[$`\s]|$))", re.IG
 """One that gets a value which stands there, and is not read from somewhere."""
 PASSWORD_IN_ADDRESS = re.compile(r"://[^/@:\s]*:[^/@\s]+@")
 SET_BY_OTHERS = re.compile(
-    r"SLURM_\w*|PEFT_DIST_(?!CACHE$)\w*|PET_\w*|(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE"
+    r"SLURM_\w*|PEFT_DIST_(?!CACHE(?:_SHARED)?$)\w*|PET_\w*|(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE"
     # bash refuses to set these
     r"|BASHOPTS|BASH_VERSINFO|EUID|PPID|SHELLOPTS|UID"
 )

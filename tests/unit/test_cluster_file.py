@@ -12,6 +12,7 @@ from peft_dist.cli.main import main
 from peft_dist.common.durations import duration_s, duration_text
 from peft_dist.common.errors import ClusterError
 from peft_dist.config.cluster import Cluster, cluster_schema, load_cluster, render_cluster
+from peft_dist.config.cluster_values import SET_BY_OTHERS
 from peft_dist.config.load import render_yaml
 from peft_dist.slurm.secrets import read_secrets
 from tests.unit.slurm_jobs import APPTAINER, EVERYTHING
@@ -266,3 +267,9 @@ def test_a_line_that_is_no_variable_is_named_by_its_number_alone(tmp_path: Path,
 def test_a_secrets_file_that_is_missing_is_told_with_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match=r"No such file or directory; make it, with a line"):
         read_secrets(tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["PEFT_DIST_CACHE", "PEFT_DIST_CACHE_SHARED"])
+def test_the_cache_of_the_nodes_is_the_users_to_set(name: str) -> None:
+    assert not SET_BY_OTHERS.fullmatch(name)
+    assert SET_BY_OTHERS.fullmatch(f"{name}_X")
