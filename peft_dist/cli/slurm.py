@@ -184,5 +184,5 @@ def _stop(arguments: argparse.Namespace) -> int:
     from peft_dist.run.directory import RunDir
     from peft_dist.run.holder import stop_holder
 
-    say(stop_holder(RunDir.open(arguments.run_dir), wait_s=arguments.wait_s))
+    show(stop_holder(RunDir.open(arguments.run_dir), wait_s=arguments.wait_s))
     return EXIT_DONE

@@ -4,6 +4,7 @@ Decides what is submitted; `refusals` says what cannot be, `render` writes it, `
 Slurm. Runs nothing itself.
 """
 
+import hashlib
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_dist.common import paths
 from peft_dist.common.durations import duration_s, duration_text
 from peft_dist.common.errors import LaunchError, RecipeError, RunDirError
 from peft_dist.common.locks import lock_file
@@ -133,11 +135,13 @@ def prepare(request: Request) -> Submission:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Let one command at a time submit what is beside a folder, as far as its disk knows locks."""
-    above = next(path for path in folder.parents if path.is_dir())
+    """Let one command of a user at a time submit what is beside a folder."""
+    name = hashlib.sha256(str(folder.parent).encode()).hexdigest()
     with ExitStack() as stack:
-        with suppress(OSError):  # a folder that is not ours to write in
-            stack.enter_context(lock_file(above / ".peft-dist-submit.lock"))
+        with suppress(OSError):  # a cache that cannot be written
+            locks = paths.cache_dir() / "submit"
+            locks.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_file(locks / f"{name[:32]}.lock"))
         yield
 
 

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from peft_dist.common.errors import ERROR_PREFIX, EXIT_CRASHED, EXIT_DONE, PeftDistError
 from peft_dist.common.console import say
+from peft_dist.common.errors import ERROR_PREFIX, EXIT_CRASHED, EXIT_DONE, PeftDistError
 from peft_dist.tracking.wandb import rows
 from peft_dist.tracking.wandb.identity import wandb_environment
 from peft_dist.tracking.wandb.wandb_run import NotAllowed, Unreachable, explained

@@ -3,11 +3,9 @@
 Knows nothing of rows, and never imports wandb.
 """
 
-import fcntl
 import json
 import os
 import socket
-import time
 import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
@@ -15,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from peft_dist.common.locks import lock_file
 from peft_dist.common.atomic import make_file, replace_file
+from peft_dist.common.locks import lock_file
 from peft_dist.run.directory import RunDir
 
 PROBE_BYTES = 1 << 16

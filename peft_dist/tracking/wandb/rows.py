@@ -30,7 +30,10 @@ PEAK_MEMORY = "memory/peak_bytes"
 GOODPUT = "goodput/fraction"
 SHARES = tuple(f"goodput/{phase}" for phase in PHASES)
 """Shares of the run's time so far, as `peft-dist goodput` divides it."""
-MISHAPS = tuple(events.event_name(kind) for kind in (events.SkippedEvent, events.RollbackEvent, events.SaveFailedEvent))
+MISHAPS = tuple(
+    events.event_name(kind)
+    for kind in (events.SkippedEvent, events.RollbackEvent, events.SaveFailedEvent)
+)
 MISHAP_COUNTS = tuple(f"mishaps/{name}" for name in MISHAPS)
 """How often each has happened so far."""
 STEP_S_MAX, STEP_S_MEDIAN, SLOWEST_RANK = "rank/step_s_max", "rank/step_s_median", "rank/slowest"

@@ -14,10 +14,10 @@ from contextlib import suppress
 
 from peft_dist.common import console
 from peft_dist.common.errors import PeftDistError
-from peft_dist.run.directory import RunDir
-from peft_dist.tracking.wandb.alerts import ALERT_EVERY_S, Alert, alert_of, crashed
 from peft_dist.ledger.events import EndEvent
 from peft_dist.ledger.reader import LedgerReader
+from peft_dist.run.directory import RunDir
+from peft_dist.tracking.wandb.alerts import ALERT_EVERY_S, Alert, alert_of, crashed
 from peft_dist.tracking.wandb.identity import only_writer, prove_room, reachable, wandb_environment
 from peft_dist.tracking.wandb.rows import LedgerRows, rows_of
 from peft_dist.tracking.wandb.wandb_run import NotAllowed, Unreachable, WandbRun, recipe_of
@@ -39,7 +39,7 @@ EXIT_SENT, EXIT_OFFLINE, EXIT_INCOMPLETE = 0, 4, 5
 
 
 def main(argv: list[str]) -> int:
-    """Follow the run in a directory until its attempt is over; return whether its rows were sent."""
+    """Follow a run until its attempt is over; return whether its rows were sent."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # training ends in its own time, and so do we
     with suppress(OSError):

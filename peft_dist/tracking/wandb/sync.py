@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft_dist.common.manifest import MANIFEST_FILE
 from peft_dist.checkpoint.directory import folders
+from peft_dist.common.console import say
 from peft_dist.common.errors import (
     ERROR_PREFIX,
     EXIT_CRASHED,
@@ -18,10 +18,10 @@ from peft_dist.common.errors import (
     PeftDistError,
     RunDirError,
 )
-from peft_dist.common.console import say
-from peft_dist.run.directory import RunDir
+from peft_dist.common.manifest import MANIFEST_FILE
 from peft_dist.ledger.events import EndEvent
 from peft_dist.ledger.reader import LedgerReader
+from peft_dist.run.directory import RunDir
 from peft_dist.tracking.wandb.identity import only_writer, wandb_environment
 from peft_dist.tracking.wandb.rows import LedgerRows
 from peft_dist.tracking.wandb.wandb_run import Unreachable, WandbRun

@@ -13,8 +13,8 @@ import sys
 from contextlib import suppress
 
 from peft_dist.common.console import say
-from peft_dist.run.directory import RunDir
 from peft_dist.ledger.events import LedgerEvent
+from peft_dist.run.directory import RunDir
 from peft_dist.tracking.wandb.identity import known_url
 from peft_dist.tracking.wandb.sidecar import EXIT_OFFLINE, EXIT_SENT
 

@@ -10,12 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from peft_dist.config import Recipe, load_recipe
-from peft_dist.common.errors import PeftDistError
 from peft_dist.common.atomic import replace_file
+from peft_dist.common.errors import PeftDistError
+from peft_dist.config import Recipe, load_recipe
+from peft_dist.ledger.events import StartEvent
 from peft_dist.run.directory import RunDir
 from peft_dist.run.provenance import versions
-from peft_dist.ledger.events import StartEvent
 from peft_dist.tracking.wandb.identity import folder_of, identity, text_of
 from peft_dist.tracking.wandb.rows import STEP, Row
 

@@ -1,0 +1,1 @@
+"""Weights & Biases: a view of the ledger, sent by a process beside training."""
