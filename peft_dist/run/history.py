@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from peft_dist.common.env import AFTER_JOB
 from peft_dist.common.errors import EXIT_USER_ERROR
 from peft_dist.run import job_events
+from peft_dist.run.attempt_records import Record, latest, record_path, records, write_json
 from peft_dist.run.directory import RecordedFailure, RunDir
 from peft_dist.run.failure_files import WorkerFailure
-from peft_dist.run.lease import Record, latest, record_path, records, write_json
 from peft_dist.run.restart_policy import Ending, History, Kind
 
 CrashNote = dict[str, Any]

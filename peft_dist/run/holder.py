@@ -10,8 +10,8 @@ from pathlib import Path
 from peft_dist.common.console import say
 from peft_dist.common.errors import RunDirError
 from peft_dist.common.process_identity import is_alive
+from peft_dist.run.attempt_records import Record, latest
 from peft_dist.run.directory import RunDir
-from peft_dist.run.lease import Record, latest
 
 ORPHANS_WAIT_S = 120.0
 """How long workers whose command was killed may take to save and end before a start is refused."""

@@ -8,7 +8,6 @@ machines are never compared. An attempt without `outcome` that holds no more has
 
 import json
 import os
-import re
 import sys
 import threading
 import time
@@ -16,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from peft_dist.common.atomic import make_file, replace_file
+from peft_dist.common.atomic import make_file
 from peft_dist.common.console import say
 from peft_dist.common.errors import RunDirError, RunDirGone, Superseded
 from peft_dist.common.process_identity import (
@@ -26,6 +25,14 @@ from peft_dist.common.process_identity import (
     slurm_job,
     this_group,
     this_process,
+)
+from peft_dist.run.attempt_records import (
+    Record,
+    describe,
+    latest,
+    record_path,
+    remove_leftovers,
+    write_json,
 )
 
 HEARTBEAT_S = 10.0
@@ -42,9 +49,6 @@ PAUSE_S = 0.5
 """A process that has not run for so long was stopped: another attempt may hold the run by now."""
 TICK_S = 0.1
 """Seconds after which a running process notes, in memory alone, that it runs."""
-
-Record = dict[str, Any]
-"""What one attempt says of itself; of a file that cannot be read only `attempt` is known."""
 
 
 class Attempt:
@@ -112,7 +116,7 @@ class Attempt:
             path = record_path(folder, number)
             if not make_file(path, json.dumps(record) + "\n"):
                 _refuse(folder, latest(folder))
-            _remove_leftovers(folder, before=number)
+            remove_leftovers(folder, before=number)
         except OSError as error:
             raise RunDirError(
                 f"cannot be written: {error.strerror}",
@@ -147,7 +151,7 @@ class Attempt:
         run_dir, newest = self._path.parent.parent, latest(self._path.parent)
         if newest is None and not _exists(self._path.parent):
             raise RunDirGone(run_dir)
-        by = _describe(newest) if newest else "a fresh run"
+        by = describe(newest) if newest else "a fresh run"
         raise Superseded(
             f"attempt {self.number} was taken over by {by}",
             where=str(run_dir),
@@ -172,7 +176,7 @@ class Attempt:
         self._heart.join(timeout=TICK_S)
         if not self._superseded:
             # Of a start that was killed while it took our number; no contender is left by now.
-            _remove_leftovers(self._path.parent, before=self.number + 1)
+            remove_leftovers(self._path.parent, before=self.number + 1)
 
     def _beat(self) -> None:
         beat_at_s = self._ran_at_s + HEARTBEAT_S
@@ -210,25 +214,6 @@ class Attempt:
         if _exists(self._next) or not _exists(self._path):
             self._superseded = True
         self._looked_at_s = looked_at_s
-
-
-def latest(folder: Path) -> Record | None:
-    """Return the record of the newest attempt, the holder if there is one.
-
-    Raises:
-        OSError: Where the folder is there and cannot be read.
-    """
-    numbers = _numbers(folder)
-    return _read(folder, numbers[-1]) if numbers else None
-
-
-def records(folder: Path) -> list[Record]:
-    """Return the records of all attempts, the oldest first.
-
-    Raises:
-        OSError: Where the folder is there and cannot be read.
-    """
-    return [_read(folder, number) for number in _numbers(folder)]
 
 
 def refuse_if_held(folder: Path) -> str:
@@ -271,20 +256,10 @@ def end_for(folder: Path, outcome: str, **facts: Any) -> None:
         record, held, _ = _find_holder(folder, watch_s=0.0)
         if record is None or held:
             return
-        _remove_leftovers(folder, before=record["attempt"] + 1)
+        remove_leftovers(folder, before=record["attempt"] + 1)
         if "outcome" not in record:
             path = record_path(folder, record["attempt"])
             write_json(path, {**record, **facts, "outcome": outcome}, durable=True)
-
-
-def record_path(folder: Path, number: int) -> Path:
-    """Return the file of an attempt."""
-    return folder / f"{number:08d}.json"
-
-
-def write_json(path: Path, value: object, *, durable: bool = False) -> None:
-    """Replace a private file of JSON as a whole; see `replace_file`."""
-    replace_file(path, json.dumps(value) + "\n", durable=durable)
 
 
 def _find_holder(
@@ -310,7 +285,7 @@ def _find_holder(
             break
         if look == 1:
             say(
-                f"peft-dist: {_describe(record)} held this run; waiting up to {watch_s:.0f} s to "
+                f"peft-dist: {describe(record)} held this run; waiting up to {watch_s:.0f} s to "
                 "see whether it lives",
                 sys.stderr,
             )
@@ -328,43 +303,10 @@ def _beat_of(folder: Path, record: Record) -> str:
 
 def _refuse(folder: Path, record: Record | None) -> NoReturn:
     raise RunDirError(
-        f"is in use by {_describe(record) if record else 'another process'}",
+        f"is in use by {describe(record) if record else 'another process'}",
         where=str(folder.parent),
         remedy=f"wait for it, `peft-dist stop {folder.parent}`, or choose another --run-dir",
     )
-
-
-def _describe(record: Record) -> str:
-    name = f"attempt {record['attempt']}"
-    if "pid" not in record:
-        return name
-    job = f" (Slurm job {record['slurm_job_id']})" if record.get("slurm_job_id") else ""
-    return f"{name}, process {record['pid']} on host {record['host']}{job}"
-
-
-def _remove_leftovers(folder: Path, *, before: int) -> None:
-    """Remove what killed attempts were writing; the files of contenders bear our number."""
-    for path in folder.glob(".*.json.*"):
-        number = path.name[1:9]
-        if number.isdecimal() and int(number) < before:
-            with suppress(OSError):
-                path.unlink()
-
-
-def _numbers(folder: Path) -> list[int]:
-    try:
-        names = [entry.name for entry in folder.iterdir()]
-    except FileNotFoundError:
-        return []
-    return sorted(int(name[:-5]) for name in names if re.fullmatch(r"\d{8,}\.json", name))
-
-
-def _read(folder: Path, number: int) -> Record:
-    with suppress(OSError, ValueError):
-        record = json.loads(record_path(folder, number).read_text(encoding="utf-8"))
-        if isinstance(record, dict) and record.get("attempt") == number:
-            return record
-    return {"attempt": number}
 
 
 def _exists(path: Path) -> bool:

@@ -27,9 +27,10 @@ from peft_dist.common.errors import (
 from peft_dist.launch.local import PASSED_ON, run_launcher
 from peft_dist.preflight.verdict import PORT_TAKEN, Report
 from peft_dist.run import job_events
+from peft_dist.run.attempt_records import latest, records
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_launch, mark_launch, read_history
-from peft_dist.run.lease import end_for, latest, records
+from peft_dist.run.lease import end_for
 from peft_dist.run.restart_policy import STOPS, Decision, Ending, Kind, RestartLimits, decide
 from peft_dist.slurm import memory_kills
 from peft_dist.slurm.failed_nodes import FailedNodes

@@ -14,10 +14,11 @@ from typing import Any
 from peft_dist.common.errors import RunDirError
 from peft_dist.common.process_identity import is_alive
 from peft_dist.ledger.goodput import LedgerGap
+from peft_dist.run.attempt_records import Record, record_path, records
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import crash_notes
 from peft_dist.run.job_events import Event, candidates, events, newest_logs, others
-from peft_dist.run.lease import STALE_AFTER_S, Record, record_path, records
+from peft_dist.run.lease import STALE_AFTER_S
 from peft_dist.run.restart_policy import Kind
 from peft_dist.slurm.job_state import UNKNOWN, JobState, is_live, is_over
 from peft_dist.status.progress import RunProgress, read_progress

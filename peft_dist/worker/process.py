@@ -28,10 +28,11 @@ from peft_dist.common.errors import (
 )
 from peft_dist.common.library_messages import is_lost_peer, is_out_of_memory
 from peft_dist.common.process_identity import this_group
+from peft_dist.run.attempt_records import latest
 from peft_dist.run.directory import RunDir
 from peft_dist.run.failure_files import write_failure
 from peft_dist.run.history import note_crash, read_history
-from peft_dist.run.lease import Attempt, latest
+from peft_dist.run.lease import Attempt
 from peft_dist.run.restart_policy import Ending, Kind, RestartLimits, decide
 from peft_dist.worker.orphan import end_with_launcher
 from peft_dist.worker.signals import interrupted_code

@@ -245,7 +245,7 @@ def kill_at_file_operation(
     """Kill all ranks at the n-th change of files below a folder by one rank, before it is made.
 
     Where that is a write, half of it is made. Only below `checkpoints/` are the changes the same in
-    every run; elsewhere the lease beats every half second.
+    every run; elsewhere the lease beats meanwhile.
 
     Args:
         here: The rank.

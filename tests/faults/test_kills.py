@@ -13,7 +13,7 @@ import pytest
 from peft_dist.common.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from peft_dist.ledger.goodput import goodput
 from peft_dist.ledger.reader import LedgerReader
-from peft_dist.run import lease
+from peft_dist.run import attempt_records
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Fault, Group, Harness, fault
 from tests.faults.long import cases
@@ -203,7 +203,7 @@ def test_a_run_that_is_requeued_again_and_again_takes_every_row_once(
     assert_every_row_once(run_dir, project.cache, packed)
     trained = [step for folder in packed for step in trained_rows([folder])]
     assert trained == list(range(1, 201)), "steps were done twice"
-    outcomes = [record.get("outcome") for record in lease.records(run_dir / "attempts")]
+    outcomes = [record.get("outcome") for record in attempt_records.records(run_dir / "attempts")]
     assert outcomes == ["interrupted"] * times + ["done"]
 
 
@@ -239,7 +239,7 @@ def test_a_wrong_clock_changes_nothing_but_timestamps(
     assert_same_run(run_dir, expected)
     assert checkpoint_steps(run_dir) == checkpoint_steps(expected)
     assert_little_is_lost(run_dir)
-    assert [record["attempt"] for record in lease.records(run_dir / "attempts")] == [1, 2]
+    assert [record["attempt"] for record in attempt_records.records(run_dir / "attempts")] == [1, 2]
     assert_time_is_accounted_for(run_dir, ended.groups)
 
 

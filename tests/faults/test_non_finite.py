@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from peft_dist.common.errors import EXIT_DO_NOT_RETRY
 from peft_dist.common.manifest import verify
-from peft_dist.run.lease import records as attempts
+from peft_dist.run.attempt_records import records as attempts
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Fault, Group, Harness, fault
 from tests.faults.hooks import ALL

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peft_dist.common.errors import EXIT_CRASHED, EXIT_INTERRUPTED
-from peft_dist.run import lease
+from peft_dist.run import attempt_records
 from peft_dist.worker.signals import STOP_SIGNALS
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Fault, Group, Harness, fault
@@ -75,7 +75,9 @@ def assert_stopped(group: Group, sent_s: float, *, besides_s: float = 0.0) -> No
 
 def assert_ended_as_interrupted(run_dir: Path, step: int) -> None:
     """See that the lease and the ledger both say how the attempt ended."""
-    assert [a.get("outcome") for a in lease.records(run_dir / "attempts")] == ["interrupted"]
+    assert [a.get("outcome") for a in attempt_records.records(run_dir / "attempts")] == [
+        "interrupted"
+    ]
     (end,) = records(run_dir, "end")
     assert (end["outcome"], end["step"]) == ("interrupted", step)
     assert not (run_dir / "failure.json").exists()
@@ -122,7 +124,7 @@ def loading(
     told = {"TORCHELASTIC_RUN_ID": "one launch"}
     planted = fault("slow", rank=ALL, where=where, seconds=60.0)
     group = harness.start(project, run_dir, overrides=SHORT, faults=[planted], **told)
-    group.wait_until(lambda: bool(lease.records(run_dir / "attempts")), "lease")
+    group.wait_until(lambda: bool(attempt_records.records(run_dir / "attempts")), "lease")
     time.sleep(1.0)
     return group, told
 
@@ -151,7 +153,7 @@ def test_a_signal_during_setup_ends_it_at_once_and_torchrun_does_not_undo_it(
     again = harness.start(project, run_dir, overrides=SHORT, restart_count=1, **told)
     assert again.wait() == [EXIT_INTERRUPTED] * 2, again.told()
     assert not records(run_dir)
-    outcomes = [record.get("outcome") for record in lease.records(run_dir / "attempts")]
+    outcomes = [record.get("outcome") for record in attempt_records.records(run_dir / "attempts")]
     assert outcomes == ["interrupted"]
     resume(harness, project, run_dir, undisturbed(2, "fsdp", *SHORT))
 
@@ -168,7 +170,7 @@ def test_the_sigterm_that_torchrun_sends_after_a_crash_in_setup_stops_nothing(
     assert group.wait_for_end_of(1 - rank) == EXIT_INTERRUPTED
     again = harness.start(project, run_dir, overrides=SHORT, restart_count=1, **told)
     assert again.wait() == [0, 0], again.told()
-    outcomes = [record.get("outcome") for record in lease.records(run_dir / "attempts")]
+    outcomes = [record.get("outcome") for record in attempt_records.records(run_dir / "attempts")]
     assert outcomes == [None, "done"]
     assert_same_run(run_dir, undisturbed(2, "fsdp", *SHORT))
 

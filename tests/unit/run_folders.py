@@ -10,7 +10,7 @@ from typing import Any
 from peft_dist.common.atomic import replace_file
 from peft_dist.common.process_identity import this_process
 from peft_dist.run import job_events
-from peft_dist.run.lease import record_path, write_json
+from peft_dist.run.attempt_records import record_path, write_json
 
 ELSEWHERE = {"host": "node1", "boot_id": "another boot", "pid": 4242, "start_ticks": 1}
 

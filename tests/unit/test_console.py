@@ -13,7 +13,8 @@ from peft_dist.common.console import printable, say
 from peft_dist.common.errors import DataError
 from peft_dist.launch.here import _print_tail
 from peft_dist.run import lease
-from peft_dist.run.lease import record_path, refuse_if_held
+from peft_dist.run.attempt_records import record_path
+from peft_dist.run.lease import refuse_if_held
 from peft_dist.status.logs import show_logs
 from peft_dist.tracking.terminal import Terminal
 from peft_dist.worker.process import WorkerContext, run_worker

@@ -22,8 +22,9 @@ from peft_dist.common.errors import (
     Superseded,
 )
 from peft_dist.run import lease
+from peft_dist.run.attempt_records import latest, record_path, records, write_json
 from peft_dist.run.history import note_crash
-from peft_dist.run.lease import Attempt, latest, record_path, records, refuse_if_held, write_json
+from peft_dist.run.lease import Attempt, refuse_if_held
 from peft_dist.run.restart_policy import Kind
 
 HOLD = """

@@ -9,6 +9,7 @@ import pytest
 from peft_dist.common.env import FAILURES
 from peft_dist.common.errors import DataError, TrainingError
 from peft_dist.run import job_events
+from peft_dist.run.attempt_records import record_path, records, write_json
 from peft_dist.run.directory import RunDir
 from peft_dist.run.failure_files import WorkerFailure, read_failure, write_failure
 from peft_dist.run.history import (
@@ -21,7 +22,7 @@ from peft_dist.run.history import (
     read_history,
     was_interrupted,
 )
-from peft_dist.run.lease import Attempt, record_path, records, write_json
+from peft_dist.run.lease import Attempt
 from peft_dist.run.restart_policy import Ending, Kind, decide_by_attempts
 from tests.unit.run_folders import make_run
 

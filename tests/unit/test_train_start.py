@@ -13,8 +13,9 @@ from peft_dist.common.env import LAUNCH_MARK
 from peft_dist.common.errors import DataError, LaunchError, RunDirError, TrainingError
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.entrypoints import train
+from peft_dist.run.attempt_records import latest, record_path
 from peft_dist.run.directory import RunDir
-from peft_dist.run.lease import Attempt, latest, record_path
+from peft_dist.run.lease import Attempt
 from peft_dist.tracking.attempt import _require_trackers
 from peft_dist.worker.process import WorkerContext
 from tests.processes import ROOT, environment, run

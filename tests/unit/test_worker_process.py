@@ -8,9 +8,10 @@ import pytest
 
 from peft_dist.common.errors import EXIT_CRASHED, EXIT_USER_ERROR, DataError
 from peft_dist.config import Recipe
+from peft_dist.run.attempt_records import record_path, write_json
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import crash_notes, ending_of_run
-from peft_dist.run.lease import Attempt, record_path, write_json
+from peft_dist.run.lease import Attempt
 from peft_dist.run.restart_policy import Kind
 from peft_dist.worker.process import WorkerContext, _report
 from tests.processes import environment
