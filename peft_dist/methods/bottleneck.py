@@ -146,7 +146,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         weight = down.get_parameter("weight")
         values = torch.empty(weight.shape)
         assign(weight, nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator))
-        for parameter in (down.get_parameter("bias"), *up.parameters()):
+        # By name, for under ZeRO-3 `up.parameters()` is empty by now.
+        for layer, which in ((down, "bias"), (up, "weight"), (up, "bias")):
+            parameter = layer.get_parameter(which)
             assign(parameter, torch.zeros(parameter.shape))
 
     def _enter(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
