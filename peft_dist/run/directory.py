@@ -157,7 +157,8 @@ class RunDir:
         run.require_writable()
         try:
             # A new folder cannot be renamed over a link to an empty one, but over that itself.
-            with whole_folder(run.path.resolve()) as making:
+            target = run.path.resolve() if run.path.is_symlink() else run.path
+            with whole_folder(target) as making:
                 cls(making).logs.mkdir(mode=0o700)
                 write_text_atomic(cls(making).recipe, render_recipe(recipe))
                 write_text_atomic(

@@ -1,6 +1,8 @@
 """The cluster that tests share, and what brings it back after each of them."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,14 @@ def able() -> None:
         if os.environ.get(REQUIRED) == "required":
             pytest.fail(f"{REQUIRED}=required, but {reason}", pytrace=False)
         pytest.skip(reason)
+
+
+@pytest.fixture
+def base() -> Iterator[Path]:
+    """Return a folder for a cluster of a test's own; its path is short, as those of sockets are."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    yield folder / "cluster"
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -128,8 +128,8 @@ def test_what_a_test_leaves_behind_is_put_right(slurm: SlurmCluster, tmp_path: P
     assert len(slurm.run(["srun", "-N4", "hostname"]).stdout.split()) == 4
 
 
-def test_two_clusters_know_nothing_of_each_other(slurm: SlurmCluster, tmp_path: Path) -> None:
-    with SlurmCluster.start(tmp_path / "other", nodes=2, accounting=False) as other:
+def test_two_clusters_know_nothing_of_each_other(slurm: SlurmCluster, base: Path) -> None:
+    with SlurmCluster.start(base, nodes=2, accounting=False) as other:
         assert other.place.number != slurm.place.number
         job = other.run(
             ["sbatch", "--parsable", "--output=/dev/null", "-w", "node1", "--wrap=sleep 600"]
@@ -142,11 +142,13 @@ def test_two_clusters_know_nothing_of_each_other(slurm: SlurmCluster, tmp_path: 
     assert slurm.run(["srun", "hostname"]).stdout == "node1\n"
 
 
-def test_a_tmp_of_its_own_hides_nothing_that_is_shared(able: None, tmp_path: Path) -> None:
+def test_a_tmp_of_its_own_hides_nothing_that_is_shared(
+    able: None, base: Path, tmp_path: Path
+) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     with SlurmCluster.start(
-        tmp_path / "cluster", nodes=2, accounting=False, private_tmp=True, shared=(shared,), gpus=2
+        base, nodes=2, accounting=False, private_tmp=True, shared=(shared,), gpus=2
     ) as cluster:
         script = f'echo "$CUDA_VISIBLE_DEVICES" > {shared}/told; touch /tmp/mine'
         cluster.run(["srun", "-w", "node1", "--gpus-per-node=2", "bash", "-c", script])
@@ -158,9 +160,8 @@ def test_a_tmp_of_its_own_hides_nothing_that_is_shared(able: None, tmp_path: Pat
 
 @pytest.mark.parametrize("accounting", [False, True])
 def test_nothing_is_left_of_a_cluster_that_has_ended(
-    able: None, tmp_path: Path, accounting: bool
+    able: None, base: Path, accounting: bool
 ) -> None:
-    base = tmp_path / "cluster"
     with SlurmCluster.start(base, nodes=2, accounting=accounting) as cluster:
         tag = cluster.place.tag
         cluster.run(["sbatch", "--output=/dev/null", "-N2", "--wrap=srun sleep 600"])
@@ -170,8 +171,7 @@ def test_nothing_is_left_of_a_cluster_that_has_ended(
     assert traces(base, tag) == {}
 
 
-def test_nothing_is_left_of_a_cluster_whose_owner_was_killed(able: None, tmp_path: Path) -> None:
-    base = tmp_path / "cluster"
+def test_nothing_is_left_of_a_cluster_whose_owner_was_killed(able: None, base: Path) -> None:
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, str(base)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -186,8 +186,7 @@ def test_nothing_is_left_of_a_cluster_whose_owner_was_killed(able: None, tmp_pat
         time.sleep(0.1)
 
 
-def test_a_daemon_that_cannot_start_is_named_with_its_words(able: None, tmp_path: Path) -> None:
-    base = tmp_path / "cluster"
+def test_a_daemon_that_cannot_start_is_named_with_its_words(able: None, base: Path) -> None:
     with (
         pytest.raises(RuntimeError, match=r"(?s)slurmctld ended with 1:.*Nonsense"),
         SlurmCluster.start(base, nodes=2, accounting=False, extra=("Nonsense=1",)),

@@ -61,7 +61,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
         mount = tmp_path / name
         mount.mkdir()
         caching = ",".join(f"{what}_timeout={CACHED_S}" for what in ("attr", "entry", "negative"))
-        subprocess.run(["bindfs", "-o", caching, str(shared), str(mount)], check=True)
+        command = ["bindfs", "-o", caching, str(shared), str(mount)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"this machine mounts nothing by FUSE: {done.stderr.strip()}")
         mounts.append(mount)
         host = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         process = subprocess.Popen(
