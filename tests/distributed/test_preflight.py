@@ -229,7 +229,7 @@ def test_nothing_outlives_the_time_limit(nodes: Nodes, fault: str, code: int) ->
     report_path(nodes.run_dir).write_text(Report(2, bad=("node2",)).to_json(), encoding="utf-8")
     nodes.start(2, faults={0: fault}, absent=(1,), timeout_s=4)
     assert nodes.codes() == [code], nodes.said
-    assert nodes.seconds < 4 + 4
+    assert nodes.seconds < 4 + 15
     if code == 1:
         text = "node1 gave up after 4 s of waiting for the other nodes to come"
         assert nodes.lines(0) == [SAID + text]
