@@ -1,10 +1,14 @@
 """Locks between processes, as far as a file system has them."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What flock(2) answers on a file system without locks, as on Lustre mounted without them."""
 
 
 @contextmanager
@@ -21,13 +25,16 @@ def lock_file(path: Path, *, wait_s: float = -1) -> Iterator[bool]:
     Raises:
         OSError: Where the file cannot be made.
     """
-    lock = FileLock(path, mode=0o600)
+    # Not filelock's own way out of missing locks: such a lock outlives a holder that was killed.
+    lock = FileLock(path, mode=0o600, fallback_to_soft=False)
     try:
         lock.acquire(timeout=wait_s)
     except Timeout:
         yield False
         return
-    except NotImplementedError:  # what filelock says of a file system without flock(2)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
         yield True
         return
     try:
