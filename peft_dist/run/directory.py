@@ -157,8 +157,7 @@ class RunDir:
         run.require_writable()
         try:
             # A new folder cannot be renamed over a link to an empty one, but over that itself.
-            target = run.path.resolve() if run.path.is_symlink() else run.path
-            with whole_folder(target) as making:
+            with whole_folder(run._behind_link()) as making:
                 cls(making).logs.mkdir(mode=0o700)
                 write_text_atomic(cls(making).recipe, render_recipe(recipe))
                 write_text_atomic(
@@ -316,8 +315,12 @@ class RunDir:
             else:
                 with suppress(OSError):
                     path.unlink()
-        remove_unfinished(self.path)  # whoever still makes this run comes too late
+        remove_unfinished(self._behind_link())  # whoever still makes this run comes too late
         shutil.rmtree(self.system, ignore_errors=True)
+
+    def _behind_link(self) -> Path:
+        """Return the folder that the run's path stands for, where it is a link."""
+        return self.path.resolve() if self.path.is_symlink() else self.path
 
     def _set_aside(self) -> None:
         """Rename the whole run, so that nothing of it is lost."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from peft_dist.ledger.goodput import goodput
 from peft_dist.ledger.reader import LedgerReader
 from peft_dist.run.provenance import versions
 from peft_dist.worker.signals import StopRequests
+from tests.disks import tmpfs
 from tests.processes import ROOT, environment, error_lines, run, torchrun
 from tests.tiny import completion_rows, labelled_rows, tiny_model, write_jsonl
 
@@ -305,15 +305,8 @@ DISK_BYTES = 4 << 20
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Return a folder on a disk of its own, of 4 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("only root can mount a small disk")
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("no small disk can be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with tmpfs(tmp_path / "disk", f"size={DISK_BYTES}") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("left", [300_000, 24_000])  # for the adapter, for the ledger

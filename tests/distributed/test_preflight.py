@@ -1,7 +1,5 @@
 """The pre-flight: real processes as nodes, which find out who of them cannot take part."""
 
-import ctypes
-import os
 import signal
 import socket
 import subprocess
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from peft_dist.preflight.verdict import PORT_TAKEN, Report, report_path
+from tests.disks import tmpfs
 from tests.processes import ROOT, environment, free_port
 
 pytestmark = pytest.mark.distributed
@@ -199,11 +198,7 @@ def test_a_run_directory_that_nobody_can_write_is_no_nodes_fault(nodes: Nodes) -
 
 
 def test_a_full_run_directory_is_no_nodes_fault(nodes: Nodes) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    folder = os.fsencode(nodes.run_dir)
-    if libc.mount(b"tmpfs", folder, b"tmpfs", 0, b"size=64k"):
-        pytest.skip(f"cannot mount a small disk: {os.strerror(ctypes.get_errno())}")
-    try:
+    with tmpfs(nodes.run_dir, "size=64k"):
         report_path(nodes.run_dir).parent.mkdir()
         nodes.run_dir.joinpath("filler").write_bytes(bytes(40 << 10))
         nodes.start(1)
@@ -211,8 +206,6 @@ def test_a_full_run_directory_is_no_nodes_fault(nodes: Nodes) -> None:
         text = f"node1: cannot write to {nodes.run_dir}: No space left on device; fix its permis"
         assert nodes.lines(0)[-1].startswith(SAID + text)
         assert nodes.report.bad == ()
-    finally:
-        assert libc.umount(folder) == 0
 
 
 def test_a_disk_with_too_little_room_is_told_with_what_is_there(nodes: Nodes) -> None:

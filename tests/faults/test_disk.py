@@ -4,13 +4,13 @@ import errno
 import json
 import random
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from peft_dist.common.manifest import step_name, verify
+from tests.disks import tmpfs
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Group, Harness, Project, fault
 from tests.faults.long import cases
@@ -141,13 +141,8 @@ def assert_no_loss(run: Path, expected: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Return a file system of 4 MiB of its own, where that can be had."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a file system needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with tmpfs(tmp_path / "disk", "size=4m") as folder:
+        yield folder
 
 
 def fill(folder: Path) -> Path:

@@ -1,7 +1,6 @@
 """Folders that libraries cannot write to: told in a few words, and nothing is made."""
 
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from peft_dist.cli.main import main
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.errors import CacheError
 from peft_dist.common.folders import LONGEST_NAME, find_fault
+from tests.disks import tmpfs
 
 Make = Callable[[Path], Path]
 
@@ -123,13 +123,8 @@ def test_a_folder_without_permission_is_told_whether_it_is_there_or_not(tmp_path
 @pytest.fixture
 def read_only_disk(tmp_path: Path) -> Iterator[Path]:
     """Return a file system that takes nothing, where that can be had."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a file system needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with tmpfs(tmp_path / "disk", "ro") as folder:
+        yield folder
 
 
 def test_a_read_only_file_system_is_told(read_only_disk: Path) -> None:

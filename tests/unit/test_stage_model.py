@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from peft_dist.common import env, paths
 from peft_dist.slurm.stage_model import MANIFEST, find_damage, main, stage
+from tests.processes import wait_until
 
 BIG = 48 << 20
 """Bytes of a weight file that takes a moment to copy."""
@@ -48,14 +47,6 @@ def command(model: Path, local: Path, *options: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def wait_until(seen: Callable[[], object]) -> None:
-    """Wait until something is seen to be true."""
-    deadline = time.monotonic() + 20
-    while not seen():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -113,7 +104,7 @@ def test_a_copy_that_was_killed_is_not_used_and_not_left(
 ) -> None:
     model.joinpath("model.safetensors").write_bytes(os.urandom(1 << 20) * (BIG >> 20))
     process = command(model, local)
-    wait_until(lambda: list(local.glob(".*partial-*/model.safetensors")))
+    wait_until(lambda: bool(list(local.glob(".*partial-*/model.safetensors"))), "a partial copy")
     process.send_signal(number)
     told, _ = process.communicate()
     assert (process.returncode, told) == (-number, "")
