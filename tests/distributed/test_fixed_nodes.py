@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from peft_dist.common.env import STORE_SECRET
-from tests.processes import environment, free_port
+from tests.processes import environment, free_port, wait_until
 
 pytestmark = pytest.mark.distributed
 
@@ -115,6 +115,29 @@ def test_a_stranger_at_every_port_runs_nothing_and_stops_nothing(
     workers(tmp_path, 2)
     (tmp_path / "end").touch()
     assert [process.wait(60) for process in nodes] == [0, 0]
+
+
+def test_the_same_stranger_gets_into_the_rendezvous_that_torchrun_has_by_default(
+    tmp_path: Path,
+) -> None:
+    port, canary = free_port(), tmp_path / "canary"
+    tmp_path.chmod(0o777)
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--rdzv-backend", "c10d",
+         "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "none", "worker.py"],
+        env=environment(tmp_path / "cache"), cwd=tmp_path, stdin=subprocess.DEVNULL,
+        start_new_session=True, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: port in listening_ports([launcher.pid]), "torchrun's store")
+        subprocess.run(
+            [sys.executable, "-c", ATTACK, str(canary), str(port)],
+            env=environment(tmp_path / "cache"), capture_output=True, timeout=60, check=True,
+        )  # fmt: skip
+        wait_until(canary.exists, "the stranger's command, which torchrun runs")
+    finally:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
 
 
 def listening_ports(roots: list[int]) -> set[int]:
