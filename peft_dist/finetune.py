@@ -4,6 +4,8 @@ The process around it stands in `entrypoints/train.py`, what follows and guards 
 `tracking/attempt.py`.
 """
 
+import logging
+import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,16 +15,21 @@ from peft_dist.checkpoint.run_identity import describe_run, refuse_another_run
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.errors import RunDirError
+from peft_dist.common.screen import stage, wait
+from peft_dist.common.sizes import megabytes
 from peft_dist.config import Recipe
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group, rendezvous
 from peft_dist.evaluation.scoring import EvalSet, make_eval_set
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import set_up_model
+from peft_dist.run.saving import being_saved
 from peft_dist.tracking.attempt import TrainingAttempt
 from peft_dist.trainer import Trainer
 from peft_dist.worker.process import WorkerContext
 from peft_dist.worker.signals import StopRequests
+
+log = logging.getLogger(__name__)
 
 
 def fine_tune(
@@ -49,30 +56,41 @@ def fine_tune(
     """
     attempt = TrainingAttempt(recipe, context, stop_requests, logs=logs, started_s=started_s)
     world = attempt.world
+    log.info("libraries loaded  %.1f s", time.monotonic() - started_s)
     meeting = rendezvous.meet(world)
 
     # What can take minutes comes before the process group, whose collectives would not wait.
     cache = usable_cache_dir()
-    rows, eval_set = _read_rows(recipe, cache / "rows")
-    base = find_base(recipe, cache)
-    process_group.start(world, meeting)
-    attempt.share_run()
+    with stage("reading the rows", log) as told:
+        rows, eval_set = _read_rows(recipe, cache / "rows")
+        told += _described(rows, eval_set)
+    with stage(f"looking for the model {recipe.model.name}", log) as told:
+        base = find_base(recipe, cache)
+        told.append(f"model: {base.files.folder}, {megabytes(base.files.bytes)}")
+    with stage(f"waiting until all {world.size} processes are there", log):
+        process_group.start(world, meeting)
+        attempt.share_run()
 
     setup = set_up_model(recipe, world, base, label_names=rows.label_names)
     for some in (rows, *([] if eval_set is None else [eval_set.rows])):
         setup.check_lengths(some)
     saver = AdapterSaver(setup, rows)
-    saver.prove()
+    with stage("proving that the adapter can be saved", log) as told:
+        saver.prove()
+        told.append("saving and reading back a changed adapter: proven")
     trainer = _trainer(saver, rows, eval_set, attempt, allow_changed)
 
     with attempt.follow(trainer):
         trainer.run()
         attempt.end_training(trainer.progress.step)
-        setup.check_integrity()
-        saver.save(attempt.run.adapter, may_publish=attempt.require_lease)
-        attempt.measure_peaks()
+        with wait("comparing the base with what it was"):
+            setup.check_integrity()
+        with wait("saving the adapter and reading it back"), being_saved():
+            saver.save(attempt.run.adapter, may_publish=attempt.require_lease)
+            attempt.measure_peaks()
     attempt.write_result(trainer)
     process_group.stop()
+    attempt.show_result()
 
 
 def _read_rows(recipe: Recipe, cache: Path) -> tuple[TokenizedRows, EvalSet | None]:
@@ -81,6 +99,18 @@ def _read_rows(recipe: Recipe, cache: Path) -> tuple[TokenizedRows, EvalSet | No
     if recipe.data.eval is None:
         return rows, None
     return rows, make_eval_set(recipe, tokenize_rows(recipe, "eval", cache))
+
+
+def _described(rows: TokenizedRows, eval_set: EvalSet | None) -> list[str]:
+    """Return what is said of the rows: a smaller data set is no secret."""
+    for report in rows.bad_rows:
+        log.warning("left out %s", report)
+    kept = f"rows: {rows.n_rows:,} to train on, {len(rows.tokens):,} tokens"
+    if rows.truncated_rows:
+        kept += f", {rows.truncated_rows:,} of them cut to data.max_length"
+    if rows.dropped_rows:
+        kept += f", {rows.dropped_rows:,} left out with nothing to train"
+    return [kept + ("" if eval_set is None else f", {eval_set.rows.n_rows:,} held out")]
 
 
 def _trainer(

@@ -27,6 +27,7 @@ from peft_dist.common.manifest import seal, step_name
 from peft_dist.config.recipe import Checkpoint
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.ledger.events import SavedEvent, SaveFailedEvent
+from peft_dist.run.saving import SaveMark
 from peft_dist.sharding.optimizer import AdapterOptimizer, Moments
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ class Checkpointer:
             TrainingError: Where the processes do not hold the same adapter at the same place.
         """
         setup, engine = self.setup, self.setup.engine
+        mark = SaveMark() if setup.world.is_main else None
         self.wait()
         trained = engine.adapter_state()
         saved = setup.method.saved(setup.peft, trained)
@@ -118,7 +120,7 @@ class Checkpointer:
             raise TrainingError(
                 f"the processes disagree at step {progress['step']}", remedy="please report this"
             )
-        if not setup.world.is_main:
+        if mark is None:
             return
         tensors = {f"exp_avg.{n}": t for n, t in engine.by_name(moments.mean).items()}
         tensors |= {f"exp_avg_sq.{n}": t for n, t in engine.by_name(moments.square).items()}
@@ -138,7 +140,9 @@ class Checkpointer:
             },
         )
         self._writing_since_s = time.monotonic()
-        self._writer = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._writer = threading.Thread(
+            target=self._write, args=(snapshot, mark), name="checkpoint"
+        )
         self._writer.start()
         if not self._settings.background:
             self.wait()
@@ -241,8 +245,14 @@ class Checkpointer:
         setup.check_adapters_agree()
         return state
 
-    def _write(self, snapshot: _Snapshot) -> None:
+    def _write(self, snapshot: _Snapshot, mark: SaveMark) -> None:
         """Write one checkpoint; what goes wrong is a result, not an end."""
+        try:
+            self._try_to_write(snapshot)
+        finally:
+            mark.remove()
+
+    def _try_to_write(self, snapshot: _Snapshot) -> None:
         started = time.monotonic()
         try:
             size = self._publish(snapshot)

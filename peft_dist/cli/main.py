@@ -6,6 +6,7 @@ only ever imported by the processes it starts.
 
 import argparse
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -13,8 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from peft_dist.cli import models, wandb
 from peft_dist.cli import slurm as slurm_commands
-from peft_dist.cli import wandb
+from peft_dist.cli.check import validate_recipe
+from peft_dist.cli.options import SHELLS, add_verbosity, begin_logs, completion
 from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import show
 from peft_dist.common.errors import (
@@ -32,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+        begin_logs(arguments)
         run: Callable[[argparse.Namespace], int] = arguments.run
         code = run(arguments)
         sys.stdout.flush()
@@ -49,19 +53,18 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
+        if self.prog.endswith((" train", " validate", " submit")):  # key=value may be left out
+            message = message.replace(", key=value", "")
         raise PeftDistError(message, remedy=f"see {self.prog} --help")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _build_parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if arguments.command == "quantize":
-        arguments.passed_on = argv[argv.index("quantize") + 1 :]
-        return arguments
+    arguments, rest = parser.parse_known_args(["--help"] if argv == ["help"] else argv)
     # argparse stops collecting key=value at the first option; those after it end up here.
     stray = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
     if stray:
-        parser.error(f"unrecognized argument {stray[0]!r}")
+        arguments.parser.error(f"unrecognized argument {stray[0]!r}")
     if rest:
         arguments.overrides += rest
     return arguments
@@ -79,12 +82,10 @@ def _build_parser() -> _Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(
-        name: str, run: Callable[[argparse.Namespace], int], text: str, *, own_help: bool = True
+        name: str, run: Callable[[argparse.Namespace], int], text: str
     ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name, help=text, description=text, allow_abbrev=False, add_help=own_help
-        )
-        sub.set_defaults(run=run)
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run, parser=sub)
         return sub
 
     train = command(
@@ -104,6 +105,8 @@ def _build_parser() -> _Parser:
         action="store_true",
         help="print the resolved recipe and the command; make and start nothing",
     )
+    train.add_argument("--json", action="store_true", help="print what --dry-run shows as JSON")
+    add_verbosity(train)
     resume = command("resume", _resume, "go on with a run, from its own recipe")
     resume.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     _add_overrides(resume, "such as parallel.strategy=ddp")
@@ -115,20 +118,18 @@ def _build_parser() -> _Parser:
     resume.add_argument(
         "--here", action="store_true", help="on this machine, although it was submitted to Slurm"
     )
-    _add_recipe(command("validate", _validate, "check a recipe; needs no torch"))
+    add_verbosity(resume)
+    validate = command("validate", validate_recipe, "check a recipe, in a second and without torch")
+    _add_recipe(validate)
+    validate.add_argument("--json", action="store_true", help="print all that is known as JSON")
     schema = command("schema", _schema, "print the JSON Schema of a recipe, for editors")
     schema.add_argument("--cluster", action="store_true", help="of a cluster file instead")
     evaluate = command("evaluate", _evaluate, "score the adapter of a finished run")
     evaluate.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     _add_overrides(evaluate, "such as data.eval=other.jsonl")
     _add_nproc(evaluate)
-    quantize = command(
-        "quantize", _quantize, "fill the cache of packed bases ahead of a run", own_help=False
-    )
-    quantize.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub id")
-    merge = command("merge", _merge, "merge a run's LoRA into its base, as a plain model")
-    merge.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
-    merge.add_argument("--out", metavar="DIR", required=True, help="folder to make")
+    add_verbosity(evaluate)
+    models.add_commands(command, require=_require_training_packages)
     goodput = command("goodput", _goodput, "show where the time of a run went")
     goodput.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     goodput.add_argument("--json", action="store_true", help="print every figure as JSON")
@@ -146,6 +147,10 @@ def _build_parser() -> _Parser:
     wandb.add_commands(command)
     init = command("init", _init, "copy recipes and strategies into a folder of your own")
     init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
+    complete = command(
+        "completion", _completion, "print a script that completes commands: source it in your shell"
+    )
+    complete.add_argument("shell", choices=SHELLS, help="which shell")
     return parser
 
 
@@ -177,6 +182,8 @@ def _count(text: str) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.run_dir or Path("runs") / Path(arguments.recipe).stem)
+    if arguments.json and not arguments.dry_run:
+        arguments.parser.error("--json is for --dry-run")
     return _start(arguments, folder, dry_run=arguments.dry_run, fresh=arguments.fresh)
 
 
@@ -205,37 +212,18 @@ def _start(
     processes = [] if arguments.nproc is None else [f"parallel.processes={arguments.nproc}"]
     recipe = load_recipe(arguments.recipe, [*arguments.overrides, *processes])
     start = prepare(recipe, folder, allow_changed=arguments.allow_changed)
+    if dry_run and arguments.json:
+        facts = {"run_dir": str(start.run.path), "recipe": recipe.model_dump(mode="json")}
+        facts |= {"command": start.command, "environment": start.environment}
+        show(json.dumps(facts, indent=2))
+        return EXIT_DONE
     if dry_run:
         show(render_recipe(recipe))
         show(shell_line(start.command, start.environment))
         return EXIT_DONE
-    _require_training_packages(start.strategy)
+    _require_training_packages(start.placement.strategy)
     os.umask(0o077)
     return train_here(start, fresh=fresh)
-
-
-def _validate(arguments: argparse.Namespace) -> int:
-    from peft_dist.config import load_recipe
-    from peft_dist.config.batch_shape import batch_shape
-    from peft_dist.launch.placement import plan_processes, this_machine
-
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    placement = plan_processes(recipe, this_machine())
-    show(f"{arguments.recipe}: valid")
-    show(f"  processes: {placement.processes} ({placement.strategy})")
-    shape = batch_shape(recipe, placement.processes)
-    if shape is None:
-        show(f"  a step: rows of up to {recipe.train.global_batch_tokens} tokens together")
-        return EXIT_DONE
-    passes = "1 pass" if shape.accumulation == 1 else f"{shape.accumulation} passes"
-    show(
-        f"  a step: {shape.rows_per_step} rows, {shape.rows_per_process} per process "
-        f"in {passes} of up to {recipe.train.micro_batch_size}"
-    )
-    if recipe.train.steps is not None:
-        rows = recipe.train.steps * shape.rows_per_step
-        show(f"  the run: {recipe.train.steps} steps, {rows} rows")
-    return EXIT_DONE
 
 
 def _schema(arguments: argparse.Namespace) -> int:
@@ -262,25 +250,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     run.evaluation_log.unlink(missing_ok=True)
     environment = launch_environment(placement, os.environ)
     return run_here(command, environment, log=run.evaluation_log)
-
-
-def _quantize(arguments: argparse.Namespace) -> int:
-    from peft_dist.launch.command import quantize_command, worker_environment
-    from peft_dist.launch.local import run_tool
-
-    _require_training_packages()
-    return run_tool(quantize_command(arguments.passed_on), environment=worker_environment())
-
-
-def _merge(arguments: argparse.Namespace) -> int:
-    from peft_dist.launch.command import merge_command, worker_environment
-    from peft_dist.launch.local import run_tool
-    from peft_dist.run.directory import RunDir
-
-    run = RunDir.open(arguments.run_dir)
-    _require_training_packages()
-    command = merge_command(run.path, Path(arguments.out).absolute())
-    return run_tool(command, environment=worker_environment())
 
 
 def _goodput(arguments: argparse.Namespace) -> int:
@@ -338,6 +307,11 @@ def _require_training_packages(strategy: str = "") -> None:
         raise LaunchError(
             f"{' and '.join(missing)} not installed", remedy="pip install 'peft-dist[train]'"
         )
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    show(completion(_build_parser(), arguments.shell), end="")
+    return EXIT_DONE
 
 
 def _complain(line: str, code: int) -> int:

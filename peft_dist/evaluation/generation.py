@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from peft_dist.common.screen import wait
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import any_of, first_of_all
@@ -93,8 +94,9 @@ class Sampler:
         was_training = setup.model.training
         setup.model.eval()
         try:
-            with torch.no_grad(), setup.autocast():
-                for _ in range(setup.recipe.evaluate.sample_tokens):
+            most, what = setup.recipe.evaluate.sample_tokens, f"writing {len(prompts)} samples"
+            with torch.no_grad(), setup.autocast(), wait(what, total=most, unit="tokens") as bar:
+                for _ in range(most):
                     if wants_stop is not None and any_of(wants_stop(), setup.world.device):
                         raise ScoringStopped
                     found = self._next_tokens(prompts, answers)
@@ -103,6 +105,7 @@ class Sampler:
                     for answer, token in zip(answers, found, strict=True):
                         # A row that has ended stays: without it the others' batch would change.
                         answer.append(token)
+                    bar.advance()
         finally:
             setup.model.train(was_training)
         return [[token for token in answer if token != ENDED] for answer in answers]

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from peft_dist.common.errors import DataError
+from peft_dist.common.screen import wait
 from peft_dist.config import Recipe
 from peft_dist.data.order import RowIds, assign
 from peft_dist.data.pack import Batch
@@ -139,7 +140,7 @@ def _score(setup: ModelSetup, eval_set: EvalSet, wants_stop: Callable[[], bool] 
     choice_ids = torch.tensor(np.concatenate(choices), device=device) if choices else None
     total = torch.zeros(1, dtype=torch.float64, device=device)
     predicted = torch.zeros(eval_set.rows.n_rows, dtype=torch.int64, device=device)
-    for ids, batch in _batches(setup, eval_set.rows, wants_stop):
+    for ids, batch in _batches(setup, eval_set.rows, wants_stop, "held-out rows"):
         losses: Losses = setup.model(batch, choice_ids)
         if not len(ids):
             continue
@@ -159,7 +160,7 @@ def _score(setup: ModelSetup, eval_set: EvalSet, wants_stop: Callable[[], bool] 
 
 
 def _batches(
-    setup: ModelSetup, rows: TokenizedRows, wants_stop: Callable[[], bool] | None
+    setup: ModelSetup, rows: TokenizedRows, wants_stop: Callable[[], bool] | None, doing: str
 ) -> Iterator[tuple[RowIds, Batch]]:
     groups = assign(
         np.arange(rows.n_rows),
@@ -167,10 +168,13 @@ def _batches(
         world_size=setup.world.size,
         micro_batch_size=setup.recipe.evaluate.micro_batch_size,
     )
-    for ids in groups[setup.world.rank]:
-        if wants_stop is not None and any_of(wants_stop(), setup.world.device):
-            raise ScoringStopped
-        yield ids, setup.pack(rows, ids).to(setup.world.device)
+    mine = groups[setup.world.rank]
+    with wait(f"evaluating {doing}", total=sum(map(len, mine)), unit="rows here") as bar:
+        for ids in mine:
+            if wants_stop is not None and any_of(wants_stop(), setup.world.device):
+                raise ScoringStopped
+            yield ids, setup.pack(rows, ids).to(setup.world.device)
+            bar.advance(len(ids))
 
 
 def _likeliest(
@@ -179,7 +183,7 @@ def _likeliest(
     """Return the likeliest choice of each row, each choice scored as a row."""
     crossed = _every_choice(eval_set)
     scores = torch.zeros(crossed.n_rows, dtype=torch.float64, device=setup.world.device)
-    for ids, batch in _batches(setup, crossed, wants_stop):
+    for ids, batch in _batches(setup, crossed, wants_stop, "every choice"):
         losses: Losses = setup.model(batch)
         if len(ids):
             rows = torch.from_numpy(ids).to(scores.device)[batch.target_rows]

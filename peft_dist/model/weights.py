@@ -91,6 +91,11 @@ class WeightFiles:
                 piece = handle.get_slice(key)
                 self.tensors[key] = Stored(file, tuple(piece.get_shape()), piece.get_dtype())
 
+    @property
+    def bytes(self) -> int:
+        """Return the size of all weight files."""
+        return sum(file.stat().st_size for file in self.files)
+
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
             try:

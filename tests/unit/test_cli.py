@@ -76,6 +76,31 @@ def test_validate_tells_how_a_step_is_made(
     assert "processes: 2 (fsdp)" in out
     assert "a step: 16 rows, 8 per process in 2 passes of up to 4" in out
     assert "the run: 10 steps, 160 rows" in out
+    words = ["parallel.processes=2", "train.steps=1", "train.global_batch_size=17"]
+    assert "17 rows, at most 9 per" in outcome(capsys, "validate", str(recipe_file), *words)[1]
+    words = ["parallel.processes=1", "train.steps=1", "train.global_batch_size=1"]
+    told = outcome(capsys, "validate", str(recipe_file), *words)[1]
+    assert "a step: 1 row in 1 pass of up to 4" in told and "the run: 1 step, 1 row" in told
+
+
+def test_validate_and_a_dry_run_can_be_read_by_programs(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(recipe_file), "parallel.processes=2", "train.steps=10", "--json"]
+    found = json.loads(outcome(capsys, "validate", *words)[1])
+    assert found["batch"] == {
+        "rows": 16, "rows_per_process": 8, "passes": 2, "micro_batch_size": 4
+    }  # fmt: skip
+    assert (found["valid"], found["processes"], found["steps"]) == (True, 2, 10)
+    assert found["recipe"]["train"]["weight_decay"] == 0.0, "with every default"
+    run = tmp_path / "never"
+    code, out, _ = outcome(capsys, "train", *words, "--dry-run", "--run-dir", str(run))
+    found = json.loads(out)
+    assert (code, found["run_dir"]) == (0, str(run))
+    assert found["recipe"]["train"]["steps"] == 10
+    assert found["command"][-1] == str(run / "recipe.yaml")
+    assert outcome(capsys, "train", *words)[0] == 2
+    assert not run.exists()
 
 
 def test_schema_is_json_and_carries_the_texts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,7 +340,9 @@ def test_a_crash_shows_the_end_of_the_log_and_where_it_is(
     )
     assert code == 1
     log = run / "logs" / "launcher.log"
-    told = f"a worker failed; see {log}; `peft-dist resume {run}` goes on after step 0"
+    told = (
+        f"a worker failed; see {log}; `peft-dist resume {run}` begins anew: there is no checkpoint"
+    )
     assert err.splitlines()[-1] == f"peft-dist: error: {told}"
     assert log.read_text(encoding="utf-8").count("ValueError: a bug of ours") == 2  # one restart
     assert len(err.splitlines()) <= here.LOG_TAIL_LINES + 1
@@ -351,7 +378,7 @@ def test_ctrl_c_ends_every_worker(recipe_file: Path, tmp_path: Path) -> None:
     ours.send_signal(signal.SIGINT)
     _, err = ours.communicate(timeout=60)
     assert ours.returncode == 75
-    told = f"stopped by SIGINT; `peft-dist resume {run}` goes on after step 0"
+    told = f"stopped by SIGINT; `peft-dist resume {run}` begins anew: there is no checkpoint"
     assert err == f"peft-dist: {told}\n"
     held = [
         folder

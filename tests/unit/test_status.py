@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from peft_dist.cli.main import main
+from peft_dist.common.screen import Screen
 from peft_dist.ledger.events import RollbackEvent, StepEvent
 from peft_dist.ledger.reader import BLOCK_BYTES, LedgerReader
 from peft_dist.run.history import note_crash
@@ -486,8 +487,9 @@ def test_json_has_every_figure(
 
 
 def test_the_table_and_the_progress_line_show_the_ledgers_own_figures(
-    run: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "peft_dist")
     lease(run, here=True)
     ledger(run, 7, total=9)
     (last,) = LedgerReader(run / "ledger.jsonl").tail(1)
@@ -495,9 +497,8 @@ def test_the_table_and_the_progress_line_show_the_ledgers_own_figures(
     titles, row = (line.split() for line in capsys.readouterr().out.splitlines())
     shown = dict(zip(titles, row, strict=True))
     assert (shown["step"], shown["loss"], shown["tok/s"]) == ("7/9", "0.5714", "1,507")
-    stream = io.StringIO()
-    Terminal(9, stream).write(last)
-    assert stream.getvalue() == "step 7/9  loss 0.5714  1,507 tok/s\n"
+    Terminal(9, Screen(io.StringIO())).write(last)
+    assert caplog.messages == ["step 7/9  loss 0.5714  1,507 tok/s"]
 
 
 def test_records_of_the_machine_move_no_run(run: Path) -> None:
