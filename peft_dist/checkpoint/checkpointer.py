@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 Facts = dict[str, Any]
 SaveEvent = SavedEvent | SaveFailedEvent
 ADAPTER_FOLDER = "adapter"
+ANEW = "begin anew with `peft-dist train RECIPE --fresh`"
 FORMAT = 1
 """Of what a checkpoint holds, and how."""
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -319,7 +320,7 @@ def read_state(folder: Path) -> Facts:
         raise RunDirError(
             f"is of format {state.get('format')}, and this version reads format {FORMAT}",
             where=str(folder / STATE_FILE),
-            remedy="go on with the version that made it, or start --fresh",
+            remedy=f"go on with the version that made it, or {ANEW}",
         )
     return state
 
@@ -341,5 +342,5 @@ def _require_same(wanted: set[str], found: set[str], folder: Path) -> None:
         raise TrainingError(
             f"{different[0]} stands in {OPTIMIZER_FILE} or in the model, but not in both",
             where=str(folder),
-            remedy="go on with the recipe that the checkpoint was made with, or start --fresh",
+            remedy=f"go on with the recipe that the checkpoint was made with, or {ANEW}",
         )

@@ -67,6 +67,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         arguments.parser.error(f"unrecognized argument {stray[0]!r}")
     if rest:
         arguments.overrides += rest
+    if getattr(arguments, "overrides", None):
+        from peft_dist.config.load import refuse_twice
+
+        refuse_twice(arguments.overrides)
     return arguments
 
 

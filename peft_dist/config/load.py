@@ -13,8 +13,14 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from peft_dist.common.errors import RecipeError, nearest
-from peft_dist.config.explain import describe_failure, quote, refuse_booleans_as_numbers, section_at
+from peft_dist.common.errors import RecipeError
+from peft_dist.config.explain import (
+    describe_failure,
+    quote,
+    refuse_booleans_as_numbers,
+    remedy_for_unknown,
+    section_at,
+)
 from peft_dist.config.recipe import Recipe
 from peft_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml
 
@@ -105,6 +111,23 @@ def _read_text(path: Path) -> str:
         raise RecipeError(f"cannot be read: {reason}", where=where) from error
 
 
+def refuse_twice(overrides: Sequence[str]) -> None:
+    """Refuse a key that a person gave two values: the last one would win without a word.
+
+    Raises:
+        RecipeError: Naming both.
+    """
+    given: dict[str, str] = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if given.setdefault(key.strip(), value) != value:
+            raise RecipeError(
+                f"given as {quote(given[key.strip()])} and as {quote(value)}",
+                where=key.strip(),
+                remedy=f"keep one, or train each with --array {key.strip()}=A,B",
+            )
+
+
 def _apply_override(raw: dict[str, Any], override: str, where: str) -> tuple[str, ...]:
     """Set `a.b=value` in `raw`, and return its path."""
     key, equals, text = override.partition("=")
@@ -124,7 +147,9 @@ def _apply_override(raw: dict[str, Any], override: str, where: str) -> tuple[str
             )
         if name not in model.model_fields and model.model_config.get("extra") != "allow":
             raise RecipeError(
-                "no such key", where=key.strip(), remedy=nearest(name, model.model_fields)
+                "no such key",
+                where=key.strip(),
+                remedy=remedy_for_unknown(path[: depth + 1], model),
             )
         if depth == len(path) - 1:
             section[name] = value
