@@ -11,6 +11,7 @@ from pathlib import Path
 
 from peft_dist.checkpoint import directory
 from peft_dist.checkpoint.checkpointer import Checkpointer, read_state
+from peft_dist.checkpoint.room import require_room
 from peft_dist.checkpoint.run_identity import describe_run, refuse_another_run
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.cache_folder import usable_cache_dir
@@ -78,6 +79,7 @@ def fine_tune(
     with stage("proving that the adapter can be saved", log) as told:
         saver.prove()
         told.append("saving and reading back a changed adapter: proven")
+    require_room(setup, attempt.run)
     trainer = _trainer(saver, rows, eval_set, attempt, allow_changed)
 
     with attempt.follow(trainer):
