@@ -323,7 +323,12 @@ def test_a_workers_own_error_is_the_only_line_and_its_code_is_kept(
     run = tmp_path / "run"
     code, _, err = outcome(capsys, "train", str(recipe_file), "--run-dir", str(run))
     assert (code, err) == (2, "peft-dist: error: train.jsonl: no rows\n")
-    assert "noise" in (run / "logs" / "launcher.log").read_text(encoding="utf-8")
+    told = (run / "logs" / "launcher.log").read_text(encoding="utf-8")
+    assert "noise" in told
+    assert told.endswith("peft-dist: the launcher ends, as its processes have: "
+                         "rank 0 with exit code 2\n")  # fmt: skip
+    for banner in ("Traceback", "ChildFailedError", "exitcode"):
+        assert banner not in told
 
 
 @pytest.mark.distributed
@@ -380,6 +385,9 @@ def test_ctrl_c_ends_every_worker(recipe_file: Path, tmp_path: Path) -> None:
     assert ours.returncode == 75
     told = f"stopped by SIGINT; `peft-dist resume {run}` begins anew: there is no checkpoint"
     assert err == f"peft-dist: {told}\n"
+    told = (run / "logs" / "launcher.log").read_text(encoding="utf-8")
+    assert told.endswith("peft-dist: the launcher was ended by SIGTERM\n")
+    assert "SignalException" not in told
     held = [
         folder
         for folder in Path("/proc").glob("[0-9]*")
