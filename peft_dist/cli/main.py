@@ -5,8 +5,6 @@ only ever imported by the processes it starts.
 """
 
 import argparse
-import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -14,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from peft_dist.cli import models, wandb
+from peft_dist.cli import models, training, wandb
 from peft_dist.cli import slurm as slurm_commands
 from peft_dist.cli.check import validate_recipe
 from peft_dist.cli.options import SHELLS, add_verbosity, begin_logs, completion
@@ -24,11 +22,8 @@ from peft_dist.common.errors import (
     ERROR_PREFIX,
     EXIT_CRASHED,
     EXIT_DONE,
-    LaunchError,
     PeftDistError,
 )
-
-TRAIN_PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,13 +88,23 @@ def _build_parser() -> _Parser:
         return sub
 
     train = command(
-        "train", _train, "train on this machine, or go on where an earlier start of the run ended"
+        "train",
+        training.train,
+        "train on this machine, or go on where an earlier start of the run ended",
     )
     _add_recipe(train)
     train.add_argument(
         "--run-dir", metavar="DIR", help="folder to make or go on with (default: runs/RECIPE)"
     )
     _add_nproc(train)
+    train.add_argument(
+        "--array",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2,...",
+        help="train one run per value, one after the other; given again, of all combinations; or "
+        "a YAML file of lists",
+    )
     train.add_argument(
         "--fresh", action="store_true", help="start anew; a run that is there is renamed"
     )
@@ -111,7 +116,7 @@ def _build_parser() -> _Parser:
     )
     train.add_argument("--json", action="store_true", help="print what --dry-run shows as JSON")
     add_verbosity(train)
-    resume = command("resume", _resume, "go on with a run, from its own recipe")
+    resume = command("resume", training.resume, "go on with a run, from its own recipe")
     resume.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     _add_overrides(resume, "such as parallel.strategy=ddp")
     _add_nproc(resume)
@@ -128,12 +133,12 @@ def _build_parser() -> _Parser:
     validate.add_argument("--json", action="store_true", help="print all that is known as JSON")
     schema = command("schema", _schema, "print the JSON Schema of a recipe, for editors")
     schema.add_argument("--cluster", action="store_true", help="of a cluster file instead")
-    evaluate = command("evaluate", _evaluate, "score the adapter of a finished run")
+    evaluate = command("evaluate", training.evaluate, "score the adapter of a finished run")
     evaluate.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     _add_overrides(evaluate, "such as data.eval=other.jsonl")
     _add_nproc(evaluate)
     add_verbosity(evaluate)
-    models.add_commands(command, require=_require_training_packages)
+    models.add_commands(command)
     goodput = command("goodput", _goodput, "show where the time of a run went")
     goodput.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     goodput.add_argument("--json", action="store_true", help="print every figure as JSON")
@@ -184,76 +189,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    folder = Path(arguments.run_dir or Path("runs") / Path(arguments.recipe).stem)
-    if arguments.json and not arguments.dry_run:
-        arguments.parser.error("--json is for --dry-run")
-    return _start(arguments, folder, dry_run=arguments.dry_run, fresh=arguments.fresh)
-
-
-def _resume(arguments: argparse.Namespace) -> int:
-    from peft_dist.run.directory import RunDir
-    from peft_dist.slurm.submit import was_submitted
-
-    if not arguments.here and (arguments.cluster or was_submitted(Path(arguments.run_dir))):
-        return slurm_commands.resume_job(arguments)
-    run = RunDir.open(arguments.run_dir)
-    if run.is_finished:
-        show(f"{arguments.run_dir} has finished; nothing is left to do")
-        return EXIT_DONE
-    arguments.recipe = str(run.recipe)
-    return _start(arguments, run.path)
-
-
-def _start(
-    arguments: argparse.Namespace, folder: Path, *, dry_run: bool = False, fresh: bool = False
-) -> int:
-    """Train a recipe in a run directory, from wherever that has come to."""
-    from peft_dist.config import load_recipe, render_recipe
-    from peft_dist.launch.command import shell_line
-    from peft_dist.launch.here import prepare, train_here
-
-    processes = [] if arguments.nproc is None else [f"parallel.processes={arguments.nproc}"]
-    recipe = load_recipe(arguments.recipe, [*arguments.overrides, *processes])
-    start = prepare(recipe, folder, allow_changed=arguments.allow_changed)
-    if dry_run and arguments.json:
-        facts = {"run_dir": str(start.run.path), "recipe": recipe.model_dump(mode="json")}
-        facts |= {"command": start.command, "environment": start.environment}
-        show(json.dumps(facts, indent=2))
-        return EXIT_DONE
-    if dry_run:
-        show(render_recipe(recipe))
-        show(shell_line(start.command, start.environment))
-        return EXIT_DONE
-    _require_training_packages(start.placement.strategy)
-    os.umask(0o077)
-    return train_here(start, fresh=fresh)
-
-
 def _schema(arguments: argparse.Namespace) -> int:
     from peft_dist.config.cluster import cluster_schema
     from peft_dist.config.load import recipe_schema
 
     show(cluster_schema() if arguments.cluster else recipe_schema())
     return EXIT_DONE
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from peft_dist.config import load_recipe
-    from peft_dist.launch.command import launch_environment, worker_command
-    from peft_dist.launch.here import run_here
-    from peft_dist.launch.placement import plan_processes, this_machine
-    from peft_dist.run.directory import RunDir
-
-    run = RunDir.open(arguments.run_dir)
-    processes = [] if arguments.nproc is None else [f"parallel.processes={arguments.nproc}"]
-    recipe = load_recipe(run.recipe, [*arguments.overrides, *processes])
-    placement = plan_processes(recipe, this_machine())
-    _require_training_packages(placement.strategy)
-    command = worker_command(placement, "score.py", [str(run.path), *arguments.overrides])
-    run.evaluation_log.unlink(missing_ok=True)
-    environment = launch_environment(placement, os.environ)
-    return run_here(command, environment, log=run.evaluation_log)
 
 
 def _goodput(arguments: argparse.Namespace) -> int:
@@ -297,20 +238,6 @@ def _init(arguments: argparse.Namespace) -> int:
         ) from error
     show(f"{len(copies)} files in {', '.join(str(target / source.name) for source in sources)}")
     return EXIT_DONE
-
-
-def _require_training_packages(strategy: str = "") -> None:
-    if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        raise LaunchError(
-            f"{strategy} needs deepspeed, which is not installed",
-            where="parallel.strategy",
-            remedy="pip install 'peft-dist[deepspeed]', or strategy: ddp or fsdp",
-        )
-    missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise LaunchError(
-            f"{' and '.join(missing)} not installed", remedy="pip install 'peft-dist[train]'"
-        )
 
 
 def _completion(arguments: argparse.Namespace) -> int:

@@ -8,23 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peft_dist.cli.options import add_verbosity
+from peft_dist.cli.packages import require_training_packages
 from peft_dist.common.errors import PeftDistError
 
 Run = Callable[[argparse.Namespace], int]
 
 
-def add_commands(
-    command: Callable[[str, Run, str], argparse.ArgumentParser], *, require: Callable[[], None]
-) -> None:
+def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) -> None:
     """Add the commands.
 
     Args:
         command: Makes one, from its name, function and description.
-        require: Raises where a package is missing that they need.
     """
     quantize = command(
         "quantize",
-        lambda arguments: _quantize(arguments, require),
+        _quantize,
         "store a model in 4 bits in the cache, ahead of the first run that needs it",
     )
     quantize.add_argument("model", metavar="MODEL", help="folder with safetensors files, or hub id")
@@ -40,7 +38,7 @@ def add_commands(
     add_verbosity(quantize)
     merge = command(
         "merge",
-        lambda arguments: _merge(arguments, require),
+        _merge,
         "add a run's LoRA to its base: a plain model that needs no PEFT",
     )
     merge.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
@@ -48,18 +46,18 @@ def add_commands(
     add_verbosity(merge)
 
 
-def _quantize(arguments: argparse.Namespace, require: Callable[[], None]) -> int:
+def _quantize(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.command import quantize_command, worker_environment
     from peft_dist.launch.local import run_tool
 
     words = [arguments.model, "--task", arguments.task]
     if arguments.revision is not None:
         words += ["--revision", arguments.revision]
-    require()
+    require_training_packages()
     return run_tool(quantize_command(words), environment=worker_environment())
 
 
-def _merge(arguments: argparse.Namespace, require: Callable[[], None]) -> int:
+def _merge(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.command import merge_command, worker_environment
     from peft_dist.launch.local import run_tool
     from peft_dist.run.directory import RunDir
@@ -70,5 +68,5 @@ def _merge(arguments: argparse.Namespace, require: Callable[[], None]) -> int:
         raise PeftDistError(
             "already there", where=str(out), remedy="choose another folder with --out"
         )
-    require()
+    require_training_packages()
     return run_tool(merge_command(run.path, out), environment=worker_environment())
