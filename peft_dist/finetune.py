@@ -23,6 +23,7 @@ from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group, rendezvous
 from peft_dist.evaluation.scoring import EvalSet, make_eval_set
 from peft_dist.model.source import find_base
+from peft_dist.model.weights import model_folder
 from peft_dist.model_setup import set_up_model
 from peft_dist.run.saving import being_saved
 from peft_dist.tracking.attempt import TrainingAttempt
@@ -62,10 +63,12 @@ def fine_tune(
 
     # What can take minutes comes before the process group, whose collectives would not wait.
     cache = usable_cache_dir()
+    with stage(f"looking for the model {recipe.model.name}", log):
+        model_folder(recipe.model.name, recipe.model.revision)  # its tokenizer reads the rows
     with stage("reading the rows", log) as told:
         rows, eval_set = _read_rows(recipe, cache / "rows")
         told += _described(rows, eval_set)
-    with stage(f"looking for the model {recipe.model.name}", log) as told:
+    with stage("hashing the model's files", log) as told:
         base = find_base(recipe, cache)
         told.append(f"model: {base.files.folder}, {megabytes(base.files.bytes)}")
     with stage(f"waiting until all {world.size} processes are there", log):

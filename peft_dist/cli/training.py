@@ -117,4 +117,4 @@ def evaluate(arguments: argparse.Namespace) -> int:
     command = worker_command(placement, "score.py", [str(run.path), *arguments.overrides])
     run.evaluation_log.unlink(missing_ok=True)
     environment = launch_environment(placement, os.environ)
-    return run_here(command, environment, log=run.evaluation_log)
+    return run_here(command, environment, error_log=run.evaluation_log)

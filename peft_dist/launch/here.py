@@ -154,10 +154,11 @@ def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
     return fail(f"{ending.error}; {go_on}", decision.exit_code)
 
 
-def run_here(command: Sequence[str], environment: Mapping[str, str], *, log: Path) -> int:
+def run_here(command: Sequence[str], environment: Mapping[str, str], *, error_log: Path) -> int:
     """Run workers that keep no state to their end; return the exit code."""
     environment = {**environment, **_launcher()}
-    ended = run_launcher(command, environment=environment, error_log=log, tell=_tell)
+    log.info("starting the processes; loading torch and transformers")
+    ended = run_launcher(command, environment=environment, error_log=error_log, tell=_tell)
     clear_bar()
     if ended.code == EXIT_DONE:
         return EXIT_DONE
@@ -165,8 +166,8 @@ def run_here(command: Sequence[str], environment: Mapping[str, str], *, log: Pat
         return fail(f"stopped by {ended.signal_name}", ended.code)
     if ended.failure is not None:
         return fail(ended.failure.error, ended.failure.exit_code)
-    _print_tail(log)
-    return fail(f"a worker failed; see {log}", EXIT_CRASHED)
+    _print_tail(error_log)
+    return fail(f"a worker failed; see {error_log}", EXIT_CRASHED)
 
 
 def _introduce(start: LocalLaunch) -> None:

@@ -33,9 +33,21 @@ def model_folder(name: str, revision: str | None) -> Path:
     """
     local = paths.staged(name) or Path(name).expanduser()
     if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ModelError(
+                f"no config.json in {local}",
+                where="model.name",
+                remedy="name the folder that holds config.json and the safetensors files",
+            )
         return local
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(
@@ -45,12 +57,25 @@ def model_folder(name: str, revision: str | None) -> Path:
                 allow_patterns=[*paths.MODEL_FILES],
             )
         )
+    except GatedRepoError:
+        raise ModelError(
+            f"the hub gives {name!r} only to users who have accepted its terms",
+            where="model.name",
+            remedy="accept them on its page, and set HF_TOKEN to a token of that account",
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"{name!r} is neither a folder here nor a public model of the hub",
+            where="model.name",
+            remedy="check the name; for a private model set HF_TOKEN",
+        ) from None
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"{name!r} is neither a folder nor a hub model that can be reached "
+            f"{name!r} is neither a folder here nor a hub model that can be reached "
             f"({type(error).__name__})",
             where="model.name",
-            remedy="check the path, or download the model where there is a network",
+            remedy="check the path, or download the model where there is a network and name its "
+            "folder",
         ) from None
 
 

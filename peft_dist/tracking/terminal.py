@@ -29,6 +29,7 @@ class Terminal:
                 f"step {first_step}/{total_steps}", total=total_steps, done=first_step
             )
             self._bar.is_wait = False
+            self._bar.update(first_step, text=self._bar.text, detail="")
 
     def write(self, event: events.LedgerEvent) -> None:
         """Show one event, if it is of a kind that people follow."""

@@ -134,7 +134,7 @@ def run_worker(work: Callable[[WorkerContext], None]) -> int:
     _close_input()
     context = WorkerContext.of_environment()
     logs.begin(context.rank)
-    _quieten_libraries()
+    quieten_libraries()
     end_with_launcher()
     try:
         work(context)
@@ -233,7 +233,7 @@ def _out_of_memory_again(context: WorkerContext, line: str) -> TrainingError | N
     return None
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Hide deprecations between versions this project supports, and library chatter."""
     if logs.is_verbose():
         return
