@@ -578,7 +578,6 @@ def test_status_and_logs_import_nothing_heavy(run: Path) -> None:
 def test_on_a_machine_without_jobs_no_column_is_about_a_cluster(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lease(run, here=True)
     RunDir(run).record_failure(DataError("no rows " * 100, where="train.jsonl"))
     assert main(["status", str(run)]) == 0
     titles, row, cause = capsys.readouterr().out.splitlines()
