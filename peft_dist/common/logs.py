@@ -41,7 +41,14 @@ class _Formatter(logging.Formatter):
 
 
 class _ScreenHandler(logging.Handler):
-    """Shows records above the bars on standard output."""
+    """Shows records above the bars on standard output.
+
+    Without a lock of its own: the screen has one, and who holds that may log.
+    """
+
+    def createLock(self) -> None:  # noqa: N802 - logging's name
+        """Make none."""
+        self.lock = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show one."""

@@ -130,9 +130,10 @@ class Screen:
                     self._ticker = None
                     return
                 bar, now = self._bars[-1], time.monotonic()
-                if bar.is_wait and now >= bar.next_line_s:
-                    bar.next_line_s = now + PLAIN_LINE_EVERY_S
-                    log.info("%s", bar)
+                is_due = bar.is_wait and now >= bar.next_line_s
+            if is_due:
+                bar.next_line_s = now + PLAIN_LINE_EVERY_S
+                log.info("%s", bar)
 
 
 class Bar:

@@ -351,3 +351,25 @@ def test_a_block_that_is_waited_for_is_logged_with_what_came_of_it(
         raise ValueError
     (message,) = caplog.messages
     assert re.fullmatch(r"rows: 3  \d+\.\d s", message)
+
+
+def test_who_draws_may_log_while_another_thread_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    screen = Screen(stream)
+    monkeypatch.setattr(logs, "screen", lambda: screen)
+    handler = logs._ScreenHandler()
+    record = logging.LogRecord("a", logging.INFO, "x.py", 1, "a line", (), None)
+    drawn_and_logged = threading.Event()
+
+    def draw_and_log() -> None:
+        with screen._lock:
+            other.start()
+            time.sleep(0.2)  # the other one waits for the screen by now
+            handler.handle(record)
+        drawn_and_logged.set()
+
+    other = threading.Thread(target=handler.handle, args=(record,), daemon=True)
+    threading.Thread(target=draw_and_log, daemon=True).start()
+    assert drawn_and_logged.wait(20), "each waits for what the other holds"
+    other.join(20)
+    assert stream.getvalue() == "a line\na line\n"
