@@ -15,6 +15,7 @@ from peft_dist.cli.main import main
 from peft_dist.common import paths
 from peft_dist.config import load_recipe
 from peft_dist.launch import here
+from peft_dist.launch.local import Ended
 from peft_dist.run.directory import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,6 +193,28 @@ def test_init_copies_what_a_user_needs_and_overwrites_nothing(
     assert "already there" in err
     assert edited.read_text(encoding="utf-8") == "mine"
     assert not (target / "launch" / "train.py").exists()
+
+
+def test_a_start_says_what_it_is_about_before_any_process_is_started(
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(packages, "TRAIN_PACKAGES", ())
+    seen: list[str] = []
+
+    def launched(*_: object, **__: object) -> Ended:
+        seen.extend(caplog.messages)
+        return Ended(1)
+
+    monkeypatch.setattr(here, "run_launcher", launched)
+    run = tmp_path / "run"
+    main(["train", str(recipe_file), "--run-dir", str(run), "--nproc", "2"])
+    assert seen[0] == f"run directory: {run}"
+    assert "(nf4), lora adapters; rows: " in seen[1]
+    assert seen[2] == "starting 2 processes (fsdp) on the CPU; loading torch and transformers"
 
 
 @pytest.mark.distributed
