@@ -234,13 +234,11 @@ def set_up_model(
     engine.materialize(model)
 
     frozen, trained = _split(peft)
-    log.info("model: %s, %s adapters  %.1f s", type(skeleton).__name__, recipe.method.kind,
-             time.monotonic() - started)  # fmt: skip
-    began = time.monotonic()
+    log.info("built: %s with %s adapters", type(skeleton).__name__, recipe.method.kind)
     packed = _load_base(peft, frozen, trained, plan, source, engine)
     _fill_fresh_heads({**frozen, **trained}, plan, peft, engine, seed=recipe.train.seed)
     released = engine.fingerprint(frozen)
-    log.info("base: %s, loaded and hashed  %.1f s", recipe.quantization, time.monotonic() - began)
+    log.info("base: %s, built and loaded  %.1f s", recipe.quantization, time.monotonic() - started)
     by_name = {base_name_in(peft, name): parameter for name, parameter in frozen.items()}
     start = _start(recipe, source, plan, by_name, engine, model)
     with stage("filling and sharding the adapters", log) as told:
