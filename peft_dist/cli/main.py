@@ -63,9 +63,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if rest:
         arguments.overrides += rest
     if getattr(arguments, "overrides", None):
-        from peft_dist.config.load import refuse_twice
+        from peft_dist.config.load import given_twice
 
-        refuse_twice(arguments.overrides)
+        for line in given_twice(arguments.overrides):
+            show(f"peft-dist: {line}", sys.stderr)
     return arguments
 
 

@@ -111,21 +111,18 @@ def _read_text(path: Path) -> str:
         raise RecipeError(f"cannot be read: {reason}", where=where) from error
 
 
-def refuse_twice(overrides: Sequence[str]) -> None:
-    """Refuse a key that a person gave two values: the last one would win without a word.
-
-    Raises:
-        RecipeError: Naming both.
-    """
-    given: dict[str, str] = {}
+def given_twice(overrides: Sequence[str]) -> list[str]:
+    """Return a line about each key that a person gave several values: the last one counts."""
+    given: dict[str, list[str]] = {}
     for override in overrides:
         key, _, value = override.partition("=")
-        if given.setdefault(key.strip(), value) != value:
-            raise RecipeError(
-                f"given as {quote(given[key.strip()])} and as {quote(value)}",
-                where=key.strip(),
-                remedy=f"keep one, or train each with --array {key.strip()}=A,B",
-            )
+        given.setdefault(key.strip(), []).append(value)
+    return [
+        f"{key} is given {len(values)} times; the last one counts: {quote(values[-1])} "
+        f"(to train each: --array {key}={','.join(dict.fromkeys(values))})"
+        for key, values in given.items()
+        if len(set(values)) > 1
+    ]
 
 
 def _apply_override(raw: dict[str, Any], override: str, where: str) -> tuple[str, ...]:

@@ -71,10 +71,12 @@ def test_a_slip_of_the_pen_still_gets_the_nearest_name(recipe_file: Path) -> Non
     assert "did you mean 'schedule'?" in error_of(recipe_file, "train.shedule=linear")
 
 
-def test_a_key_that_is_given_two_values_is_refused_and_not_decided_by_order(
+def test_a_key_that_is_given_two_values_is_not_decided_without_a_word(
     recipe_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["validate", str(recipe_file), "train.seed=1", "train.seed=2"]
-    assert main(words) == 2
-    assert "train.seed: given as '1' and as '2'; keep one" in capsys.readouterr().err
+    assert main(words) == 0
+    told = "train.seed is given 2 times; the last one counts: '2' (to train each: --array "
+    assert f"{told}train.seed=1,2)" in capsys.readouterr().err
     assert main([*words[:3], "train.seed=1"]) == 0
+    assert capsys.readouterr().err == ""
