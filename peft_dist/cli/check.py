@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import Any
 
+from peft_dist.cli.options import tell_given_twice
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE
 
@@ -14,6 +15,7 @@ def validate_recipe(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.placement import plan_processes, this_machine
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    tell_given_twice(arguments.overrides)
     placement = plan_processes(recipe, this_machine())
     facts = _facts(recipe, placement)
     if arguments.json:

@@ -62,11 +62,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         arguments.parser.error(f"unrecognized argument {stray[0]!r}")
     if rest:
         arguments.overrides += rest
-    if getattr(arguments, "overrides", None):
-        from peft_dist.config.load import given_twice
-
-        for line in given_twice(arguments.overrides):
-            show(f"peft-dist: {line}", sys.stderr)
     return arguments
 
 

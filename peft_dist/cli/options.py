@@ -2,8 +2,11 @@
 
 import argparse
 import os
+import sys
+from collections.abc import Sequence
 
 from peft_dist.common import logs
+from peft_dist.common.console import show
 from peft_dist.common.env import VERBOSITY
 
 SHELLS = ("bash", "zsh", "fish")
@@ -26,6 +29,14 @@ def begin_logs(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name, False):
             os.environ[VERBOSITY] = name
     logs.begin()
+
+
+def tell_given_twice(overrides: Sequence[str]) -> None:
+    """Say of which key the last of several values counts, once the recipe has proved right."""
+    from peft_dist.config.load import given_twice
+
+    for line in given_twice(overrides):
+        show(f"peft-dist: {line}", sys.stderr)
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:

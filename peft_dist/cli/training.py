@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from peft_dist.cli import slurm as slurm_commands
+from peft_dist.cli.options import tell_given_twice
 from peft_dist.cli.packages import require_training_packages
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE, PeftDistError
@@ -88,6 +89,7 @@ def _start(
 
     recipe = load_recipe(arguments.recipe, [*arguments.overrides, *_processes(arguments)])
     start = prepare(recipe, folder, allow_changed=arguments.allow_changed)
+    tell_given_twice(arguments.overrides)
     if dry_run and arguments.json:
         facts = {"run_dir": str(start.run.path), "recipe": recipe.model_dump(mode="json")}
         facts |= {"command": start.command, "environment": start.environment}
