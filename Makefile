@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --no-loadscope-reorder
 RECIPE := configs/recipes/quickstart.yaml
 
 BIN := $(VENV)/bin
@@ -33,13 +35,13 @@ check: $(VENV)/.installed-all ## formatting, lint, types, layers
 	$(BIN)/lint-imports
 
 test: $(VENV)/.installed-all ## the whole test suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(VENV)/.installed-all ## tests that take seconds
-	$(BIN)/python -m pytest -m "not slow and not distributed"
+	$(PYTEST) -m "not slow and not distributed"
 
 faults: $(VENV)/.installed-all ## the tests of faults with many more cases; more than an hour
-	PEFT_DIST_FAULTS=long $(BIN)/python -m pytest --timeout 3600 tests/faults \
+	PEFT_DIST_FAULTS=long $(BIN)/python -m pytest --timeout 3600 tests/faults tests/distributed \
 		tests/unit/test_script_fuzz.py tests/unit/test_wandb.py tests/cluster
 
 cluster: $(VENV)/.installed-all ## a shell in a real Slurm of four nodes; CMD=... runs that instead

@@ -22,6 +22,7 @@ from peft_dist.run.history import ending_of_run, is_machine_start, read_history
 from peft_dist.run.lease import Attempt, end_for, refuse_if_held
 from peft_dist.run.restart_policy import History, Kind, RestartLimits, decide, decide_by_attempts
 from peft_dist.worker import signals
+from peft_dist.worker.libraries import import_bitsandbytes
 from peft_dist.worker.process import FIX_FIRST, WorkerContext, run_worker
 
 
@@ -99,6 +100,7 @@ def _train(
     if context.rank == 0:
         _take(options, recipe, context)
     # Only now, for it takes seconds: torch, transformers and all that stands on them.
+    import_bitsandbytes()
     from peft_dist.finetune import fine_tune
     from peft_dist.sharding.launcher_env import deepspeed_exports
 
