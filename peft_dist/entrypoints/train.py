@@ -17,12 +17,12 @@ from peft_dist.common.env import WATCHED_LEASE
 from peft_dist.common.errors import RunDirError, TrainingError
 from peft_dist.common.process_identity import is_launcher_gone
 from peft_dist.config import Recipe, load_recipe
+from peft_dist.model.import_bitsandbytes import import_bitsandbytes
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_run, is_machine_start, read_history
 from peft_dist.run.lease import Attempt, end_for, refuse_if_held
 from peft_dist.run.restart_policy import History, Kind, RestartLimits, decide, decide_by_attempts
 from peft_dist.worker import signals
-from peft_dist.worker.libraries import import_bitsandbytes
 from peft_dist.worker.process import FIX_FIRST, WorkerContext, run_worker
 
 

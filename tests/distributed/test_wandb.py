@@ -141,7 +141,7 @@ def test_a_server_that_fails_changes_neither_the_exit_code_nor_the_adapter(
 
 def test_training_imports_neither_wandb_nor_a_compiler(project: Path) -> None:
     code = (
-        "import sys, torch; from peft_dist.worker.libraries import import_bitsandbytes\n"
+        "import sys, torch; from peft_dist.model.import_bitsandbytes import import_bitsandbytes\n"
         "compile_ = torch.compile; import_bitsandbytes(); import peft_dist.finetune\n"
         "assert torch.compile is compile_\n"
         "print([name for name in ('wandb', 'torch._inductor.compile_fx') if name in sys.modules])"

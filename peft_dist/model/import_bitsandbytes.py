@@ -1,9 +1,9 @@
-"""Import the libraries that a training stands on, without what they load and never use.
+"""Import bitsandbytes without the compiler, which it loads and a training never uses.
 
-On import bitsandbytes hands five of its plain PyTorch kernels to `torch.compile`, which loads all
-of the compiler: a fifth of the start of every process. A CPU and a CUDA device have kernels of
-their own for all that a training calls; where `torch.compile` refuses, bitsandbytes keeps its
-functions as they are (`_try_torch_compile` in backends/default/ops.py, 0.50).
+On import it hands five of its plain PyTorch kernels to `torch.compile`: a fifth of the start of
+every process. A CPU and a CUDA device have kernels of their own for all that a training calls;
+where `torch.compile` refuses, bitsandbytes keeps its functions as they are (`_try_torch_compile` in
+its backends/default/ops.py, 0.50).
 """
 
 from typing import Any, NoReturn
