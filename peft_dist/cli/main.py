@@ -53,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _build_parser()
+    parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "quantize":
         arguments.passed_on = argv[argv.index("quantize") + 1 :]
@@ -67,7 +67,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _build_parser() -> _Parser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of every command."""
     from peft_dist import __version__
 
     parser = _Parser(
