@@ -109,6 +109,11 @@ class Encoder:
         """Smallest `data.max_length` that leaves room for one token of a row."""
         return len(self._head) + len(self._tail) + 1
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer can lay out a conversation."""
+        return bool(self._tokenizer.chat_template)
+
     def fingerprint(self) -> str:
         """Return a hash of all that decides which tokens a row becomes."""
         tokenizer = self._tokenizer

@@ -22,6 +22,7 @@ from peft_dist.common.atomic import remove_unfinished, whole_folder
 from peft_dist.common.errors import DataError, RecipeError
 from peft_dist.common.locks import lock_file
 from peft_dist.config.recipe import Recipe
+from peft_dist.config.row_sources import RowSource
 from peft_dist.data.encode import EncodedRow, Encoder, load_tokenizer
 from peft_dist.data.rows import BadRows, read_rows
 from peft_dist.data.sources import Source, open_source
@@ -144,15 +145,16 @@ def _job(recipe: Recipe, which: Literal["train", "eval"], cache_dir: Path) -> _J
         )
     names: tuple[str, ...] | None = None
     if which == "train":
-        source = open_source(data.train, split=data.train_split, field="data.train")
+        source = _open(data.sources("train")[0], "data.train")
     else:
         assert data.eval is not None, "the recipe has no data.eval"
-        source = open_source(data.eval, split=data.eval_split, field="data.eval")
+        source = _open(data.sources("eval")[0], "data.eval")
         if recipe.model.task == "sequence-classification":
             names = tokenize_rows(recipe, "train", cache_dir).label_names
     facts = {
         "format": FORMAT,
-        "source": [source.kind, source.split, source.fingerprint],
+        "source": [source.kind, source.split, str(source.part), source.fingerprint],
+        "columns": dict(source.columns),
         "tokenizer": encoder.fingerprint(),
         "task": recipe.model.task,
         "options": [data.max_length, data.truncation, data.max_bad_rows],
@@ -160,6 +162,12 @@ def _job(recipe: Recipe, which: Literal["train", "eval"], cache_dir: Path) -> _J
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     return _Job(source, encoder, recipe, names, key)
+
+
+def _open(source: RowSource, field: str) -> Source:
+    assert source.split is not None, "Data.sources fills it in"
+    columns = {} if source.columns is None else source.columns.names()
+    return open_source(source.path, split=source.split, field=field, columns=columns)
 
 
 def _make(job: _Job, folder: Path) -> None:
@@ -220,7 +228,12 @@ class _Fitted:
 
     def __iter__(self) -> Iterator[EncodedRow]:
         job, data = self._job, self._job.recipe.data
-        rows = read_rows(job.source, task=job.recipe.model.task, bad=self._bad)
+        rows = read_rows(
+            job.source,
+            task=job.recipe.model.task,
+            bad=self._bad,
+            as_chat=job.encoder.has_chat_template,
+        )
         while batch := list(islice(rows, ROWS_PER_BATCH)):
             for row in job.encoder.encode(batch, self._bad):
                 if not self._label_is_known(row):
@@ -232,6 +245,7 @@ class _Fitted:
                     continue
                 self.truncated += too_long
                 yield fitted
+        self._bad.refuse_too_many()
 
     def _fit(self, row: EncodedRow) -> EncodedRow | None:
         data = self._job.recipe.data
