@@ -217,10 +217,12 @@ def _start(
 def _validate(arguments: argparse.Namespace) -> int:
     from peft_dist.config import load_recipe
     from peft_dist.config.batch_shape import batch_shape
+    from peft_dist.data.first_rows import check_first_rows
     from peft_dist.launch.placement import plan_processes, this_machine
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     placement = plan_processes(recipe, this_machine())
+    check_first_rows(recipe)
     show(f"{arguments.recipe}: valid")
     show(f"  processes: {placement.processes} ({placement.strategy})")
     shape = batch_shape(recipe, placement.processes)

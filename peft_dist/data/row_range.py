@@ -29,6 +29,12 @@ class RowRange:
     start: Bound | None
     stop: Bound | None
 
+    @property
+    def is_relative(self) -> bool:
+        """Whether which rows are meant depends on how many there are."""
+        bounds = (self.start, self.stop)
+        return any(bound is not None and (bound.is_percent or bound.value < 0) for bound in bounds)
+
     def of(self, n_rows: int) -> range:
         """Return the rows that are meant of so many, counted from 0."""
         start = 0 if self.start is None else self.start.row(n_rows)

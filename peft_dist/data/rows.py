@@ -7,6 +7,7 @@ transformers is imported.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal, assert_never
 
 from peft_dist.common.errors import DataError
@@ -101,7 +102,9 @@ class BadRows:
         return tuple(f"{self.source.where(line)}: {why}" for line, why in sorted(self.found))
 
 
-def read_rows(source: Source, *, task: Task, bad: BadRows, as_chat: bool = True) -> Iterator[Row]:
+def read_rows(
+    source: Source, *, task: Task, bad: BadRows, as_chat: bool = True, most: int | None = None
+) -> Iterator[Row]:
     """Yield the good rows of a source in file order and put the others into `bad`.
 
     Once too many are bad, the rest is only looked at, so that the error knows them all.
@@ -111,12 +114,13 @@ def read_rows(source: Source, *, task: Task, bad: BadRows, as_chat: bool = True)
         task: What is trained, which decides what a row must hold.
         bad: Takes the bad rows, also those that whoever encodes the rows finds.
         as_chat: Whether instructions become chats: whether the model has a chat template.
+        most: Records to look at; None: all.
 
     Raises:
         DataError: The source cannot be read, has no rows, or has too many bad ones.
     """
     line = 0
-    for line, value in source.records():
+    for line, value in islice(source.records(), most):
         try:
             row = parse_row(line, value, task, source.columns, as_chat=as_chat)
         except BadRow as error:

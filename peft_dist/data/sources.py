@@ -15,15 +15,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft_dist.common.errors import DataError
 from peft_dist.data.forms import COLUMNS
 from peft_dist.data.record import Broken, Record
 from peft_dist.data.row_range import RowRange, parse_split
-
-if TYPE_CHECKING:
-    import datasets
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Source:
             if self.part is None:
                 yield from self._whole()
             else:
-                rows = self.part.of(self._count())
+                rows = self.part.of(self._count() if self.part.is_relative else sys.maxsize)
                 yield from islice(self._whole(), rows.start, rows.stop)
         except OSError as error:
             raise self._cannot_read(error) from error
@@ -96,7 +93,7 @@ class Source:
     def _count(self) -> int:
         return len(self._dataset()) if self.kind == "folder" else sum(1 for _ in self._whole())
 
-    def _dataset(self) -> "datasets.Dataset":
+    def _dataset(self) -> Any:
         from peft_dist.data import arrow_files
 
         return arrow_files.open_dataset(self.name, self.kind, self.split)

@@ -22,10 +22,10 @@ from peft_dist.common.atomic import remove_unfinished, whole_folder
 from peft_dist.common.errors import DataError, RecipeError
 from peft_dist.common.locks import lock_file
 from peft_dist.config.recipe import Recipe
-from peft_dist.config.row_sources import RowSource
 from peft_dist.data.encode import EncodedRow, Encoder, load_tokenizer
+from peft_dist.data.first_rows import open_row_source
 from peft_dist.data.rows import BadRows, read_rows
-from peft_dist.data.sources import Source, open_source
+from peft_dist.data.sources import Source
 
 FORMAT = 1
 """Raise this whenever the same rows would become other tokens or other files."""
@@ -145,10 +145,10 @@ def _job(recipe: Recipe, which: Literal["train", "eval"], cache_dir: Path) -> _J
         )
     names: tuple[str, ...] | None = None
     if which == "train":
-        source = _open(data.sources("train")[0], "data.train")
+        source = open_row_source(data.sources("train")[0], "data.train")
     else:
         assert data.eval is not None, "the recipe has no data.eval"
-        source = _open(data.sources("eval")[0], "data.eval")
+        source = open_row_source(data.sources("eval")[0], "data.eval")
         if recipe.model.task == "sequence-classification":
             names = tokenize_rows(recipe, "train", cache_dir).label_names
     facts = {
@@ -162,12 +162,6 @@ def _job(recipe: Recipe, which: Literal["train", "eval"], cache_dir: Path) -> _J
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     return _Job(source, encoder, recipe, names, key)
-
-
-def _open(source: RowSource, field: str) -> Source:
-    assert source.split is not None, "Data.sources fills it in"
-    columns = {} if source.columns is None else source.columns.names()
-    return open_source(source.path, split=source.split, field=field, columns=columns)
 
 
 def _make(job: _Job, folder: Path) -> None:
