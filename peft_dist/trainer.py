@@ -16,6 +16,7 @@ import torch
 from peft_dist.checkpoint.checkpointer import Checkpointer
 from peft_dist.checkpoint.progress import NoHooks, Progress, TrainerHooks
 from peft_dist.common.errors import Interrupted, TrainingError
+from peft_dist.data.mixture import source_shares
 from peft_dist.data.order import RowIds, StepPlan, assign
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import barrier
@@ -84,7 +85,8 @@ class Trainer:
         self.hooks = hooks or NoHooks()
         self.trackers: list[Tracker] = []
         """Views of the run; stays empty on every rank but 0."""
-        self.plan = StepPlan.of(self.recipe.train, rows.lengths)
+        shares = source_shares(self.recipe.data, [source.rows for source in rows.sources])
+        self.plan = StepPlan.of(self.recipe.train, rows.lengths, shares)
         self.peak_rate = peak_learning_rate(self.recipe)
         self.optimizer: AdapterOptimizer = setup.engine.share_optimizer(make_optimizer(setup))
         self.progress = Progress()
@@ -227,7 +229,7 @@ class Trainer:
         started = time.monotonic()
         self.hooks.phase("save", step)
         if self._saved_step != step:
-            facts = {**asdict(self.progress), "epoch": self.progress.cursor // self.rows.n_rows}
+            facts = {**asdict(self.progress), "epoch": self.plan.epoch_of(self.progress.cursor)}
             self.checkpointer.take(facts, self.optimizer)
             self._saved_step = step
             stall = time.monotonic() - started

@@ -60,18 +60,20 @@ AMOUNTS = ("weight", "rows", "epochs")
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "list"
-    return "number" if isinstance(value, int) else "text"
+    return "list" if isinstance(value, list | tuple) else "text"
 
 
-_OneOrMore = (
-    Annotated[Text, Tag("text")]
-    | Annotated[tuple[RowSource, ...], Field(min_length=1), Tag("list")]
-)
-TrainSources = Annotated[_OneOrMore, Discriminator(_kind)]
+def _kind_of_eval(value: Any) -> str:
+    return "number" if isinstance(value, int) else _kind(value)
+
+
+_Name = Annotated[Text, Tag("text")]
+_List = Annotated[tuple[RowSource, ...], Field(min_length=1), Tag("list")]
+TrainSources = Annotated[_Name | _List, Discriminator(_kind)]
 """A name, or a list of sources."""
-EvalSources = Annotated[_OneOrMore | Annotated[PositiveInt, Tag("number")], Discriminator(_kind)]
+EvalSources = Annotated[
+    _Name | _List | Annotated[PositiveInt, Tag("number")], Discriminator(_kind_of_eval)
+]
 """A name, a list of sources, or the part of the training rows that is held out."""
 
 

@@ -1,0 +1,138 @@
+"""Which rows are tokenised, and what is kept of each: the path from a source to its tokens.
+
+Nothing is written here (see `tokenize.py`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+from peft_dist.common.errors import DataError
+from peft_dist.config.recipe import Recipe
+from peft_dist.data.encode import EncodedRow, Encoder
+from peft_dist.data.hold_out import HoldOut
+from peft_dist.data.rows import BadRows, Row, read_rows
+from peft_dist.data.sources import Source
+
+ROWS_PER_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class RowJob:
+    """Rows to tokenise, and everything that decides what becomes of them."""
+
+    recipe: Recipe
+    which: Literal["train", "eval"]
+    sources: tuple[Source, ...]
+    encoder: Encoder
+    label_names: tuple[str, ...] | None = None
+    """The only classes that may be; None: any."""
+
+    def key(self) -> dict[str, Any]:
+        """Return all that decides what the rows become."""
+        data = self.recipe.data
+        return {
+            "sources": [
+                [source.kind, source.split, str(source.part), source.fingerprint, source.columns]
+                for source in self.sources
+            ],
+            "held_out": data.held_out and [self.which, data.held_out, self.recipe.train.seed],
+            "tokenizer": self.encoder.fingerprint(),
+            "task": self.recipe.model.task,
+            "options": [data.max_length, data.truncation, data.max_bad_rows],
+            "label_names": self.label_names,
+        }
+
+    def rows(self, source: Source, bad: BadRows, *, most: int | None = None) -> Iterator[Row]:
+        """Yield the rows of a source before any is held out."""
+        as_chat = self.encoder.has_chat_template
+        task = self.recipe.model.task
+        return read_rows(source, task=task, bad=bad, as_chat=as_chat, most=most)
+
+    def hold_out(self) -> HoldOut | None:
+        """Return which rows are held out, which takes a look at all of them; None: none."""
+        size = self.recipe.data.held_out
+        if size is None:
+            return None
+        rows = (row for source in self.sources for row in self.rows(source, BadRows(source, None)))
+        return HoldOut.of(rows, size=size, seed=self.recipe.train.seed)
+
+
+class FittedRows:
+    """Rows of a source that fit `data.max_length` and have something to train; counts the rest."""
+
+    def __init__(self, job: RowJob, source: Source, hold_out: HoldOut | None) -> None:
+        """Read nothing yet."""
+        self._job, self.source, self._hold_out = job, source, hold_out
+        self.bad = BadRows(source, job.recipe.data.max_bad_rows)
+        self.kept = self.cut = self.lost_end = self.dropped = 0
+
+    def __iter__(self) -> Iterator[EncodedRow]:
+        rows = self.read()
+        while batch := list(islice(rows, ROWS_PER_BATCH)):
+            for row in self._job.encoder.encode(batch, self.bad):
+                fitted = self.fit(row)
+                if fitted is not None:
+                    yield fitted
+        self.bad.refuse_too_many()
+
+    def read(self, most: int | None = None) -> Iterator[Row]:
+        """Yield the rows before they are encoded."""
+        job, hold_out = self._job, self._hold_out
+        if hold_out is None:
+            return job.rows(self.source, self.bad, most=most)
+        if job.which == "train":
+            rows = job.rows(self.source, self.bad, most=most)
+            return (row for row in rows if not hold_out.has(row))
+        # of the rows that are malformed, the training rows tell
+        rows = job.rows(self.source, BadRows(self.source, None), most=most)
+        return (row for row in rows if hold_out.has(row))
+
+    def fit(self, row: EncodedRow) -> EncodedRow | None:
+        """Return what is kept of a row, and count it; None where nothing is."""
+        if not self._label_is_known(row):
+            return None
+        too_long = len(row.tokens) > self._job.recipe.data.max_length
+        fitted = self._fit(row) if too_long else row
+        if fitted is None or not _has_predictions(fitted):
+            self.dropped += 1
+            return None
+        self.kept += 1
+        self.cut += too_long
+        ends_trained = row.label is None and bool(row.trained[-1])
+        self.lost_end += too_long and ends_trained and self._job.recipe.data.truncation == "end"
+        return fitted
+
+    def counts(self) -> dict[str, Any]:
+        """Return the counts as the cache keeps them: without the name of the source."""
+        names = ("cut", "lost_end", "dropped")
+        counted = {name: int(getattr(self, name)) for name in names}
+        return {"rows": self.kept, **counted, "bad": sorted(self.bad.found)}
+
+    def _fit(self, row: EncodedRow) -> EncodedRow | None:
+        data = self._job.recipe.data
+        match data.truncation:
+            case "end":
+                return row.cut(max_length=data.max_length, keep="start")
+            case "start":
+                return row.cut(max_length=data.max_length, keep="end")
+            case "drop":
+                return None
+            case "error":
+                raise DataError(
+                    f"the row has {len(row.tokens)} tokens, data.max_length is {data.max_length}",
+                    where=self.source.where(row.line),
+                    remedy="raise data.max_length, or set data.truncation to end, start or drop",
+                )
+
+    def _label_is_known(self, row: EncodedRow) -> bool:
+        names = self._job.label_names
+        if names is None or row.label in names:
+            return True
+        self.bad.add(row.line, f"label {row.label!r} is not in data.train: {', '.join(names)}")
+        return False
+
+
+def _has_predictions(row: EncodedRow) -> bool:
+    return len(row.tokens) > 0 if row.label is not None else bool(row.trained[1:].any())
