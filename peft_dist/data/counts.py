@@ -17,8 +17,13 @@ class SourceRows:
     """Of those: rows whose trained end token was among the lost ones."""
     dropped: int
     """Rows left out because they were too long (truncation: drop) or had nothing to train."""
-    bad: tuple[str, ...]
-    """`file:line: why` of each malformed row that was left out."""
+    bad: tuple[tuple[int, str], ...]
+    """Line and reason of each malformed row that was left out."""
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """Return `file:line: why` of each malformed row."""
+        return tuple(f"{self.name}:{line}: {why}" for line, why in self.bad)
 
     def line(self, what: str) -> str:
         """Return the counts as one line, such as for the log of a start."""

@@ -166,6 +166,10 @@ class Encoder:
         ended = [self._with_end(ids) for ids in self._ids(list(texts))]
         return tuple(np.array(ids, dtype=np.int32) for ids in ended)
 
+    def text(self, tokens: NDArray[np.int32]) -> str:
+        """Return the text of tokens, special ones included."""
+        return str(self._tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False))
+
     def _special_tokens(self) -> tuple[Ids, Ids]:
         """Return what the tokenizer puts before and after a text, seen on a probe."""
         body = self._tokenizer("a", add_special_tokens=False).input_ids

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
+import numpy as np
+
 from peft_dist.common.errors import DataError
 from peft_dist.config.recipe import Recipe
+from peft_dist.data.counts import SourceRows
 from peft_dist.data.encode import EncodedRow, Encoder
 from peft_dist.data.hold_out import HoldOut
 from peft_dist.data.rows import BadRows, Row, read_rows
@@ -62,10 +65,19 @@ class RowJob:
 class FittedRows:
     """Rows of a source that fit `data.max_length` and have something to train; counts the rest."""
 
-    def __init__(self, job: RowJob, source: Source, hold_out: HoldOut | None) -> None:
-        """Read nothing yet."""
+    def __init__(
+        self, job: RowJob, source: Source, hold_out: HoldOut | None, bad: BadRows | None = None
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            job: What is tokenised.
+            source: One of its sources.
+            hold_out: Which rows are held out.
+            bad: Takes the malformed rows. Default: as many as the recipe allows.
+        """
         self._job, self.source, self._hold_out = job, source, hold_out
-        self.bad = BadRows(source, job.recipe.data.max_bad_rows)
+        self.bad = bad or BadRows(source, job.recipe.data.max_bad_rows)
         self.kept = self.cut = self.lost_end = self.dropped = 0
 
     def __iter__(self) -> Iterator[EncodedRow]:
@@ -94,37 +106,44 @@ class FittedRows:
         if not self._label_is_known(row):
             return None
         too_long = len(row.tokens) > self._job.recipe.data.max_length
-        fitted = self._fit(row) if too_long else row
+        if too_long and self._job.recipe.data.truncation == "error":
+            self._refuse_long(row)
+            return None
+        fitted = self._cut(row) if too_long else row
         if fitted is None or not _has_predictions(fitted):
             self.dropped += 1
             return None
         self.kept += 1
         self.cut += too_long
-        ends_trained = row.label is None and bool(row.trained[-1])
-        self.lost_end += too_long and ends_trained and self._job.recipe.data.truncation == "end"
+        if too_long and row.label is None and self._job.recipe.data.truncation == "end":
+            last_trained = int(np.flatnonzero(row.trained)[-1])  # the end token of the last answer
+            self.lost_end += last_trained >= len(fitted.tokens)
         return fitted
 
-    def counts(self) -> dict[str, Any]:
-        """Return the counts as the cache keeps them: without the name of the source."""
-        names = ("cut", "lost_end", "dropped")
-        counted = {name: int(getattr(self, name)) for name in names}
-        return {"rows": self.kept, **counted, "bad": sorted(self.bad.found)}
+    def counts(self) -> SourceRows:
+        """Return what has become of the rows so far."""
+        bad = tuple(sorted(self.bad.found))
+        name = self.source.name
+        return SourceRows(name, self.kept, self.cut, self.lost_end, self.dropped, bad)
 
-    def _fit(self, row: EncodedRow) -> EncodedRow | None:
+    def _cut(self, row: EncodedRow) -> EncodedRow | None:
         data = self._job.recipe.data
-        match data.truncation:
-            case "end":
-                return row.cut(max_length=data.max_length, keep="start")
-            case "start":
-                return row.cut(max_length=data.max_length, keep="end")
-            case "drop":
-                return None
-            case "error":
-                raise DataError(
-                    f"the row has {len(row.tokens)} tokens, data.max_length is {data.max_length}",
-                    where=self.source.where(row.line),
-                    remedy="raise data.max_length, or set data.truncation to end, start or drop",
-                )
+        if data.truncation == "drop":
+            return None
+        keep = "start" if data.truncation == "end" else "end"
+        return row.cut(max_length=data.max_length, keep=keep)
+
+    def _refuse_long(self, row: EncodedRow) -> None:
+        why = f"the row has {len(row.tokens)} tokens, data.max_length is "
+        why += str(self._job.recipe.data.max_length)
+        if self.bad.limit is None:
+            self.bad.add(row.line, why)
+            return
+        raise DataError(
+            why,
+            where=self.source.where(row.line),
+            remedy="raise data.max_length, or set data.truncation to end, start or drop",
+        )
 
     def _label_is_known(self, row: EncodedRow) -> bool:
         names = self._job.label_names

@@ -8,7 +8,7 @@ it, and no process group is needed. Which row trains when is not decided here (s
 import hashlib
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -196,7 +196,11 @@ def _write(job: RowJob, folder: Path) -> None:
         "files": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
         "label_names": names or (),
         "pad_id": job.encoder.pad_id,
-        "sources": [rows.counts() for rows in found],
+        "sources": [
+            # the cache is for these rows wherever they lie
+            {name: value for name, value in asdict(rows.counts()).items() if name != "name"}
+            for rows in found
+        ],
     }
     sealed = {"fingerprint": _fingerprint(content), "content": content}
     (folder / "rows.json").write_text(json.dumps(sealed, indent=1), encoding="utf-8")
@@ -235,11 +239,7 @@ def _opened(folder: Path, sources: tuple[Source, ...]) -> TokenizedRows | None:
         label_names=tuple(content["label_names"]),
         pad_id=content["pad_id"],
         sources=tuple(
-            SourceRows(
-                name=source.name,
-                **counts
-                | {"bad": tuple(f"{source.where(at)}: {why}" for at, why in counts["bad"])},
-            )
+            SourceRows(source.name, **counts | {"bad": tuple(map(tuple, counts["bad"]))})
             for source, counts in zip(sources, content["sources"], strict=True)
         ),
         fingerprint=sealed["fingerprint"],

@@ -276,7 +276,7 @@ def _require_trackers(recipe: Recipe) -> None:
 def _report_rows(rows: TokenizedRows, what: str) -> None:
     """Print what became of the rows of each source: a smaller data set is no secret."""
     for source in rows.sources:
-        for report in source.bad:
+        for report in source.reports:
             say(f"left out {report}")
         say(source.line(what))
 

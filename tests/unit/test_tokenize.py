@@ -156,7 +156,7 @@ def test_messages_the_template_refuses_are_bad_rows(tmp_path: Path) -> None:
     data = {"max_bad_rows": 1}
     rows = tokenised(tmp_path, [bad, {"messages": CHAT}], data=data)
     assert rows.n_rows == 1
-    assert rows.sources[0].bad == (
+    assert rows.sources[0].reports == (
         f"{tmp_path}/train.jsonl:1: the chat template refuses the messages: no system",
     )
 
@@ -240,7 +240,7 @@ def test_an_evaluation_label_unknown_to_training_is_a_bad_row(tmp_path: Path) ->
     assert rows.label_names == ("cat", "dog", "eel")
     assert rows.class_ids is not None
     assert rows.class_ids.tolist() == [1]
-    assert rows.sources[0].bad == (
+    assert rows.sources[0].reports == (
         f"{tmp_path}/eval.jsonl:2: label 'emu' is not in data.train: cat, dog, eel",
     )
 
