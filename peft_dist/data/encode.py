@@ -104,6 +104,15 @@ class Encoder:
         if not self._classify:
             self._tail = []  # the end token below is the one a model is trained to stop with
 
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Encoder":
+        """Return the encoder of a recipe; loads its tokenizer.
+
+        Raises:
+            ModelError: The tokenizer cannot be used.
+        """
+        return cls(load_tokenizer(recipe), task=recipe.model.task, name=recipe.model.name)
+
     @property
     def least_length(self) -> int:
         """Smallest `data.max_length` that leaves room for one token of a row."""

@@ -3,6 +3,7 @@
 Nothing is written here (see `tokenize.py`).
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -10,15 +11,21 @@ from typing import Any, Literal
 
 import numpy as np
 
+from peft_dist.common.console import say
 from peft_dist.common.errors import DataError
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.counts import SourceRows
 from peft_dist.data.encode import EncodedRow, Encoder
 from peft_dist.data.hold_out import HoldOut
-from peft_dist.data.rows import BadRows, Row, read_rows
+from peft_dist.data.parallel import encode_in_processes, processes_here
+from peft_dist.data.rows import BadRows, ChatRow, Row, read_rows
 from peft_dist.data.sources import Source
 
 ROWS_PER_BATCH = 1000
+ROWS_BEFORE_PROCESSES = 20_000
+"""Rows of chats after which it pays to start processes that encode the rest."""
+TELL_EVERY_S = 10.0
+"""Seconds between two lines about a long tokenising."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,24 @@ class RowJob:
         return HoldOut.of(rows, size=size, seed=self.recipe.train.seed)
 
 
+class Progress:
+    """Says now and then how far a long tokenising has come."""
+
+    def __init__(self, name: str) -> None:
+        """Begin to count."""
+        self._name, self._rows = name, 0
+        self._started = self._told = time.monotonic()
+
+    def add(self, rows: int) -> None:
+        """Count rows, and tell where it is time."""
+        self._rows += rows
+        now = time.monotonic()
+        if now - self._told >= TELL_EVERY_S:
+            self._told = now
+            rate = self._rows / (now - self._started)
+            say(f"tokenising {self._name}: {self._rows:,} rows, {rate:,.0f} rows/s")
+
+
 class FittedRows:
     """Rows of a source that fit `data.max_length` and have something to train; counts the rest."""
 
@@ -82,12 +107,30 @@ class FittedRows:
 
     def __iter__(self) -> Iterator[EncodedRow]:
         rows = self.read()
-        while batch := list(islice(rows, ROWS_PER_BATCH)):
-            for row in self._job.encoder.encode(batch, self.bad):
+        progress = Progress(self.source.name)
+        batches = iter(lambda: list(islice(rows, ROWS_PER_BATCH)), [])
+        for encoded in self._encoded(batches):
+            progress.add(len(encoded))
+            for row in encoded:
                 fitted = self.fit(row)
                 if fitted is not None:
                     yield fitted
         self.bad.refuse_too_many()
+
+    def _encoded(self, batches: Iterator[list[Row]]) -> Iterator[list[EncodedRow]]:
+        """Yield the tokens of each batch; the later ones of many chats on all cores."""
+        encode, processes, are_chats = self._job.encoder.encode, processes_here(), False
+        for batch in islice(batches, ROWS_BEFORE_PROCESSES // ROWS_PER_BATCH):
+            are_chats |= any(isinstance(row, ChatRow) for row in batch)
+            yield encode(batch, self.bad)
+        if not are_chats or processes == 1:
+            for batch in batches:
+                yield encode(batch, self.bad)
+            return
+        found = encode_in_processes(batches, self._job.recipe, self.source, processes=processes)
+        for encoded, bad in found:
+            self.bad.take(bad)
+            yield encoded
 
     def read(self, most: int | None = None) -> Iterator[Row]:
         """Yield the rows before they are encoded."""

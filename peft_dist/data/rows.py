@@ -74,6 +74,11 @@ class BadRows:
         if remedy:
             self._remedies[line] = remedy
 
+    def take(self, other: "BadRows") -> None:
+        """Add the rows that were left out elsewhere."""
+        for line, why in other.found:
+            self.add(line, why, other._remedies.get(line, ""))
+
     @property
     def are_too_many(self) -> bool:
         """Whether more rows are bad than may be."""

@@ -21,7 +21,7 @@ from peft_dist.common.errors import DataError, RecipeError
 from peft_dist.common.locks import lock_file
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.counts import SourceRows
-from peft_dist.data.encode import Encoder, load_tokenizer
+from peft_dist.data.encode import Encoder
 from peft_dist.data.first_rows import open_row_source
 from peft_dist.data.row_job import FittedRows, RowJob
 from peft_dist.data.sources import Source
@@ -120,7 +120,7 @@ def tokenize_rows(
 
 def encode_completions(recipe: Recipe, texts: tuple[str, ...]) -> tuple[NDArray[np.int32], ...]:
     """Return each text as the tokens it is trained as in a completion, end token included."""
-    return _encoder(recipe).completions(texts)
+    return Encoder.of(recipe).completions(texts)
 
 
 def row_job(recipe: Recipe, which: Literal["train", "eval"], cache_dir: Path) -> RowJob:
@@ -131,7 +131,7 @@ def row_job(recipe: Recipe, which: Literal["train", "eval"], cache_dir: Path) ->
         ModelError: The tokenizer cannot be used.
         RecipeError: `data.max_length` leaves no room.
     """
-    data, encoder = recipe.data, _encoder(recipe)
+    data, encoder = recipe.data, Encoder.of(recipe)
     if data.max_length < encoder.least_length:
         raise RecipeError(
             f"{data.max_length} leaves no room beside the tokenizer's special tokens",
@@ -144,10 +144,6 @@ def row_job(recipe: Recipe, which: Literal["train", "eval"], cache_dir: Path) ->
     if which == "eval" and recipe.model.task == "sequence-classification":
         names = tokenize_rows(recipe, "train", cache_dir).label_names
     return RowJob(recipe, which, sources, encoder, names)
-
-
-def _encoder(recipe: Recipe) -> Encoder:
-    return Encoder(load_tokenizer(recipe), task=recipe.model.task, name=recipe.model.name)
 
 
 def _make(job: RowJob, folder: Path) -> None:
