@@ -34,6 +34,7 @@ from peft_dist.ledger.events import (
 from peft_dist.ledger.writer import Tracker
 from peft_dist.metrics.memory import peak_memory_bytes
 from peft_dist.metrics.mfu import Utilisation
+from peft_dist.metrics.source_loss import SourceLosses
 from peft_dist.metrics.step import StepInputs, StepMetrics, StepMetricsReader, make_extras
 from peft_dist.model_setup import ModelSetup
 from peft_dist.optim.lr_schedule import learning_rate, peak_learning_rate
@@ -90,7 +91,9 @@ class Trainer:
         self.peak_rate = peak_learning_rate(self.recipe)
         self.optimizer: AdapterOptimizer = setup.engine.share_optimizer(make_optimizer(setup))
         self.progress = Progress()
-        self._reader = StepMetricsReader(self.world.device)
+        device, sources = self.world.device, self.recipe.data.mixed_sources
+        self._reader = StepMetricsReader(device, sources=sources)
+        self._source_losses = SourceLosses(self.recipe, rows, device)
         self._stop = self._save_due = self._give_up = False
         self._saved_step = -1
         self._saved_at = self._mark = time.monotonic()
@@ -153,7 +156,9 @@ class Trainer:
             batch = batch.to(device)
             self._seed_dropout(step, index)
             with self.setup.autocast():
-                nll_sum: torch.Tensor = self.setup.model(batch).nll.sum()
+                nll: torch.Tensor = self.setup.model(batch).nll
+                nll_sum = nll.sum()
+            self._source_losses.add(micro, batch, nll)
             (nll_sum / predictions).backward()
             loss += nll_sum.detach()
         engine.compute_timer.end()
@@ -164,6 +169,7 @@ class Trainer:
             flags=self._flags(),
             step_s=engine.compute_timer.latest_s(),
             memory_bytes=peak_memory_bytes(device),
+            source_nll=self._source_losses.take(),
         )
         summed = engine.reduce(extras)
         norm = engine.clip(self.recipe.train.max_grad_norm)
@@ -176,7 +182,8 @@ class Trainer:
         engine.compute_timer.begin()
         self.progress.step, self.progress.cursor = step, cursor
         tokens = int(self.rows.lengths[ids].sum())
-        self._reader.put(StepInputs(step, rate, len(ids), cursor, tokens), metrics)
+        by_source = self._source_losses.predictions(ids)
+        self._reader.put(StepInputs(step, rate, len(ids), cursor, tokens, by_source), metrics)
         # To roll back a step later would undo one that was sound, and is in the ledger.
         waits = not self._reader.is_late or self.recipe.train.non_finite == "rollback"
         self._publish(keep=0 if waits else 1)
@@ -278,8 +285,8 @@ class Trainer:
             tokens_per_s = inputs.tokens / seconds
             self.write(
                 StepEvent(
-                    **inputs._asdict(),
-                    **metrics.fields(),
+                    **inputs.fields(),
+                    **metrics.fields(inputs.source_predictions),
                     tokens_per_s=tokens_per_s,
                     mfu=self._utilisation.mfu(tokens_per_s),
                     peak_memory_bytes=peak_memory_bytes(self.world.device),
@@ -303,7 +310,7 @@ class Trainer:
                 remedy="lower train.learning_rate, or look at the rows; the adapter of the last "
                 "checkpoint is sound",
             )
-        fields: dict[str, Any] = {**inputs._asdict(), "reason": reason}
+        fields: dict[str, Any] = {**inputs.fields(), "reason": reason}
         del fields["lr"]
         if train.non_finite == "skip":
             self.write(SkippedEvent(**fields))

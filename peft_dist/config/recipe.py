@@ -83,6 +83,11 @@ class Data(Section):
         """How many of the training rows are held out, or what share; None: none of them."""
         return held_out(self.eval)
 
+    @property
+    def mixed_sources(self) -> int:
+        """How many training sources are told apart: none where there is one."""
+        return len(self.train) if isinstance(self.train, tuple) and len(self.train) > 1 else 0
+
     def sources(self, which: Literal["train", "eval"]) -> tuple[RowSource, ...]:
         """Return where rows are read, with split and columns of each; () for no held-out rows."""
         of_train = which == "train" or self.held_out is not None
