@@ -14,6 +14,7 @@ from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.errors import RunDirError
 from peft_dist.config import Recipe
+from peft_dist.data.mixture import source_shares
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group, rendezvous
 from peft_dist.evaluation.scoring import EvalSet, make_eval_set
@@ -78,6 +79,7 @@ def fine_tune(
 def _read_rows(recipe: Recipe, cache: Path) -> tuple[TokenizedRows, EvalSet | None]:
     """Tokenise the rows of a recipe, or read them from the cache; needs no other process."""
     rows = tokenize_rows(recipe, "train", cache)
+    source_shares(recipe.data, [source.rows for source in rows.sources])  # refused here, if at all
     if recipe.data.eval is None:
         return rows, None
     return rows, make_eval_set(recipe, tokenize_rows(recipe, "eval", cache))

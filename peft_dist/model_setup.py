@@ -238,7 +238,11 @@ def set_up_model(
     by_name = {base_name_in(peft, name): parameter for name, parameter in frozen.items()}
     start = _start(recipe, source, plan, by_name, engine, model)
     method.initialise(peft, start)
-    engine.flatten_adapter(trained, lambda n: Group(trained[n].dim() > 1, method.rate_factor(n)))
+    engine.flatten_adapter(
+        trained,
+        lambda n: Group(trained[n].dim() > 1, method.rate_factor(n)),
+        sources=recipe.data.mixed_sources,
+    )
     total, by_rank = verify_sharded(engine, frozen, trained, launched.strategy)
     setup = ModelSetup(
         recipe=recipe,

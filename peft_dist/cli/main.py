@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from peft_dist.cli import slurm as slurm_commands
-from peft_dist.cli import wandb
+from peft_dist.cli import validate, wandb
 from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import show
 from peft_dist.common.errors import (
@@ -116,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     resume.add_argument(
         "--here", action="store_true", help="on this machine, although it was submitted to Slurm"
     )
-    _add_recipe(command("validate", _validate, "check a recipe; needs no torch"))
+    validate.add_command(command, _add_recipe, count=_count, require=_require_training_packages)
     schema = command("schema", _schema, "print the JSON Schema of a recipe, for editors")
     schema.add_argument("--cluster", action="store_true", help="of a cluster file instead")
     evaluate = command("evaluate", _evaluate, "score the adapter of a finished run")
@@ -213,30 +213,6 @@ def _start(
     _require_training_packages(start.strategy)
     os.umask(0o077)
     return train_here(start, fresh=fresh)
-
-
-def _validate(arguments: argparse.Namespace) -> int:
-    from peft_dist.config import load_recipe
-    from peft_dist.config.batch_shape import batch_shape
-    from peft_dist.launch.placement import plan_processes, this_machine
-
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    placement = plan_processes(recipe, this_machine())
-    show(f"{arguments.recipe}: valid")
-    show(f"  processes: {placement.processes} ({placement.strategy})")
-    shape = batch_shape(recipe, placement.processes)
-    if shape is None:
-        show(f"  a step: rows of up to {recipe.train.global_batch_tokens} tokens together")
-        return EXIT_DONE
-    passes = "1 pass" if shape.accumulation == 1 else f"{shape.accumulation} passes"
-    show(
-        f"  a step: {shape.rows_per_step} rows, {shape.rows_per_process} per process "
-        f"in {passes} of up to {recipe.train.micro_batch_size}"
-    )
-    if recipe.train.steps is not None:
-        rows = recipe.train.steps * shape.rows_per_step
-        show(f"  the run: {recipe.train.steps} steps, {rows} rows")
-    return EXIT_DONE
 
 
 def _schema(arguments: argparse.Namespace) -> int:

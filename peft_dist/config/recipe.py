@@ -9,6 +9,15 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from peft_dist.config.method import Lora, Method
+from peft_dist.config.row_sources import (
+    AMOUNTS,
+    Columns,
+    EvalSources,
+    RowSource,
+    TrainSources,
+    held_out,
+    require_one_kind_of_amount,
+)
 from peft_dist.config.section import Fraction, NonNegativeFloat, PositiveFloat, Section, Text
 
 
@@ -32,15 +41,20 @@ class Model(Section):
 class Data(Section):
     """The rows."""
 
-    train: Text
+    train: TrainSources
     """JSONL, JSON, CSV or Parquet file or `datasets` folder (relative to the recipe), or a hub
-    name."""
-    eval: Text | None = None
-    """Held-out rows in any form `train` takes. Off: no evaluation."""
+    name; or a list of such sources, mixed."""
+    eval: EvalSources | None = None
+    """Held-out rows in any form `train` takes; or how many of the training rows are held out, such
+    as 500 or 5%: which ones follows from their content and `train.seed`. Off: no evaluation."""
     train_split: Text = "train"
-    """Split to read where `train` is a hub name or a folder with several splits."""
+    """Split to read where `train` is a hub name or a folder with several splits; of any source
+    also a part of it, such as train[:10%]."""
     eval_split: Text = "test"
-    """Split to read where `eval` is a hub name or a folder with several splits."""
+    """The same of `eval`."""
+    columns: Columns = Columns()
+    """Which columns to read, where they have names of their own, such as {prompt: question,
+    completion: answer}. Alpaca's, ShareGPT's and OpenAI's forms need none."""
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Most tokens of one row; see `truncation`."""
     truncation: Literal["end", "start", "drop", "error"] = "end"
@@ -49,7 +63,48 @@ class Data(Section):
     """Lay the rows of a micro-batch end to end, without padding and without attention between
     rows; the loss is the same. Default: on for causal-lm, off for classification."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
-    """Malformed rows to leave out, each reported with file and line, before stopping."""
+    """Malformed rows of a source to leave out, each reported with file and line, before
+    stopping."""
+
+    @model_validator(mode="after")
+    def _sources_are_consistent(self) -> Self:
+        held_out(self.eval)
+        if not isinstance(self.train, str):
+            require_one_kind_of_amount(self.train)
+        if isinstance(self.eval, tuple):
+            for source in self.eval:
+                for name in AMOUNTS:
+                    if getattr(source, name) is not None:
+                        raise ValueError(f"eval: {name} is for training rows; remove it")
+        return self
+
+    @property
+    def held_out(self) -> int | float | None:
+        """How many of the training rows are held out, or what share; None: none of them."""
+        return held_out(self.eval)
+
+    @property
+    def mixed_sources(self) -> int:
+        """How many training sources are told apart: none where there is one."""
+        return len(self.train) if isinstance(self.train, tuple) and len(self.train) > 1 else 0
+
+    def sources(self, which: Literal["train", "eval"]) -> tuple[RowSource, ...]:
+        """Return where rows are read, with split and columns of each; () for no held-out rows."""
+        of_train = which == "train" or self.held_out is not None
+        value = self.train if of_train else self.eval
+        assert not isinstance(value, int), "that is a part of the training rows"
+        if isinstance(value, str):
+            value = (RowSource(path=value),)
+        split = self.train_split if of_train else self.eval_split
+        return tuple(
+            source.model_copy(
+                update={
+                    "split": source.split or split,
+                    "columns": source.columns or self.columns,
+                }
+            )
+            for source in value or ()
+        )
 
 
 class Train(Section):

@@ -104,10 +104,24 @@ class Encoder:
         if not self._classify:
             self._tail = []  # the end token below is the one a model is trained to stop with
 
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Encoder":
+        """Return the encoder of a recipe; loads its tokenizer.
+
+        Raises:
+            ModelError: The tokenizer cannot be used.
+        """
+        return cls(load_tokenizer(recipe), task=recipe.model.task, name=recipe.model.name)
+
     @property
     def least_length(self) -> int:
         """Smallest `data.max_length` that leaves room for one token of a row."""
         return len(self._head) + len(self._tail) + 1
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer can lay out a conversation."""
+        return bool(self._tokenizer.chat_template)
 
     def fingerprint(self) -> str:
         """Return a hash of all that decides which tokens a row becomes."""
@@ -160,6 +174,10 @@ class Encoder:
         """Return each text as the trained tokens it would be as a completion, end included."""
         ended = [self._with_end(ids) for ids in self._ids(list(texts))]
         return tuple(np.array(ids, dtype=np.int32) for ids in ended)
+
+    def text(self, tokens: NDArray[np.int32]) -> str:
+        """Return the text of tokens, special ones included."""
+        return str(self._tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False))
 
     def _special_tokens(self) -> tuple[Ids, Ids]:
         """Return what the tokenizer puts before and after a text, seen on a probe."""

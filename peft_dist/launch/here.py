@@ -28,6 +28,7 @@ from peft_dist.common.errors import (
 )
 from peft_dist.common.process_identity import this_process
 from peft_dist.config import Recipe, load_recipe, render_recipe
+from peft_dist.data.first_rows import check_first_rows
 from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.local import run_launcher
 from peft_dist.launch.placement import plan_processes, this_machine
@@ -62,12 +63,14 @@ def prepare(recipe: Recipe, folder: Path, *, allow_changed: Collection[str] = ()
 
     Raises:
         LaunchError: For more processes than GPUs, or processes that shards do not divide.
+        DataError: For rows that cannot be read, as far as the first of them tell.
         RunDirError, CacheError: For a folder that the training could not write to.
     """
     placement = plan_processes(recipe, this_machine())
     run = RunDir(folder.absolute())
     run.require_writable()
     usable_cache_dir()
+    check_first_rows(recipe)
     changed = [word for field in allow_changed for word in ("--allow-changed", field)]
     command = worker_command(
         placement,

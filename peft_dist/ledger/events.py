@@ -95,6 +95,9 @@ class StepEvent(LedgerEvent):
     """Mean loss of the trained tokens, nats per token."""
     grad_norm: float | None = None
     """Norm of the gradient before clipping."""
+    source_loss: list[float | None] | None = None
+    """The same of each source in a mixture, in the recipe's order; null for one that the step has
+    no row of. Missing where there is one source."""
     rank_step_s: list[float] | None = None
     """Seconds of each rank's own part of the step, without waiting for others; missing until
     every rank has measured one."""

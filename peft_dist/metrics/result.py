@@ -3,11 +3,13 @@
 Computes nothing that is not a sum or a ratio of what the run measured.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from peft_dist.checkpoint.progress import Progress
+from peft_dist.data.counts import SourceRows
 from peft_dist.model.architectures import bare_model
 from peft_dist.model_setup import ModelSetup
 from peft_dist.run.directory import RunDir
@@ -22,6 +24,8 @@ def make_result(
     load_seconds: float,
     train_seconds: float,
     peaks: list[tuple[int, int]],
+    rows: Sequence[SourceRows],
+    held_out: Sequence[SourceRows],
 ) -> Result:
     """Return `result.json`; times in seconds, sizes in bytes, lists in rank order."""
     trained = setup.adapter.values()
@@ -50,6 +54,10 @@ def make_result(
         "tokens": progress.tokens,
         "tokens_per_second": progress.tokens / progress.step_seconds,
         "final_loss": progress.final_loss,
+        "rows": {
+            "train": [source.facts() for source in rows],
+            "eval": [source.facts() for source in held_out],
+        },
         "eval": {
             "first": None if progress.first is None else asdict(progress.first),
             "last": None if progress.last is None else asdict(progress.last),

@@ -19,6 +19,7 @@ from peft_dist.common.errors import LaunchError, RecipeError, RunDirError
 from peft_dist.common.locks import lock_file
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, load_cluster, render_cluster
+from peft_dist.data.first_rows import check_first_rows
 from peft_dist.launch.placement import Machine, plan_processes
 from peft_dist.run import job_events
 from peft_dist.run.directory import ARRAY_FILE, RunDir, write_text_atomic
@@ -129,6 +130,8 @@ def prepare(request: Request) -> Submission:
     for run in runs:
         warnings += validate.check_paths(cluster, request.nodes, run.folder, run.recipe)
         warnings += validate.check_batch(run.recipe, placement.processes)
+    for recipe in {recipe.data: recipe for recipe in recipes}.values():
+        check_first_rows(recipe)
     files = scripts(job, [(run.folder, validate.local_model(run.recipe)) for run in runs])
     return Submission(job, runs, files, list(dict.fromkeys(warnings)))
 

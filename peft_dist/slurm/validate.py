@@ -96,8 +96,7 @@ def check_paths(cluster: Cluster, nodes: int, folder: Path, recipe: Recipe) -> l
     paths = {
         "--run-dir": str(folder),
         "model.name": local_model(recipe),
-        "data.train": recipe.data.train,
-        "data.eval": recipe.data.eval,
+        **_row_paths(recipe),
     }
     not_shared: dict[str, list[str]] = {}
     for field, text in paths.items():
@@ -124,6 +123,19 @@ def check_paths(cluster: Cluster, nodes: int, folder: Path, recipe: Recipe) -> l
         f"{', '.join(fields)}: in {own}, which the node of the job must share with this machine"
         for own, fields in not_shared.items()
     ]
+
+
+def _row_paths(recipe: Recipe) -> dict[str, str]:
+    """Return the paths, or hub names, of all rows by what gave them."""
+    data = recipe.data
+    named = {"data.train": data.sources("train")}
+    if data.held_out is None:
+        named["data.eval"] = data.sources("eval")
+    return {
+        field if len(sources) == 1 else f"{field}[{at}]": source.path
+        for field, sources in named.items()
+        for at, source in enumerate(sources)
+    }
 
 
 def check_cluster_files(cluster: Cluster) -> None:

@@ -206,6 +206,8 @@ class TrainingAttempt:
             load_seconds=self._load_s + self._startup_s,
             train_seconds=self._train_s,
             peaks=self._peaks,
+            rows=trainer.rows.sources,
+            held_out=() if trainer.eval_set is None else trainer.eval_set.rows.sources,
         )
         self.require_lease()
         write_text_atomic(self.run.result, json.dumps(result, indent=2) + "\n")
@@ -218,7 +220,9 @@ class TrainingAttempt:
         gap = read_gap(self.run.ledger, step)
         lost = {} if gap is None else {"ledger_gap": [gap.from_step, gap.to_step]}
         self.lease.note(from_step=step, steps=steps, world_size=self.world.size, **lost)
-        _report_rows(trainer.rows)
+        _report_rows(trainer.rows, "training")
+        if trainer.eval_set is not None:
+            _report_rows(trainer.eval_set.rows, "held-out")
         if step:
             say(f"going on after step {step} (attempt {self.number})")
         facts: dict[str, Any] = {}
@@ -269,15 +273,12 @@ def _require_trackers(recipe: Recipe) -> None:
         )
 
 
-def _report_rows(rows: TokenizedRows) -> None:
-    """Print what was left out of the training rows: a smaller data set is no secret."""
-    for report in rows.bad_rows:
-        say(f"left out {report}")
-    if rows.truncated_rows or rows.dropped_rows:
-        say(
-            f"rows: {rows.n_rows} kept, {rows.truncated_rows} of them cut to data.max_length, "
-            f"{rows.dropped_rows} left out with nothing to train"
-        )
+def _report_rows(rows: TokenizedRows, what: str) -> None:
+    """Print what became of the rows of each source: a smaller data set is no secret."""
+    for source in rows.sources:
+        for report in source.reports:
+            say(f"left out {report}")
+        say(source.line(what))
 
 
 def _trackers(ledger: LedgerWriter, run: RunDir, trainer: Trainer) -> list[Tracker]:

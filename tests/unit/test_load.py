@@ -216,6 +216,53 @@ def test_local_paths_become_absolute_and_hub_names_stay(
     assert recipe.data.eval == "rows"
 
 
+def test_the_paths_of_several_sources_become_absolute_and_come_back(
+    write_recipe: Write, tmp_path: Path
+) -> None:
+    sources = "[{path: train.jsonl, weight: 2}, {path: org/rows, weight: 1, split: a}]"
+    path = write_recipe(
+        f"model: {{name: ./model}}\ndata: {{train: {sources}, eval: 5%, columns: {{prompt: q}}}}\n"
+    )
+    recipe = load_recipe(path)
+    first, second = recipe.data.sources("train")
+    assert (first.path, first.split) == (str(tmp_path / "train.jsonl"), "train")
+    assert (second.path, second.split) == ("org/rows", "a")
+    assert first.columns is not None and first.columns.names() == {"prompt": "q"}
+    assert recipe.data.held_out == 0.05
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(render_recipe(recipe), encoding="utf-8")
+    assert load_recipe(copy) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.train=[{path: absent.jsonl}]", "data.train[0].path: 'absent.jsonl' does not exist"),
+        ("data.train=[{path: a, wieght: 2}]", "data.train[0].wieght: no such key; did you mean"),
+        ("data.train=[{path: a}, {weight: 2}]", "data.train[1].path: is missing"),
+        ("data.train=[{path: a, weight: true}]", "data.train[0].weight: got True; must be"),
+        (
+            "data.train=[{path: a, weight: 0}]",
+            "data.train[0].weight: got 0; must be a number above",
+        ),
+        ("data.train=[{path: a, rows: 1, epochs: 2}]", "rows and epochs are both given; keep one"),
+        ("data.train=[{path: a, weight: 1}, {path: b}]", "without (b); give all a weight"),
+        ("data.train=[]", "data.train: got []; must be"),
+        ("data.train=[a.jsonl]", "data.train[0]: got 'a.jsonl'; must be text that is not"),
+        ("data.train=3", "data.train: got 3; must be"),
+        ("data.eval=0", "data.eval: got 0; must be"),
+        ("data.eval=true", "data.eval: got True; must be"),
+        ("data.eval=100%", "eval 100% must be above 0% and below 100%"),
+        ("data.eval=[{path: a, weight: 2}]", "eval: weight is for training rows; remove it"),
+        ("data.columns.promt=q", "data.columns.promt: no such key; did you mean 'prompt'?"),
+    ],
+)
+def test_a_wrong_source_of_rows_is_one_line(
+    recipe_file: Path, override: str, expected: str
+) -> None:
+    assert expected in error_of(recipe_file, override)
+
+
 def test_a_linked_row_file_keeps_its_ending(recipe_file: Path, tmp_path: Path) -> None:
     (tmp_path / "blob").write_text("{}\n", encoding="utf-8")
     (tmp_path / "linked.jsonl").symlink_to("blob")
