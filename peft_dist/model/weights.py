@@ -16,6 +16,8 @@ from peft_dist.common.errors import ModelError
 
 QUANT_STATE = ".quant_state.bitsandbytes__"
 """Behind a weight's name: JSON about its packing, stored as bytes."""
+PACKED_PARTS = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map")
+"""Ends of the names of what bitsandbytes keeps beside a packed weight."""
 FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
