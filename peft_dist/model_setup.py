@@ -72,7 +72,7 @@ class ModelSetup:
     def base_parameters(self) -> int:
         """Return how many parameters the base has, however they are stored."""
         return sum(
-            self.engine.shape(parameter).numel() * WEIGHTS_PER_BYTE.get(name.rpartition(".")[2], 1)
+            self.engine.shape(parameter).numel() * _weights_per_element(name)
             for name, parameter in self.base.items()
         )
 
@@ -138,6 +138,11 @@ class ModelSetup:
             raise TrainingError(
                 "the processes hold different adapters", remedy="please report this"
             )
+
+
+def _weights_per_element(name: str) -> int:
+    """Return how many weights of the model an element of a parameter holds."""
+    return WEIGHTS_PER_BYTE.get(name.replace(".", "_").rpartition("_")[2], 1)
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:

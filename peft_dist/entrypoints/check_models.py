@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from peft_dist.common.console import show
 from peft_dist.common.errors import PeftDistError
@@ -23,6 +24,7 @@ from peft_dist.distributed.world import World, read_world
 from peft_dist.methods.method import base_name_in
 from peft_dist.model import architectures, attention
 from peft_dist.model.loss import Losses
+from peft_dist.model.nf4 import dequantize
 from peft_dist.model.proof import probe_rows
 from peft_dist.model.source import find_base
 from peft_dist.model.tiny_config import tiny_config
@@ -62,7 +64,9 @@ def check(model_type: str, folder: Path, world: World, *, quantization: str = "n
         plain = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
         plain.config.use_cache = False
         attention.use_kernel(plain, "eager")
-        problem = _difference(setup, plain, weights=quantization == "none")
+        if quantization == "nf4":
+            _dequantize_into(plain, setup)
+        problem = _difference(setup, plain)
     except PeftDistError as error:
         return Result("refused", str(error))
     except Exception as error:  # that is what is looked for
@@ -96,7 +100,28 @@ def plain_name(setup: ModelSetup) -> str:
     return str(architectures.bare_model(setup.peft).config._attn_implementation)
 
 
-def _difference(setup: ModelSetup, plain: PreTrainedModel, *, weights: bool) -> str | None:
+def _dequantize_into(plain: PreTrainedModel, setup: ModelSetup) -> None:
+    """Give a full-precision model the values that a 4-bit one computes with. Collective."""
+    by_name = {base_name_in(setup.peft, name): p for name, p in setup.base.items()}
+    whole = setup.engine.full_tensor
+    parameters = dict(plain.named_parameters())
+    for name in [name for name in by_name if name.endswith("packed")]:
+        stem = name.removesuffix("packed")
+        packed, absmax = whole(by_name[name]), whole(by_name[stem + "absmax"])
+        columns = packed.shape[-1] * 2
+        weight = dequantize(
+            packed.flatten(0, -2),
+            absmax.flatten(0, -2),
+            block_size=columns // (absmax.shape[-1] // 4),
+            dtype=torch.float32,
+        )
+        target = parameters[stem[:-1] + ".weight" if stem.endswith(".") else stem[:-1]]
+        module = plain.get_submodule(stem[:-1]) if stem.endswith(".") else None
+        weight = weight.t() if isinstance(module, Conv1D) else weight
+        target.data.copy_(weight.reshape(target.shape))
+
+
+def _difference(setup: ModelSetup, plain: PreTrainedModel) -> str | None:
     """Compare losses with another model's, and gradients with those of transformers' forward."""
     bare = architectures.bare_model(setup.peft)
     rows = probe_rows(bare)
@@ -108,14 +133,12 @@ def _difference(setup: ModelSetup, plain: PreTrainedModel, *, weights: bool) -> 
     setup.engine.zero_gradients()
     theirs = []
     for ids in _ids(rows):
-        if weights:
-            with torch.no_grad():
-                theirs.append(_nll(plain, ids))
+        with torch.no_grad():
+            theirs.append(_nll(plain, ids))
         setup.model(batch, None, lambda model, _, ids=ids: _backward(model, ids))
-    if weights:
-        largest = float((ours.detach() - torch.cat(theirs)).abs().max())
-        if not largest <= LARGEST_DIFFERENCE:
-            return f"the loss of a token by {largest:.2g}"
+    largest = float((ours.detach() - torch.cat(theirs)).abs().max())
+    if not largest <= LARGEST_DIFFERENCE:
+        return f"the loss of a token by {largest:.2g}"
     for name, parameter in setup.adapter.items():
         expected = parameter.grad
         if expected is None or not expected.any() and not found[name].any():

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_dist.common.errors import ModelError
 from peft_dist.distributed.collectives import Shard, sum_over
 from peft_dist.model.architectures import block_linears
+from peft_dist.model.experts import ABSMAX, PACKED, expert_parameters, swap_experts
 from peft_dist.model.fingerprint import fingerprint_rows
 from peft_dist.model.nf4 import FrozenLinear4bit, block_size_for, quantize_rows
 from peft_dist.model.stored import Found, Source, Stored, Turned, find_sources, turned
@@ -34,7 +35,7 @@ class BaseTensor:
     """One tensor of the base: its name in the model, what the files have for it, and its storage.
 
     `name` ends in `.weight` for a quantized linear too; its parameters are then `.packed` and
-    `.absmax`.
+    `.absmax`. Those of experts, [E, rows, columns], have `_packed` and `_absmax` behind its name.
     """
 
     name: str
@@ -55,6 +56,8 @@ class BaseTensor:
         """Return the names of the parameters this tensor fills, in the order rows are read."""
         if self.block_size is None:
             return (self.name,)
+        if len(self.shape) == 3:
+            return (self.name + PACKED, self.name + ABSMAX)
         module = self.name.removesuffix(".weight")
         return (f"{module}.packed", f"{module}.absmax")
 
@@ -83,6 +86,7 @@ def plan_base(model: PreTrainedModel, files: WeightFiles, *, quantization: str) 
         ModelError: For a parameter that no file holds, or whose stored shape or type is wrong.
     """
     linears = block_linears(model) if quantization == "nf4" else {}
+    experts = expert_parameters(model) if quantization == "nf4" else {}
     vocabulary = _vocabulary_matrices(model)
     found = find_sources(model, files)
     _fill_buffers(model, found)
@@ -112,6 +116,14 @@ def plan_base(model: PreTrainedModel, files: WeightFiles, *, quantization: str) 
         shape = tuple(model.get_parameter(name).shape)
         if packing is None:
             _check_stored(files, source, name, shape)
+        if name in experts:
+            block_size = block_size_for(shape[-1])
+            if block_size is None:
+                warnings.append(_stays(name, shape[-1]))
+            else:
+                swap_experts(model, name, experts[name], block_size)
+            tensors.append(BaseTensor(name, source, shape, block_size))
+            continue
         if linear is None:
             if name in vocabulary:
                 _store_as_in_file(model, names, FLOATS[source.dtype])
@@ -123,9 +135,7 @@ def plan_base(model: PreTrainedModel, files: WeightFiles, *, quantization: str) 
         if packing is not None and packing.shape != (out_features, in_features):
             raise _wrong_shape(name, (out_features, in_features), packing.shape)
         if block_size is None:
-            warnings.append(
-                f"{name} stays unquantized: its {in_features} columns are not a multiple of 32"
-            )
+            warnings.append(_stays(name, in_features))
             tensors.append(BaseTensor(name, source, shape))
             continue
         _swap(model, name.removesuffix(".weight"), linear, in_features, out_features, block_size)
@@ -133,6 +143,10 @@ def plan_base(model: PreTrainedModel, files: WeightFiles, *, quantization: str) 
             source = turned(source)
         tensors.append(BaseTensor(name, source, (out_features, in_features), block_size, packing))
     return BasePlan(tuple(tensors), tuple(fresh), tuple(warnings))
+
+
+def _stays(name: str, columns: int) -> str:
+    return f"{name} stays unquantized: its {columns} columns are not a multiple of 32"
 
 
 def _fill_buffers(model: PreTrainedModel, found: Found) -> None:
@@ -284,10 +298,27 @@ def read_rows(
         assert tensor.key is not None
         packed, absmax = files.packed_rows(tensor.key, tensor.packing, start, stop)
         return packed.to(device), absmax.to(device)
+    if len(tensor.shape) == 3:
+        return _quantized_experts(tensor, start, stop, device)
     rows = tensor.source.rows(start, stop).to(device)
     if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         rows = rows.float()
     return quantize_rows(rows, tensor.block_size)
+
+
+def _quantized_experts(
+    tensor: BaseTensor, start: int, stop: int, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """Read and quantize experts [start, stop), one at a time."""
+    assert tensor.block_size is not None
+    _, rows, columns = tensor.shape
+    packed = torch.empty(stop - start, rows, columns // 2, dtype=torch.uint8, device=device)
+    scales = columns // tensor.block_size * 4
+    absmax = torch.empty(stop - start, rows, scales, dtype=torch.uint8, device=device)
+    for expert in range(start, stop):
+        (weight,) = tensor.source.rows(expert, expert + 1).to(device)
+        packed[expert - start], absmax[expert - start] = quantize_rows(weight, tensor.block_size)
+    return packed, absmax
 
 
 def copy_rows(parameter: nn.Parameter, rows: torch.Tensor) -> None:

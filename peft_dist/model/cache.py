@@ -9,6 +9,7 @@ each load checks against the rows it really read.
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import struct
@@ -300,11 +301,9 @@ def _layout(tensor: BaseTensor) -> list[tuple[str, str, tuple[int, ...], int]]:
     """Return (key, safetensors dtype, shape, bytes) of each piece `add` writes for a tensor."""
     if tensor.block_size is None:
         dtype = tensor.source.dtype
-        elements = 1
-        for size in tensor.shape:
-            elements *= size
+        elements = math.prod(tensor.shape)
         return [(tensor.name, dtype, tensor.shape, elements * FLOATS[dtype].itemsize)]
-    values = tensor.shape[0] * tensor.shape[1]
+    values = math.prod(tensor.shape)
     blocks = values // tensor.block_size
     state_bytes = _quant_state(tensor).numel()
     return [

@@ -32,12 +32,12 @@ _SMALL: dict[str, tuple[str, ...]] = {
     "1": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "n_group")
     + ("topk_group", "num_expert_group", "first_k_dense_replace", "num_dense_layers")
     + ("attn_layer_offset", "n_groups", "mamba_n_groups", "mamba_ngroups", "o_groups"),
-    "16": ("head_dim", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    "16": ("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
     + ("swa_head_dim", "index_head_dim", "linear_key_head_dim", "linear_value_head_dim")
     + ("linear_head_dim", "dim_head", "d_head", "attention_head_size", "kv_channels")
     + ("mamba_d_head", "mamba_head_dim", "rotary_dim", "query_pre_attn_scalar", "global_head_dim")
     + ("attention_head_dim", "hidden_size_per_layer_input", "o_lora_rank", "laurel_rank"),
-    "32": ("q_lora_rank", "qk_head_dim", "mamba_headdim"),
+    "32": ("kv_lora_rank", "q_lora_rank", "qk_head_dim", "mamba_headdim"),
     "8": ("sliding_window", "state_size", "mamba_d_state", "ssm_state_size", "attention_chunk_size")
     + ("window_size", "attention_window_size", "sliding_window_size", "local_attention")
     + ("chunk_size", "mamba_chunk_size", "block_size"),

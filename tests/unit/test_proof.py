@@ -11,6 +11,7 @@ from peft_dist.config.models import known_to_transformers
 from peft_dist.distributed.world import World
 from peft_dist.entrypoints.check_models import build_tiny, check
 from peft_dist.model import attention
+from peft_dist.model import experts as experts_module
 from peft_dist.model.head import Head
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import ModelSetup, set_up_model
@@ -37,9 +38,39 @@ def test_losses_and_gradients_are_those_of_transformers(
     assert (found.kind, found.detail) == ("equal", WAYS[model_type])
 
 
+@pytest.mark.parametrize("model_type", ["gpt_oss", "mixtral"])
+def test_experts_in_4_bits_compute_what_their_values_do_in_full(
+    tmp_path: Path, alone: World, model_type: str
+) -> None:
+    found = check(model_type, tmp_path, alone, quantization="nf4")
+    assert found.kind == "equal", found.detail
+
+
+def test_experts_are_sharded_as_they_are_quantized_and_only_those_hit_are_dequantized(
+    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ddp = {"strategy": "ddp"}
+    setup = set_up(tmp_path, alone, "mixtral", quantization="nf4", parallel=ddp)
+    name = next(n for n in setup.base if n.endswith("gate_up_proj_packed"))
+    assert setup.base[name].shape == (4, 256, 32)
+    experts = setup.peft.get_submodule(name.rpartition(".")[0])
+    used: list[int] = []
+    weight_of = experts_module.expert_weight
+
+    def noted(packed: torch.Tensor, absmax: torch.Tensor, expert: int, **more: Any) -> torch.Tensor:
+        used.append(expert)
+        return weight_of(packed, absmax, expert, **more)
+
+    monkeypatch.setattr(experts_module, "expert_weight", noted)
+    hidden, index = torch.randn(3, 64), torch.tensor([[1, 3], [3, 1], [1, 3]])
+    experts_module.nf4_experts_forward(experts, hidden, index, torch.ones(3, 2))
+    assert used == [1, 1, 3, 3]
+
+
 def set_up(folder: Path, world: World, model_type: str, **sections: Any) -> ModelSetup:
     build_tiny(model_type).save_pretrained(folder / "model")
-    recipe = tiny_recipe(folder / "model", folder / "none.jsonl", quantization="none", **sections)
+    sections = {"quantization": "none"} | sections
+    recipe = tiny_recipe(folder / "model", folder / "none.jsonl", **sections)
     return set_up_model(recipe, world, find_base(recipe, folder / "cache"))
 
 
