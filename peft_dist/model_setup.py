@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
 
 from peft_dist.common.errors import DataError, RecipeError, TrainingError
 from peft_dist.config import Recipe
@@ -32,6 +31,7 @@ from peft_dist.model import architectures, attention, base
 from peft_dist.model.base import BasePlan
 from peft_dist.model.loss import CausalLM, SequenceClassifier
 from peft_dist.model.nf4 import WEIGHTS_PER_BYTE
+from peft_dist.model.proof import Way, prove
 from peft_dist.model.source import BaseSource
 from peft_dist.sharding import ENGINES, Engine, Group
 from peft_dist.sharding.launcher_env import resolve
@@ -62,19 +62,17 @@ class ModelSetup:
     """Of the base as its files have it; that it trains with may be changed by the method."""
     base_fingerprint: dict[str, int]
     packed_base: Path | None
+    position_table: int | None
+    """Positions of the model's table, where it has one."""
+    packing: bool
+    """Whether the rows of a micro-batch are laid end to end."""
     load_seconds: float
-
-    @property
-    def packing(self) -> bool:
-        """Whether the rows of a micro-batch are laid end to end."""
-        packing = self.recipe.data.packing
-        return self.recipe.model.task == "causal-lm" if packing is None else packing
 
     @property
     def base_parameters(self) -> int:
         """Return how many parameters the base has, however they are stored."""
         return sum(
-            self.engine.shape(parameter).numel() * WEIGHTS_PER_BYTE.get(name.rpartition(".")[2], 1)
+            self.engine.shape(parameter).numel() * _weights_per_element(name)
             for name, parameter in self.base.items()
         )
 
@@ -85,10 +83,8 @@ class ModelSetup:
     @property
     def max_positions(self) -> int | None:
         """Most tokens of a row, where the model has a table of positions; None where it has not."""
-        config = architectures.bare_model(self.peft).config
-        if config.model_type not in architectures.LEARNED_POSITIONS:
-            return None
-        return int(config.max_position_embeddings) - self.method.learned_positions
+        places = self.position_table
+        return None if places is None else places - self.method.learned_positions
 
     def check_lengths(self, rows: TokenizedRows) -> None:
         """Compare the longest row with the positions that the model has.
@@ -144,6 +140,11 @@ class ModelSetup:
             )
 
 
+def _weights_per_element(name: str) -> int:
+    """Return how many weights of the model an element of a parameter holds."""
+    return WEIGHTS_PER_BYTE.get(name.replace(".", "_").rpartition("_")[2], 1)
+
+
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     """Return the dtype a recipe computes in on this device."""
     if recipe.model.dtype != "auto":
@@ -162,22 +163,55 @@ def _attention(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
     return "flash_attention_2" if is_flash_attn_2_available() else "auto"
 
 
-def _use_row_attention(recipe: Recipe, method: Method[Any], skeleton: PreTrainedModel) -> None:
-    """Use our attention instead of transformers' own, where that does the same with more work.
+def _ways(recipe: Recipe, method: Method[Any], picked: str) -> list[Way]:
+    """Return the ways to compute a micro-batch, best first.
+
+    Our attention does the same as transformers' with less work; where it does not, the kernel that
+    transformers picks for the model does. Rows lie end to end unless the model mixes them then.
+
+    Args:
+        recipe: The recipe.
+        method: What is trained.
+        picked: The kernel that the model was built with.
 
     Raises:
         RecipeError: Where the recipe wants another kernel, and the method works through ours.
     """
-    chosen, picked = recipe.model.attention, skeleton.config._attn_implementation
+    chosen = recipe.model.attention
     if method.own_attention and chosen not in ("auto", "sdpa"):
         raise RecipeError(
             f"{chosen} has no place for what method {recipe.method.kind} learns",
             where="model.attention",
             remedy="set it to auto",
         )
-    if method.own_attention or picked == "sdpa" or (chosen == "auto" and picked == "eager"):
-        attention.register()
-        skeleton.set_attn_implementation(attention.ROW_ATTENTION)
+    kernels = [picked]
+    if method.own_attention:
+        kernels = [attention.ROW_ATTENTION]
+    elif picked == "sdpa" or (chosen == "auto" and picked == "eager"):
+        kernels = [attention.ROW_ATTENTION, picked]
+    if chosen == "auto" and not method.own_attention and "eager" not in kernels:
+        kernels.append("eager")
+    packing = recipe.data.packing
+    layouts = [True, False] if packing is None else [packing]
+    return [Way(kernel, layout) for layout in layouts for kernel in kernels]
+
+
+def _require_own_weights(blocks: dict[str, nn.Module], model_type: str) -> None:
+    """Refuse layers that share weights, of which each would be sharded by itself.
+
+    Raises:
+        RecipeError: Naming the first that does.
+    """
+    owners: dict[int, str] = {}
+    for name, block in blocks.items():
+        for parameter in block.parameters():
+            if owners.setdefault(id(parameter), name) != name:
+                raise RecipeError(
+                    f"{name} of {model_type} shares weights with {owners[id(parameter)]}, and "
+                    "FSDP shards each layer by itself",
+                    where="parallel.strategy",
+                    remedy="set it to ddp or zero3",
+                )
 
 
 def set_up_model(
@@ -207,14 +241,19 @@ def set_up_model(
         label_names=label_names,
     )
     method = METHODS[recipe.method.kind](recipe.method, seed=recipe.train.seed)
+    ways = _ways(recipe, method, skeleton.config._attn_implementation)
     if recipe.model.task == "causal-lm":
-        _use_row_attention(recipe, method, skeleton)
+        attention.register()
+        attention.use_kernel(skeleton, ways[0].attention)
     has_conv1d = architectures.has_conv1d(skeleton)
     plan = base.plan_base(skeleton, source.files, quantization=recipe.quantization)
     if world.is_main:
         for warning in plan.warnings:
             log.warning(warning)
-    blocks = list(architectures.transformer_blocks(skeleton).values())
+    blocks = architectures.transformer_blocks(skeleton)
+    if launched.strategy in ("fsdp", "hsdp"):
+        _require_own_weights(blocks, config.model_type)
+    position_table = architectures.position_table(skeleton)
     peft = method.attach(
         skeleton,
         task=recipe.model.task,
@@ -228,7 +267,7 @@ def set_up_model(
     engine = ENGINES[launched.strategy](
         world, shard_size=launched.shard_size, offload=launched.offload
     )
-    engine.wrap(model, blocks, [p for p in model.parameters() if p.requires_grad])
+    engine.wrap(model, blocks.values(), [p for p in model.parameters() if p.requires_grad])
     engine.materialize(model)
 
     frozen, trained = _split(peft)
@@ -260,10 +299,51 @@ def set_up_model(
         released_fingerprint=released,
         base_fingerprint=engine.fingerprint(frozen) if method.changes_base else released,
         packed_base=packed,
+        position_table=position_table,
+        packing=False,
         load_seconds=time.monotonic() - started,
     )
     setup.check_adapters_agree()
+    if isinstance(model, CausalLM):
+        setup.packing = _prove(setup, model, ways, blocks, source.cache_dir).packing
     return setup
+
+
+def _prove(
+    setup: ModelSetup,
+    model: CausalLM,
+    ways: list[Way],
+    blocks: dict[str, nn.Module],
+    cache_dir: Path,
+) -> Way:
+    """Return a way to compute micro-batches that is proven right, and use its kernel. Collective.
+
+    Raises:
+        ModelError: Where there is none.
+    """
+    started = time.monotonic()
+    bare = architectures.bare_model(setup.peft)
+    learned = setup.peft.active_peft_config.is_prompt_learning
+    with setup.peft.disable_adapter() if learned else nullcontext():
+        way, problems = prove(
+            model,
+            ways,
+            bare=bare,
+            blocks=blocks,
+            device=setup.world.device,
+            dtype=setup.compute_dtype,
+            autocast=setup.autocast,
+        )
+    if setup.world.is_main:
+        for problem in problems:
+            log.info("not used: %s", problem)
+        log.info(
+            "%s: losses are those of transformers, with %s (%.1f s)",
+            bare.config.model_type,
+            way,
+            time.monotonic() - started,
+        )
+    return way
 
 
 def _split(peft: PeftModel) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

@@ -18,10 +18,9 @@ from peft_dist.common.errors import RecipeError, nearest
 from peft_dist.config.method import Lora
 from peft_dist.methods.init import assign, generator_for
 from peft_dist.methods.method import TASKS, BaseAccess, Method, inject
-from peft_dist.model.architectures import transformer_blocks
+from peft_dist.model import special_cases
+from peft_dist.model.architectures import is_linear, transformer_blocks
 from peft_dist.model.nf4 import FrozenLinear4bit, dequantize
-
-_ADAPTABLE = (nn.Linear, Conv1D, FrozenLinear4bit)
 
 
 class _LoraOn4bit(LoraLinear):
@@ -243,27 +242,40 @@ class LoraMethod(Method[Lora]):
 
 
 def linear_targets(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> list[str]:
-    """Return the last parts of the names of the linears inside the blocks, all or those wanted.
+    """Return the names by which PEFT finds the linears inside the blocks, all or those wanted.
+
+    The last part of a name where it means linears alone, else whole names.
 
     Raises:
-        RecipeError: For one that names no linear.
+        RecipeError: For one that names no linear, or none that LoRA can be put on.
     """
-    inside = {
-        name.rpartition(".")[2]
-        for block in transformer_blocks(model).values()
-        for name, module in block.named_modules()
-        if isinstance(module, _ADAPTABLE)
-    }
+    refused = special_cases.no_lora_on(model)
+    names: dict[str, list[str]] = {}
+    for block_name, block in transformer_blocks(model).items():
+        for name, module in block.named_modules(prefix=block_name):
+            if isinstance(module, FrozenLinear4bit) or is_linear(module):
+                names.setdefault(name.rpartition(".")[2], []).append(name)
+    linears = {name for some in names.values() for name in some}
+    others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in linears}
     if isinstance(wanted, str):
-        return sorted(inside)
+        wanted = tuple(names.keys() - refused.keys())
     for target in wanted:
-        if target not in inside:
+        if target not in names:
             raise RecipeError(
                 f"{target!r} is no linear inside the blocks of this model",
                 where="method.targets",
-                remedy=nearest(target, inside),
+                remedy=nearest(target, names),
             )
-    return sorted(wanted)
+        if target in refused:
+            raise RecipeError(
+                f"{target!r} of {model.config.model_type} cannot have a LoRA: {refused[target]}",
+                where="method.targets",
+                remedy="leave it out",
+            )
+    found = [
+        name for target in wanted for name in (names[target] if target in others else [target])
+    ]
+    return sorted(found)
 
 
 def _weight(module: LoraLayer, start: BaseAccess) -> torch.Tensor:

@@ -19,6 +19,8 @@ class BaseSource:
     files: WeightFiles
     entry: Path | None
     """Where its packed form belongs in the cache; None where it has none of its own."""
+    cache_dir: Path
+    """Where what was found out about it is kept."""
 
     def fill(
         self,
@@ -53,4 +55,4 @@ def find_base(recipe: Recipe, cache_dir: Path) -> BaseSource:
     """
     files = WeightFiles(model_folder(recipe.model.name, recipe.model.revision))
     packs = recipe.quantization == "nf4" and not files.packed
-    return BaseSource(files, cache.entry_folder(cache_dir, files) if packs else None)
+    return BaseSource(files, cache.entry_folder(cache_dir, files) if packs else None, cache_dir)

@@ -4,6 +4,7 @@ Knows files, shapes and bitsandbytes' naming of packed tensors. Knows no model a
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from peft_dist.common.errors import ModelError
 
 QUANT_STATE = ".quant_state.bitsandbytes__"
 """Behind a weight's name: JSON about its packing, stored as bytes."""
+PACKED_PARTS = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map")
+"""Ends of the names of what bitsandbytes keeps beside a packed weight."""
 FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -67,7 +70,8 @@ class Stored:
 class Packing:
     """How bitsandbytes packed one weight."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    """[out, in], or [experts, rows, columns]."""
     block_size: int
     nested: dict[str, Any] | None
 
@@ -147,7 +151,7 @@ class WeightFiles:
                 remedy="only nf4 is supported; use the full-precision model",
             )
         facts = json.loads(bytes(self.full_tensor(states[0]).tolist()))
-        out_features, in_features = facts["shape"]
+        in_features = facts["shape"][-1]
         block_size = facts["blocksize"]
         if in_features % block_size:
             raise ModelError(
@@ -157,13 +161,14 @@ class WeightFiles:
                 remedy="use the full-precision model",
             )
         nested = facts if f"{key}.nested_absmax" in self.tensors else None
-        return Packing((out_features, in_features), block_size, nested)
+        return Packing(tuple(facts["shape"]), block_size, nested)
 
     def packed_rows(
         self, key: str, packing: Packing, start: int, stop: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read rows of a packed weight as `nf4.quantize_rows` returns them."""
-        in_features = packing.shape[1]
+        *inner, columns = packing.shape[1:]
+        in_features = math.prod(inner) * columns
         row_bytes, row_blocks = in_features // 2, in_features // packing.block_size
         codes = self.rows(key, start * row_bytes, stop * row_bytes)
         if packing.nested is None:
@@ -172,8 +177,9 @@ class WeightFiles:
             scales = self._nested_absmax(key, packing.nested)[
                 start * row_blocks : stop * row_blocks
             ]
-        scales = scales.reshape(stop - start, row_blocks).contiguous()
-        return codes.reshape(stop - start, row_bytes), scales.view(torch.uint8)
+        scales = scales.reshape(stop - start, *inner, columns // packing.block_size).contiguous()
+        codes = codes.reshape(stop - start, *inner, columns // 2)
+        return codes, scales.view(torch.uint8)
 
     def _nested_absmax(self, key: str, facts: dict[str, Any]) -> torch.Tensor:
         """Undo double quantization of the scales, as bitsandbytes does at compute time."""

@@ -229,7 +229,7 @@ class ZeRO3Engine(Engine):
             return made
 
         base.materialize(model, self.world.device, make)
-        _list_frozen_alone(model)
+        _list_frozen_alone(model, self._in_blocks)
         # What stands outside the blocks (embedding, last norm, head) is gathered with the model,
         # as one unit: a rank without work would else miss the exchange for a head it never reads.
         for module in model.modules():
@@ -319,7 +319,7 @@ def _share_optimizer(
     return _SharedOptimizer(engine, flat.values, targets, Shard(world.rank, world.size))
 
 
-def _list_frozen_alone(model: nn.Module) -> None:
+def _list_frozen_alone(model: nn.Module, in_blocks: set[nn.Module]) -> None:
     """Let the model and its modules list no parameter that is trained.
 
     DeepSpeed's hooks ask each module for its parameters at every pass and free them after it; it
@@ -336,5 +336,7 @@ def _list_frozen_alone(model: nn.Module) -> None:
 
     for module in model.modules():
         own = [p for p in module._parameters.values() if p is not None]
-        if module is model or any(parameter.requires_grad for parameter in own):
+        # It asks a layer with experts for all that is inside (`deepspeed.utils.z3_leaf_module`).
+        inside = list(module.parameters()) if module in in_blocks else own
+        if module is model or any(parameter.requires_grad for parameter in inside):
             module.named_parameters = listed(module)  # type: ignore[method-assign]
