@@ -4,6 +4,7 @@ Numbers that follow from a recipe and a placement are functions elsewhere. The d
 field is its text in the JSON Schema.
 """
 
+import datetime as dt
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
@@ -50,6 +51,9 @@ class Data(Section):
     rows; the loss is the same. Default: on for causal-lm, off for classification."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
     """Malformed rows to leave out, each reported with file and line, before stopping."""
+    date: dt.date | None = None
+    """What a chat template that prints the date takes for today. Default: the day, in UTC, on which
+    the run is first started."""
 
 
 class Train(Section):

@@ -1,15 +1,21 @@
 """The rows a recipe names, each checked: text, prompt and completion, messages, or text and label.
 
-The form of a row follows from its keys; other keys are ignored. A row that cannot be used is
+The form of a row follows from its keys; keys without a meaning are ignored (a conversation's are
+read in `chat_rows.py`). A row that cannot be used is
 reported with its file and line. Nothing is tokenised here, and neither torch nor transformers is
 imported.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, assert_never
 
 from peft_dist.common.errors import DataError
+from peft_dist.data.bad_row import BadRow as BadRow
+from peft_dist.data.bad_row import shown as _shown
+from peft_dist.data.bad_row import text_of as _text
+from peft_dist.data.chat_rows import ROW_OPTIONS, parse_chat
+from peft_dist.data.chat_rows import ChatRow as ChatRow
 from peft_dist.data.sources import Broken, Source
 
 Task = Literal["causal-lm", "sequence-classification"]
@@ -33,14 +39,6 @@ class CompletionRow:
 
 
 @dataclass(frozen=True, slots=True)
-class ChatRow:
-    """A conversation of which the assistant's turns are trained."""
-
-    line: int
-    messages: tuple[dict[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
 class LabelledRow:
     """A text and the name of its class."""
 
@@ -50,10 +48,6 @@ class LabelledRow:
 
 
 Row = TextRow | CompletionRow | ChatRow | LabelledRow
-
-
-class BadRow(Exception):
-    """Why one row cannot be used; `BadRows` decides whether the run may go on."""
 
 
 @dataclass
@@ -128,9 +122,10 @@ def _language_row(line: int, value: dict[str, Any]) -> Row:
     if not whole and not partly:
         keys = ", ".join(repr(key) for key in list(value)[:8]) or "none"
         raise BadRow(f"needs text, prompt and completion, or messages; its keys: {keys}")
+    _refuse_two_forms(value, whole)
     match (whole or partly)[0]:
         case ("messages",):
-            return ChatRow(line, _messages(value))
+            return parse_chat(line, value)
         case ("text",):
             return TextRow(line, _text(value, "text"))
         case _:
@@ -138,22 +133,17 @@ def _language_row(line: int, value: dict[str, Any]) -> Row:
             return CompletionRow(line, prompt, _text(value, "completion"))
 
 
-def _text(value: dict[str, Any], key: str, *, at: str = "", may_be_empty: bool = False) -> str:
-    shown = f"{at}{key}"
-    if key not in value:
-        raise BadRow(f"has no {shown}")
-    text = value[key]
-    if text is None:
-        raise BadRow(f"{shown} is null")
-    if not isinstance(text, str):
-        raise BadRow(f"{shown} is {_shown(text)}, not text")
-    if not text and not may_be_empty:
-        raise BadRow(f"{shown} is empty")
-    try:
-        text.encode("utf-8")  # lone surrogates, from \ud800 escapes or undecodable CSV bytes
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{shown} has broken UTF-8 at character {error.start + 1}") from error
-    return text
+def _refuse_two_forms(value: dict[str, Any], whole: Sequence[tuple[str, ...]]) -> None:
+    """Refuse a row of which a part would have to be left out."""
+    has_chat = value.get("messages") is not None
+    others = [key for form in FORMS[1:] for key in form if value.get(key) is not None]
+    if has_chat and others:
+        raise BadRow(f"has messages and also {' and '.join(others)}; keep one of them")
+    if len(whole) > 1:
+        raise BadRow(f"has {' and '.join(others)}; keep prompt and completion, or text")
+    beside = [key for key in ROW_OPTIONS if not has_chat and value.get(key)]
+    if beside:
+        raise BadRow(f"has {beside[0]} but no messages, so there is nothing to render it in")
 
 
 def _label(value: dict[str, Any]) -> str:
@@ -161,35 +151,3 @@ def _label(value: dict[str, Any]) -> str:
     if isinstance(label, bool | int):
         return str(label)
     return _text(value, "label")
-
-
-def _messages(value: dict[str, Any]) -> tuple[dict[str, str], ...]:
-    messages = value["messages"]
-    if not isinstance(messages, list):
-        raise BadRow(f"messages is {_shown(messages)}, not a list of role and content")
-    if not messages:
-        raise BadRow("messages is empty")
-    turns = tuple(_message(message, f"messages[{at}]") for at, message in enumerate(messages))
-    roles = [turn["role"] for turn in turns]
-    if "assistant" not in roles:
-        raise BadRow("messages has no turn of role assistant, so there is nothing to train")
-    if roles[0] == "assistant":
-        raise BadRow("messages[0] is the assistant's; begin with a system or user turn")
-    return turns
-
-
-def _message(message: Any, at: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise BadRow(f"{at} is {_shown(message)}, not an object with role and content")
-    if message.get("tool_calls"):  # leaving them out would train on another conversation
-        raise BadRow(f"{at}.tool_calls is not supported")
-    role = _text(message, "role", at=f"{at}.")
-    content = _text(message, "content", at=f"{at}.", may_be_empty=role != "assistant")
-    return {"role": role, "content": content}
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    text = repr(value)
-    return f"{text[:37]}..." if len(text) > 40 else text

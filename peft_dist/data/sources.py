@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_dist.common.errors import DataError, nearest
+from peft_dist.data.chat_rows import REFUSED_IN_ROW, ROW_OPTIONS
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow
 
-COLUMNS = ("messages", "prompt", "completion", "text", "label")
+COLUMNS = (
+    *("messages", "prompt", "completion", "text", "label"),
+    *(*ROW_OPTIONS, *REFUSED_IN_ROW),
+)
 """The only columns read from Parquet files and `datasets`."""
 ROWS_PER_READ = 1000
 
@@ -252,7 +256,22 @@ def _arrow(tables: "Iterable[pyarrow.Table | pyarrow.RecordBatch]") -> Iterator[
             values = [_arrow_row(table.slice(row, 1)) for row in range(table.num_rows)]
         for value in values:
             line += 1
-            yield line, value
+            yield line, _without_filled(value)
+
+
+def _without_filled(value: Any) -> Any:
+    """Take away the nulls by which Arrow gives all objects of a column the same keys."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_nulls(item) for key, item in value.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _arrow_row(table: "pyarrow.Table | pyarrow.RecordBatch") -> Any:

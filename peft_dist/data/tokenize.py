@@ -26,7 +26,7 @@ from peft_dist.data.encode import EncodedRow, Encoder, load_tokenizer
 from peft_dist.data.rows import BadRows, read_rows
 from peft_dist.data.sources import Source, open_source
 
-FORMAT = 1
+FORMAT = 2
 """Raise this whenever the same rows would become other tokens or other files."""
 ROWS_PER_BATCH = 1000
 STALE_AFTER_S = 24 * 3600.0
@@ -63,6 +63,12 @@ class TokenizedRows:
     """Rows left out because they were too long (truncation: drop) or had nothing to train."""
     fingerprint: str
     """Hash of the content: equal rows, equal fingerprint."""
+    trained_turns: int = 0
+    """Answers, completions and texts that are trained."""
+    stop_tokens: int = 0
+    """How many of them are trained to their end; the others lost it to `data.max_length`."""
+    notices: tuple[str, ...] = ()
+    """What a person should know of how the rows were read."""
 
     @property
     def n_rows(self) -> int:
@@ -131,7 +137,12 @@ class _Job:
 
 
 def _encoder(recipe: Recipe) -> Encoder:
-    return Encoder(load_tokenizer(recipe), task=recipe.model.task, name=recipe.model.name)
+    return Encoder(
+        load_tokenizer(recipe),
+        task=recipe.model.task,
+        name=recipe.model.name,
+        day=recipe.data.date,
+    )
 
 
 def _job(recipe: Recipe, which: Literal["train", "eval"], cache_dir: Path) -> _Job:
@@ -206,6 +217,9 @@ def _write(job: _Job, folder: Path) -> None:
         "bad_rows": sorted(bad.found),
         "truncated_rows": rows.truncated,
         "dropped_rows": rows.dropped,
+        "trained_turns": rows.trained_turns,
+        "stop_tokens": rows.stop_tokens,
+        "notices": job.encoder.notices(),
     }
     sealed = {"fingerprint": _fingerprint(content), "content": content}
     (folder / "rows.json").write_text(json.dumps(sealed, indent=1), encoding="utf-8")
@@ -216,7 +230,8 @@ class _Fitted:
 
     def __init__(self, job: _Job, bad: BadRows) -> None:
         self._job, self._bad = job, bad
-        self.truncated = self.dropped = 0
+        self._stop_ids = job.encoder.stop_ids
+        self.truncated = self.dropped = self.trained_turns = self.stop_tokens = 0
 
     def __iter__(self) -> Iterator[EncodedRow]:
         job, data = self._job, self._job.recipe.data
@@ -231,7 +246,16 @@ class _Fitted:
                     self.dropped += 1
                     continue
                 self.truncated += too_long
+                self._count_stops(row, fitted)
                 yield fitted
+
+    def _count_stops(self, row: EncodedRow, fitted: EncodedRow) -> None:
+        """Count turns and stop tokens: every turn that keeps its end is trained to stop there."""
+        ends = fitted.tokens[fitted.stops]
+        stops = np.isin(ends, self._stop_ids) & fitted.trained[fitted.stops]
+        assert stops.all(), f"{self._job.source.where(row.line)}: a turn has no stop token"
+        self.trained_turns += len(row.stops)
+        self.stop_tokens += len(ends)
 
     def _fit(self, row: EncodedRow) -> EncodedRow | None:
         data = self._job.recipe.data
@@ -295,6 +319,9 @@ def _opened(folder: Path, source: Source) -> TokenizedRows | None:
         truncated_rows=content["truncated_rows"],
         dropped_rows=content["dropped_rows"],
         fingerprint=sealed["fingerprint"],
+        trained_turns=content["trained_turns"],
+        stop_tokens=content["stop_tokens"],
+        notices=tuple(content["notices"]),
     )
 
 
