@@ -15,6 +15,8 @@ from peft_dist.data.chat_rows import ChatRow
 from peft_dist.data.chat_template import ChatTemplate
 from peft_dist.data.pieces import CLOSE, OPEN, Piece
 
+_TAG = re.compile(r"</?\w+>")
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -138,7 +140,9 @@ class ConversationReader:
         return content in text or self._squeezed(content) in self._squeezed(text)
 
     def _squeezed(self, text: str) -> str:
-        return "".join(self.control.sub("", _unmarked(text)).split()).casefold()
+        """Return a text without blanks, control tokens and tags, such as those of a thought."""
+        bare = _TAG.sub("", self.control.sub("", _unmarked(text)))
+        return "".join(bare.split()).casefold()
 
     def _require_unread(self, marked: str, unmarked: str) -> None:
         """Refuse a text of which the template has read the control tokens as its own.
