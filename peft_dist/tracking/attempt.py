@@ -236,6 +236,8 @@ class TrainingAttempt:
                 device=self.world.device_name,
                 base_parameters=setup.base_parameters,
                 base_bytes_per_rank=setup.base_bytes_by_rank,
+                trained_turns=trainer.rows.trained_turns,
+                stop_tokens=trainer.rows.stop_tokens,
                 versions=versions(),
                 startup_s=self._startup_s,
                 load_s=self._load_s,
@@ -270,13 +272,20 @@ def _require_trackers(recipe: Recipe) -> None:
 
 
 def _report_rows(rows: TokenizedRows) -> None:
-    """Print what was left out of the training rows: a smaller data set is no secret."""
+    """Print how the training rows were read and what was left out of them."""
+    for notice in rows.notices:
+        say(f"rows: {notice}")
     for report in rows.bad_rows:
         say(f"left out {report}")
     if rows.truncated_rows or rows.dropped_rows:
         say(
             f"rows: {rows.n_rows} kept, {rows.truncated_rows} of them cut to data.max_length, "
             f"{rows.dropped_rows} left out with nothing to train"
+        )
+    if rows.stop_tokens < rows.trained_turns:
+        say(
+            f"rows: {rows.trained_turns - rows.stop_tokens} of {rows.trained_turns} trained turns"
+            " are cut before their end, so that nothing there teaches when to stop"
         )
 
 
