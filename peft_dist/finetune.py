@@ -5,7 +5,10 @@ The process around it stands in `entrypoints/train.py`, what follows and guards 
 """
 
 from collections.abc import Collection
+from datetime import date
 from pathlib import Path
+
+from torch.distributed import Store
 
 from peft_dist.checkpoint import directory
 from peft_dist.checkpoint.checkpointer import Checkpointer, read_state
@@ -14,9 +17,11 @@ from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.errors import RunDirError
 from peft_dist.config import Recipe
+from peft_dist.config.run_date import with_date
 from peft_dist.data.mixture import source_shares
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group, rendezvous
+from peft_dist.distributed.world import World
 from peft_dist.evaluation.scoring import EvalSet, make_eval_set
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import set_up_model
@@ -51,6 +56,7 @@ def fine_tune(
     attempt = TrainingAttempt(recipe, context, stop_requests, logs=logs, started_s=started_s)
     world = attempt.world
     meeting = rendezvous.meet(world)
+    recipe = _with_date_of_main(recipe, world, meeting)
 
     # What can take minutes comes before the process group, whose collectives would not wait.
     cache = usable_cache_dir()
@@ -74,6 +80,14 @@ def fine_tune(
         attempt.measure_peaks()
     attempt.write_result(trainer)
     process_group.stop()
+
+
+def _with_date_of_main(recipe: Recipe, world: World, meeting: Store) -> Recipe:
+    """Return the recipe with the date that rank 0 trains by: rows must be alike on all ranks."""
+    if world.is_main:
+        meeting.set("data.date", str(with_date(recipe).data.date))
+    day = date.fromisoformat(meeting.get("data.date").decode())
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": day})})
 
 
 def _read_rows(recipe: Recipe, cache: Path) -> tuple[TokenizedRows, EvalSet | None]:

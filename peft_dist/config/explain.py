@@ -4,6 +4,7 @@ Reads the models of a recipe or a cluster file, so a new field or method needs n
 no file.
 """
 
+import datetime as dt
 from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
@@ -235,6 +236,7 @@ def _describe(annotation: Any, limits: Sequence[Any] = ()) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"a section with any of {', '.join(sorted(annotation.model_fields))}"
     words_of = {bool: "true or false", int: "a whole number", float: "a number"}
+    words_of[dt.date] = "a day such as 2026-01-31"
     return f"{words_of.get(annotation, str(annotation))}{_bounds(limits)}"
 
 

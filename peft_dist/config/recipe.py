@@ -4,6 +4,7 @@ Numbers that follow from a recipe and a placement are functions elsewhere. The d
 field is its text in the JSON Schema.
 """
 
+import datetime as dt
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
@@ -65,6 +66,9 @@ class Data(Section):
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
     """Malformed rows of a source to leave out, each reported with file and line, before
     stopping."""
+    date: dt.date | None = None
+    """What a chat template that prints the date takes for today. Default: the day, in UTC, on which
+    the run is first started."""
 
     @model_validator(mode="after")
     def _sources_are_consistent(self) -> Self:

@@ -64,7 +64,22 @@ def _records(tables: "Iterable[pyarrow.Table | pyarrow.RecordBatch]") -> Iterato
             values = [_row(table.slice(row, 1)) for row in range(table.num_rows)]
         for value in values:
             line += 1
-            yield line, value
+            yield line, _without_filled(value)
+
+
+def _without_filled(value: Any) -> Any:
+    """Take away the nulls by which Arrow gives all objects of a column the same keys."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_nulls(item) for key, item in value.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _row(table: "pyarrow.Table | pyarrow.RecordBatch") -> Any:

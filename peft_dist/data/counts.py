@@ -14,9 +14,13 @@ class SourceRows:
     cut: int
     """Of those: rows that lost tokens to `data.max_length`."""
     lost_end: int
-    """Of those: rows whose trained end token was among the lost ones."""
+    """Of those: rows of which a trained turn lost its stop token."""
     dropped: int
     """Rows left out because they were too long (truncation: drop) or had nothing to train."""
+    trained_turns: int
+    """Answers, completions and texts that are trained."""
+    stop_tokens: int
+    """How many of them are trained to their end; the others lost it to `data.max_length`."""
     bad: tuple[tuple[int, str], ...]
     """Line and reason of each malformed row that was left out."""
 
@@ -30,7 +34,7 @@ class SourceRows:
         total = self.rows + self.dropped + len(self.bad)
         parts = [f"{self.rows:,} kept"]
         if self.cut:
-            ends = f", {self.lost_end:,} of these without their end token" if self.lost_end else ""
+            ends = f", {self.lost_end:,} of these without a stop token" if self.lost_end else ""
             parts.append(f"{_part(self.cut, self.rows)} of them cut to data.max_length{ends}")
         if self.dropped:
             dropped = _part(self.dropped, total)

@@ -8,6 +8,9 @@ hold what they must is for `rows.py`.
 from collections.abc import Mapping
 from typing import Any
 
+from peft_dist.data.bad_row import BadRow, shown
+from peft_dist.data.chat_rows import REFUSED_IN_ROW, ROW_OPTIONS
+
 FORMS = (("messages",), ("prompt", "completion"), ("text",))
 """The keys of each form that is trained; where a row has several, the first counts."""
 _FORM_KEYS = (
@@ -18,7 +21,7 @@ _FORM_KEYS = (
     "output",
     "history",
 )
-COLUMNS = (*_FORM_KEYS, "label", "system")
+COLUMNS = (*_FORM_KEYS, "label", "system", *ROW_OPTIONS, *REFUSED_IN_ROW)
 """The columns that are read of files that have many."""
 ROLES = {
     "system": "system",
@@ -48,15 +51,6 @@ ALPACA = (
     "### Response:\n"
 )
 """The prompt of Stanford Alpaca, for models without a chat template."""
-
-
-class BadRow(Exception):
-    """Why one row cannot be used, and what to do if it is not to mend the row."""
-
-    def __init__(self, why: str, *, remedy: str = "") -> None:
-        """Keep the remedy beside the reason."""
-        super().__init__(why)
-        self.remedy = remedy
 
 
 def to_known_form(
@@ -100,14 +94,6 @@ def remedy_for(keys: Mapping[str, Any]) -> str:
 def keys_of(value: Mapping[str, Any]) -> str:
     """Return the first keys of a record, for an error."""
     return f"keys: {', '.join(repr(key) for key in list(value)[:8]) or 'none'}"
-
-
-def shown(value: Any) -> str:
-    """Return a value for an error, cut where it is long."""
-    if value is None:
-        return "null"
-    text = repr(value)
-    return f"{text[:37]}..." if len(text) > 40 else text
 
 
 def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

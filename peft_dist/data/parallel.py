@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,8 +21,8 @@ from peft_dist.data.sources import Source
 
 MOST_PROCESSES = 8
 """Each holds the libraries in memory once more: about half a gigabyte."""
-Encoded = tuple[list[EncodedRow], BadRows]
-"""Rows of a batch, and those of it that are malformed."""
+Encoded = tuple[list[EncodedRow], BadRows, Counter[str]]
+"""Rows of a batch, those of it that are malformed, and the encoder's tally of it."""
 
 
 def processes_here() -> int:
@@ -82,4 +82,5 @@ def _begin(recipe: Recipe, source: Source) -> None:
 def _encode(batch: list[Row]) -> Encoded:
     encoder, source = _own[0]
     bad = BadRows(source, None)
-    return encoder.encode(batch, bad), bad
+    encoder.tally.clear()
+    return encoder.encode(batch, bad), bad, encoder.tally

@@ -104,6 +104,7 @@ class FittedRows:
         self._job, self.source, self._hold_out = job, source, hold_out
         self.bad = bad or BadRows(source, job.recipe.data.max_bad_rows)
         self.kept = self.cut = self.lost_end = self.dropped = 0
+        self.trained_turns = self.stop_tokens = 0
 
     def __iter__(self) -> Iterator[EncodedRow]:
         rows = self.read()
@@ -128,8 +129,9 @@ class FittedRows:
                 yield encode(batch, self.bad)
             return
         found = encode_in_processes(batches, self._job.recipe, self.source, processes=processes)
-        for encoded, bad in found:
+        for encoded, bad, tally in found:
             self.bad.take(bad)
+            self._job.encoder.tally.update(tally)
             yield encoded
 
     def read(self, most: int | None = None) -> Iterator[Row]:
@@ -158,16 +160,30 @@ class FittedRows:
             return None
         self.kept += 1
         self.cut += too_long
-        if too_long and row.label is None and self._job.recipe.data.truncation == "end":
-            last_trained = int(np.flatnonzero(row.trained)[-1])  # the end token of the last answer
-            self.lost_end += last_trained >= len(fitted.tokens)
+        self._count_stops(row, fitted)
         return fitted
+
+    def _count_stops(self, row: EncodedRow, fitted: EncodedRow) -> None:
+        """Count turns and stop tokens: every turn that keeps its end is trained to stop there."""
+        ends = fitted.tokens[fitted.stops]
+        stops = np.isin(ends, self._job.encoder.stop_ids) & fitted.trained[fitted.stops]
+        assert stops.all(), f"{self.source.where(row.line)}: a turn has no stop token"
+        self.trained_turns += len(row.stops)
+        self.stop_tokens += len(ends)
+        self.lost_end += len(ends) < len(row.stops)
 
     def counts(self) -> SourceRows:
         """Return what has become of the rows so far."""
-        bad = tuple(sorted(self.bad.found))
-        name = self.source.name
-        return SourceRows(name, self.kept, self.cut, self.lost_end, self.dropped, bad)
+        return SourceRows(
+            name=self.source.name,
+            rows=self.kept,
+            cut=self.cut,
+            lost_end=self.lost_end,
+            dropped=self.dropped,
+            trained_turns=self.trained_turns,
+            stop_tokens=self.stop_tokens,
+            bad=tuple(sorted(self.bad.found)),
+        )
 
     def _cut(self, row: EncodedRow) -> EncodedRow | None:
         data = self._job.recipe.data

@@ -1,17 +1,21 @@
 """The rows a recipe names, each checked: text, prompt and completion, messages, or text and label.
 
-The form of a row follows from its keys (see `forms.py`); other keys are ignored. A row that cannot
-be used is reported with its file and line. Nothing is tokenised here, and neither torch nor
-transformers is imported.
+The form of a row follows from its keys (see `forms.py`); keys without a meaning are ignored (a
+conversation's are read in `chat_rows.py`). A row that cannot be used is reported with its file and
+line. Nothing is tokenised here, and neither torch nor transformers is imported.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, assert_never
 
 from peft_dist.common.errors import DataError
-from peft_dist.data.forms import FORMS, BadRow, keys_of, remedy_for, shown, to_known_form
+from peft_dist.data.bad_row import BadRow as BadRow
+from peft_dist.data.bad_row import shown, text_of
+from peft_dist.data.chat_rows import ROW_OPTIONS, parse_chat
+from peft_dist.data.chat_rows import ChatRow as ChatRow
+from peft_dist.data.forms import FORMS, keys_of, remedy_for, to_known_form
 from peft_dist.data.record import Broken
 from peft_dist.data.sources import Source
 
@@ -33,14 +37,6 @@ class CompletionRow:
     line: int
     prompt: str
     completion: str
-
-
-@dataclass(frozen=True, slots=True)
-class ChatRow:
-    """A conversation of which the assistant's turns are trained."""
-
-    line: int
-    messages: tuple[dict[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +154,7 @@ def parse_row(
     value = to_known_form(value, columns or {}, as_chat=as_chat)
     match task:
         case "sequence-classification":
-            return LabelledRow(line, _text(value, "text"), _label(value))
+            return LabelledRow(line, text_of(value, "text"), _label(value))
         case "causal-lm":
             return _language_row(line, value)
         case _:
@@ -172,65 +168,37 @@ def _language_row(line: int, value: dict[str, Any]) -> Row:
     if not whole and not partly:
         why = f"the row is of no known form; its {keys_of(value)}"
         raise BadRow(why, remedy=remedy_for(value))
+    _refuse_two_forms(value, whole)
     form = (whole or partly)[0]
     absent = [key for key in form if key not in value]
     if absent and any(key not in form for key in value):
         raise BadRow(f"has no {absent[0]}; its {keys_of(value)}", remedy=remedy_for(value))
     match form:
         case ("messages",):
-            return ChatRow(line, _messages(value))
+            return parse_chat(line, value)
         case ("text",):
-            return TextRow(line, _text(value, "text"))
+            return TextRow(line, text_of(value, "text"))
         case _:
-            prompt = _text(value, "prompt", may_be_empty=True)
-            return CompletionRow(line, prompt, _text(value, "completion"))
+            prompt = text_of(value, "prompt", may_be_empty=True)
+            return CompletionRow(line, prompt, text_of(value, "completion"))
 
 
-def _text(value: dict[str, Any], key: str, *, at: str = "", may_be_empty: bool = False) -> str:
-    named = f"{at}{key}"
-    if key not in value:
-        raise BadRow(f"has no {named}")
-    text = value[key]
-    if text is None:
-        raise BadRow(f"{named} is null")
-    if not isinstance(text, str):
-        raise BadRow(f"{named} is {shown(text)}, not text")
-    if not text and not may_be_empty:
-        raise BadRow(f"{named} is empty")
-    try:
-        text.encode("utf-8")  # lone surrogates, from \ud800 escapes or undecodable CSV bytes
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{named} has broken UTF-8 at character {error.start + 1}") from error
-    return text
+def _refuse_two_forms(value: dict[str, Any], whole: Sequence[tuple[str, ...]]) -> None:
+    """Refuse a row of which a part would have to be left out."""
+    has_chat = value.get("messages") is not None
+    others = [key for form in FORMS[1:] for key in form if value.get(key) is not None]
+    if has_chat and others:
+        both = f"has messages and also {' and '.join(others)}; keep one of them"
+        raise BadRow(f"{both}, or say which to read, as data.columns: {{messages: messages}}")
+    if len(whole) > 1:
+        raise BadRow(f"has {' and '.join(others)}; keep prompt and completion, or text")
+    beside = [key for key in ROW_OPTIONS if not has_chat and value.get(key)]
+    if beside:
+        raise BadRow(f"has {beside[0]} but no messages, so there is nothing to render it in")
 
 
 def _label(value: dict[str, Any]) -> str:
     label = value.get("label")
     if isinstance(label, bool | int):
         return str(label)
-    return _text(value, "label")
-
-
-def _messages(value: dict[str, Any]) -> tuple[dict[str, str], ...]:
-    messages = value["messages"]
-    if not isinstance(messages, list):
-        raise BadRow(f"messages is {shown(messages)}, not a list of role and content")
-    if not messages:
-        raise BadRow("messages is empty")
-    turns = tuple(_message(message, f"messages[{at}]") for at, message in enumerate(messages))
-    roles = [turn["role"] for turn in turns]
-    if "assistant" not in roles:
-        raise BadRow("messages has no turn of role assistant, so there is nothing to train")
-    if roles[0] == "assistant":
-        raise BadRow("messages[0] is the assistant's; begin with a system or user turn")
-    return turns
-
-
-def _message(message: Any, at: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise BadRow(f"{at} is {shown(message)}, not an object with role and content")
-    if message.get("tool_calls"):  # leaving them out would train on another conversation
-        raise BadRow(f"{at}.tool_calls is not supported")
-    role = _text(message, "role", at=f"{at}.")
-    content = _text(message, "content", at=f"{at}.", may_be_empty=role != "assistant")
-    return {"role": role, "content": content}
+    return text_of(value, "label")

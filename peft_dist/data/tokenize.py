@@ -58,6 +58,18 @@ class TokenizedRows:
     """What became of the rows of each source; their kept ones stand in this order."""
     fingerprint: str
     """Hash of the content: equal rows, equal fingerprint."""
+    notices: tuple[str, ...] = ()
+    """What a person should know of how the rows were read."""
+
+    @property
+    def trained_turns(self) -> int:
+        """Answers, completions and texts that are trained."""
+        return sum(source.trained_turns for source in self.sources)
+
+    @property
+    def stop_tokens(self) -> int:
+        """How many of them are trained to their end."""
+        return sum(source.stop_tokens for source in self.sources)
 
     @property
     def n_rows(self) -> int:
@@ -197,6 +209,7 @@ def _write(job: RowJob, folder: Path) -> None:
             {name: value for name, value in asdict(rows.counts()).items() if name != "name"}
             for rows in found
         ],
+        "notices": job.encoder.notices(),
     }
     sealed = {"fingerprint": _fingerprint(content), "content": content}
     (folder / "rows.json").write_text(json.dumps(sealed, indent=1), encoding="utf-8")
@@ -239,6 +252,7 @@ def _opened(folder: Path, sources: tuple[Source, ...]) -> TokenizedRows | None:
             for source, counts in zip(sources, content["sources"], strict=True)
         ),
         fingerprint=sealed["fingerprint"],
+        notices=tuple(content["notices"]),
     )
 
 

@@ -28,6 +28,7 @@ from peft_dist.common.errors import (
 )
 from peft_dist.common.process_identity import this_process
 from peft_dist.config import Recipe, load_recipe, render_recipe
+from peft_dist.config.run_date import with_date
 from peft_dist.data.first_rows import check_first_rows
 from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.local import run_launcher
@@ -178,7 +179,7 @@ def _has_finished(run: RunDir, recipe: Recipe) -> bool:
     with suppress(PeftDistError):  # of another version: not the same, as far as we know
         old = load_recipe(RunDir.open(run.path).recipe, check_paths=False)
         old = old.model_copy(update={"parallel": recipe.parallel})
-        return render_recipe(old) == render_recipe(recipe)
+        return render_recipe(old) == render_recipe(with_date(recipe, old.data.date))
     return False
 
 

@@ -69,6 +69,10 @@ class StartEvent(LedgerEvent):
     """Parameters of the frozen base."""
     base_bytes_per_rank: list[int] | None = None
     """Bytes of the base that each rank holds."""
+    trained_turns: int | None = None
+    """Answers, completions and texts in the training rows."""
+    stop_tokens: int | None = None
+    """How many of them are trained to their end; the others are cut to `data.max_length`."""
     versions: dict[str, str] | None = None
     """Versions of the packages in use."""
     slurm_job_id: str | None = None

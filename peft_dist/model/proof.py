@@ -109,9 +109,7 @@ def probe_rows(bare: PreTrainedModel) -> TokenizedRows:
         class_ids=None,
         label_names=(),
         pad_id=int(ordinary[0]),
-        bad_rows=(),
-        truncated_rows=0,
-        dropped_rows=0,
+        sources=(),
         fingerprint="",
     )
 

@@ -18,6 +18,7 @@ from peft_dist.common.errors import EXIT_DO_NOT_RETRY, PeftDistError, RunDirErro
 from peft_dist.common.folders import find_fault, readable_name
 from peft_dist.config import Recipe, load_recipe, render_recipe
 from peft_dist.config.resume_rules import differences, learning_settings, refuse_changes
+from peft_dist.config.run_date import date_in, with_date
 from peft_dist.run.provenance import run_facts
 
 ARRAY_FILE = "array.json"
@@ -147,7 +148,7 @@ class RunDir:
 
         Args:
             path: Where; missing parent folders are made. A folder that exists must be empty.
-            recipe: What `recipe.yaml` will say.
+            recipe: What `recipe.yaml` will say; without a date, with today's.
             command: The command line to record.
 
         Raises:
@@ -159,7 +160,7 @@ class RunDir:
             # A new folder cannot be renamed over a link to an empty one, but over that itself.
             with whole_folder(run._behind_link()) as making:
                 cls(making).logs.mkdir(mode=0o700)
-                write_text_atomic(cls(making).recipe, render_recipe(recipe))
+                write_text_atomic(cls(making).recipe, render_recipe(with_date(recipe)))
                 write_text_atomic(
                     cls(making).run_facts, json.dumps(run_facts(command), indent=2) + "\n"
                 )
@@ -186,7 +187,8 @@ class RunDir:
         Args:
             path: Where.
             recipe: What to train. It replaces the run's own recipe, which may differ in what does
-                not change what is learned; where there are checkpoints, by `accept_recipe`.
+                not change what is learned; where there are checkpoints, by `accept_recipe`. Without
+                a date, it gets the run's.
             command: The command line to record in a new run.
             fresh: Set a run that is there aside, and make a new one.
             allow_changed: Fields that may differ all the same.
@@ -212,6 +214,7 @@ class RunDir:
                 remedy="choose another folder with --run-dir, or start it anew with --fresh",
             )
         cls.open(path)  # raises where its recipe is gone
+        recipe = with_date(recipe, date_in(run.recipe))
         text = render_recipe(recipe)
         is_changed = text != run.recipe.read_text(encoding="utf-8")
         if is_changed and run.has_checkpoints:

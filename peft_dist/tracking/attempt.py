@@ -240,6 +240,8 @@ class TrainingAttempt:
                 device=self.world.device_name,
                 base_parameters=setup.base_parameters,
                 base_bytes_per_rank=setup.base_bytes_by_rank,
+                trained_turns=trainer.rows.trained_turns,
+                stop_tokens=trainer.rows.stop_tokens,
                 versions=versions(),
                 startup_s=self._startup_s,
                 load_s=self._load_s,
@@ -274,7 +276,9 @@ def _require_trackers(recipe: Recipe) -> None:
 
 
 def _report_rows(rows: TokenizedRows, what: str) -> None:
-    """Print what became of the rows of each source: a smaller data set is no secret."""
+    """Print how the rows of each source were read: a smaller data set is no secret."""
+    for notice in rows.notices:
+        say(f"{what} rows: {notice}")
     for source in rows.sources:
         for report in source.reports:
             say(f"left out {report}")

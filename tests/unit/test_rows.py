@@ -13,9 +13,9 @@ import pyarrow.parquet
 import pytest
 
 from peft_dist.common.errors import DataError
+from peft_dist.data.chat_rows import ChatRow
 from peft_dist.data.rows import (
     BadRows,
-    ChatRow,
     CompletionRow,
     LabelledRow,
     Row,
@@ -52,12 +52,12 @@ def test_each_form_of_row_is_told_by_its_keys_and_other_keys_are_ignored(tmp_pat
         tmp_path / "rows.jsonl",
         [
             {"text": "a", "label": 3},
-            {"prompt": "", "completion": "c", "text": "ignored"},
-            {"messages": [USER, {**ASSISTANT, "name": "x"}], "prompt": None, "text": None},
+            {"prompt": "", "completion": "c", "id": "ignored"},
+            {"messages": [USER, ASSISTANT], "prompt": None, "text": None, "source": "ignored"},
         ],
     )
     rows, reports = read(path)
-    assert rows == [TextRow(1, "a"), CompletionRow(2, "", "c"), ChatRow(3, (USER, ASSISTANT))]
+    assert rows == [TextRow(1, "a"), CompletionRow(2, "", "c"), ChatRow(3, (USER, ASSISTANT), (1,))]
     assert reports == ()
 
 
@@ -156,11 +156,10 @@ def test_a_cell_longer_than_csv_allows_by_default_is_read(tmp_path: Path) -> Non
             b' {"role": "assistant", "content": ""}]}',
             "messages[1].content is empty",
         ),
-        (
-            b'{"messages": [{"role": "user", "content": "a"},'
-            b' {"role": "assistant", "content": "", "tool_calls": [{}]}]}',
-            "messages[1].tool_calls is not supported",
-        ),
+        (b'{"messages": [], "text": "a"}', "has messages and also text; keep one of them"),
+        (b'{"messages": [{}], "prompt": "a"}', "has messages and also prompt; keep one of them"),
+        (b'{"prompt": "a", "completion": "b", "text": "c"}', "keep prompt and completion, or text"),
+        (b'{"text": "a", "tools": [{}]}', "has tools but no messages"),
     ],
 )
 def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, line: bytes, why: str) -> None:
