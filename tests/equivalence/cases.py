@@ -245,6 +245,8 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -
         return
     facts = {
         "losses": [r["loss"] for r in recorder.records if r["event"] == "step"],
+        "norms": [r["grad_norm"] for r in recorder.records if r["event"] == "step"],
+        "update": float(torch.cat([(after[n] - before[n]).flatten() for n in after]).norm()),
         "first": [outcome.first.loss, outcome.first.accuracy] if outcome.first else None,
         "samples": [r for r in recorder.records if r["event"] == "sample"],
         "last": [outcome.last.loss, outcome.last.accuracy] if outcome.last else None,
