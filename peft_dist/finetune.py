@@ -10,6 +10,7 @@ from pathlib import Path
 from peft_dist.checkpoint import directory
 from peft_dist.checkpoint.checkpointer import Checkpointer, read_state
 from peft_dist.checkpoint.run_identity import describe_run, refuse_another_run
+from peft_dist.checkpoint.same_inputs import describe_inputs, refuse_different_inputs
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.errors import RunDirError
@@ -55,8 +56,11 @@ def fine_tune(
     cache = usable_cache_dir()
     rows, eval_set = _read_rows(recipe, cache / "rows")
     base = find_base(recipe, cache)
+    held = None if eval_set is None else eval_set.rows
+    inputs = describe_inputs(recipe, {"data.train": rows, "data.eval": held}, base.files)
     process_group.start(world, meeting)
     attempt.share_run()
+    refuse_different_inputs(inputs)
 
     setup = set_up_model(recipe, world, base, label_names=rows.label_names)
     for some in (rows, *([] if eval_set is None else [eval_set.rows])):

@@ -35,7 +35,7 @@ from peft_dist.model.nf4 import WEIGHTS_PER_BYTE
 from peft_dist.model.source import BaseSource
 from peft_dist.sharding import ENGINES, Engine, Group
 from peft_dist.sharding.launcher_env import resolve
-from peft_dist.sharding.verify import verify_sharded
+from peft_dist.sharding.verify import verify_one_base, verify_sharded
 
 log = logging.getLogger(__name__)
 
@@ -235,6 +235,7 @@ def set_up_model(
     packed = _load_base(peft, frozen, trained, plan, source, engine)
     _fill_fresh_heads({**frozen, **trained}, plan, peft, engine, seed=recipe.train.seed)
     released = engine.fingerprint(frozen)
+    verify_one_base(released)
     by_name = {base_name_in(peft, name): parameter for name, parameter in frozen.items()}
     start = _start(recipe, source, plan, by_name, engine, model)
     method.initialise(peft, start)
