@@ -71,6 +71,14 @@ class LoraMethod(Method[Lora]):
         """Inject LoRA layers; see `Method.attach`."""
         settings = self.settings
         targets = linear_targets(model, settings.targets)
+        if settings.bias != "none" and not _has_bias(model, settings.bias, targets):
+            raise RecipeError(
+                "has no meaning here: "
+                + ("this model" if settings.bias == "all" else "what is adapted")
+                + " has no bias",
+                where="method.bias",
+                remedy="remove it",
+            )
         if settings.init == "orthogonal" and settings.rank % 2:
             raise RecipeError(
                 f"init: orthogonal halves the rank, and {settings.rank} is odd",
@@ -264,6 +272,14 @@ def linear_targets(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> lis
                 remedy=nearest(target, inside),
             )
     return sorted(wanted)
+
+
+def _has_bias(model: PreTrainedModel, wanted: str, targets: list[str]) -> bool:
+    """Whether there is a bias that PEFT would train: any, or that of an adapted linear."""
+    return any(
+        name.rpartition(".")[2] == "bias" and (wanted == "all" or name.split(".")[-2] in targets)
+        for name, _ in model.named_parameters()
+    )
 
 
 def _weight(module: LoraLayer, start: BaseAccess) -> torch.Tensor:

@@ -62,6 +62,21 @@ def test_named_targets_are_the_only_ones(tmp_path: Path, alone: World) -> None:
 
 
 @pytest.mark.parametrize(
+    ("architecture", "method"),
+    [
+        ("llama", {"bias": "all"}),
+        ("llama", {"bias": "lora_only"}),
+        ("qwen2", {"bias": "lora_only", "targets": ["o_proj"]}),
+    ],
+)
+def test_biases_that_are_not_there_are_refused(
+    tmp_path: Path, alone: World, architecture: str, method: dict[str, Any]
+) -> None:
+    with pytest.raises(RecipeError, match="^method.bias: has no meaning here: .*; remove it$"):
+        opened(tmp_path, alone, architecture, method=method)
+
+
+@pytest.mark.parametrize(
     ("target", "remedy"),
     [("q_prj", "did you mean 'q_proj'?"), ("lm_head", "valid: down_proj, "), ("x", "valid: ")],
 )
