@@ -19,6 +19,7 @@ from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group, rendezvous
 from peft_dist.evaluation.scoring import EvalSet, make_eval_set
 from peft_dist.model.source import find_base
+from peft_dist.model.vocabulary import refuse_unknown_ids
 from peft_dist.model_setup import set_up_model
 from peft_dist.tracking.attempt import TrainingAttempt
 from peft_dist.trainer import Trainer
@@ -57,6 +58,8 @@ def fine_tune(
     rows, eval_set = _read_rows(recipe, cache / "rows")
     base = find_base(recipe, cache)
     held = None if eval_set is None else eval_set.rows
+    texts = {"data.train": rows.tokens, **({} if eval_set is None else eval_set.texts())}
+    refuse_unknown_ids(recipe, base.files.folder, texts)
     inputs = describe_inputs(recipe, {"data.train": rows, "data.eval": held}, base.files)
     process_group.start(world, meeting)
     attempt.share_run()

@@ -22,6 +22,7 @@ from peft_dist.distributed.world import read_world
 from peft_dist.evaluation.scoring import make_eval_set, score
 from peft_dist.methods import METHODS
 from peft_dist.model.source import find_base
+from peft_dist.model.vocabulary import refuse_unknown_ids
 from peft_dist.model_setup import set_up_model
 from peft_dist.run.directory import RunDir, write_text_atomic
 from peft_dist.worker.process import run_worker
@@ -55,6 +56,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     rows = tokenize_rows(recipe, "eval", cache / "rows")
     eval_set = make_eval_set(recipe, rows)
     source = find_base(recipe, cache)
+    refuse_unknown_ids(recipe, source.files.folder, eval_set.texts())
     inputs = describe_inputs(recipe, {"data.eval": rows}, source.files)
     process_group.start(world)
     refuse_different_inputs(inputs)
