@@ -13,6 +13,7 @@ from typing import Any
 from peft_dist.common.errors import LaunchError
 from peft_dist.config import Recipe
 from peft_dist.config.load import PATH_FIELDS
+from peft_dist.config.resume_rules import all_settings
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import gather_objects
 from peft_dist.model.weights import WeightFiles
@@ -40,7 +41,9 @@ def describe_inputs(
     found["tokenizer"] = _of_files(files, TOKENIZER_FILES)
     found["config.json"] = _of_files(files, ("config.json",))
     found["model.name"] = f"weights with sample {files.sample()}"
-    return found | _settings(recipe)
+    # A file may lie elsewhere: its content is what counts.
+    settings = all_settings(recipe, without=[".".join(path) for path in PATH_FIELDS])
+    return found | {field: json.dumps(value) for field, value in settings.items()}
 
 
 def refuse_different_inputs(inputs: Inputs) -> None:
@@ -91,18 +94,3 @@ def _of_files(files: WeightFiles, patterns: Sequence[str]) -> str:
         digest.update(f"{path.name}\n".encode())
         digest.update(path.read_bytes())
     return f"{len(found)} files with sha256 {digest.hexdigest()[:16]}"
-
-
-def _settings(recipe: Recipe) -> Inputs:
-    """Return every setting by its dotted field, but the paths: a file may lie elsewhere."""
-    found: Inputs = {}
-
-    def walk(value: Any, path: tuple[str, ...]) -> None:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                walk(item, (*path, str(key)))
-        elif path not in PATH_FIELDS:
-            found[".".join(path)] = json.dumps(value)
-
-    walk(recipe.model_dump(mode="json"), ())
-    return found

@@ -25,6 +25,18 @@ def without_rows(here: "Rank", *, rank: int) -> None:
     replace_function(read, read_elsewhere)
 
 
+def bug_while_loading(here: "Rank", *, rank: int) -> None:
+    """Let one rank meet a fault of code in its rows, as a broken template is one."""
+    if not here.is_one_of(rank):
+        return
+    from peft_dist.data import tokenize
+
+    def broken(*_rest: Any) -> Any:
+        raise TypeError("planted while loading")
+
+    replace_function(tokenize.tokenize_rows, broken)
+
+
 def other_recipe(here: "Rank", *, rank: int, changes: dict[str, Any]) -> None:
     """Let one rank read another recipe, as from a stale copy: `{"section.field": value}`."""
     if not here.is_one_of(rank):
