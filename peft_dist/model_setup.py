@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_dist.common.errors import DataError, RecipeError, TrainingError
+from peft_dist.common.paths import TOKENIZER_FILES
 from peft_dist.config import Recipe
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.order import RowIds
@@ -32,7 +33,7 @@ from peft_dist.model import architectures, attention, base
 from peft_dist.model.base import BasePlan
 from peft_dist.model.loss import CausalLM, SequenceClassifier
 from peft_dist.model.nf4 import WEIGHTS_PER_BYTE
-from peft_dist.model.source import BaseSource
+from peft_dist.model.source import BaseSource, Released
 from peft_dist.sharding import ENGINES, Engine, Group
 from peft_dist.sharding.launcher_env import resolve
 from peft_dist.sharding.verify import verify_one_base, verify_sharded
@@ -63,6 +64,10 @@ class ModelSetup:
     base_fingerprint: dict[str, int]
     packed_base: Path | None
     load_seconds: float
+    released: Released
+    """What the adapter names as its base."""
+    tokenizer_files: list[Path]
+    """What is saved beside the adapter: the tokenizer and its chat template."""
 
     @property
     def packing(self) -> bool:
@@ -206,6 +211,7 @@ def set_up_model(
         attention=_attention(recipe, world.device, dtype),
         label_names=label_names,
     )
+    released = source.released(recipe)
     method = METHODS[recipe.method.kind](recipe.method, seed=recipe.train.seed)
     if recipe.model.task == "causal-lm":
         _use_row_attention(recipe, method, skeleton)
@@ -218,9 +224,10 @@ def set_up_model(
     peft = method.attach(
         skeleton,
         task=recipe.model.task,
-        base_name=recipe.model.name,
+        base_name=released.name,
         has_conv1d=has_conv1d,
     )
+    peft.peft_config[peft.active_adapter].revision = released.commit
     if recipe.train.activation_checkpointing:
         # After the adapter: PEFT refuses a prefix on a model that has it on already.
         skeleton.gradient_checkpointing_enable({"use_reentrant": False})
@@ -234,8 +241,8 @@ def set_up_model(
     frozen, trained = _split(peft)
     packed = _load_base(peft, frozen, trained, plan, source, engine)
     _fill_fresh_heads({**frozen, **trained}, plan, peft, engine, seed=recipe.train.seed)
-    released = engine.fingerprint(frozen)
-    verify_one_base(released)
+    as_released = engine.fingerprint(frozen)
+    verify_one_base(as_released)
     by_name = {base_name_in(peft, name): parameter for name, parameter in frozen.items()}
     start = _start(recipe, source, plan, by_name, engine, model)
     method.initialise(peft, start)
@@ -254,10 +261,12 @@ def set_up_model(
         adapter=trained,
         base_bytes_total=total,
         base_bytes_by_rank=by_rank,
-        released_fingerprint=released,
-        base_fingerprint=engine.fingerprint(frozen) if method.changes_base else released,
+        released_fingerprint=as_released,
+        base_fingerprint=engine.fingerprint(frozen) if method.changes_base else as_released,
         packed_base=packed,
         load_seconds=time.monotonic() - started,
+        released=released,
+        tokenizer_files=source.files.others(TOKENIZER_FILES),
     )
     setup.check_adapters_agree()
     return setup

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft_dist.common.errors import LaunchError
+from peft_dist.common.paths import TOKENIZER_FILES
 from peft_dist.config import Recipe
 from peft_dist.config.load import PATH_FIELDS
 from peft_dist.config.resume_rules import all_settings
@@ -21,9 +22,6 @@ from peft_dist.run.provenance import versions
 
 Inputs = dict[str, str]
 """What one process has read: a few words about each, by the name a person knows it by."""
-
-TOKENIZER_FILES = ("*token*.json", "chat_template*", "vocab*", "merges.txt", "*.model")
-"""Patterns of the files of a model's folder that decide what a text becomes."""
 
 
 def describe_inputs(
@@ -89,8 +87,8 @@ def _of_rows(rows: TokenizedRows | None) -> str:
 def _of_files(files: WeightFiles, patterns: Sequence[str]) -> str:
     """Return a digest of small files of the model's folder, by name and content."""
     digest = hashlib.sha256()
-    found = {path for pattern in patterns for path in files.folder.glob(pattern) if path.is_file()}
-    for path in sorted(found):
+    found = files.others(patterns)
+    for path in found:
         digest.update(f"{path.name}\n".encode())
         digest.update(path.read_bytes())
     return f"{len(found)} files with sha256 {digest.hexdigest()[:16]}"

@@ -96,11 +96,18 @@ def loading_code(adapter: Path, result: Result, base: str) -> list[str]:
     size = f", num_labels={len(result['labels'])}" if "labels" in result else ""
     # PEFT has neither; importing our methods makes them known to it.
     ours = ["import peft_dist.methods"] if result["method"] in ("bottleneck", "bitfit") else []
+    # A hub id is found from anywhere, a folder is not.
+    elsewhere = (
+        [f"# elsewhere, with a copy of {base}: PeftModel.from_pretrained(model, adapter)"]
+        if Path(base).is_absolute()
+        else []
+    )
     return [
         *ours,
         f"from peft import AutoPeftModelFor{task} as Auto; from transformers import AutoTokenizer",
         f"model = Auto.from_pretrained({str(adapter)!r}{size})",
-        f"tokenizer = AutoTokenizer.from_pretrained({base!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({str(adapter)!r})",
+        *elsewhere,
     ]
 
 

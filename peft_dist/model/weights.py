@@ -6,6 +6,7 @@ Knows files, shapes and bitsandbytes' naming of packed tensors. Knows no model a
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,11 @@ class WeightFiles:
     def packed(self) -> bool:
         """Whether bitsandbytes has quantized any of it."""
         return any(QUANT_STATE in key for key in self.tensors)
+
+    def others(self, patterns: Sequence[str]) -> list[Path]:
+        """Return files of the folder besides the weights whose names match, in order."""
+        found = {path for pattern in patterns for path in self.folder.glob(pattern)}
+        return sorted(path for path in found if path.is_file())
 
     def sample(self) -> str:
         """Return a digest of names, types, shapes and a few values of every tensor.
