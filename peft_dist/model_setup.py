@@ -29,7 +29,7 @@ from peft_dist.distributed.world import World
 from peft_dist.methods import METHODS, BaseAccess, Method
 from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
-from peft_dist.model import architectures, attention, base
+from peft_dist.model import architectures, attention, base, precision
 from peft_dist.model.base import BasePlan
 from peft_dist.model.loss import CausalLM, SequenceClassifier
 from peft_dist.model.nf4 import WEIGHTS_PER_BYTE
@@ -149,16 +149,6 @@ class ModelSetup:
             )
 
 
-def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """Return the dtype a recipe computes in on this device."""
-    if recipe.model.dtype != "auto":
-        named: torch.dtype = getattr(torch, recipe.model.dtype)
-        return named
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    # Without matrix units for it, bfloat16 is slower than float32 on a CPU.
-    return torch.bfloat16 if on_gpu else torch.float32
-
-
 def _attention(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
     if recipe.model.attention != "auto" or device.type != "cuda" or dtype == torch.float32:
         return recipe.model.attention
@@ -202,8 +192,12 @@ def set_up_model(
     """
     started = time.monotonic()
     launched = resolve(recipe.parallel, world, os.environ)
-    dtype = compute_dtype(recipe, world.device)
+    dtype, why = precision.compute_dtype(recipe.model, world.device)
+    if world.is_main:
+        log.log(logging.WARNING if why else logging.INFO, "computing in %s%s", dtype, why)
     config = architectures.read_config(source.files.folder, task=recipe.model.task)
+    if recipe.model.dropout == "off":
+        architectures.turn_dropout_off(config)
     skeleton = architectures.build_skeleton(
         config,
         task=recipe.model.task,

@@ -21,9 +21,12 @@ class Model(Section):
     """Branch, tag or commit of a hub model. Off: the hub's default branch."""
     task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
     """What the model is trained to do; classification trains a new head beside the adapter."""
+    dropout: Literal["off", "as-configured"] = "off"
+    """Dropout of the base itself, as its config.json has it (GPT-2, OPT, BERT: 0.1); that of an
+    adapter is `method.dropout`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype and dtype of unquantized base weights. auto: bfloat16 on GPUs that have it,
-    float32 on CPU."""
+    """Compute dtype and dtype of unquantized base weights. auto: bfloat16 on GPUs that have it and
+    do not emulate it, else float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel. auto: flash_attention_2 where installed on a GPU, else what the
     architecture supports."""

@@ -127,8 +127,11 @@ def _cases() -> dict[str, Case]:
         ),
         "repeated": Case("llama", (SINGLE, *MATRIX_ENGINES), nf4),
         "repeated-again": Case("llama", (SINGLE, *MATRIX_ENGINES), nf4),
-        "own-dropout": Case("gpt2-dropout", (SINGLE,), none),
-        "own-dropout-again": Case("gpt2-dropout", (SINGLE,), none),
+        "own-dropout-off": Case("gpt2-dropout", (SINGLE,), none),
+        **{
+            name: Case("gpt2-dropout", (SINGLE,), none | {"model": {"dropout": "as-configured"}})
+            for name in ("own-dropout", "own-dropout-again")
+        },
     }
     return cases | matrix_cases()
 

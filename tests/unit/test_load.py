@@ -53,6 +53,12 @@ def test_no_and_off_and_dates_stay_text_where_text_belongs(recipe_file: Path) ->
         assert load_recipe(recipe_file, hub).model.revision == text
 
 
+def test_off_is_a_word_of_a_setting_that_has_it(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ["model.dropout=off"]).model.dropout == "off"
+    asked = load_recipe(recipe_file, ["model.dropout=as-configured"])
+    assert asked.model.dropout == "as-configured"
+
+
 def test_no_switches_a_switch_off(recipe_file: Path) -> None:
     assert load_recipe(recipe_file, ["data.packing=no"]).data.packing is False
 

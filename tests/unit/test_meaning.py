@@ -24,9 +24,10 @@ PREFIX = "method.kind=prefix"
 ALWAYS = re.findall(
     r"\S+",
     """
-model.name model.task model.dtype model.attention quantization method.lora.kind method.lora.rank
-method.lora.alpha method.lora.dropout method.lora.targets method.lora.init
-method.lora.learning_rate_ratio method.lora.rslora method.lora.dora method.lora.bias
+model.name model.task model.dropout model.dtype model.attention quantization
+method.lora.kind method.lora.rank method.lora.alpha method.lora.dropout method.lora.targets
+method.lora.init method.lora.learning_rate_ratio method.lora.rslora method.lora.dora
+method.lora.bias
 method.bottleneck.kind method.bottleneck.placement method.bottleneck.bottleneck_size
 method.bottleneck.reduction_factor method.bottleneck.activation method.bottleneck.residual
 method.bottleneck.dropout method.prefix.kind method.prefix.virtual_tokens method.prefix.projection
