@@ -260,9 +260,11 @@ class Recipe(Section):
             raise ValueError("data.packing cannot be on for sequence-classification; remove it")
         if classify and self.method.kind == "prefix":
             raise ValueError("method prefix is for causal-lm; encoders have no past to put it in")
-        if self.quantization != "none" and getattr(self.method, "init", None) == "pissa":
+        if self.quantization != "none" and getattr(self.method, "splits_weight", False):
+            init = getattr(self.method, "init", "")
             raise ValueError(
-                "method.init pissa splits the full weights; set quantization: none, or another init"
+                f"method.init {init} splits the full weights; "
+                "set quantization: none, or another init"
             )
         if classify and self.evaluate.choices:
             raise ValueError("evaluate.choices is for causal-lm; classification has its labels")

@@ -12,6 +12,7 @@ from peft import PeftModel, PrefixTuningConfig
 from torch import nn
 from torch.nn import functional
 
+from peft_dist.common.errors import RecipeError
 from peft_dist.data.pack import Batch
 from peft_dist.model.architectures import bare_model
 from peft_dist.model.attention import ROW_ATTENTION
@@ -141,6 +142,21 @@ def _prefix(peft: PeftModel, device: torch.device) -> tuple[torch.Tensor, ...] |
     return parts.permute(1, 2, 3, 0, 4).unbind(0)
 
 
+def _refuse_trained_head(head: nn.Module) -> None:
+    """Refuse what the loss would leave untrained without a word: it reads the head's weight alone.
+
+    Raises:
+        RecipeError: Naming what is trained.
+    """
+    trained = [name for name, parameter in head.named_parameters() if parameter.requires_grad]
+    if trained:
+        raise RecipeError(
+            f"trains {trained[0]} of the output head, which the loss takes for frozen",
+            where="method",
+            remedy="choose modules inside the transformer blocks",
+        )
+
+
 class CausalLM(nn.Module):
     """A causal language model with its adapters, as a function from a batch to its losses.
 
@@ -149,9 +165,14 @@ class CausalLM(nn.Module):
     """
 
     def __init__(self, peft_model: PeftModel) -> None:
-        """Take a model that has its adapters already."""
+        """Take a model that has its adapters already.
+
+        Raises:
+            RecipeError: For one whose output head is trained, or has an adapter.
+        """
         super().__init__()
         self.peft = peft_model
+        _refuse_trained_head(bare_model(peft_model).get_output_embeddings())
         config = bare_model(peft_model).config
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self._attention = config._attn_implementation

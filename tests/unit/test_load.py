@@ -110,6 +110,11 @@ def test_an_error_names_the_field_the_value_and_the_remedy(
     ("overrides", "expected"),
     [
         (["method={init: pissa}"], "method.init pissa splits the full weights; set quantization"),
+        (["method={init: olora}"], "method.init olora splits the full weights; set quantization"),
+        (
+            ["quantization=none", "method={init: olora, rank_pattern: {q_proj: 4}}"],
+            "init: olora takes one rank and alpha",
+        ),
         (["method={init: pissa, dora: true}"], "init: pissa and dora both decompose the weight"),
         (
             ["method={kind: prefix}", "model.task=sequence-classification"],
