@@ -53,8 +53,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _build_parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = (parser := _build_parser()).parse_known_args(argv)
     if arguments.command == "quantize":
         arguments.passed_on = argv[argv.index("quantize") + 1 :]
         return arguments

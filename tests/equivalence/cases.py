@@ -62,6 +62,7 @@ class Case:
 
 def _cases() -> dict[str, Case]:
     nf4, none = {"quantization": "nf4"}, {"quantization": "none"}
+    dropping = Case("gpt2-dropout", (SINGLE,), none | {"model": {"dropout": "as-configured"}})
     lora = {"rslora": {"rslora": True}, "dora": {"dora": True}, "all-biases": {"bias": "all"},
             "lora-biases": {"bias": "lora_only"}, "rank-1": {"rank": 1},
             "two-targets": {"targets": ["q_proj", "down_proj"]}}  # fmt: skip
@@ -128,10 +129,7 @@ def _cases() -> dict[str, Case]:
         "repeated": Case("llama", (SINGLE, *MATRIX_ENGINES), nf4),
         "repeated-again": Case("llama", (SINGLE, *MATRIX_ENGINES), nf4),
         "own-dropout-off": Case("gpt2-dropout", (SINGLE,), none),
-        **{
-            name: Case("gpt2-dropout", (SINGLE,), none | {"model": {"dropout": "as-configured"}})
-            for name in ("own-dropout", "own-dropout-again")
-        },
+        **dict.fromkeys(("own-dropout", "own-dropout-again"), dropping),
     }
     return cases | matrix_cases()
 
