@@ -13,6 +13,7 @@ from torch.distributed import Store
 from peft_dist.checkpoint import directory
 from peft_dist.checkpoint.checkpointer import Checkpointer, read_state
 from peft_dist.checkpoint.run_identity import describe_run, refuse_another_run
+from peft_dist.checkpoint.same_inputs import describe_inputs, refuse_different_inputs
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.errors import RunDirError
@@ -24,6 +25,7 @@ from peft_dist.distributed import process_group, rendezvous
 from peft_dist.distributed.world import World
 from peft_dist.evaluation.scoring import EvalSet, make_eval_set
 from peft_dist.model.source import find_base
+from peft_dist.model.vocabulary import refuse_unknown_ids
 from peft_dist.model_setup import set_up_model
 from peft_dist.tracking.attempt import TrainingAttempt
 from peft_dist.trainer import Trainer
@@ -62,8 +64,13 @@ def fine_tune(
     cache = usable_cache_dir()
     rows, eval_set = _read_rows(recipe, cache / "rows")
     base = find_base(recipe, cache)
+    held = None if eval_set is None else eval_set.rows
+    texts = {"data.train": rows.tokens, **({} if eval_set is None else eval_set.texts())}
+    refuse_unknown_ids(recipe, base.files.folder, texts)
+    inputs = describe_inputs(recipe, {"data.train": rows, "data.eval": held}, base.files)
     process_group.start(world, meeting)
     attempt.share_run()
+    refuse_different_inputs(inputs)
 
     setup = set_up_model(recipe, world, base, label_names=rows.label_names)
     for some in (rows, *([] if eval_set is None else [eval_set.rows])):

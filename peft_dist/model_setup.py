@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import nn
 
 from peft_dist.common.errors import DataError, RecipeError, TrainingError
+from peft_dist.common.paths import TOKENIZER_FILES
 from peft_dist.config import Recipe
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.order import RowIds
@@ -27,15 +28,15 @@ from peft_dist.distributed.world import World
 from peft_dist.methods import METHODS, BaseAccess, Method
 from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
-from peft_dist.model import architectures, attention, base
+from peft_dist.model import architectures, attention, base, precision
 from peft_dist.model.base import BasePlan
 from peft_dist.model.loss import CausalLM, SequenceClassifier
 from peft_dist.model.nf4 import WEIGHTS_PER_BYTE
 from peft_dist.model.proof import Way, prove
-from peft_dist.model.source import BaseSource
+from peft_dist.model.source import BaseSource, Released
 from peft_dist.sharding import ENGINES, Engine, Group
 from peft_dist.sharding.launcher_env import resolve
-from peft_dist.sharding.verify import verify_sharded
+from peft_dist.sharding.verify import verify_one_base, verify_sharded
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,10 @@ class ModelSetup:
     packing: bool
     """Whether the rows of a micro-batch are laid end to end."""
     load_seconds: float
+    released: Released
+    """What the adapter names as its base."""
+    tokenizer_files: list[Path]
+    """What is saved beside the adapter: the tokenizer and its chat template."""
 
     @property
     def base_parameters(self) -> int:
@@ -145,16 +150,6 @@ def _weights_per_element(name: str) -> int:
     return WEIGHTS_PER_BYTE.get(name.replace(".", "_").rpartition("_")[2], 1)
 
 
-def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """Return the dtype a recipe computes in on this device."""
-    if recipe.model.dtype != "auto":
-        named: torch.dtype = getattr(torch, recipe.model.dtype)
-        return named
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    # Without matrix units for it, bfloat16 is slower than float32 on a CPU.
-    return torch.bfloat16 if on_gpu else torch.float32
-
-
 def _attention(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
     if recipe.model.attention != "auto" or device.type != "cuda" or dtype == torch.float32:
         return recipe.model.attention
@@ -231,8 +226,12 @@ def set_up_model(
     """
     started = time.monotonic()
     launched = resolve(recipe.parallel, world, os.environ)
-    dtype = compute_dtype(recipe, world.device)
+    dtype, why = precision.compute_dtype(recipe.model, world.device)
+    if world.is_main:
+        log.log(logging.WARNING if why else logging.INFO, "computing in %s%s", dtype, why)
     config = architectures.read_config(source.files.folder, task=recipe.model.task)
+    if recipe.model.dropout == "off":
+        architectures.turn_dropout_off(config)
     skeleton = architectures.build_skeleton(
         config,
         task=recipe.model.task,
@@ -240,6 +239,7 @@ def set_up_model(
         attention=_attention(recipe, world.device, dtype),
         label_names=label_names,
     )
+    released = source.released(recipe)
     method = METHODS[recipe.method.kind](recipe.method, seed=recipe.train.seed)
     ways = _ways(recipe, method, skeleton.config._attn_implementation)
     if recipe.model.task == "causal-lm":
@@ -257,9 +257,10 @@ def set_up_model(
     peft = method.attach(
         skeleton,
         task=recipe.model.task,
-        base_name=recipe.model.name,
+        base_name=released.name,
         has_conv1d=has_conv1d,
     )
+    peft.peft_config[peft.active_adapter].revision = released.commit
     if recipe.train.activation_checkpointing:
         # After the adapter: PEFT refuses a prefix on a model that has it on already.
         skeleton.gradient_checkpointing_enable({"use_reentrant": False})
@@ -273,7 +274,8 @@ def set_up_model(
     frozen, trained = _split(peft)
     packed = _load_base(peft, frozen, trained, plan, source, engine)
     _fill_fresh_heads({**frozen, **trained}, plan, peft, engine, seed=recipe.train.seed)
-    released = engine.fingerprint(frozen)
+    as_released = engine.fingerprint(frozen)
+    verify_one_base(as_released)
     by_name = {base_name_in(peft, name): parameter for name, parameter in frozen.items()}
     start = _start(recipe, source, plan, by_name, engine, model)
     method.initialise(peft, start)
@@ -296,12 +298,14 @@ def set_up_model(
         adapter=trained,
         base_bytes_total=total,
         base_bytes_by_rank=by_rank,
-        released_fingerprint=released,
-        base_fingerprint=engine.fingerprint(frozen) if method.changes_base else released,
+        released_fingerprint=as_released,
+        base_fingerprint=engine.fingerprint(frozen) if method.changes_base else as_released,
         packed_base=packed,
         position_table=position_table,
         packing=False,
         load_seconds=time.monotonic() - started,
+        released=released,
+        tokenizer_files=source.files.others(TOKENIZER_FILES),
     )
     setup.check_adapters_agree()
     if isinstance(model, CausalLM):

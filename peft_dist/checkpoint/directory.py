@@ -79,6 +79,38 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
+def set_bad_aside(published: Path, whole: set[Path]) -> list[tuple[Path, str, Path]]:
+    """Rename what must not count among the newest checkpoints: what is damaged, or not of this run.
+
+    Else one such folder would count in the place of a good one, which `prune` then removes.
+
+    Args:
+        published: The checkpoint that was just published; none of this run is newer.
+        whole: Checkpoints that are known to verify; others that do are added.
+
+    Returns:
+        Each folder that was renamed, why, and its new path.
+
+    Raises:
+        OSError: Where one cannot be renamed.
+    """
+    whole.add(published)
+    found = []
+    for folder in folders(published.parent):
+        why = ""
+        if step_of(folder) > step_of(published):
+            why = "it is newer than what the run has come to"
+        elif folder not in whole:
+            try:
+                verify(folder)
+                whole.add(folder)
+            except BadCheckpoint as error:
+                why = str(error)
+        if why:
+            found.append((folder, why, set_aside(folder)))
+    return found
+
+
 def work_folder(checkpoints: Path, step: int, attempt: int) -> Path:
     """Make a hidden, private folder to write a checkpoint in.
 

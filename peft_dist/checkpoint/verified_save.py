@@ -93,7 +93,7 @@ class AdapterSaver:
         if setup.world.is_main:
             try:
                 config = setup.method.saved_config(setup.peft)
-                partial = adapter_file.write_partial(folder, tensors, config)
+                partial = adapter_file.write_partial(folder, tensors, config, setup.tokenizer_files)
                 found = self._checked(partial, now, config)
             except PeftDistError as error:
                 problem = str(error)

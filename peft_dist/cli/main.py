@@ -182,6 +182,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
+    from peft_dist.launch.here import refuse_changes_of_finished
     from peft_dist.run.directory import RunDir
     from peft_dist.slurm.submit import was_submitted
 
@@ -189,6 +190,7 @@ def _resume(arguments: argparse.Namespace) -> int:
         return slurm_commands.resume_job(arguments)
     run = RunDir.open(arguments.run_dir)
     if run.is_finished:
+        refuse_changes_of_finished(run, arguments.overrides)
         show(f"{arguments.run_dir} has finished; nothing is left to do")
         return EXIT_DONE
     arguments.recipe = str(run.recipe)

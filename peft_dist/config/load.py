@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 from peft_dist.common.errors import RecipeError, nearest
 from peft_dist.config.explain import describe_failure, quote, refuse_booleans_as_numbers, section_at
+from peft_dist.config.meaning import refuse_meaningless
 from peft_dist.config.recipe import Recipe
 from peft_dist.config.row_sources import held_out
 from peft_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml
@@ -31,7 +32,8 @@ def load_recipe(
     """Read, override, check and resolve a recipe.
 
     Relative paths are looked for beside the recipe; one that an override gave also in the current
-    folder, where it was typed. With `check_paths=False` a missing file is no error.
+    folder, where it was typed. With `check_paths=False` a missing file is no error, and neither is
+    a setting without effect: nothing is trained by such a recipe.
 
     Raises:
         RecipeError: For anything that cannot be used as written, in one line.
@@ -44,7 +46,10 @@ def load_recipe(
         recipe = Recipe.model_validate(raw)
     except ValidationError as failure:
         raise describe_failure(failure, raw, where) from failure
-    return _resolve_paths(recipe, Path(path), typed, check_paths=check_paths)
+    recipe = _resolve_paths(recipe, Path(path), typed, check_paths=check_paths)
+    if check_paths:
+        refuse_meaningless(recipe, where)
+    return recipe
 
 
 def read_mapping(path: str | Path, *, remedy: str) -> dict[str, Any]:

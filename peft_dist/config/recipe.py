@@ -31,9 +31,12 @@ class Model(Section):
     """Branch, tag or commit of a hub model. Off: the hub's default branch."""
     task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
     """What the model is trained to do; classification trains a new head beside the adapter."""
+    dropout: Literal["off", "as-configured"] = "off"
+    """Dropout of the base itself, as its config.json has it (GPT-2, OPT, BERT: 0.1); that of an
+    adapter is `method.dropout`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype and dtype of unquantized base weights. auto: bfloat16 on GPUs that have it,
-    float32 on CPU."""
+    """Compute dtype and dtype of unquantized base weights. auto: bfloat16 on GPUs that have it and
+    do not emulate it, else float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel. auto: flash_attention_2 where installed on a GPU, else what the
     architecture supports."""
@@ -316,9 +319,11 @@ class Recipe(Section):
             raise ValueError("data.packing cannot be on for sequence-classification; remove it")
         if classify and self.method.kind == "prefix":
             raise ValueError("method prefix is for causal-lm; encoders have no past to put it in")
-        if self.quantization != "none" and getattr(self.method, "init", None) == "pissa":
+        if self.quantization != "none" and getattr(self.method, "splits_weight", False):
+            init = getattr(self.method, "init", "")
             raise ValueError(
-                "method.init pissa splits the full weights; set quantization: none, or another init"
+                f"method.init {init} splits the full weights; "
+                "set quantization: none, or another init"
             )
         if classify and self.evaluate.choices:
             raise ValueError("evaluate.choices is for causal-lm; classification has its labels")

@@ -25,7 +25,7 @@ from peft_dist.run.history import ending_of_run, is_machine_start, read_history
 from peft_dist.run.lease import Attempt, end_for, refuse_if_held
 from peft_dist.run.restart_policy import History, Kind, RestartLimits, decide, decide_by_attempts
 from peft_dist.worker import signals
-from peft_dist.worker.process import FIX_FIRST, WorkerContext, run_worker
+from peft_dist.worker.process import WorkerContext, fix_first, run_worker
 
 
 def main(argv: list[str]) -> int:
@@ -157,7 +157,7 @@ def _take(options: argparse.Namespace, recipe: Recipe, context: WorkerContext) -
         run.failure.unlink(missing_ok=True)
     decision = decide_by_attempts(read_history(run, before=attempt.number))
     if decision is not None and decision.word == "stop":
-        raise TrainingError(decision.reason, where=str(run.path), remedy=FIX_FIRST)
+        raise TrainingError(decision.reason, where=str(run.path), remedy=fix_first(run))
 
 
 def _date_of_run(run: RunDir) -> date | None:

@@ -24,10 +24,12 @@ from peft_dist.common.errors import (
     EXIT_DO_NOT_RETRY,
     EXIT_DONE,
     PeftDistError,
+    RunDirError,
     RunDirGone,
 )
 from peft_dist.common.process_identity import this_process
 from peft_dist.config import Recipe, load_recipe, render_recipe
+from peft_dist.config.resume_rules import all_settings, differences
 from peft_dist.config.run_date import with_date
 from peft_dist.data.first_rows import check_first_rows
 from peft_dist.launch.command import launch_environment, worker_command
@@ -181,6 +183,25 @@ def _has_finished(run: RunDir, recipe: Recipe) -> bool:
         old = old.model_copy(update={"parallel": recipe.parallel})
         return render_recipe(old) == render_recipe(with_date(recipe, old.data.date))
     return False
+
+
+def refuse_changes_of_finished(run: RunDir, overrides: Sequence[str]) -> None:
+    """Refuse settings that nothing would be trained with any more.
+
+    Raises:
+        RunDirError: Naming the first setting that differs, with both values.
+    """
+    had, wanted = (
+        all_settings(load_recipe(run.recipe, words, check_paths=False), without=["parallel"])
+        for words in ((), overrides)
+    )
+    changes = differences(had, wanted)
+    for field, change in changes.items():
+        raise RunDirError(
+            f"holds a run that has finished, and {field} would be another: {change}",
+            where=str(run.path),
+            remedy="train the changed recipe with another --run-dir",
+        )
 
 
 def _launcher() -> dict[str, str]:

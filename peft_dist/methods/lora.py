@@ -58,7 +58,7 @@ class LoraMethod(Method[Lora]):
     def __init__(self, settings: Lora, *, seed: int = 0) -> None:
         """Take the recipe's method section and the run's seed."""
         super().__init__(settings, seed=seed)
-        self.changes_base = settings.init == "pissa"
+        self.changes_base = settings.splits_weight
         self._taken_out: dict[str, torch.Tensor] = {}
         """What PiSSA moved from the base into A and B, by their names; on the CPU."""
         self._start: BaseAccess | None = None
@@ -70,12 +70,22 @@ class LoraMethod(Method[Lora]):
         """Inject LoRA layers; see `Method.attach`."""
         settings = self.settings
         targets = linear_targets(model, settings.targets)
-        if settings.init == "orthogonal" and settings.rank % 2:
+        if settings.bias != "none" and not _has_bias(model, settings.bias, targets):
             raise RecipeError(
-                f"init: orthogonal halves the rank, and {settings.rank} is odd",
+                "has no meaning here: "
+                + ("this model" if settings.bias == "all" else "what is adapted")
+                + " has no bias",
+                where="method.bias",
+                remedy="remove it",
+            )
+        odd = [r for r in (settings.rank, *settings.rank_pattern.values()) if r % 2]
+        if settings.init == "orthogonal" and odd:
+            raise RecipeError(
+                f"init: orthogonal halves the rank, and {odd[0]} is odd",
                 where="method.rank",
                 remedy="choose an even one",
             )
+        _check_choice(model, settings, targets)
         if settings.dora and any(isinstance(m, Conv1D) for m in model.modules()):
             raise RecipeError(
                 "dora needs the norm of whole columns, "
@@ -88,6 +98,10 @@ class LoraMethod(Method[Lora]):
             lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it
             lora_dropout=settings.dropout,
             target_modules=targets,
+            exclude_modules=list(settings.exclude_modules) or None,
+            layers_to_transform=list(settings.layers_to_transform) or None,
+            rank_pattern=dict(settings.rank_pattern),
+            alpha_pattern=dict(settings.alpha_pattern),
             use_rslora=settings.rslora,
             use_dora=settings.dora,
             bias=settings.bias,
@@ -118,8 +132,8 @@ class LoraMethod(Method[Lora]):
             if not isinstance(module, LoraLayer):
                 continue
             for adapter in module.lora_A:
-                if self.settings.init == "pissa":
-                    a, b = self._principal_part(name, module, adapter, start)
+                if self.settings.splits_weight:
+                    a, b = self._part_of_weight(name, module, adapter, start)
                     self._take_out(name, module, adapter, start, a, b)
                 else:
                     a, b = self._seeded(name, module, adapter)
@@ -148,18 +162,22 @@ class LoraMethod(Method[Lora]):
             b = torch.randn(b.shape[0], rank // 2, generator=source) @ basis[1::2] / 10
         return a, b
 
-    def _principal_part(
+    def _part_of_weight(
         self, name: str, module: LoraLayer, adapter: str, start: BaseAccess
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the largest singular directions of the base as A and B.
+        """Return a part of the base as A and B.
 
-        PiSSA (Meng et al. 2024, arXiv 2404.02948), by its fast decomposition, whose bits depend on
-        the number of threads.
+        PiSSA (Meng et al. 2024, arXiv 2404.02948): the largest singular directions, by its fast
+        decomposition. OLoRA (arXiv 2406.01775): the first columns and rows of Q and R. The bits of
+        both depend on the number of threads.
         """
-        weight, scaling = _weight(module, start), module.scaling[adapter]
+        weight, scaling, rank = _weight(module, start), module.scaling[adapter], self.settings.rank
+        if self.settings.init == "olora":
+            q, r = torch.linalg.qr(weight)
+            return r[:rank].contiguous(), q[:, :rank].contiguous()
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
             torch.manual_seed(generator_for(self.seed, name).initial_seed())
-            u, s, v = torch.svd_lowrank(weight, q=self.settings.rank, niter=16)
+            u, s, v = torch.svd_lowrank(weight, q=rank, niter=16)
         root = (s / scaling).sqrt()
         return root[:, None] * v.t(), u * root
 
@@ -276,6 +294,50 @@ def linear_targets(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> lis
         name for target in wanted for name in (names[target] if target in others else [target])
     ]
     return sorted(found)
+
+
+def _check_choice(model: PreTrainedModel, settings: Lora, targets: list[str]) -> None:
+    """Refuse patterns that match no linear, where PEFT would leave them unread.
+
+    Raises:
+        RecipeError: Naming the pattern.
+    """
+    blocks = list(transformer_blocks(model).items())
+    for number in settings.layers_to_transform:
+        if number >= len(blocks):
+            raise RecipeError(
+                f"the model has no block {number}",
+                where="method.layers_to_transform",
+                remedy=f"choose from 0 to {len(blocks) - 1}",
+            )
+    layers = set(settings.layers_to_transform) or set(range(len(blocks)))
+    names = [
+        f"{block_name}.{name}"
+        for number, (block_name, block) in enumerate(blocks)
+        for name, module in block.named_modules()
+        if number in layers
+        and (isinstance(module, FrozenLinear4bit) or is_linear(module))
+        and name.split(".")[-1] in targets
+    ]
+    for field in ("exclude_modules", "rank_pattern", "alpha_pattern"):
+        for end in getattr(settings, field):
+            # PEFT takes a pattern as a regular expression, which a name is not meant to be.
+            if not all(part.isidentifier() or part.isdecimal() for part in end.split(".")) or not (
+                any(f".{name}".endswith(f".{end}") for name in names)
+            ):
+                raise RecipeError(
+                    f"{end!r} is no adapted linear, nor the end of its name",
+                    where=f"method.{field}",
+                    remedy=nearest(end, targets),
+                )
+
+
+def _has_bias(model: PreTrainedModel, wanted: str, targets: list[str]) -> bool:
+    """Whether there is a bias that PEFT would train: any, or that of an adapted linear."""
+    return any(
+        name.rpartition(".")[2] == "bias" and (wanted == "all" or name.split(".")[-2] in targets)
+        for name, _ in model.named_parameters()
+    )
 
 
 def _weight(module: LoraLayer, start: BaseAccess) -> torch.Tensor:

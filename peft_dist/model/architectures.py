@@ -58,6 +58,17 @@ def read_config(folder: Path, *, task: str) -> PretrainedConfig:
     return config
 
 
+def turn_dropout_off(config: PretrainedConfig) -> None:
+    """Set every probability of dropping something to 0.
+
+    GPT-2, OPT and BERT are released with 0.1, which made sense where they were trained whole: what
+    an adapter needs is said in its own section.
+    """
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
 def build_skeleton(
     config: PretrainedConfig,
     *,

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from peft_dist.common.errors import RecipeError
 from peft_dist.data.pack import Batch
 from peft_dist.model.architectures import bare_model, trunk_name
 from peft_dist.model.attention import ROW_ATTENTION
@@ -149,6 +150,21 @@ def _prefix(peft: PeftModel, device: torch.device) -> tuple[torch.Tensor, ...] |
     return parts.permute(1, 2, 3, 0, 4).unbind(0)
 
 
+def _refuse_trained_head(head: nn.Module) -> None:
+    """Refuse what the loss would leave untrained without a word: it reads the head's weight alone.
+
+    Raises:
+        RecipeError: Naming what is trained.
+    """
+    trained = [name for name, parameter in head.named_parameters() if parameter.requires_grad]
+    if trained:
+        raise RecipeError(
+            f"trains {trained[0]} of the output head, which the loss takes for frozen",
+            where="method",
+            remedy="choose modules inside the transformer blocks",
+        )
+
+
 class CausalLM(nn.Module):
     """A causal language model with its adapters, as a function from a batch to its losses.
 
@@ -157,10 +173,15 @@ class CausalLM(nn.Module):
     """
 
     def __init__(self, peft_model: PeftModel) -> None:
-        """Take a model that has its adapters already."""
+        """Take a model that has its adapters already.
+
+        Raises:
+            RecipeError: For one whose output head is trained, or has an adapter.
+        """
         super().__init__()
         self.peft = peft_model
         model = bare_model(peft_model)
+        _refuse_trained_head(model.get_output_embeddings())
         self._head = Head(model)
         self._trunk_name = trunk_name(model)
         trunk = model.get_submodule(self._trunk_name)

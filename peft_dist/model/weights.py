@@ -3,8 +3,10 @@
 Knows files, shapes and bitsandbytes' naming of packed tensors. Knows no model and no sharding.
 """
 
+import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ FLOATS = {
     "BF16": torch.bfloat16,
 }
 """What a weight may be stored as, by safetensors' names."""
+_SAMPLED_VALUES = 256
+"""At each of three places in a tensor."""
 
 
 def model_folder(name: str, revision: str | None) -> Path:
@@ -125,6 +129,28 @@ class WeightFiles:
     def packed(self) -> bool:
         """Whether bitsandbytes has quantized any of it."""
         return any(QUANT_STATE in key for key in self.tensors)
+
+    def others(self, patterns: Sequence[str]) -> list[Path]:
+        """Return files of the folder besides the weights whose names match, in order."""
+        found = {path for pattern in patterns for path in self.folder.glob(pattern)}
+        return sorted(path for path in found if path.is_file())
+
+    def sample(self) -> str:
+        """Return a digest of names, types, shapes and a few values of every tensor.
+
+        Two models of one shape differ in nearly every value, so a few tell them apart without
+        reading what can be hundreds of gigabytes.
+        """
+        digest = hashlib.sha256()
+        for key, stored in sorted(self.tensors.items()):
+            digest.update(f"{key} {stored.dtype} {stored.shape} ".encode())
+            count = stored.shape[0] if stored.shape else 0
+            rows = -(-_SAMPLED_VALUES // max(math.prod(stored.shape[1:]), 1))
+            for first in {0: None, count // 3: None, max(count - rows, 0): None} if count else ():
+                some = self.rows(key, first, min(first + rows, count)).reshape(-1)
+                some = some[:_SAMPLED_VALUES].contiguous()
+                digest.update(some.view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
 
     def is_float(self, key: str) -> bool:
         """Whether a tensor holds floats that can be quantized or cast."""

@@ -26,7 +26,14 @@ CAUSE_FIRST = (Kind.OUT_OF_MEMORY, Kind.HUNG, Kind.CRASHED, Kind.LOST_PEER)
 
 
 def note_crash(
-    folder: Path, attempt: int, *, rank: int, kind: Kind, step: int | None, error: str
+    folder: Path,
+    attempt: int,
+    *,
+    rank: int,
+    kind: Kind,
+    step: int | None,
+    error: str,
+    place: str = "",
 ) -> bool:
     """Note why a rank ends; return False where the disk does not take it.
 
@@ -39,10 +46,12 @@ def note_crash(
         kind: How.
         step: The optimizer step it was at, where it had begun any.
         error: What happened; folded into one line. Of a stop, the signal's name.
+        place: The line of code that raised what will be raised again.
     """
     if record_path(folder, attempt + 1).exists():
         return False
-    note = {"rank": rank, "kind": kind, "step": step, "error": " ".join(error.split())}
+    line = " ".join(error.split())
+    note = {"rank": rank, "kind": kind, "step": step, "error": line, "place": place}
     try:
         write_json(record_path(folder, attempt).with_name(f"{attempt:08d}-rank-{rank}.json"), note)
     except OSError:
@@ -203,7 +212,14 @@ def _ending_of_attempt(folder: Path, record: Record) -> Ending:
     kind, step = Kind(note["kind"]), note["step"]
     if kind is Kind.OUT_OF_MEMORY and step is None:  # no place to compare with another one
         kind = Kind.CRASHED
-    return Ending(kind, note["error"], rank=note["rank"], step=step, began_at=began_at)
+    return Ending(
+        kind,
+        note["error"],
+        rank=note["rank"],
+        step=step,
+        place=str(note.get("place", "")),
+        began_at=began_at,
+    )
 
 
 def _ending_of_start(event: job_events.Event) -> Ending:

@@ -66,6 +66,8 @@ class Ending:
     """Which rank noted the error."""
     step: int | None = None
     """The step that a rank was at, where one noted it."""
+    place: str = ""
+    """Line of code that raised what will be raised again; empty where that is not certain."""
     began_at: int | None = None
     """The step that it went on from; None where it is not known, or it did not come so far."""
     checkpoint: int | None = None
@@ -103,6 +105,9 @@ class RestartLimits:
     """What is counted: `attempts` of processes, or `starts` of a job."""
     without_progress: int = 3
     """So many in a row that reach no new checkpoint are the last."""
+    same_fault: int = 2
+    """So many in a row that a bug or a wrong input ends at one line, before any step, are the
+    last."""
     out_of_memory: int = 2
     """So many in a row that run out of memory at one step are the last."""
     job_starts: int | None = None
@@ -196,8 +201,23 @@ def _limit_reached(history: History, ending: Ending, limits: RestartLimits) -> s
     undecided = [one.kind is Kind.NO_DECISION for one in row[-limits.without_decision :]]
     if len(undecided) == limits.without_decision and all(undecided):
         return f"{len(undecided)} {limits.unit} in a row ended without a decision{last}"
-    return _out_of_memory(row, history.checkpoint, limits) or _no_progress(
-        row, history.checkpoint, limits
+    return (
+        _same_fault(row, limits)
+        or _out_of_memory(row, history.checkpoint, limits)
+        or _no_progress(row, history.checkpoint, limits)
+    )
+
+
+def _same_fault(row: Sequence[Ending], limits: RestartLimits) -> str | None:
+    """Return why the last starts of a row were the last, where each met one fault at one line."""
+    last = row[-limits.same_fault :]
+    faults = {(one.kind, one.place, one.error) for one in last}
+    trained = any(one.step not in (None, 0) for one in last)
+    if len(last) < limits.same_fault or len(faults) > 1 or not last[-1].place or trained:
+        return None
+    return (
+        f"the same fault ended {len(last)} {limits.unit} in a row before any step: "
+        f"{last[-1].described_error}, at {last[-1].place}"
     )
 
 

@@ -212,7 +212,7 @@ class TrainingAttempt:
         self.require_lease()
         write_text_atomic(self.run.result, json.dumps(result, indent=2) + "\n")
         self.lease.end("done", step=trainer.progress.step)
-        say(summary(result, self.run, base=self._recipe.model.name))
+        say(summary(result, self.run, base=trainer.setup.released.name))
 
     def _report_start(self, trainer: Trainer, hosts: list[str]) -> None:
         """Write into lease and ledger, and print, where this attempt begins."""

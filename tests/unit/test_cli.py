@@ -228,6 +228,12 @@ def test_resume_starts_the_runs_own_recipe_and_a_finished_run_not_at_all(
     (run.path / "rank-0.json").unlink()
     code, out, err = outcome(capsys, "resume", str(run.path))
     assert (code, out, err) == (0, f"{run.path} has finished; nothing is left to do\n", "")
+    for change in ("train.steps=9", "checkpoint.every_steps=3", "method.rank=4"):
+        code, out, err = outcome(capsys, "resume", str(run.path), change)
+        assert (code, out, err.count("\n")) == (2, "", 1), change
+        assert f"has finished, and {change.partition('=')[0]} would be another: " in err
+    for same in ("train.steps=7", "parallel.strategy=fsdp"):
+        assert outcome(capsys, "resume", str(run.path), same)[0] == 0
     assert not (run.path / "rank-0.json").exists()
     code, _, err = outcome(capsys, "train", str(recipe_file), "--run-dir", str(run.path))
     assert code == 2

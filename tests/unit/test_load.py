@@ -25,7 +25,7 @@ def test_a_rendered_recipe_loads_to_the_same_recipe(recipe_file: Path, tmp_path:
     recipe = load_recipe(
         recipe_file,
         ["train.learning_rate=1e-7", "method.targets=[q_proj]", 'evaluate.choices=[" a", "no"]',
-         "data.eval=train.jsonl", "model.revision='1e3'"],
+         "data.eval=train.jsonl", "model.name=some/model", "model.revision='1e3'"],
     )  # fmt: skip
     copy = tmp_path / "elsewhere" / "recipe.yaml"
     copy.parent.mkdir()
@@ -42,13 +42,21 @@ def test_a_number_with_an_exponent_and_no_dot_is_a_number(write_recipe: Write) -
 
 
 def test_a_time_stays_text_and_is_refused_where_a_number_belongs(recipe_file: Path) -> None:
-    assert load_recipe(recipe_file, ["model.revision=24:00:00"]).model.revision == "24:00:00"
+    hub = ["model.name=some/model", "model.revision=24:00:00"]
+    assert load_recipe(recipe_file, hub).model.revision == "24:00:00"
     assert "got '24:00:00'" in error_of(recipe_file, "train.steps=24:00:00")
 
 
 def test_no_and_off_and_dates_stay_text_where_text_belongs(recipe_file: Path) -> None:
     for text in ("no", "off", "y", "2024-01-01", "0x"):
-        assert load_recipe(recipe_file, [f"model.revision={text}"]).model.revision == text
+        hub = ["model.name=some/model", f"model.revision={text}"]
+        assert load_recipe(recipe_file, hub).model.revision == text
+
+
+def test_off_is_a_word_of_a_setting_that_has_it(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ["model.dropout=off"]).model.dropout == "off"
+    asked = load_recipe(recipe_file, ["model.dropout=as-configured"])
+    assert asked.model.dropout == "as-configured"
 
 
 def test_no_switches_a_switch_off(recipe_file: Path) -> None:
@@ -102,6 +110,11 @@ def test_an_error_names_the_field_the_value_and_the_remedy(
     ("overrides", "expected"),
     [
         (["method={init: pissa}"], "method.init pissa splits the full weights; set quantization"),
+        (["method={init: olora}"], "method.init olora splits the full weights; set quantization"),
+        (
+            ["quantization=none", "method={init: olora, rank_pattern: {q_proj: 4}}"],
+            "init: olora takes one rank and alpha",
+        ),
         (["method={init: pissa, dora: true}"], "init: pissa and dora both decompose the weight"),
         (
             ["method={kind: prefix}", "model.task=sequence-classification"],
