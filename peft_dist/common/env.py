@@ -39,7 +39,7 @@ NONCE = "PEFT_DIST_NONCE"
 TRY = "PEFT_DIST_TRY"
 """How many ports this start has tried."""
 JOB_END = "PEFT_DIST_JOB_END"
-"""The unix time at which Slurm ends the job."""
+"""The unix time at which Slurm ends the job, as it was known when it started; see `job_end`."""
 
 STORE_SECRET = "PEFT_DIST_STORE_SECRET"
 """What the processes of one start know, and nobody else."""

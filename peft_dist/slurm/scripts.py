@@ -15,6 +15,7 @@ from peft_dist.common.errors import ClusterError
 from peft_dist.config.cluster import Cluster, Container
 from peft_dist.launch.command import Meeting, launch_environment, worker_command
 from peft_dist.launch.placement import Placement
+from peft_dist.slurm.submitting import kept_variables
 from peft_dist.slurm.template import fill
 
 JOB_SCRIPT = "job.sbatch"
@@ -79,6 +80,8 @@ def render_job(job: Job) -> str:
         script=str(job.folder / JOB_SCRIPT),
         nodes=job.placement.nodes,
         requeue=job.cluster.requeue.allowed,
+        usual="requeue" if job.cluster.requeue.allowed else "submit",
+        kept_variables=kept_variables(option for option, _ in _directives(job)),
         singleton=job.singleton,
         srun_options=srun_options,
     )

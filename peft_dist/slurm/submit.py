@@ -15,7 +15,7 @@ from typing import Any
 
 from peft_dist.common import paths
 from peft_dist.common.durations import duration_s, duration_text
-from peft_dist.common.errors import LaunchError, RecipeError, RunDirError
+from peft_dist.common.errors import LaunchError, RecipeError, RunDirError, SlurmError
 from peft_dist.common.locks import lock_file
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, load_cluster, render_cluster
@@ -30,10 +30,11 @@ from peft_dist.run.sweep import (
     refuse_another_array,
     write_array,
 )
-from peft_dist.slurm import cli_client, validate
+from peft_dist.slurm import validate
 from peft_dist.slurm.ensure_not_running import ensure_not_running
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.scripts import JOB_SCRIPT, Array, Job, scripts
+from peft_dist.slurm.submitting import SubmissionUnknown, check_script, new_token, sbatch
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,13 @@ class Submission:
             if fresh or not RunDir(run.folder).is_finished
         }
 
-    def argv(self, wanted: Collection[int]) -> list[str]:
-        """Return the command that submits these runs."""
+    def argv(self, wanted: Collection[int], *more: str) -> list[str]:
+        """Return the command that submits these runs, with more options."""
         options = []
         if self.job.array:
             limit = "" if self.job.array.limit is None else f"%{self.job.array.limit}"
             options = [f"--array={','.join(map(str, wanted))}{limit}"]
-        return ["sbatch", "--parsable", *options, str(self.job.folder / JOB_SCRIPT)]
+        return ["sbatch", "--parsable", *options, *more, str(self.job.folder / JOB_SCRIPT)]
 
 
 def prepare(request: Request) -> Submission:
@@ -190,7 +191,7 @@ def _submit(
     if job.array:
         refuse_another_array(job.folder, elements)
     ensure_not_running([run.folder for run in wanted.values()], script)
-    cli_client.check_script(submission.files[script])
+    check_script(submission.files[script])
     for run in wanted.values():
         made = RunDir.claim(
             run.folder, run.recipe, command=command, fresh=fresh, allow_changed=job.allow_changed
@@ -201,18 +202,33 @@ def _submit(
     job.folder.joinpath("logs").mkdir(mode=0o700, exist_ok=True)
     for path, text in submission.files.items():
         write_text_atomic(path, text)
-    job_id = cli_client.sbatch(submission.argv(wanted))
+    facts = {
+        "time": int(time.time()),
+        "by": by,
+        "nodes": job.placement.nodes,
+        "time_limit": None if job.time_s is None else duration_text(job.time_s),
+        "singleton": job.singleton,
+    }
+    token = new_token()
     for index, run in wanted.items():
-        event = {
-            "event": "submitted",
-            "job": f"{job_id}_{index}" if job.array else job_id,
-            "time": int(time.time()),
-            "by": by,
-            "nodes": job.placement.nodes,
-            "time_limit": None if job.time_s is None else duration_text(job.time_s),
-            "singleton": job.singleton,
-        }
+        element = {"element": index} if job.array else {}
+        event = {"event": "submitting", "job": "", "token": token, **element, **facts}
         job_events.record(run.folder, event)
+    try:
+        job_id = sbatch(
+            submission.argv(wanted, f"--comment={token}"),
+            token=token,
+            script=submission.files[script],
+        )
+    except SubmissionUnknown:  # the next command asks again
+        raise
+    except SlurmError:
+        for run in wanted.values():
+            job_events.record(run.folder, {"event": "refused", "job": ""})
+        raise
+    for index, run in wanted.items():
+        name = f"{job_id}_{index}" if job.array else job_id
+        job_events.record(run.folder, {"event": "submitted", "job": name, **facts})
     return job_id
 
 
