@@ -73,7 +73,10 @@ class Preflight(Section):
     enabled: bool = True
     """Whether to check."""
     timeout_s: PositiveFloat = 60.0
-    """Seconds that all checks together may take."""
+    """Seconds that all checks together may take, once all nodes are there."""
+    arrival_s: PositiveFloat = 1800.0
+    """Seconds that the nodes may take for set-up, image and staging until the last one is ready; a
+    node that takes longer is not to blame, and the run starts again."""
     min_free_gb: NonNegativeFloat = 1.0
     """Gigabytes that must be free where the run directory is."""
     max_clock_offset_s: PositiveFloat = 60.0

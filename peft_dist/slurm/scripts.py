@@ -227,6 +227,7 @@ def _supervisor(job: Job, run_dir: Path) -> list[str]:
     if cluster.preflight.enabled:
         words += ["--devices", str(cluster.gpus_per_node)]
         words += ["--preflight-timeout-s", f"{cluster.preflight.timeout_s:.12g}"]
+        words += ["--arrival-s", f"{cluster.preflight.arrival_s:.12g}"]
         words += ["--min-free-gb", f"{cluster.preflight.min_free_gb:.12g}"]
         words += ["--max-clock-offset-s", f"{cluster.preflight.max_clock_offset_s:.12g}"]
     else:

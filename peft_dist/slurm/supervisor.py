@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-preflight", action="store_true")
     parser.add_argument("--devices", type=int, default=0, help="GPUs that the node must have")
     parser.add_argument("--preflight-timeout-s", type=float, default=60.0)
+    parser.add_argument("--arrival-s", type=float, default=1800.0)
     parser.add_argument("--min-free-gb", type=float, default=1.0)
     parser.add_argument("--max-clock-offset-s", type=float, default=60.0)
     options = parser.parse_args(own)
@@ -218,6 +219,7 @@ class Node:
             *("--hosts", ",".join(self.hosts), "--index", str(self.index), "--host", self.name),
             *("--port", str(self.port + 1), "--devices", str(options.devices)),
             *("--timeout-s", str(options.preflight_timeout_s)),
+            *("--arrival-s", str(options.arrival_s)),
             *("--min-free-gb", str(options.min_free_gb)),
             *("--max-clock-offset-s", str(options.max_clock_offset_s)),
         ]
@@ -233,10 +235,15 @@ class Node:
         report = Report.read(run.path)
         if report is not None and report.common is not None:
             return Ending(Kind.ALL_NODES_UNFIT, f"pre-flight: {report.common}")
-        if report is None or not report.bad:
+        if report is None or report.ok:
             return Ending(Kind.PREFLIGHT_INCOMPLETE, "the pre-flight ended without a report")
+        by_node = dict(line.split(": ", 1) for line in report.lines)
+        name = (report.bad or report.late)[0]
+        why = f"pre-flight: {name}: {by_node[name]}"
+        if not report.bad:
+            return Ending(Kind.NODES_LATE, why)
         nodes = tuple(exclude(run.path, report.bad, write=self.is_head))
-        return Ending(Kind.NODES_UNFIT, f"pre-flight: {report.lines[0]}", nodes=nodes)
+        return Ending(Kind.NODES_UNFIT, why, nodes=nodes)
 
     def _watch(self, run: RunDir) -> None:
         """Have this process save while there is time, and when its user has cancelled the run.

@@ -147,8 +147,8 @@ def test_every_node_runs_the_launcher_as_it_was_written(tmp_path: Path) -> None:
         assert own == [
             "-m", "peft_dist.slurm.supervisor", "--run-dir", str(folder), "--max-starts", "100",
             "--max-starts-without-progress", "5", "--secrets", f"{tmp_path}/se cr'ets",
-            "--devices", "4", "--preflight-timeout-s", "90", "--min-free-gb", "20.5",
-            "--max-clock-offset-s", "60",
+            "--devices", "4", "--preflight-timeout-s", "90", "--arrival-s", "1800",
+            "--min-free-gb", "20.5", "--max-clock-offset-s", "60",
         ]  # fmt: skip
         assert launcher == [
             str(interpreter), "-m", "accelerate.commands.launch",

@@ -60,6 +60,7 @@ exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --secrets /home/alice/secrets \
   --devices 4 \
   --preflight-timeout-s 60 \
+  --arrival-s 1800 \
   --min-free-gb 1 \
   --max-clock-offset-s 60 "$@" -- \
   python3 -m accelerate.commands.launch \

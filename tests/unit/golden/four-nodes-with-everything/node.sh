@@ -65,6 +65,7 @@ exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --secrets /home/alice/.config/peft-dist/secrets \
   --devices 4 \
   --preflight-timeout-s 90 \
+  --arrival-s 1800 \
   --min-free-gb 20.5 \
   --max-clock-offset-s 60 "$@" -- \
   /opt/venv/bin/python -m accelerate.commands.launch \

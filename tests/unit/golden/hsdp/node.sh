@@ -46,6 +46,7 @@ exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --max-starts-without-progress 5 \
   --devices 4 \
   --preflight-timeout-s 60 \
+  --arrival-s 1800 \
   --min-free-gb 1 \
   --max-clock-offset-s 60 "$@" -- \
   /opt/venv/bin/python -m accelerate.commands.launch \
