@@ -33,6 +33,7 @@ from peft_dist.slurm import memory_kills
 from peft_dist.slurm.excluded_nodes import exclude
 from peft_dist.slurm.failed_nodes import FailedNodes
 from peft_dist.slurm.look_back import ending_of_start
+from peft_dist.slurm.old_logs import pack_old_logs
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.secrets import read_secrets
 
@@ -132,6 +133,7 @@ class Node:
             return Ending(Kind.INTERRUPTED, f"stopped by {self.signals[0]}", self.signals[0])
         if self.is_head:
             exclude(run.path, [])
+            pack_old_logs(run.logs)
             threading.Thread(target=self._watch, args=(run,), daemon=True).start()
         ended = run_launcher(
             self.launcher,

@@ -1,7 +1,7 @@
 """End a rank that hangs, and report which rank, where, since when, and every Python stack.
 
-Slow is not hung: a step's limit follows the steps before it, and a job's end. A rank whose interpreter is stopped
-or blocked cannot watch itself; the others, which wait for it, name it.
+Slow is not hung: a step's limit follows the steps before it, and the end of its job. A rank whose
+interpreter is stopped or blocked cannot watch itself; the others, which wait for it, name it.
 """
 
 import faulthandler

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from peft_dist.run.restart_policy import Ending, Kind
 from peft_dist.slurm import excluded_nodes, failed_nodes, memory_kills
 from peft_dist.slurm.excluded_nodes import exclude
 from peft_dist.slurm.failed_nodes import FailedNodes
+from peft_dist.slurm.old_logs import pack_old_logs
 from tests.processes import ROOT
 from tests.unit.run_folders import make_run, submitted
 
@@ -217,3 +219,19 @@ def test_kills_for_memory_are_counted_in_both_versions_of_cgroups(
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).write_text(text)
     assert memory_kills.kills(tmp_path, tmp_path / "cgroup") == 2
+
+
+def test_the_logs_of_old_starts_become_one_file_each(tmp_path: Path) -> None:
+    for number in range(12):
+        start = tmp_path / f"7_1-{number}"
+        start.mkdir()
+        (start / "node1.log").write_text(f"start {number}", encoding="utf-8")
+        os.utime(start, (number, number))
+    (tmp_path / "profile-1").mkdir()
+    pack_old_logs(tmp_path)
+    assert len([*tmp_path.glob("7_1-*/")]) == 10
+    assert sorted(path.name for path in tmp_path.glob("*.gz")) == ["7_1-0.tar.gz", "7_1-1.tar.gz"]
+    with tarfile.open(tmp_path / "7_1-0.tar.gz") as packed:
+        file = packed.extractfile("7_1-0/node1.log")
+        assert file is not None and file.read() == b"start 0"
+    assert (tmp_path / "profile-1").is_dir()
