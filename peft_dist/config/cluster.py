@@ -23,6 +23,7 @@ from peft_dist.config.cluster_values import (
     Memory,
     Mount,
     Name,
+    NodeFolder,
     SetUp,
     Variables,
 )
@@ -63,8 +64,9 @@ class Container(Section):
 class Stage(Section):
     """A copy of the model on each node's own disk."""
 
-    folder: AbsolutePath
-    """Folder on that disk; copies stay there for later jobs."""
+    folder: NodeFolder
+    """Folder on that disk, such as /local/$USER or $SLURM_TMPDIR, expanded on the node. Copies stay
+    there for later jobs of yours, and go when no job has used them for two weeks."""
 
 
 class Preflight(Section):

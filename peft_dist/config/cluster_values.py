@@ -102,6 +102,15 @@ AbsolutePath = Annotated[
     Matches(r"~?/[^\x00-\x1f]{0,4095}", "an absolute path, or one that begins with ~/"),
     AfterValidator(_check_printable),
 ]
+NodeFolder = Annotated[
+    str,
+    Matches(
+        r"(~?/|\$(SLURM_TMPDIR|TMPDIR|LOCAL_SCRATCH)(/|$))([^$\x00-\x1f]|\$USER(?=/|$)){0,4095}",
+        "an absolute path, in which $USER may stand, or one that begins with $SLURM_TMPDIR, "
+        "$TMPDIR or $LOCAL_SCRATCH",
+    ),
+    AfterValidator(_check_printable),
+]
 SetUp = Annotated[str, AfterValidator(_check_set_up)]
 VariableName = Annotated[str, Matches(r"[A-Za-z_][A-Za-z0-9_]{0,127}", "a variable's name")]
 Variables = Annotated[
