@@ -182,7 +182,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _resume(arguments: argparse.Namespace) -> int:
     from peft_dist.run.directory import RunDir
-    from peft_dist.slurm.submit import was_submitted
+    from peft_dist.slurm.resubmit import was_submitted
 
     if not arguments.here and (arguments.cluster or was_submitted(Path(arguments.run_dir))):
         return slurm_commands.resume_job(arguments)

@@ -43,6 +43,20 @@ def add_commands(
         metavar="KEY=V1,V2,...",
         help="one run per value, of all combinations where given again; or a YAML file of lists",
     )
+    submit.add_argument(
+        "--chain",
+        type=count,
+        default=0,
+        metavar="N",
+        help="queue N more jobs that go on where the one before ends, for sites whose nodes may "
+        "not submit (default: 0)",
+    )
+    submit.add_argument(
+        "--try",
+        dest="try_here",
+        action="store_true",
+        help="run the set-up of the cluster file and the imports here first",
+    )
     submit.add_argument("--limit", type=int, metavar="N", help="most elements of an array at once")
     submit.add_argument("--singleton", action="store_true", help="wait for other jobs of this name")
     submit.add_argument(
@@ -103,13 +117,18 @@ def _submit(arguments: argparse.Namespace) -> int:
         array=arguments.array,
         limit=arguments.limit,
         singleton=arguments.singleton,
+        chain=arguments.chain,
     )
+    if arguments.try_here:
+        from peft_dist.slurm.validate import try_set_up
+
+        try_set_up(request.cluster)
     return _hand_over(request, dry_run=arguments.dry_run, fresh=arguments.fresh, by="submit")
 
 
 def resume_job(arguments: argparse.Namespace) -> int:
     """Submit a run once more, or the runs of an array that have not finished."""
-    from peft_dist.slurm.submit import again
+    from peft_dist.slurm.resubmit import again
 
     request = again(
         Path(arguments.run_dir),

@@ -41,6 +41,8 @@ def ensure_not_running(folders: Sequence[Path], script: Path) -> None:
                 where=str(folder),
                 remedy=f"wait for it, or `peft-dist cancel {folder}`",
             )
+    for job, folder in (others | may_live).items():
+        state = states[job]
         ended = job not in may_live or _has_ended(job, histories[folder])
         if not is_over(state.state) and not ended:
             raise RunDirError(

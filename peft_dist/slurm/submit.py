@@ -6,26 +6,25 @@ Slurm. Runs nothing itself.
 
 import hashlib
 import re
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peft_dist.common import paths
+from peft_dist.common.console import show
 from peft_dist.common.durations import duration_s, duration_text
 from peft_dist.common.errors import LaunchError, RecipeError, RunDirError, SlurmError
 from peft_dist.common.locks import lock_file
 from peft_dist.config import Recipe, load_recipe
-from peft_dist.config.cluster import Cluster, load_cluster, render_cluster
+from peft_dist.config.cluster import Cluster, render_cluster
 from peft_dist.launch.placement import Machine, plan_processes
 from peft_dist.run import job_events
-from peft_dist.run.directory import ARRAY_FILE, RunDir, write_text_atomic
+from peft_dist.run.directory import RunDir, write_text_atomic
 from peft_dist.run.sweep import (
     Element,
-    array_elements,
-    array_limit,
     grid,
     refuse_another_array,
     write_array,
@@ -51,6 +50,8 @@ class Request:
     """`key=v1,v2,...` or a YAML file that maps keys to lists of values; all combinations."""
     limit: int | None = None
     singleton: bool = False
+    chain: int = 0
+    """Jobs to queue besides, each to go on where the one before it ends."""
     elements: Sequence[Element] = ()
     """An array that has been submitted before; each of its runs has a recipe of its own."""
     allow_changed: Sequence[str] = ()
@@ -76,6 +77,7 @@ class Submission:
     files: Mapping[Path, str]
     """Every script, by where it belongs."""
     warnings: Sequence[str]
+    chain: int = 0
 
     def wanted(self, *, fresh: bool) -> dict[int, Run]:
         """Return the runs that have not finished, by their index; all of them with `fresh`."""
@@ -131,7 +133,7 @@ def prepare(request: Request) -> Submission:
         warnings += validate.check_paths(cluster, request.nodes, run.folder, run.recipe)
         warnings += validate.check_batch(run.recipe, placement.processes)
     files = scripts(job, [(run.folder, validate.local_model(run.recipe)) for run in runs])
-    return Submission(job, runs, files, list(dict.fromkeys(warnings)))
+    return Submission(job, runs, files, list(dict.fromkeys(warnings)), request.chain)
 
 
 @contextmanager
@@ -229,61 +231,34 @@ def _submit(
     for index, run in wanted.items():
         name = f"{job_id}_{index}" if job.array else job_id
         job_events.record(run.folder, {"event": "submitted", "job": name, **facts})
+    _queue_chain(submission, job_id)
     return job_id
 
 
-def again(
-    folder: Path,
-    overrides: Sequence[str],
-    *,
-    nodes: int | None = None,
-    time_limit: str | None = None,
-    cluster: str | None = None,
-    allow_changed: Sequence[str] = (),
-) -> Request:
-    """Return the request that submits a run, or an array's unfinished runs, once more.
-
-    Args:
-        folder: What was submitted.
-        overrides: Settings that replace those of the run's own recipe.
-        nodes: Another number of nodes.
-        time_limit: Another time limit.
-        cluster: Another cluster file.
-        allow_changed: Settings that may differ from those a run was trained with.
-
-    Raises:
-        RunDirError: Where the folder holds no run, or was never submitted.
-    """
-    elements = array_elements(folder)
-    first = RunDir.open(folder / elements[0]["run_dir"] if elements else folder).path
-    before = [event for event in job_events.events(first) if "nodes" in event and "by" in event]
-    own_cluster = first / "slurm" / "cluster.yaml"
-    if cluster is None and not own_cluster.is_file():
-        raise RunDirError(
-            "was not submitted to Slurm", where=str(folder), remedy="name a cluster with --cluster"
-        )
-    last: Mapping[str, Any] = before[-1] if before else {}
-    # Another cluster has limits of its own.
-    return Request(
-        recipe=str(first / "recipe.yaml"),
-        overrides=overrides,
-        folder=folder,
-        cluster=load_cluster(cluster or own_cluster),
-        nodes=nodes or int(last.get("nodes", 1)),
-        time=time_limit or (None if cluster else last.get("time_limit")),
-        limit=array_limit(folder) if elements else None,
-        singleton=bool(last.get("singleton", False)),
-        elements=elements,
-        allow_changed=allow_changed,
-    )
-
-
-def was_submitted(folder: Path) -> bool:
-    """Whether a folder holds a run, or an array of runs, that was submitted to Slurm."""
-    return (folder / ARRAY_FILE).is_file() or (folder / "slurm" / "cluster.yaml").is_file()
+def _queue_chain(submission: Submission, first: str) -> None:
+    """Queue the jobs that go on for one another, as far as Slurm takes them."""
+    job, after = submission.job, first
+    script = submission.files[job.folder / JOB_SCRIPT]
+    for number in range(1, submission.chain + 1):
+        token = new_token()
+        dependency = f"--dependency=afterany:{after}{',singleton' if job.singleton else ''}"
+        argv = submission.argv([], f"--comment={token}", dependency)
+        try:
+            after = sbatch(argv, token=token, script=script, after=after)
+        except SlurmError as error:
+            show(
+                f"peft-dist: warning: --chain: {number - 1} of {submission.chain} jobs are queued: "
+                f"{error}",
+                sys.stderr,
+            )
+            return
+        with (job.folder / "slurm" / "successor").open("a", encoding="utf-8") as file:
+            file.write(f"{after}\n")
 
 
 def _check_numbers(request: Request) -> None:
+    if request.chain and _is_array(request):
+        raise RecipeError("is for one run", where="--chain", remedy="submit the runs one by one")
     for option, number in (("--nodes", request.nodes), ("--limit", request.limit)):
         if number is not None and number < 1:
             raise LaunchError(f"got {number}", where=option, remedy="must be at least 1")

@@ -29,7 +29,7 @@ def new_token() -> str:
     return f"peft-dist-{secrets.token_hex(8)}"
 
 
-def sbatch(argv: Sequence[str], *, token: str, script: str) -> str:
+def sbatch(argv: Sequence[str], *, token: str, script: str, after: str | None = None) -> str:
     """Run a command that submits and prints the job's id; return that.
 
     Waits as long as sbatch takes: one that is killed may have been heard.
@@ -38,6 +38,7 @@ def sbatch(argv: Sequence[str], *, token: str, script: str) -> str:
         argv: The command.
         token: Its comment.
         script: The text of the batch script.
+        after: The job that this one goes on for.
 
     Raises:
         SlurmError: Where Slurm refuses, and no job has the token.
@@ -45,8 +46,9 @@ def sbatch(argv: Sequence[str], *, token: str, script: str) -> str:
     """
     refused: SlurmError | None = None
     output = ""
+    environment = submitting_environment(script) | ({AFTER_JOB: after} if after else {})
     try:
-        output = run_slurm(argv, timeout_s=None, environment=submitting_environment(script))
+        output = run_slurm(argv, timeout_s=None, environment=environment)
     except SlurmError as error:
         refused = error
     refused = refused or SlurmError(f"printed {output.strip()!r} and no job id", where="sbatch")

@@ -117,6 +117,9 @@ class Node:
             return Ending(Kind.DONE)
         if self.cancelled.exists():
             return Ending(Kind.CANCELLED)
+        stopped = self._stopped_before()
+        if stopped is not None:
+            return Ending(Kind.USER_ERROR, stopped)
         environment = {
             env.LAUNCHED_AT: repr(time.time()),
             env.RANK_LOGS: str(self.log.with_suffix("")),
@@ -202,6 +205,18 @@ class Node:
         while not self.decision_file.exists() and time.monotonic() < deadline:
             time.sleep(0.2)
         return EXIT_DONE if self.decision_file.exists() else decision.exit_code
+
+    def _stopped_before(self) -> str | None:
+        """Return why no job goes on for the one before it, where that one has ended the run."""
+        if env.AFTER_JOB not in os.environ:
+            return None
+        decided = ""
+        for event in job_events.events(self.run.path):
+            if event["event"] == "submitted":
+                decided = ""
+            elif event["event"] == "decided":
+                decided = str(event.get("reason", "")) if event["decision"] == "stop" else ""
+        return f"an earlier job has ended the run: {decided}" if decided else None
 
     def _is_superseded(self) -> bool:
         """Whether another start has taken over the run that this one had."""

@@ -70,7 +70,6 @@ def test_a_job_that_hangs_into_its_time_limit_comes_back(
     tmp_path: Path, cluster: dict[str, Any]
 ) -> None:
     site = Site(tmp_path, **cluster)
-    (site.machines.commands / "sleep").unlink()
     soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 21))
     if cluster:  # there the next start is refused until the end
         site.answer(sbatch=REFUSED)
@@ -82,7 +81,6 @@ def test_a_job_that_hangs_into_its_time_limit_comes_back(
 
 def test_the_timer_of_a_job_that_ends_before_its_limit_does_nothing(tmp_path: Path) -> None:
     site = Site(tmp_path)
-    (site.machines.commands / "sleep").unlink()
     later = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 3600))
     done = site.run(decision="done", STAND_IN_END=later)
     assert (done.returncode, site.requeued) == (0, False)

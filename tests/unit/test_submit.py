@@ -236,6 +236,51 @@ def test_a_users_own_variables_reach_sbatch_and_an_enclosing_jobs_do_not(
     assert "SLURM_JOB_ID" not in names
 
 
+def test_a_chain_is_queued_from_the_login_node(desk: Desk, capsys: Capture) -> None:
+    count = f"$(wc -l <{desk.slurm}/afters)"
+    desk.answer(
+        sbatch="case $* in *--parsable*) ;; *) exit ;; esac; "
+        f'echo "after $PEFT_DIST_AFTER" >>{desk.slurm}/afters; '
+        f"if [ {count} = 4 ]; then echo 'QOSMaxSubmitJobPerUserLimit' >&2; exit 1; fi; "
+        f"echo $((4710 + {count}))",
+        squeue="",
+    )
+    assert desk.submit("--chain", "3") == 0
+    assert capsys.readouterr().err == (
+        "peft-dist: warning: --chain: 2 of 3 jobs are queued: sbatch: QOSMaxSubmitJobPerUserLimit\n"
+    )
+    assert (desk.run / "slurm" / "successor").read_text() == "4712\n4713\n"
+    afters = (desk.slurm / "afters").read_text().splitlines()
+    assert afters == ["after ", "after 4711", "after 4712", "after 4713"]
+    assert [w for w in desk.calls()[-1] if w.startswith("--dep")] == ["--dependency=afterany:4713"]
+    history = job_events.events(desk.run)
+    assert job_events.candidates(desk.run, history) == ["4711", "4712", "4713"]
+    desk.answer(squeue="echo '4711|4711|TIMEOUT||N/A|x'; echo '4713|4713|PENDING||N/A|Dependency'")
+    assert desk.submit() == 2
+    assert "job 4713 is PENDING" in told(capsys)
+    assert desk.submit("--chain", "2", "--array", "train.seed=1,2", "--run-dir", "runs/x") == 2
+    assert told(capsys) == "--chain: is for one run; submit the runs one by one"
+
+
+def test_the_set_up_is_tried_here_before_anything_is_queued(desk: Desk, capsys: Capture) -> None:
+    python = desk.folder / "python"
+    python.write_text('#!/bin/sh\necho "ModuleNotFoundError: $TRIED $2" >&2\nexit 1\n')
+    python.chmod(0o755)
+    desk.cluster({"setup": "export TRIED=here", "python": str(python)})
+    assert desk.submit("--try") == 2
+    line = told(capsys)
+    assert line.startswith(
+        "setup or python: fails on this machine: ModuleNotFoundError: here import peft_dist, torch"
+    )
+    assert desk.calls() == []
+    desk.cluster({"setup": "echo 'module: unknown' >&2; false", "python": str(python)})
+    assert desk.submit("--try") == 2
+    assert "fails on this machine: module: unknown; fix it in" in told(capsys)
+    python.write_text("#!/bin/sh\n")
+    desk.cluster({"setup": "export TRIED=here", "python": str(python)})
+    assert desk.submit("--try") == 0
+
+
 BANNER = "echo 'Welcome, 3 nodes are free'; echo '--> Verifying valid submit host...OK'"
 
 
