@@ -198,6 +198,7 @@ def _start(
     arguments: argparse.Namespace, folder: Path, *, dry_run: bool = False, fresh: bool = False
 ) -> int:
     """Train a recipe in a run directory, from wherever that has come to."""
+    from peft_dist.common.sharing import set_run_umask, share_like
     from peft_dist.config import load_recipe, render_recipe
     from peft_dist.launch.command import shell_line
     from peft_dist.launch.here import prepare, train_here
@@ -210,7 +211,8 @@ def _start(
         show(shell_line(start.command, start.environment))
         return EXIT_DONE
     _require_training_packages(start.strategy)
-    os.umask(0o077)
+    share_like(folder)
+    set_run_umask()
     return train_here(start, fresh=fresh)
 
 

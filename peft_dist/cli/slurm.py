@@ -4,7 +4,6 @@ Imports are inside the commands, as in `cli`.
 """
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -152,7 +151,6 @@ def _hand_over(request: Any, *, by: str, dry_run: bool = False, fresh: bool = Fa
             show(f"==> {path} <==\n{text}")
         show(shlex.join(submission.argv(submission.wanted(fresh=fresh))))
         return EXIT_DONE
-    os.umask(0o077)
     job = submit(submission, command=sys.argv, by=by, fresh=fresh)
     show(f"job {job}: {request.folder}; `peft-dist status {request.folder}` shows how it is")
     return EXIT_DONE

@@ -24,6 +24,11 @@ RANK_LOGS = "PEFT_DIST_RANK_LOGS"
 """Where each rank writes a log of its own, PREFIX.rank-3.0.log: in a job on many nodes nobody could
 tell their lines apart."""
 
+SHARING = "PEFT_DIST_SHARING"
+"""`group` where the group of a run's folder may read and write what its processes write."""
+UMASK = "PEFT_DIST_UMASK"
+"""The umask of whoever started a process, in octal: for what is not the run's."""
+
 AFTER_JOB = "PEFT_DIST_AFTER"
 """The Slurm job that is over, and that this one goes on for."""
 HEAD = "PEFT_DIST_HEAD"

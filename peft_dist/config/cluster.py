@@ -129,6 +129,9 @@ class Cluster(Section):
     secrets_file: AbsolutePath | None = None
     """File of mode 0600 with NAME=value lines such as WANDB_API_KEY, read on each node. Variables
     of the shell that submits reach the job too, but some sites keep those in their accounting."""
+    sharing: Literal["private", "group"] = "private"
+    """Who may read, resume and report on runs: you alone, or the group of the folder that they are
+    made in as well. Secrets stay yours."""
     setup: SetUp = ""
     """Shell lines that run on each node before Python: modules, conda, a virtual environment."""
     python: AbsolutePath | None = None

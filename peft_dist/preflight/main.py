@@ -22,6 +22,7 @@ from peft_dist.common import console
 from peft_dist.common.console import say
 from peft_dist.common.env import NONCE
 from peft_dist.common.errors import EXIT_CRASHED, EXIT_DONE, EXIT_USER_ERROR
+from peft_dist.common.sharing import set_run_umask
 from peft_dist.common.time_limit import within
 from peft_dist.preflight.arrival import Arrivals
 from peft_dist.preflight.node_info import NodeFacts, gather
@@ -105,7 +106,7 @@ class NodeCheck:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, self.left_s + 2)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up, nothing to explain
-        os.umask(0o077)
+        set_run_umask()
 
     @property
     def left_s(self) -> float:

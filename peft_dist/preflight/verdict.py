@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from peft_dist.common.atomic import replace_file
+from peft_dist.common.sharing import folder_mode
 from peft_dist.preflight.node_info import SILENT, NodeFacts
 
 PORT_TAKEN = 98
@@ -114,7 +115,7 @@ class Report:
             OSError: Where it cannot be written.
         """
         path = report_path(run_dir)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.parent.mkdir(mode=folder_mode(), exist_ok=True)
         replace_file(path, self.to_json())
 
     @classmethod

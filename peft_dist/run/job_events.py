@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_dist.common.errors import RunDirError
+from peft_dist.common.sharing import file_mode, folder_mode
 
 Event = dict[str, Any]
 """`event` (submitted, started, decided, ended), `job` as `squeue -r` prints it, `time` and more."""
@@ -38,8 +39,8 @@ def record(run_path: Path, event: Event) -> None:
     path = jobs_file(run_path)
     line = (json.dumps(event | {"time": event.get("time", time.time())}) + "\n").encode()
     try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        path.parent.mkdir(mode=folder_mode(), exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, file_mode())
         try:
             size = os.fstat(file).st_size
             if size and os.pread(file, 1, size - 1) != b"\n":  # of a writer that was killed

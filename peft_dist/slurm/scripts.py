@@ -11,7 +11,9 @@ from typing import Any
 
 from peft_dist import __version__
 from peft_dist.common.durations import duration_text
+from peft_dist.common.env import SHARING
 from peft_dist.common.errors import ClusterError
+from peft_dist.common.sharing import GROUP
 from peft_dist.config.cluster import Cluster, Container
 from peft_dist.launch.command import Meeting, launch_environment, worker_command
 from peft_dist.launch.placement import Placement
@@ -79,6 +81,7 @@ def render_job(job: Job) -> str:
         run=str(job.folder),
         script=str(job.folder / JOB_SCRIPT),
         nodes=job.placement.nodes,
+        umask="007" if job.cluster.sharing == GROUP else "077",
         requeue=job.cluster.requeue.allowed,
         usual="requeue" if job.cluster.requeue.allowed else "submit",
         kept_variables=kept_variables(option for option, _ in _directives(job)),
@@ -102,6 +105,7 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
     environment = {
         **launch_environment(placement, {"OMP_NUM_THREADS": ""}),  # each node counts its CPUs
         **_interfaces(cluster),
+        **({SHARING: GROUP} if cluster.sharing == GROUP else {}),
         # What is installed in a home must not hide what is in the image.
         **({} if cluster.container is None else {"PYTHONNOUSERSITE": "1"}),
         **{name: str(value) for name, value in cluster.environment.items()},

@@ -22,6 +22,7 @@ from peft_dist.common.console import say
 from peft_dist.common.errors import EXIT_DONE
 from peft_dist.common.locks import lock_file
 from peft_dist.common.paths import MODEL_FILES
+from peft_dist.common.sharing import set_run_umask
 
 MANIFEST = "peft_dist_staged.json"
 """In a copy: the size and sha256 of each of its files."""
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="hash a copy that is there already")
     parser.add_argument("--json", action="store_true", help="print the value of PEFT_DIST_STAGED")
     options = parser.parse_args(argv)
-    os.umask(0o077)
+    set_run_umask()
     try:
         folder = own_folder(expand(options.folder))
         path = str(stage(Path(options.source), folder, verify=options.verify))

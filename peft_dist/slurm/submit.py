@@ -5,6 +5,7 @@ Slurm. Runs nothing itself.
 """
 
 import hashlib
+import os
 import re
 import sys
 import time
@@ -13,11 +14,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_dist.common import paths
+from peft_dist.common import env, paths
 from peft_dist.common.console import show
 from peft_dist.common.durations import duration_s, duration_text
 from peft_dist.common.errors import LaunchError, RecipeError, RunDirError, SlurmError
 from peft_dist.common.locks import lock_file
+from peft_dist.common.sharing import GROUP, folder_mode, set_run_umask
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, render_cluster
 from peft_dist.launch.placement import Machine, plan_processes
@@ -173,6 +175,9 @@ def submit(
         raise RunDirError(
             "has finished", where=str(job.folder), remedy="start it anew with --fresh"
         )
+    if job.cluster.sharing == GROUP:
+        os.environ[env.SHARING] = GROUP
+    set_run_umask()
     with _alone(job.folder):
         return _submit(submission, wanted, command=command, by=by, fresh=fresh)
 
@@ -201,7 +206,7 @@ def _submit(
         _make_slurm_folder(made, job.cluster)
     if job.array:
         write_array(job.folder, elements, job.array.limit)
-    job.folder.joinpath("logs").mkdir(mode=0o700, exist_ok=True)
+    job.folder.joinpath("logs").mkdir(mode=folder_mode(), exist_ok=True)
     for path, text in submission.files.items():
         write_text_atomic(path, text)
     facts = {
@@ -305,7 +310,7 @@ def _job_name(name: str) -> str:
 
 def _make_slurm_folder(run: RunDir, cluster: Cluster) -> None:
     folder = run.path / "slurm"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=folder_mode(), exist_ok=True)
     for name in ("cancelled", "excluded", "successor"):
         (folder / name).unlink(missing_ok=True)
     write_text_atomic(folder / "cluster.yaml", render_cluster(cluster))

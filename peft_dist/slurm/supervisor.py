@@ -21,6 +21,7 @@ from peft_dist.common.atomic import replace_file
 from peft_dist.common.console import say
 from peft_dist.common.errors import ERROR_PREFIX, EXIT_DONE, PeftDistError
 from peft_dist.common.job_end import job_end_s
+from peft_dist.common.sharing import set_run_umask
 from peft_dist.launch.local import PASSED_ON, run_launcher
 from peft_dist.preflight.verdict import PORT_TAKEN, Report
 from peft_dist.run import job_events
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-free-gb", type=float, default=1.0)
     parser.add_argument("--max-clock-offset-s", type=float, default=60.0)
     options = parser.parse_args(own)
-    os.umask(0o077)
+    set_run_umask()
     node = Node(options, launcher)
     try:
         ending = node.work() if options.after is None else node.look_back()

@@ -4,7 +4,7 @@
 # shellcheck disable=SC1090,SC1091 # what the set-up reads is on the cluster
 # shellcheck disable=SC2016 # a value that holds a dollar sign is text
 set -eo pipefail
-umask 077
+umask "${PEFT_DIST_UMASK:-077}" # what runs before Python is the site's; Python sets its own
 
 # Whatever ends this script before Python takes over is left beside the logs, for who decides.
 signal=
@@ -37,7 +37,6 @@ module load cuda
 source /scratch/venvs/it/bin/activate
 # ---- end of set-up ----
 set -eo pipefail # whatever those lines have set
-umask 077
 
 set -u
 threads=$((SLURM_CPUS_ON_NODE / 4))

@@ -4,7 +4,7 @@
 # shellcheck disable=SC1090,SC1091 # what the set-up reads is on the cluster
 # shellcheck disable=SC2016 # a value that holds a dollar sign is text
 set -eo pipefail
-umask 077
+umask "${PEFT_DIST_UMASK:-077}" # what runs before Python is the site's; Python sets its own
 
 # Whatever ends this script before Python takes over is left beside the logs, for who decides.
 signal=
