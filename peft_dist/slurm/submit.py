@@ -130,7 +130,7 @@ def prepare(request: Request) -> Submission:
     )
     validate.check_limits(job, time_from=time_from)
     validate.check_cluster_files(cluster)
-    warnings = []
+    warnings = validate.check_cpus(cluster)
     for run in runs:
         warnings += validate.check_paths(cluster, request.nodes, run.folder, run.recipe)
         warnings += validate.check_batch(run.recipe, placement.processes)

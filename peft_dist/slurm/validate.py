@@ -153,6 +153,15 @@ def check_cluster_files(cluster: Cluster) -> None:
         )
 
 
+def check_cpus(cluster: Cluster) -> list[str]:
+    """Return a word where Slurm would give a node's GPUs one CPU, most likely."""
+    if not cluster.gpus_per_node or cluster.cpus_of_a_node is not None or cluster.exclusive:
+        return []
+    return [
+        "cpus_per_gpu: not given in the cluster file; Slurm may give all GPUs of a node one CPU"
+    ]
+
+
 def try_set_up(cluster: Cluster) -> None:
     """Run on this machine what each node runs before training: the set-up lines and the imports.
 

@@ -236,6 +236,22 @@ def test_a_users_own_variables_reach_sbatch_and_an_enclosing_jobs_do_not(
     assert "SLURM_JOB_ID" not in names
 
 
+def test_gpus_without_cpus_are_worth_a_word(desk: Desk, capsys: Capture) -> None:
+    desk.cluster({"cpus_per_gpu": None})
+    assert desk.submit() == 0
+    assert "cpus_per_gpu: not given in the cluster file" in told(capsys)
+    desk.cluster({"cpus_per_gpu": None, "exclusive": True})
+    assert desk.submit("--run-dir", "runs/other") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_key_as_an_argument_is_refused_in_the_set_up(desk: Desk, capsys: Capture) -> None:
+    desk.cluster({"setup": f"module load x\nwandb login --relogin {'0f' * 20}"})
+    assert desk.submit() == 2
+    line = told(capsys)
+    assert "looks like a secret" in line and "0f0f" not in line
+
+
 def test_a_chain_is_queued_from_the_login_node(desk: Desk, capsys: Capture) -> None:
     count = f"$(wc -l <{desk.slurm}/afters)"
     desk.answer(
