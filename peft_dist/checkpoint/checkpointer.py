@@ -24,6 +24,7 @@ from peft_dist.checkpoint.adapter_file import check_file, load_adapter, write_ad
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.errors import RunDirError, Superseded, TrainingError
 from peft_dist.common.manifest import seal, step_name
+from peft_dist.common.sharing import folder_mode
 from peft_dist.config.recipe import Checkpoint
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.ledger.events import SavedEvent, SaveFailedEvent
@@ -279,7 +280,7 @@ class Checkpointer:
         partial = directory.work_folder(self._folder, snapshot.step, self._attempt)
         try:
             adapter = partial / ADAPTER_FOLDER
-            adapter.mkdir(mode=0o700)
+            adapter.mkdir(mode=folder_mode())
             write_adapter(adapter, snapshot.adapter, snapshot.config)
             check_file(adapter, snapshot.adapter, self._saver.moved(snapshot.adapter))
             save_file(snapshot.optimizer, partial / OPTIMIZER_FILE)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from peft_dist.common.atomic import sync_folder
 from peft_dist.common.manifest import BadCheckpoint, step_name, verify
+from peft_dist.common.sharing import folder_mode
 
 STEP_NAME = re.compile(r"step-([0-9]{8,})")
 LEFTOVER_NAME = re.compile(
@@ -117,7 +118,7 @@ def work_folder(checkpoints: Path, step: int, attempt: int) -> Path:
     Raises:
         OSError: Where it cannot be made.
     """
-    checkpoints.mkdir(mode=0o700, exist_ok=True)
+    checkpoints.mkdir(mode=folder_mode(), exist_ok=True)
     prefix = f".{step_name(step)}-a{attempt:08d}-"
     return Path(tempfile.mkdtemp(prefix=prefix, dir=checkpoints))  # mode 0700
 

@@ -184,7 +184,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _resume(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.here import refuse_changes_of_finished
     from peft_dist.run.directory import RunDir
-    from peft_dist.slurm.submit import was_submitted
+    from peft_dist.slurm.resubmit import was_submitted
 
     if not arguments.here and (arguments.cluster or was_submitted(Path(arguments.run_dir))):
         return slurm_commands.resume_job(arguments)
@@ -201,6 +201,7 @@ def _start(
     arguments: argparse.Namespace, folder: Path, *, dry_run: bool = False, fresh: bool = False
 ) -> int:
     """Train a recipe in a run directory, from wherever that has come to."""
+    from peft_dist.common.sharing import set_run_umask, share_like
     from peft_dist.config import load_recipe, render_recipe
     from peft_dist.launch.command import shell_line
     from peft_dist.launch.here import prepare, train_here
@@ -213,7 +214,8 @@ def _start(
         show(shell_line(start.command, start.environment))
         return EXIT_DONE
     _require_training_packages(start.strategy)
-    os.umask(0o077)
+    share_like(folder)
+    set_run_umask()
     return train_here(start, fresh=fresh)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_dist.common.errors import DataError, nearest
+from peft_dist.common.sharing import users_umask
 from peft_dist.data.record import Broken, Record
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ def open_dataset(name: str, kind: str, split: str) -> "datasets.Dataset":
     datasets.disable_progress_bars()
     if kind == "hub":
         try:
-            return datasets.load_dataset(name, split=split)
+            with users_umask():  # others may read the same cache
+                return datasets.load_dataset(name, split=split)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
                 f"neither a file here nor a dataset that the hub gives: {error}",

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from peft_dist.common import paths
 from peft_dist.common.errors import ModelError
+from peft_dist.common.sharing import users_umask
 
 QUANT_STATE = ".quant_state.bitsandbytes__"
 """Behind a weight's name: JSON about its packing, stored as bytes."""
@@ -45,13 +46,9 @@ def model_folder(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=[*paths.MODEL_FILES],
-            )
-        )
+        with users_umask():  # others may read the same cache
+            found = snapshot_download(name, revision=revision, allow_patterns=[*paths.MODEL_FILES])
+        return Path(found)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"{name!r} is neither a folder nor a hub model that can be reached "

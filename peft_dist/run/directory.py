@@ -16,6 +16,7 @@ from typing import NamedTuple, Self
 from peft_dist.common.atomic import FolderTaken, remove_unfinished, replace_file, whole_folder
 from peft_dist.common.errors import EXIT_DO_NOT_RETRY, PeftDistError, RunDirError
 from peft_dist.common.folders import find_fault, readable_name
+from peft_dist.common.sharing import folder_mode
 from peft_dist.config import Recipe, load_recipe, render_recipe
 from peft_dist.config.resume_rules import differences, learning_settings, refuse_changes
 from peft_dist.config.run_date import date_in, with_date
@@ -159,7 +160,7 @@ class RunDir:
         try:
             # A new folder cannot be renamed over a link to an empty one, but over that itself.
             with whole_folder(run._behind_link()) as making:
-                cls(making).logs.mkdir(mode=0o700)
+                cls(making).logs.mkdir(mode=folder_mode())
                 write_text_atomic(cls(making).recipe, render_recipe(with_date(recipe)))
                 write_text_atomic(
                     cls(making).run_facts, json.dumps(run_facts(command), indent=2) + "\n"

@@ -88,19 +88,20 @@ def read_history(run: RunDir, *, before: int | None = None) -> History:
         for record in attempts[by_person[-1] if by_person else 0 :]
         if before is None or record["attempt"] < before
     ]
-    starts: list[Ending] = []
+    starts: dict[tuple[str, Any], Ending] = {}
     job_starts = 0
     for event in job_events.events(run.path):
         if event["event"] == "submitted":
-            starts, job_starts = [], 0
+            starts, job_starts = {}, 0
         elif event["event"] == "started":
             job_starts += 1
         elif event["event"] == "decided":
-            starts.append(_ending_of_start(event))
+            start = (event["job"], event.get("restart"))
+            starts[start] = _ending_of_start(event)  # the last word on a start is the one
     return History(
         checkpoint=run.newest_step(),
         attempts=tuple(_ending_of_attempt(run.attempts, record) for record in attempts),
-        starts=tuple(starts),
+        starts=tuple(starts.values()),
         job_starts=job_starts,
     )
 

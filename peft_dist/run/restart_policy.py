@@ -23,6 +23,8 @@ class Kind(StrEnum):
     DONE = "done"
     INTERRUPTED = "stopped"
     """A signal ended it: of a person, a time limit or a preemption."""
+    NOT_BEGUN = "stopped before it began"
+    """A signal ended a job's set-up or staging, which says nothing of the run."""
     CRASHED = "error"
     HUNG = "hang"
     OUT_OF_MEMORY = "oom"
@@ -33,6 +35,8 @@ class Kind(StrEnum):
     NO_DECISION = "no decision"
     """The supervisors ended, or never began, and left no decision: the set-up failed, say."""
     PREFLIGHT_INCOMPLETE = "pre-flight incomplete"
+    NODES_LATE = "nodes late"
+    """Some nodes took too long for their set-up, or for copying the model."""
     NODES_UNFIT = "nodes unfit"
     """Some nodes failed the pre-flight."""
     ALL_NODES_UNFIT = "all nodes unfit"
@@ -176,7 +180,8 @@ def decide(history: History, ending: Ending, limits: RestartLimits) -> Decision:
     reason = f"{ending.described_error or ending.kind}; goes on after step {history.checkpoint}"
     if kind is Kind.NODES_UNFIT:
         return Decision("again-without", reason, nodes=ending.nodes)
-    return Decision("again", reason, EXIT_INTERRUPTED if kind is Kind.INTERRUPTED else EXIT_CRASHED)
+    signalled = kind in (Kind.INTERRUPTED, Kind.NOT_BEGUN)
+    return Decision("again", reason, EXIT_INTERRUPTED if signalled else EXIT_CRASHED)
 
 
 def decide_by_attempts(history: History) -> Decision | None:
@@ -191,6 +196,7 @@ def _limit_reached(history: History, ending: Ending, limits: RestartLimits) -> s
     """Return in one line which limit forbids another start, or None where none does."""
     of_job = limits.unit == "starts"
     row = [*(history.starts if of_job else history.attempts), ending]
+    row = [one for one in row if one.kind is not Kind.NOT_BEGUN]
     if not of_job:  # those that a signal ended, or that a person has ended, were no failures
         harmless = [n for n, one in enumerate(row) if one.kind in (Kind.DONE, Kind.INTERRUPTED)]
         row = row[harmless[-1] + 1 :] if harmless else row

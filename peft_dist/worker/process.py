@@ -28,6 +28,7 @@ from peft_dist.common.errors import (
 )
 from peft_dist.common.library_messages import is_lost_peer, is_out_of_memory
 from peft_dist.common.process_identity import this_group
+from peft_dist.common.sharing import set_run_umask
 from peft_dist.run.attempt_records import latest
 from peft_dist.run.directory import RunDir
 from peft_dist.run.failure_files import write_failure
@@ -128,7 +129,7 @@ def run_worker(work: Callable[[WorkerContext], None]) -> int:
     launcher and `failure.json` in the run. With several processes this does not return: Python's
     own teardown can abort while gloo's threads still run, or wait minutes for a lost peer.
     """
-    os.umask(0o077)
+    set_run_umask()
     _close_input()
     console.show_warnings()
     _quieten_libraries()

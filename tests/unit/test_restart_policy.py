@@ -59,6 +59,14 @@ ENDINGS: dict[str, tuple[RestartLimits, Ending, str, int | None, str]] = {
         OF_JOB, job(Kind.INTERRUPTED, "stopped by SIGTERM", signal="SIGTERM"),
         f"again stopped by SIGTERM{GOES_ON}", 5, "no progress in 5 starts",
     ),
+    "preempted during its set-up": (
+        OF_JOB, job(Kind.NOT_BEGUN, "stopped by SIGTERM before it trained"),
+        f"again stopped by SIGTERM before it trained{GOES_ON}", None, "",
+    ),
+    "nodes that are late": (
+        OF_JOB, job(Kind.NODES_LATE, "node2 was not ready"),
+        f"again node2 was not ready{GOES_ON}", 5, "no progress in 5 starts",
+    ),
     "crash of a rank": (
         RestartLimits(), attempt(Kind.CRASHED, "ValueError: bug", rank=1),
         f"again ValueError: bug (rank 1){GOES_ON}", 3,
