@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from peft_dist.cli import slurm as slurm_commands
-from peft_dist.cli import wandb
+from peft_dist.cli import plan, slurm, wandb
 from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import show
 from peft_dist.common.errors import (
@@ -142,8 +141,9 @@ def _build_parser() -> _Parser:
     report.add_argument(
         "--open", choices=("yes", "no"), default="no", help="show it in a browser (default: no)"
     )
-    slurm_commands.add_commands(command, count=_count)
+    slurm.add_commands(command, count=_count)
     wandb.add_commands(command)
+    plan.add_commands(command)
     init = command("init", _init, "copy recipes and strategies into a folder of your own")
     init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
     return parser
@@ -185,7 +185,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     from peft_dist.slurm.submit import was_submitted
 
     if not arguments.here and (arguments.cluster or was_submitted(Path(arguments.run_dir))):
-        return slurm_commands.resume_job(arguments)
+        return slurm.resume_job(arguments)
     run = RunDir.open(arguments.run_dir)
     if run.is_finished:
         show(f"{arguments.run_dir} has finished; nothing is left to do")
@@ -216,7 +216,7 @@ def _start(
 
 def _validate(arguments: argparse.Namespace) -> int:
     from peft_dist.config import load_recipe
-    from peft_dist.config.batch_shape import batch_shape
+    from peft_dist.config.batch_shape import batch_shape, micro_batch_rows
     from peft_dist.launch.placement import plan_processes, this_machine
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -230,7 +230,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     passes = "1 pass" if shape.accumulation == 1 else f"{shape.accumulation} passes"
     show(
         f"  a step: {shape.rows_per_step} rows, {shape.rows_per_process} per process "
-        f"in {passes} of up to {recipe.train.micro_batch_size}"
+        f"in {passes} of up to {micro_batch_rows(recipe)}"
     )
     if recipe.train.steps is not None:
         rows = recipe.train.steps * shape.rows_per_step

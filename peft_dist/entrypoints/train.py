@@ -17,6 +17,7 @@ from peft_dist.common.env import WATCHED_LEASE
 from peft_dist.common.errors import RunDirError, TrainingError
 from peft_dist.common.process_identity import is_launcher_gone
 from peft_dist.config import Recipe, load_recipe
+from peft_dist.config.batch_shape import require_settled
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_run, is_machine_start, read_history
 from peft_dist.run.lease import Attempt, end_for, refuse_if_held
@@ -96,6 +97,7 @@ def _train(
     context.run_dir = _run_of(options)[0]
     stop_requests.on_setup_stop = context.stopped_in_setup
     recipe = load_recipe(_recipe_of(options), options.overrides)
+    require_settled(recipe)
     if context.rank == 0:
         _take(options, recipe, context)
     # Only now, for it takes seconds: torch, transformers and all that stands on them.
