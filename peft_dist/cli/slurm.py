@@ -44,6 +44,9 @@ def add_commands(
         help="one run per value, of all combinations where given again; or a YAML file of lists",
     )
     submit.add_argument("--limit", type=int, metavar="N", help="most elements of an array at once")
+    submit.add_argument(
+        "--anyway", action="store_true", help="submit what cannot fit into the GPUs' memory too"
+    )
     submit.add_argument("--singleton", action="store_true", help="wait for other jobs of this name")
     submit.add_argument(
         "--fresh", action="store_true", help="start anew; a run that is there is renamed"
@@ -103,6 +106,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         array=arguments.array,
         limit=arguments.limit,
         singleton=arguments.singleton,
+        anyway=arguments.anyway,
     )
     return _hand_over(request, dry_run=arguments.dry_run, fresh=arguments.fresh, by="submit")
 

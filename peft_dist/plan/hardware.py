@@ -112,14 +112,22 @@ def find_gpu(name: str, *, where: str) -> Gpu:
 
 def recognise_gpu(driver_name: str, memory_gib: float) -> Gpu | None:
     """Return the GPU that a driver's words mean; None for one whose speed is not known."""
-    words = set(re.split(r"[\s-]+", driver_name.upper()))
+    words = _words(driver_name)
     same = [
         gpu
         for gpu in GPUS.values()
-        if set(re.split(r"[\s-]+", gpu.name.upper())) <= words | {"NVIDIA", "80GB", "40GB", "HBM3"}
+        if _words(gpu.name) - _MAKERS_WORDS <= words
         and abs(gpu.memory_gib - memory_gib) < 0.1 * gpu.memory_gib
     ]
-    return same[0] if same else None
+    return max(same, key=lambda gpu: len(_words(gpu.name) & words), default=None)
+
+
+_MAKERS_WORDS = {"NVIDIA", "TESLA", "GEFORCE", "80GB", "40GB", "HBM3"}
+"""Of a name, what a driver may leave out."""
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[\s-]+", name.upper()))
 
 
 def hardware_of(cluster: Cluster | None, gpu: Gpu, *, gpus_per_node: int | None) -> Hardware:

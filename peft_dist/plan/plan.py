@@ -174,7 +174,7 @@ def make_plan(subject: Subject, hardware: Hardware, nodes: Sequence[int]) -> Pla
     for count in nodes:
         for strategy in _strategies(subject.recipe, count):
             found = best_setting(subject, hardware, strategy, count)
-            rows.append(Row(found, "" if found.fits else _remedy(subject, hardware, found)))
+            rows.append(Row(found, "" if found.fits else remedy_for(subject, hardware, found)))
     best, reason = _best(rows)
     return Plan(subject, hardware, tuple(rows), best, reason)
 
@@ -243,7 +243,7 @@ def _powers(most: int) -> list[int]:
     return [1 << power for power in range(most.bit_length())]
 
 
-def _remedy(subject: Subject, hardware: Hardware, found: Estimate) -> str:
+def remedy_for(subject: Subject, hardware: Hardware, found: Estimate) -> str:
     """Return in a few words what would make a candidate fit: least change first."""
     own = found.candidate
     smaller = [rows for rows in _powers(own.micro_batch) if rows < own.micro_batch][::-1]
