@@ -15,20 +15,36 @@ LLAMA: dict[str, Any] = {
     "vocab_size": 128256,
     "tie_word_embeddings": False,
 }
+
+
+def _decoder(
+    kind: str, hidden: int, inner: int, layers: int, heads: int, groups: int, words: int
+) -> dict[str, Any]:
+    return LLAMA | {
+        "model_type": kind,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": words,
+    }
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama-8b": LLAMA
+    "llama-3.1-8b": _decoder("llama", 4096, 14336, 32, 32, 8, 128256),
+    "llama-3.3-70b": _decoder("llama", 8192, 28672, 80, 64, 8, 128256),
+    "llama-3.1-405b": _decoder("llama", 16384, 53248, 126, 128, 8, 128256),
+    "llama-2-7b": _decoder("llama", 4096, 11008, 32, 32, 32, 32000),
+    "mistral-small-24b": _decoder("mistral", 5120, 32768, 40, 32, 8, 131072) | {"head_dim": 128},
+    "phi-4": _decoder("phi3", 5120, 17920, 40, 40, 10, 100352),
+    "qwen3-32b": _decoder("qwen3", 5120, 25600, 64, 64, 8, 151936) | {"head_dim": 128},
+    "gemma-2-27b": _decoder("gemma2", 4608, 36864, 46, 32, 16, 256000)
     | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-    "llama-405b": LLAMA
-    | {
-        "hidden_size": 16384,
-        "intermediate_size": 53248,
-        "num_hidden_layers": 126,
-        "num_attention_heads": 128,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
     },
     # As wide as a small real model, and shallow: a simulation of it takes a second.
     "shallow": LLAMA

@@ -121,8 +121,9 @@ def kept_by_block(shape: ModelShape, adapter: AdapterShape, setting: Setting) ->
         values += shape.norms * hidden
     if shape.head_norms:
         floats += query + key
-    if shape.attention_softcap:
-        floats += 3 * shape.heads * setting.length
+    if shape.attention_softcap:  # scores stand in memory: capped, as softmax, and as weights
+        floats += shape.heads * setting.length
+        values += 2 * shape.heads * setting.length
     masks = 0
     if adapter.drops:  # each target keeps what it was given after dropout, and the mask
         values += sum(one.in_features for one in targets)

@@ -139,8 +139,8 @@ def _basis(plan: Plan) -> list[str]:
     assumed = plan.hardware.assumed
     values = ", ".join(f"{f.name} {getattr(assumed, f.name):g}" for f in fields(Assumed))
     return [
-        "exact: parameters, base, adapter, gradients, moments. formulas, within 3 % of a "
-        "simulation for the llama family: activations, logits, gathered, allocated.",
+        "exact: parameters, base, adapter, gradients, moments. formulas, within 3 % of the "
+        "simulations that tests compare them with: activations, logits, gathered, allocated.",
         "model: reserved (allocators were seen to hold back 1 to 26 % more), seconds, hours; every "
         f"row counts with {plan.subject.recipe.data.max_length} tokens.",
         f"assumed: {values}.",

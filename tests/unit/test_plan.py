@@ -18,7 +18,7 @@ Plan = Callable[..., tuple[int, dict[str, Any]]]
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    model_folder(tmp_path / "model", "llama-8b")
+    model_folder(tmp_path / "model", "llama-3.1-8b")
     file = tmp_path / "mine.yaml"
     file.write_text(
         "model: {name: model}\nmethod: {kind: lora, rank: 16}\n"
@@ -135,7 +135,7 @@ def test_mistakes_are_one_line(
 
 
 def test_an_unknown_architecture_is_refused(recipe: Path, tmp_path: Path, capsys: Capture) -> None:
-    model_folder(tmp_path / "model", "llama-8b", model_type="mamba")
+    model_folder(tmp_path / "model", "llama-3.1-8b", model_type="mamba")
     assert main(["plan", str(recipe)]) == 2
     assert told(capsys).startswith("model.name: no plan for architecture 'mamba'; ")
 

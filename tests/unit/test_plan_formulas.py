@@ -23,7 +23,13 @@ from tests.tiny import ARCHITECTURES
 
 TOLERANCE = 0.03
 DECODERS = sorted(ARCHITECTURES.keys() - {"bert"})
+FEW = {"num_hidden_layers": 3}
 CASES: dict[str, dict[str, Any]] = {
+    "gemma2": {"model": "gemma-2-27b", "rows": 2, "changes": FEW},
+    "phi3": {"model": "phi-4", "rows": 2, "changes": FEW},
+    "qwen3": {"model": "qwen3-32b", "rows": 2, "changes": FEW},
+    "qwen3, recomputed": {"model": "qwen3-32b", "rows": 2, "changes": FEW, "recompute": True},
+    "mistral": {"model": "mistral-small-24b", "rows": 2, "changes": FEW},
     "fsdp": {},
     "fsdp, little vocabulary": {"model": "shallow-few-words"},
     "fsdp, recomputed": {"recompute": True},
@@ -43,6 +49,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 SHORT = (
+    "gemma2",
+    "phi3",
     "fsdp",
     "fsdp, recomputed, little vocabulary",
     "fsdp, few tokens",

@@ -23,7 +23,7 @@ OPEN = ("train.micro_batch_size=auto", "train.activation_checkpointing=auto",
 @pytest.fixture
 def gpus(desk: Desk) -> Desk:
     """Return a login node whose cluster has GPUs of a known kind, and a model of 8 billion."""
-    model_folder(desk.folder / "model", "llama-8b")
+    model_folder(desk.folder / "model", "llama-3.1-8b")
     desk.cluster({"gpu": "a100-40gb"})
     return desk
 
@@ -89,7 +89,7 @@ def test_without_a_kind_of_gpu_nothing_is_refused_or_said(desk: Desk, capsys: Ca
 
 
 def test_a_model_that_cannot_be_looked_at_is_said(gpus: Desk, capsys: Capture) -> None:
-    model_folder(gpus.folder / "model", "llama-8b", model_type="mamba")
+    model_folder(gpus.folder / "model", "llama-3.1-8b", model_type="mamba")
     assert gpus.submit() == 0
     assert "memory was not checked: model.name: no plan for" in capsys.readouterr().err
     assert gpus.submit("train.micro_batch_size=auto", "--fresh") == 2
@@ -99,7 +99,7 @@ def test_a_model_that_cannot_be_looked_at_is_said(gpus: Desk, capsys: Capture) -
 def test_a_local_training_takes_what_suits_its_gpus(
     desk: Desk, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model_folder(desk.folder / "model", "llama-8b")
+    model_folder(desk.folder / "model", "llama-3.1-8b")
     slurm_commands(desk.slurm, **{"nvidia-smi": "echo 'NVIDIA H100 80GB HBM3, 81559'"})
     machine = Machine(gpus=4, cores=8)
     monkeypatch.setattr("peft_dist.plan.settle.this_machine", lambda: machine)
@@ -119,7 +119,7 @@ def test_a_rank_refuses_what_is_still_open(recipe_file: Path) -> None:
 
 
 def test_a_large_base_is_sharded_and_recomputed(recipe_file: Path, tmp_path: Path) -> None:
-    model_folder(tmp_path / "model", "llama-405b")
+    model_folder(tmp_path / "model", "llama-3.1-405b")
     recipe = load_recipe(recipe_file, [*OPEN, "train.global_batch_size=8"])
     hardware = hardware_of(None, find_gpu("h100-80gb", where="gpu"), gpus_per_node=8)
     settled = settle(recipe, hardware, 1)
