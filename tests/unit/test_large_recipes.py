@@ -28,9 +28,10 @@ def plan_line(found: dict[str, Any], nodes: int, gpus: int, gpu: str, strategy: 
         size / 2**30
         for size in (row["bytes"]["allocated"], row["device_bytes"], row["limit_bytes"])
     )
+    step_s, speed = row["seconds"]["total"], row["tokens_per_s"]
     return (
         f"# Plan, {nodes} x {gpus} {gpu}: {tensors:.1f} GiB of tensors, "
-        f"{in_all:.1f} of {limit:.1f} in all; {row['seconds']['total']:.1f} s a step, {row['tokens_per_s']:,.0f} tokens/s."
+        f"{in_all:.1f} of {limit:.1f} in all; {step_s:.1f} s a step, {speed:,.0f} tokens/s."
     )
 
 
