@@ -27,6 +27,9 @@ def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) ->
         help="run the best way's start and two steps without memory: exact, and takes a minute",
     )
     plan.add_argument("--json", action="store_true", help="print every figure as JSON")
+    doctor = command("doctor", _doctor, "look for what would end a run on this machine")
+    doctor.add_argument("recipe", nargs="?", metavar="RECIPE", help="recipe file (YAML)")
+    doctor.add_argument("--cluster", metavar="FILE", help="cluster file (YAML)")
 
 
 def _numbers(text: str) -> list[int]:
@@ -34,6 +37,12 @@ def _numbers(text: str) -> list[int]:
     if not all(part.isdecimal() and 1 <= int(part[:9]) < 10**5 for part in parts):
         raise argparse.ArgumentTypeError(f"got {text!r}; must be whole numbers such as 1,2,4")
     return sorted({int(part) for part in parts})
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from peft_dist.plan.doctor import examine
+
+    return examine(arguments.recipe, arguments.cluster)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

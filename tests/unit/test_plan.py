@@ -11,6 +11,7 @@ import pytest
 
 from peft_dist.cli.main import main
 from tests.configs import model_folder
+from tests.faults.long import only_long
 from tests.unit.slurm_desk import Capture, told
 
 Plan = Callable[..., tuple[int, dict[str, Any]]]
@@ -154,3 +155,14 @@ def test_a_plan_needs_no_torch(recipe: Path) -> None:
     assert modules == "[]"
     assert any(line.startswith("best: ") for line in text)
     assert [line.partition(":")[0] for line in text[-3:]] == ["exact", "model", "assumed"]
+
+
+@only_long
+def test_a_simulation_confirms_the_formulas(recipe: Path, tmp_path: Path, capsys: Capture) -> None:
+    model_folder(tmp_path / "model", "shallow")
+    assert main(["plan", str(recipe), "--nodes", "1", "--simulate", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    planned = found["best"]["bytes"]["allocated"]
+    assert found["simulated"]["peak_bytes"] == pytest.approx(planned, rel=0.03)
+    assert main(["plan", str(recipe), "--nodes", "1", "--simulate"]) == 0
+    assert "\nsimulated: " in capsys.readouterr().out
