@@ -1,6 +1,7 @@
 """What was foreseen of a run before it began: `plan.json` in its directory."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -18,6 +19,18 @@ def read_prediction(run: RunDir) -> Prediction:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def planned_facts(run: RunDir) -> dict[str, float]:
+    """Return what a start notes of it, by the ledger's names; nothing for what is no number."""
+    foreseen = read_prediction(run)
+    found: dict[str, float] = {}
+    size, step_s = foreseen.get("bytes_per_rank"), foreseen.get("step_s")
+    if isinstance(size, int):
+        found["planned_bytes_per_rank"] = size
+    if isinstance(step_s, float) and math.isfinite(step_s):
+        found["planned_step_s"] = step_s
+    return found
 
 
 def write_prediction(run: RunDir, prediction: Prediction | None) -> None:

@@ -10,8 +10,11 @@ from peft_dist.common.errors import RecipeError
 from peft_dist.config import load_recipe
 from peft_dist.config.batch_shape import require_settled
 from peft_dist.launch.placement import Machine
+from peft_dist.ledger.events import from_fields
 from peft_dist.plan.hardware import find_gpu, hardware_of, recognise_gpu
 from peft_dist.plan.settle import settle
+from peft_dist.run.directory import RunDir
+from peft_dist.run.prediction import planned_facts
 from tests.configs import model_folder
 from tests.unit.run_folders import slurm_commands
 from tests.unit.slurm_desk import Capture, Desk, told
@@ -146,3 +149,18 @@ def test_a_gpu_is_known_by_its_drivers_words(
 ) -> None:
     found = recognise_gpu(name, memory_gib)
     assert (None if found is None else found.name) == expected
+
+
+def test_the_ledger_notes_what_was_foreseen_and_no_nonsense(gpus: Desk) -> None:
+    assert gpus.submit(*OPEN) == 0
+    run = RunDir(gpus.run)
+    facts = planned_facts(run)
+    foreseen = json.loads(run.plan.read_text())
+    assert facts == {
+        "planned_bytes_per_rank": foreseen["bytes_per_rank"],
+        "planned_step_s": foreseen["step_s"],
+    }
+    assert from_fields({"event": "start", "step": 0, **facts}).step == 0
+    for nonsense in ("[]", "{", '{"bytes_per_rank": "many", "step_s": NaN}'):
+        run.plan.write_text(nonsense)
+        assert planned_facts(run) == {}
