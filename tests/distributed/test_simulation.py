@@ -12,7 +12,7 @@ from peft_dist.config.recipe import Recipe
 from peft_dist.distributed.world import World
 from peft_dist.simulation.run import simulate
 from tests.configs import model_folder
-from tests.faults.long import IS_LONG
+from tests.faults.long import only_long
 from tests.processes import ROOT, environment, run, torchrun
 
 LORA = {"kind": "lora", "rank": 8}
@@ -32,7 +32,6 @@ CASES: dict[str, dict[str, Any]] = {
     "prompt": {"parallel": {"strategy": "fsdp"}, "method": {"kind": "prompt"}},
     "bitfit": {"parallel": {"strategy": "fsdp"}, "method": {"kind": "bitfit", "add_bias": True}},
 }
-SHORT = ("fsdp", "ddp", "fsdp recomputed")
 
 
 def recipe_of(case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -52,14 +51,14 @@ def recipe_of(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     return sections
 
 
+@only_long
 @pytest.mark.distributed
 def test_a_simulation_counts_what_two_processes_do(tmp_path: Path) -> None:
     folder = model_folder(
         tmp_path / "model", "shallow", hidden_size=128, intermediate_size=256, vocab_size=1024,
         num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3,
     )  # fmt: skip
-    chosen = {name: CASES[name] for name in (CASES if IS_LONG else SHORT)}
-    recipes = {name: recipe_of(case, folder) for name, case in chosen.items()}
+    recipes = {name: recipe_of(case, folder) for name, case in CASES.items()}
     (tmp_path / "recipes.json").write_text(json.dumps(recipes))
     script = str(ROOT / "tests" / "distributed" / "measured_steps.py")
     done = run(
