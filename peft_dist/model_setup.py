@@ -7,7 +7,7 @@ then read the rows that belong here. Trains nothing.
 import logging
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +210,12 @@ def _require_own_weights(blocks: dict[str, nn.Module], model_type: str) -> None:
 
 
 def set_up_model(
-    recipe: Recipe, world: World, source: BaseSource, *, label_names: tuple[str, ...] = ()
+    recipe: Recipe,
+    world: World,
+    source: BaseSource,
+    *,
+    label_names: tuple[str, ...] = (),
+    engines: Mapping[str, type[Engine]] = ENGINES,
 ) -> ModelSetup:
     """Build, shard and load the model. Collective.
 
@@ -219,6 +224,7 @@ def set_up_model(
         world: Rank and size of this process's world.
         source: What `find_base` found.
         label_names: Class names, for sequence classification.
+        engines: By strategy, what shards.
 
     Raises:
         PeftDistError: For a model, launcher or option that cannot work; before weights are read
@@ -261,11 +267,11 @@ def set_up_model(
         has_conv1d=has_conv1d,
     )
     peft.peft_config[peft.active_adapter].revision = released.commit
-    if recipe.train.activation_checkpointing:
+    if recipe.train.activation_checkpointing is True:
         # After the adapter: PEFT refuses a prefix on a model that has it on already.
         skeleton.gradient_checkpointing_enable({"use_reentrant": False})
     model = _HEADS[recipe.model.task](peft)
-    engine = ENGINES[launched.strategy](
+    engine = engines[launched.strategy](
         world, shard_size=launched.shard_size, offload=launched.offload
     )
     engine.wrap(model, blocks.values(), [p for p in model.parameters() if p.requires_grad])

@@ -16,6 +16,7 @@ import torch
 from peft_dist.checkpoint.checkpointer import Checkpointer
 from peft_dist.checkpoint.progress import NoHooks, Progress, TrainerHooks
 from peft_dist.common.errors import Interrupted, TrainingError
+from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.mixture import source_shares
 from peft_dist.data.order import RowIds, StepPlan, assign
 from peft_dist.data.tokenize import TokenizedRows
@@ -144,7 +145,7 @@ class Trainer:
             ids,
             self.rows.lengths,
             world_size=self.world.size,
-            micro_batch_size=self.recipe.train.micro_batch_size,
+            micro_batch_size=micro_batch_rows(self.recipe),
         )[self.world.rank]
         # Every rank knows all rows, so the divisor of the whole global batch needs no exchange.
         predictions = int(self.rows.predicted_counts[ids].sum())

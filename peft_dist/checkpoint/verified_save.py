@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from peft_dist.checkpoint import adapter_file as adapter_file
 from peft_dist.common.errors import PeftDistError, TrainingError
+from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.methods.virtual import SAVED
@@ -45,7 +46,7 @@ class AdapterSaver:
             rows: Training rows, of which a few are scored.
         """
         self.setup = setup
-        ids = np.arange(min(PROBE_ROWS, rows.n_rows, setup.recipe.train.micro_batch_size))
+        ids = np.arange(min(PROBE_ROWS, rows.n_rows, micro_batch_rows(setup.recipe)))
         self._batch = setup.pack(rows, ids).to(setup.world.device)
         self._start = {name: _hash(tensor) for name, tensor in self._trained().items()}
 

@@ -5,7 +5,6 @@ only ever imported by the processes it starts.
 """
 
 import argparse
-import importlib.util
 import os
 import shutil
 import sys
@@ -13,19 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from peft_dist.cli import slurm as slurm_commands
-from peft_dist.cli import validate, wandb
+from peft_dist.cli import plan, slurm, validate, wandb
 from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import show
 from peft_dist.common.errors import (
     ERROR_PREFIX,
     EXIT_CRASHED,
     EXIT_DONE,
-    LaunchError,
     PeftDistError,
 )
-
-TRAIN_PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     resume.add_argument(
         "--here", action="store_true", help="on this machine, although it was submitted to Slurm"
     )
-    validate.add_command(command, _add_recipe, count=_count, require=_require_training_packages)
+    validate.add_command(command, _add_recipe, count=_count)
     schema = command("schema", _schema, "print the JSON Schema of a recipe, for editors")
     schema.add_argument("--cluster", action="store_true", help="of a cluster file instead")
     evaluate = command("evaluate", _evaluate, "score the adapter of a finished run")
@@ -143,8 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--open", choices=("yes", "no"), default="no", help="show it in a browser (default: no)"
     )
-    slurm_commands.add_commands(command, count=_count)
+    slurm.add_commands(command, count=_count)
     wandb.add_commands(command)
+    plan.add_commands(command)
     init = command("init", _init, "copy recipes and strategies into a folder of your own")
     init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
     return parser
@@ -187,7 +183,7 @@ def _resume(arguments: argparse.Namespace) -> int:
     from peft_dist.slurm.resubmit import was_submitted
 
     if not arguments.here and (arguments.cluster or was_submitted(Path(arguments.run_dir))):
-        return slurm_commands.resume_job(arguments)
+        return slurm.resume_job(arguments)
     run = RunDir.open(arguments.run_dir)
     if run.is_finished:
         refuse_changes_of_finished(run, arguments.overrides)
@@ -205,15 +201,23 @@ def _start(
     from peft_dist.config import load_recipe, render_recipe
     from peft_dist.launch.command import shell_line
     from peft_dist.launch.here import prepare, train_here
+    from peft_dist.launch.packages import require_training_packages
+    from peft_dist.plan.settle import settle_here
 
     processes = [] if arguments.nproc is None else [f"parallel.processes={arguments.nproc}"]
     recipe = load_recipe(arguments.recipe, [*arguments.overrides, *processes])
-    start = prepare(recipe, folder, allow_changed=arguments.allow_changed)
+    settled = settle_here(recipe)
+    start = prepare(
+        settled.recipe,
+        folder,
+        allow_changed=arguments.allow_changed,
+        prediction=settled.prediction(),
+    )
     if dry_run:
-        show(render_recipe(recipe))
-        show(shell_line(start.command, start.environment))
+        command = shell_line(start.command, start.environment)
+        show(f"{render_recipe(settled.recipe)}\n{command}")
         return EXIT_DONE
-    _require_training_packages(start.strategy)
+    require_training_packages(start.strategy)
     share_like(folder)
     set_run_umask()
     return train_here(start, fresh=fresh)
@@ -231,6 +235,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from peft_dist.config import load_recipe
     from peft_dist.launch.command import launch_environment, worker_command
     from peft_dist.launch.here import run_here
+    from peft_dist.launch.packages import require_training_packages
     from peft_dist.launch.placement import plan_processes, this_machine
     from peft_dist.run.directory import RunDir
 
@@ -238,7 +243,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     processes = [] if arguments.nproc is None else [f"parallel.processes={arguments.nproc}"]
     recipe = load_recipe(run.recipe, [*arguments.overrides, *processes])
     placement = plan_processes(recipe, this_machine())
-    _require_training_packages(placement.strategy)
+    require_training_packages(placement.strategy)
     command = worker_command(placement, "score.py", [str(run.path), *arguments.overrides])
     run.evaluation_log.unlink(missing_ok=True)
     environment = launch_environment(placement, os.environ)
@@ -248,18 +253,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _quantize(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.command import quantize_command, worker_environment
     from peft_dist.launch.local import run_tool
+    from peft_dist.launch.packages import require_training_packages
 
-    _require_training_packages()
+    require_training_packages()
     return run_tool(quantize_command(arguments.passed_on), environment=worker_environment())
 
 
 def _merge(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.command import merge_command, worker_environment
     from peft_dist.launch.local import run_tool
+    from peft_dist.launch.packages import require_training_packages
     from peft_dist.run.directory import RunDir
 
     run = RunDir.open(arguments.run_dir)
-    _require_training_packages()
+    require_training_packages()
     command = merge_command(run.path, Path(arguments.out).absolute())
     return run_tool(command, environment=worker_environment())
 
@@ -305,20 +312,6 @@ def _init(arguments: argparse.Namespace) -> int:
         ) from error
     show(f"{len(copies)} files in {', '.join(str(target / source.name) for source in sources)}")
     return EXIT_DONE
-
-
-def _require_training_packages(strategy: str = "") -> None:
-    if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        raise LaunchError(
-            f"{strategy} needs deepspeed, which is not installed",
-            where="parallel.strategy",
-            remedy="pip install 'peft-dist[deepspeed]', or strategy: ddp or fsdp",
-        )
-    missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise LaunchError(
-            f"{' and '.join(missing)} not installed", remedy="pip install 'peft-dist[train]'"
-        )
 
 
 def _complain(line: str, code: int) -> int:

@@ -57,6 +57,9 @@ def add_commands(
         help="run the set-up of the cluster file and the imports here first",
     )
     submit.add_argument("--limit", type=int, metavar="N", help="most elements of an array at once")
+    submit.add_argument(
+        "--anyway", action="store_true", help="submit what cannot fit into the GPUs' memory too"
+    )
     submit.add_argument("--singleton", action="store_true", help="wait for other jobs of this name")
     submit.add_argument(
         "--fresh", action="store_true", help="start anew; a run that is there is renamed"
@@ -117,6 +120,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         singleton=arguments.singleton,
         chain=arguments.chain,
+        anyway=arguments.anyway,
     )
     if arguments.try_here:
         from peft_dist.slurm.validate import try_set_up

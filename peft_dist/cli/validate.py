@@ -21,7 +21,6 @@ def add_command(
     add_recipe: Callable[[argparse.ArgumentParser], None],
     *,
     count: Callable[[str], int],
-    require: Callable[[], None],
 ) -> None:
     """Add the command.
 
@@ -29,11 +28,9 @@ def add_command(
         command: Makes one, from its name, function and description.
         add_recipe: Adds the arguments that name a recipe.
         count: Reads an argument that is a number from 1.
-        require: Refuses to go on without the packages that rows are tokenised with.
     """
     validate = command("validate", _validate, "check a recipe and its first rows; needs no torch")
     add_recipe(validate)
-    validate.set_defaults(require=require)
     validate.add_argument(
         "--rows",
         type=count,
@@ -66,7 +63,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _show_steps(recipe: "Recipe", processes: int) -> None:
-    from peft_dist.config.batch_shape import batch_shape
+    from peft_dist.config.batch_shape import batch_shape, micro_batch_rows
 
     shape = batch_shape(recipe, processes)
     if shape is None:
@@ -75,7 +72,7 @@ def _show_steps(recipe: "Recipe", processes: int) -> None:
     passes = "1 pass" if shape.accumulation == 1 else f"{shape.accumulation} passes"
     show(
         f"  a step: {shape.rows_per_step} rows, {shape.rows_per_process} per process "
-        f"in {passes} of up to {recipe.train.micro_batch_size}"
+        f"in {passes} of up to {micro_batch_rows(recipe)}"
     )
     if recipe.train.steps is not None:
         rows = recipe.train.steps * shape.rows_per_step
@@ -85,8 +82,9 @@ def _show_steps(recipe: "Recipe", processes: int) -> None:
 def _show_rows(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.command import show_rows_command, worker_environment
     from peft_dist.launch.local import run_tool
+    from peft_dist.launch.packages import require_training_packages
 
-    arguments.require()
+    require_training_packages()
     words = [arguments.recipe, *arguments.overrides, "--rows", str(arguments.rows)]
     words += ["--show-mask"] * arguments.show_mask + ["--json"] * arguments.json
     return run_tool(show_rows_command(words), environment=worker_environment())

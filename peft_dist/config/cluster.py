@@ -69,6 +69,15 @@ class Stage(Section):
     there for later jobs of yours, and go when no job has used them for two weeks."""
 
 
+class Links(Section):
+    """What one GPU receives per second from others in a collective; only plans use it."""
+
+    inside_gb_s: PositiveFloat | None = None
+    """From GPUs of its node, in GB/s. Default: about three quarters of what its kind of GPU has."""
+    between_gb_s: PositiveFloat | None = None
+    """From GPUs of other nodes, in GB/s. Default: 45, as with one 400 Gb/s adapter per GPU."""
+
+
 class Preflight(Section):
     """Checks of every node before training."""
 
@@ -102,6 +111,11 @@ class Cluster(Section):
     """Most nodes of one job."""
     gpus_per_node: NonNegativeInt = 0
     """GPUs of a node; 0 trains on CPUs."""
+    gpu: Name | None = None
+    """Kind of GPU, such as h100-80gb or a100-40gb, by which `plan` knows memory and speed. Off:
+    nothing is refused for want of memory."""
+    links: Links = Links()
+    """Speed of the network, for `plan`."""
     gres: Gres | None = "gpu:{gpus}"
     """How GPUs are asked for, such as gpu:a100:{gpus}. null where a node comes with its GPUs."""
     processes_per_node: PositiveInt | None = None

@@ -126,8 +126,10 @@ class Train(Section):
     given."""
     global_batch_tokens: PositiveInt | None = None
     """Tokens per optimizer step over all processes: as many whole rows as fit, at least one."""
-    micro_batch_size: PositiveInt = 4
-    """Most rows per process and pass; accumulation follows from it. Memory grows with it."""
+    micro_batch_size: PositiveInt | Literal["auto"] = 4
+    """Most rows per process and pass; accumulation follows from it. Memory grows with it. auto:
+    what `peft-dist plan` finds fastest of what fits, written into the run's recipe; 4 without
+    GPUs."""
     learning_rate: PositiveFloat | None = None
     """Peak learning rate. Default: what suits the method (lora 2e-4, bottleneck 1e-3, prefix and
     prompt 3e-2, bitfit 1e-2, peft 1e-3)."""
@@ -143,8 +145,9 @@ class Train(Section):
     """AdamW denominator term."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Clip the global gradient norm to this. 0: off."""
-    activation_checkpointing: bool = False
-    """Recompute each block in backward: less memory, about a third more time."""
+    activation_checkpointing: bool | Literal["auto"] = False
+    """Recompute each block in backward: less memory, about a third more time. auto: where
+    `peft-dist plan` finds that it must be; off without GPUs."""
     non_finite: Literal["skip", "rollback", "stop"] = "skip"
     """What happens where loss or gradient is not finite; the adapter is never updated with it.
     skip: leave the step out. rollback: go back to the newest checkpoint's adapter, and on with the
@@ -196,7 +199,8 @@ class Parallel(Section):
     strategy: Literal["auto", "ddp", "fsdp", "hsdp", "zero2", "zero3"] = "auto"
     """ddp: base on every process. fsdp: base sharded over all. hsdp: sharded inside groups,
     groups are replicas. zero2: ddp with the optimizer sharded by DeepSpeed. zero3: base sharded by
-    DeepSpeed too. auto: what the launcher says, else fsdp."""
+    DeepSpeed too. auto: what the launcher says; without one what `peft-dist plan` finds fastest of
+    what fits, else fsdp."""
     processes: PositiveInt | None = None
     """Processes in all. Default: what the launcher says, else one per GPU, else 1."""
     shard_size: PositiveInt | None = None

@@ -18,6 +18,7 @@ from peft_dist.common.env import WATCHED_LEASE
 from peft_dist.common.errors import RunDirError, TrainingError
 from peft_dist.common.process_identity import is_launcher_gone
 from peft_dist.config import Recipe, load_recipe
+from peft_dist.config.batch_shape import require_settled
 from peft_dist.config.run_date import date_in, with_date
 from peft_dist.model.import_bitsandbytes import import_bitsandbytes
 from peft_dist.run.directory import RunDir
@@ -99,6 +100,7 @@ def _train(
     context.run_dir = _run_of(options)[0]
     stop_requests.on_setup_stop = context.stopped_in_setup
     recipe = load_recipe(_recipe_of(options), options.overrides)
+    require_settled(recipe)
     if context.rank == 0:
         _take(options, recipe, context)
         recipe = with_date(recipe, _date_of_run(context.run_dir))

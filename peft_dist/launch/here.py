@@ -39,6 +39,7 @@ from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_launch, mark_launch
 from peft_dist.run.holder import wait_for_orphans
 from peft_dist.run.lease import end_for, refuse_if_held
+from peft_dist.run.prediction import Prediction, write_prediction
 from peft_dist.run.restart_policy import Ending, History, Kind, RestartLimits, decide
 
 LOG_TAIL_LINES = 15
@@ -59,10 +60,24 @@ class LocalLaunch:
     command: list[str]
     environment: dict[str, str]
     allow_changed: Collection[str]
+    prediction: Prediction | None
+    """What the plan says of it, for the record."""
 
 
-def prepare(recipe: Recipe, folder: Path, *, allow_changed: Collection[str] = ()) -> LocalLaunch:
+def prepare(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    allow_changed: Collection[str] = (),
+    prediction: Prediction | None = None,
+) -> LocalLaunch:
     """Work out what starts a recipe here; make and start nothing.
+
+    Args:
+        recipe: What to train.
+        folder: Of the run.
+        allow_changed: Settings that may differ from those the run was trained with.
+        prediction: What the plan says of it, for the record.
 
     Raises:
         LaunchError: For more processes than GPUs, or processes that shards do not divide.
@@ -82,7 +97,8 @@ def prepare(recipe: Recipe, folder: Path, *, allow_changed: Collection[str] = ()
         max_restarts=recipe.parallel.max_restarts,
     )
     environment = launch_environment(placement, environ)
-    return LocalLaunch(recipe, run, placement.strategy, command, environment, allow_changed)
+    strategy = placement.strategy
+    return LocalLaunch(recipe, run, strategy, command, environment, allow_changed, prediction)
 
 
 def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
@@ -110,6 +126,7 @@ def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
         fresh=fresh,
         allow_changed=start.allow_changed,
     )
+    write_prediction(run, start.prediction)
     log = run.launcher_log
     before = mark_launch(run)
     facts = {LAUNCHED_AT: repr(time.time()), WATCHED_LEASE: watched}

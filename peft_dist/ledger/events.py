@@ -79,6 +79,10 @@ class StartEvent(LedgerEvent):
     """Slurm job; missing outside Slurm."""
     slurm_restart_count: int | None = None
     """How often Slurm has requeued that job."""
+    planned_bytes_per_rank: int | None = None
+    """Bytes of tensors that a rank was foreseen to need; missing without a plan."""
+    planned_step_s: float | None = None
+    """Seconds that a step was foreseen to take, of the longest rows."""
     launched: Seconds = 0.0
     """Unix time at which the launcher was started; missing where it is not known."""
 

@@ -30,10 +30,8 @@ from peft_dist.report.series import number, numbers
 from peft_dist.report.thin_events import ThinnedEvents
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import crash_notes
+from peft_dist.run.prediction import read_prediction
 from peft_dist.run.restart_policy import Kind
-
-PLAN_FILE = "plan.json"
-"""The plan made before the run, if there is one: `bytes_per_rank`."""
 
 AnyEvent = TypeVar("AnyEvent", bound=LedgerEvent)
 
@@ -66,6 +64,8 @@ class RunData:
     """Why starting again cannot help; empty where it can."""
     planned_bytes: Sequence[float]
     """Planned memory of every rank; empty without a plan."""
+    planned_tokens_per_s: float | None
+    """Planned speed, each row of the longest length."""
     events: Sequence[LedgerEvent]
     """The ledger, without what an attempt wrote after it had lost the run; of very many steps a
     sample and the extremes."""
@@ -193,6 +193,7 @@ def read_run(run: RunDir, name: str) -> RunData:
         result=_read_json(run.result),
         failure="" if failure is None else failure.error,
         planned_bytes=_planned(run),
+        planned_tokens_per_s=number(read_prediction(run).get("tokens_per_s")),
         events=events,
         ledger_steps=thinned.steps,
         counting=counting_events(events),
@@ -212,7 +213,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def _planned(run: RunDir) -> list[float]:
-    planned = _read_json(run.path / PLAN_FILE).get("bytes_per_rank")
+    planned = read_prediction(run).get("bytes_per_rank")
     one = number(planned)
     return numbers(planned) if one is None else [one]
 

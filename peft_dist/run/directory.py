@@ -74,6 +74,11 @@ class RunDir:
         return self.path / "ledger.jsonl"
 
     @property
+    def plan(self) -> Path:
+        """What was foreseen of the run: bytes of a rank, and seconds of a step."""
+        return self.path / "plan.json"
+
+    @property
     def result(self) -> Path:
         """The summary of a finished run."""
         return self.path / "result.json"

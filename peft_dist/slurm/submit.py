@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft_dist.common import env, paths
@@ -24,8 +24,10 @@ from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, render_cluster
 from peft_dist.data.first_rows import check_first_rows
 from peft_dist.launch.placement import Machine, plan_processes
+from peft_dist.plan.settle import check_memory, cluster_hardware, settle_alike
 from peft_dist.run import job_events
 from peft_dist.run.directory import RunDir, write_text_atomic
+from peft_dist.run.prediction import Prediction, write_prediction
 from peft_dist.run.sweep import (
     Element,
     grid,
@@ -59,6 +61,8 @@ class Request:
     """An array that has been submitted before; each of its runs has a recipe of its own."""
     allow_changed: Sequence[str] = ()
     """Settings that may differ from those a run was trained with."""
+    anyway: bool = False
+    """Whether to submit what cannot fit into memory all the same."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Run:
     recipe: Recipe
     settings: Sequence[str]
     """In an array, what sets this element apart."""
+    prediction: Prediction | None = None
+    """What the plan says of it, for the record."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ def prepare(request: Request) -> Submission:
     cluster, folder = request.cluster, request.folder.absolute()
     _check_numbers(request)
     validate.check_folder(folder)
-    runs = _runs(request, folder)
+    runs, warnings = _settled(request, _runs(request, folder))
     recipes = [run.recipe for run in runs]
     validate.check_alike(recipes)
     validate.check_processes(cluster, request.nodes, recipes[0])
@@ -131,7 +137,7 @@ def prepare(request: Request) -> Submission:
     )
     validate.check_limits(job, time_from=time_from)
     validate.check_cluster_files(cluster)
-    warnings = validate.check_cpus(cluster)
+    warnings += validate.check_cpus(cluster)
     for run in runs:
         warnings += validate.check_paths(cluster, request.nodes, run.folder, run.recipe)
         warnings += validate.check_batch(run.recipe, placement.processes)
@@ -206,6 +212,7 @@ def _submit(
         made = RunDir.claim(
             run.folder, run.recipe, command=command, fresh=fresh, allow_changed=job.allow_changed
         )
+        write_prediction(made, run.prediction)
         _make_slurm_folder(made, job.cluster)
     if job.array:
         write_array(job.folder, elements, job.array.limit)
@@ -295,6 +302,27 @@ def _runs(request: Request, folder: Path) -> list[Run]:
             for index, settings in enumerate(grid(request.array))
         ]
     return [Run(folder, load_recipe(request.recipe, request.overrides), ())]
+
+
+def _settled(request: Request, runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """Return the runs with every `auto` replaced, and what there is to say of their memory.
+
+    Raises:
+        LaunchError: For one that cannot fit.
+    """
+    hardware = cluster_hardware(request.cluster)
+    settled = settle_alike([run.recipe for run in runs], hardware, request.nodes)
+    warnings = [
+        f"memory was not checked: {found.unknown}"
+        for found in settled
+        if hardware is not None and found.unknown
+    ]
+    for found in settled:
+        warnings += check_memory(found, anyway=request.anyway)
+    return [
+        replace(run, recipe=found.recipe, prediction=found.prediction())
+        for run, found in zip(runs, settled, strict=True)
+    ], warnings
 
 
 def _time_limit(request: Request) -> tuple[str | None, str]:

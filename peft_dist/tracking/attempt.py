@@ -24,6 +24,7 @@ from peft_dist.metrics.memory import peak_device_bytes, peak_rss_bytes
 from peft_dist.metrics.result import make_result, summary
 from peft_dist.run.directory import RunDir, write_text_atomic
 from peft_dist.run.lease import Attempt
+from peft_dist.run.prediction import planned_facts
 from peft_dist.run.provenance import versions
 from peft_dist.run.restart_policy import Kind
 from peft_dist.tracking.nodes import watch_machine
@@ -229,6 +230,7 @@ class TrainingAttempt:
         job = slurm_job()
         if job["slurm_job_id"] is not None:
             facts |= job
+        facts |= planned_facts(self.run)
         if LAUNCHED_AT in os.environ:
             facts["launched"] = float(os.environ[LAUNCHED_AT])
         trainer.write(
