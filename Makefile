@@ -3,13 +3,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --no-loadscope-reorder
 RECIPE := configs/recipes/quickstart.yaml
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINNED := $(PIP) install --quiet -c configs/constraints.txt
 
-.PHONY: help install quickstart methods check test test-fast faults cluster audit clean
+.PHONY: help install quickstart methods check test test-fast docs faults cluster audit clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -33,14 +35,22 @@ check: $(VENV)/.installed-all ## formatting, lint, types, layers
 	$(BIN)/lint-imports
 
 test: $(VENV)/.installed-all ## the whole test suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(VENV)/.installed-all ## tests that take seconds
-	$(BIN)/python -m pytest -m "not slow and not distributed"
+	$(PYTEST) -m "not slow and not distributed"
+
+docs: $(VENV)/.installed-all ## write the generated pages of docs/ anew and build the site, into site/
+	$(BIN)/python -m peft_dist.config.docs > docs/recipe-reference.md
+	$(BIN)/python -m peft_dist.config.docs cluster > docs/cluster-reference.md
+	$(BIN)/python -m peft_dist.cli.docs > docs/cli.md
+	$(BIN)/python -m peft_dist.ledger.docs > docs/ledger.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 faults: $(VENV)/.installed-all ## the tests of faults with many more cases; more than an hour
-	PEFT_DIST_FAULTS=long $(BIN)/python -m pytest --timeout 3600 tests/faults \
-		tests/unit/test_script_fuzz.py tests/unit/test_wandb.py tests/cluster
+	PEFT_DIST_FAULTS=long $(BIN)/python -m pytest --timeout 3600 tests/faults tests/distributed \
+		tests/unit/test_script_fuzz.py tests/unit/test_wandb.py tests/unit/test_plan.py \
+		tests/unit/test_plan_formulas.py tests/cluster
 
 cluster: $(VENV)/.installed-all ## a shell in a real Slurm of four nodes; CMD=... runs that instead
 	$(BIN)/python -m tests.cluster $(CMD)
@@ -50,7 +60,7 @@ audit: $(VENV)/.installed-all ## ask an advisory database about the pinned versi
 	$(BIN)/pip-audit --requirement configs/constraints.txt --no-deps --disable-pip --strict
 
 clean: ## remove the environment and what builds and tools left; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone, so that nothing else chooses its build; the build tools are pinned

@@ -2,6 +2,7 @@
 
 import sys
 
-from peft_dist.entrypoints.train import main
+if __name__ == "__main__":  # processes that tokenise for it read this file too
+    from peft_dist.entrypoints.train import main
 
-sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -7,22 +7,30 @@ The process around it stands in `entrypoints/train.py`, what follows and guards 
 import logging
 import time
 from collections.abc import Collection
+from datetime import date
 from pathlib import Path
+
+from torch.distributed import Store
 
 from peft_dist.checkpoint import directory
 from peft_dist.checkpoint.checkpointer import Checkpointer, read_state
 from peft_dist.checkpoint.room import require_room
 from peft_dist.checkpoint.run_identity import describe_run, refuse_another_run
+from peft_dist.checkpoint.same_inputs import describe_inputs, refuse_different_inputs
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.errors import RunDirError
 from peft_dist.common.screen import stage, wait
 from peft_dist.common.sizes import megabytes
 from peft_dist.config import Recipe
+from peft_dist.config.run_date import with_date
+from peft_dist.data.mixture import source_shares
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group, rendezvous
+from peft_dist.distributed.world import World
 from peft_dist.evaluation.scoring import EvalSet, make_eval_set
 from peft_dist.model.source import find_base
+from peft_dist.model.vocabulary import refuse_unknown_ids
 from peft_dist.model.weights import model_folder
 from peft_dist.model_setup import set_up_model
 from peft_dist.run.saving import being_saved
@@ -60,6 +68,7 @@ def fine_tune(
     world = attempt.world
     log.info("libraries loaded  %.1f s", time.monotonic() - started_s)
     meeting = rendezvous.meet(world)
+    recipe = _with_date_of_main(recipe, world, meeting)
 
     # What can take minutes comes before the process group, whose collectives would not wait.
     cache = usable_cache_dir()
@@ -71,9 +80,16 @@ def fine_tune(
     with stage("hashing the model's files", log) as told:
         base = find_base(recipe, cache)
         told.append(f"model: {base.files.folder}, {megabytes(base.files.bytes)}")
+    held = None if eval_set is None else eval_set.rows
+    texts = {"data.train": rows.tokens, **({} if eval_set is None else eval_set.texts())}
+    with wait("comparing the rows with the model's vocabulary"):
+        refuse_unknown_ids(recipe, base.files.folder, texts)
+    with wait("sampling the model's weights"):
+        inputs = describe_inputs(recipe, {"data.train": rows, "data.eval": held}, base.files)
     with stage(f"waiting until all {world.size} processes are there", log):
         process_group.start(world, meeting)
         attempt.share_run()
+        refuse_different_inputs(inputs)
 
     setup = set_up_model(recipe, world, base, label_names=rows.label_names)
     for some in (rows, *([] if eval_set is None else [eval_set.rows])):
@@ -98,23 +114,37 @@ def fine_tune(
     attempt.show_result()
 
 
+def _with_date_of_main(recipe: Recipe, world: World, meeting: Store) -> Recipe:
+    """Return the recipe with the date that rank 0 trains by: rows must be alike on all ranks."""
+    if world.is_main:
+        meeting.set("data.date", str(with_date(recipe).data.date))
+    day = date.fromisoformat(meeting.get("data.date").decode())
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": day})})
+
+
 def _read_rows(recipe: Recipe, cache: Path) -> tuple[TokenizedRows, EvalSet | None]:
     """Tokenise the rows of a recipe, or read them from the cache; needs no other process."""
     rows = tokenize_rows(recipe, "train", cache)
+    source_shares(recipe.data, [source.rows for source in rows.sources])  # refused here, if at all
     if recipe.data.eval is None:
         return rows, None
     return rows, make_eval_set(recipe, tokenize_rows(recipe, "eval", cache))
 
 
 def _described(rows: TokenizedRows, eval_set: EvalSet | None) -> list[str]:
-    """Return what is said of the rows: a smaller data set is no secret."""
-    for report in rows.bad_rows:
-        log.warning("left out %s", report)
+    """Log what became of the rows of each source, and return a line about all of them.
+
+    A smaller data set is no secret.
+    """
+    held = [] if eval_set is None else [("held-out", eval_set.rows)]
+    for what, some in [("training", rows), *held]:
+        for notice in some.notices:
+            log.warning("%s rows: %s", what, notice)
+        for source in some.sources:
+            for report in source.reports:
+                log.warning("left out %s", report)
+            log.info("%s", source.line(what))
     kept = f"rows: {rows.n_rows:,} to train on, {len(rows.tokens):,} tokens"
-    if rows.truncated_rows:
-        kept += f", {rows.truncated_rows:,} of them cut to data.max_length"
-    if rows.dropped_rows:
-        kept += f", {rows.dropped_rows:,} left out with nothing to train"
     return [kept + ("" if eval_set is None else f", {eval_set.rows.n_rows:,} held out")]
 
 

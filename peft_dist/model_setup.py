@@ -7,8 +7,8 @@ then read the rows that belong here. Trains nothing.
 import logging
 import os
 import time
-from collections.abc import Collection
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
 
 from peft_dist.common.errors import DataError, RecipeError, TrainingError
+from peft_dist.common.paths import TOKENIZER_FILES
 from peft_dist.common.screen import stage
 from peft_dist.common.sizes import megabytes
 from peft_dist.config import Recipe
@@ -30,14 +30,15 @@ from peft_dist.distributed.world import World
 from peft_dist.methods import METHODS, BaseAccess, Method
 from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
-from peft_dist.model import architectures, attention, base
+from peft_dist.model import architectures, attention, base, precision
 from peft_dist.model.base import BasePlan
 from peft_dist.model.loss import CausalLM, SequenceClassifier
 from peft_dist.model.nf4 import WEIGHTS_PER_BYTE
-from peft_dist.model.source import BaseSource
+from peft_dist.model.proof import Way, prove
+from peft_dist.model.source import BaseSource, Released
 from peft_dist.sharding import ENGINES, Engine, Group
 from peft_dist.sharding.launcher_env import resolve
-from peft_dist.sharding.verify import verify_sharded
+from peft_dist.sharding.verify import verify_one_base, verify_sharded
 
 log = logging.getLogger(__name__)
 
@@ -64,19 +65,21 @@ class ModelSetup:
     """Of the base as its files have it; that it trains with may be changed by the method."""
     base_fingerprint: dict[str, int]
     packed_base: Path | None
+    position_table: int | None
+    """Positions of the model's table, where it has one."""
+    packing: bool
+    """Whether the rows of a micro-batch are laid end to end."""
     load_seconds: float
-
-    @property
-    def packing(self) -> bool:
-        """Whether the rows of a micro-batch are laid end to end."""
-        packing = self.recipe.data.packing
-        return self.recipe.model.task == "causal-lm" if packing is None else packing
+    released: Released
+    """What the adapter names as its base."""
+    tokenizer_files: list[Path]
+    """What is saved beside the adapter: the tokenizer and its chat template."""
 
     @property
     def base_parameters(self) -> int:
         """Return how many parameters the base has, however they are stored."""
         return sum(
-            self.engine.shape(parameter).numel() * WEIGHTS_PER_BYTE.get(name.rpartition(".")[2], 1)
+            self.engine.shape(parameter).numel() * _weights_per_element(name)
             for name, parameter in self.base.items()
         )
 
@@ -87,10 +90,8 @@ class ModelSetup:
     @property
     def max_positions(self) -> int | None:
         """Most tokens of a row, where the model has a table of positions; None where it has not."""
-        config = architectures.bare_model(self.peft).config
-        if config.model_type not in architectures.LEARNED_POSITIONS:
-            return None
-        return int(config.max_position_embeddings) - self.method.learned_positions
+        places = self.position_table
+        return None if places is None else places - self.method.learned_positions
 
     def check_lengths(self, rows: TokenizedRows) -> None:
         """Compare the longest row with the positions that the model has.
@@ -146,14 +147,9 @@ class ModelSetup:
             )
 
 
-def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """Return the dtype a recipe computes in on this device."""
-    if recipe.model.dtype != "auto":
-        named: torch.dtype = getattr(torch, recipe.model.dtype)
-        return named
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    # Without matrix units for it, bfloat16 is slower than float32 on a CPU.
-    return torch.bfloat16 if on_gpu else torch.float32
+def _weights_per_element(name: str) -> int:
+    """Return how many weights of the model an element of a parameter holds."""
+    return WEIGHTS_PER_BYTE.get(name.replace(".", "_").rpartition("_")[2], 1)
 
 
 def _attention(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
@@ -164,26 +160,64 @@ def _attention(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
     return "flash_attention_2" if is_flash_attn_2_available() else "auto"
 
 
-def _use_row_attention(recipe: Recipe, method: Method[Any], skeleton: PreTrainedModel) -> None:
-    """Use our attention instead of transformers' own, where that does the same with more work.
+def _ways(recipe: Recipe, method: Method[Any], picked: str) -> list[Way]:
+    """Return the ways to compute a micro-batch, best first.
+
+    Our attention does the same as transformers' with less work; where it does not, the kernel that
+    transformers picks for the model does. Rows lie end to end unless the model mixes them then.
+
+    Args:
+        recipe: The recipe.
+        method: What is trained.
+        picked: The kernel that the model was built with.
 
     Raises:
         RecipeError: Where the recipe wants another kernel, and the method works through ours.
     """
-    chosen, picked = recipe.model.attention, skeleton.config._attn_implementation
+    chosen = recipe.model.attention
     if method.own_attention and chosen not in ("auto", "sdpa"):
         raise RecipeError(
             f"{chosen} has no place for what method {recipe.method.kind} learns",
             where="model.attention",
             remedy="set it to auto",
         )
-    if method.own_attention or picked == "sdpa" or (chosen == "auto" and picked == "eager"):
-        attention.register()
-        skeleton.set_attn_implementation(attention.ROW_ATTENTION)
+    kernels = [picked]
+    if method.own_attention:
+        kernels = [attention.ROW_ATTENTION]
+    elif picked == "sdpa" or (chosen == "auto" and picked == "eager"):
+        kernels = [attention.ROW_ATTENTION, picked]
+    if chosen == "auto" and not method.own_attention and "eager" not in kernels:
+        kernels.append("eager")
+    packing = recipe.data.packing
+    layouts = [True, False] if packing is None else [packing]
+    return [Way(kernel, layout) for layout in layouts for kernel in kernels]
+
+
+def _require_own_weights(blocks: dict[str, nn.Module], model_type: str) -> None:
+    """Refuse layers that share weights, of which each would be sharded by itself.
+
+    Raises:
+        RecipeError: Naming the first that does.
+    """
+    owners: dict[int, str] = {}
+    for name, block in blocks.items():
+        for parameter in block.parameters():
+            if owners.setdefault(id(parameter), name) != name:
+                raise RecipeError(
+                    f"{name} of {model_type} shares weights with {owners[id(parameter)]}, and "
+                    "FSDP shards each layer by itself",
+                    where="parallel.strategy",
+                    remedy="set it to ddp or zero3",
+                )
 
 
 def set_up_model(
-    recipe: Recipe, world: World, source: BaseSource, *, label_names: tuple[str, ...] = ()
+    recipe: Recipe,
+    world: World,
+    source: BaseSource,
+    *,
+    label_names: tuple[str, ...] = (),
+    engines: Mapping[str, type[Engine]] = ENGINES,
 ) -> ModelSetup:
     """Build, shard and load the model. Collective.
 
@@ -192,6 +226,7 @@ def set_up_model(
         world: Rank and size of this process's world.
         source: What `find_base` found.
         label_names: Class names, for sequence classification.
+        engines: By strategy, what shards.
 
     Raises:
         PeftDistError: For a model, launcher or option that cannot work; before weights are read
@@ -199,8 +234,12 @@ def set_up_model(
     """
     started = time.monotonic()
     launched = resolve(recipe.parallel, world, os.environ)
-    dtype = compute_dtype(recipe, world.device)
+    dtype, why = precision.compute_dtype(recipe.model, world.device)
+    if world.is_main:
+        log.log(logging.WARNING if why else logging.INFO, "computing in %s%s", dtype, why)
     config = architectures.read_config(source.files.folder, task=recipe.model.task)
+    if recipe.model.dropout == "off":
+        architectures.turn_dropout_off(config)
     skeleton = architectures.build_skeleton(
         config,
         task=recipe.model.task,
@@ -208,43 +247,55 @@ def set_up_model(
         attention=_attention(recipe, world.device, dtype),
         label_names=label_names,
     )
+    released = source.released(recipe)
     method = METHODS[recipe.method.kind](recipe.method, seed=recipe.train.seed)
+    ways = _ways(recipe, method, skeleton.config._attn_implementation)
     if recipe.model.task == "causal-lm":
-        _use_row_attention(recipe, method, skeleton)
+        attention.register()
+        attention.use_kernel(skeleton, ways[0].attention)
     has_conv1d = architectures.has_conv1d(skeleton)
     plan = base.plan_base(skeleton, source.files, quantization=recipe.quantization)
     if world.is_main:
         for warning in plan.warnings:
             log.warning(warning)
-    blocks = list(architectures.transformer_blocks(skeleton).values())
+    blocks = architectures.transformer_blocks(skeleton)
+    if launched.strategy in ("fsdp", "hsdp"):
+        _require_own_weights(blocks, config.model_type)
+    position_table = architectures.position_table(skeleton)
     peft = method.attach(
         skeleton,
         task=recipe.model.task,
-        base_name=recipe.model.name,
+        base_name=released.name,
         has_conv1d=has_conv1d,
     )
-    if recipe.train.activation_checkpointing:
+    peft.peft_config[peft.active_adapter].revision = released.commit
+    if recipe.train.activation_checkpointing is True:
         # After the adapter: PEFT refuses a prefix on a model that has it on already.
         skeleton.gradient_checkpointing_enable({"use_reentrant": False})
     model = _HEADS[recipe.model.task](peft)
-    engine = ENGINES[launched.strategy](
+    engine = engines[launched.strategy](
         world, shard_size=launched.shard_size, offload=launched.offload
     )
-    engine.wrap(model, blocks, [p for p in model.parameters() if p.requires_grad])
+    engine.wrap(model, blocks.values(), [p for p in model.parameters() if p.requires_grad])
     engine.materialize(model)
 
     frozen, trained = _split(peft)
     log.info("built: %s with %s adapters", type(skeleton).__name__, recipe.method.kind)
     packed = _load_base(peft, frozen, trained, plan, source, engine)
     _fill_fresh_heads({**frozen, **trained}, plan, peft, engine, seed=recipe.train.seed)
-    released = engine.fingerprint(frozen)
+    as_released = engine.fingerprint(frozen)
+    verify_one_base(as_released)
     log.info("base: %s, built and loaded  %.1f s", recipe.quantization, time.monotonic() - started)
     by_name = {base_name_in(peft, name): parameter for name, parameter in frozen.items()}
     start = _start(recipe, source, plan, by_name, engine, model)
     with stage("filling and sharding the adapters", log) as told:
         method.initialise(peft, start)
         rate = method.rate_factor
-        engine.flatten_adapter(trained, lambda n: Group(trained[n].dim() > 1, rate(n)))
+        engine.flatten_adapter(
+            trained,
+            lambda n: Group(trained[n].dim() > 1, rate(n)),
+            sources=recipe.data.mixed_sources,
+        )
         total, by_rank = verify_sharded(engine, frozen, trained, launched.strategy)
         told.append(
             f"shards: {megabytes(by_rank[world.rank])} of {megabytes(total)} of the base here "
@@ -263,13 +314,56 @@ def set_up_model(
         adapter=trained,
         base_bytes_total=total,
         base_bytes_by_rank=by_rank,
-        released_fingerprint=released,
-        base_fingerprint=engine.fingerprint(frozen) if method.changes_base else released,
+        released_fingerprint=as_released,
+        base_fingerprint=engine.fingerprint(frozen) if method.changes_base else as_released,
         packed_base=packed,
+        position_table=position_table,
+        packing=False,
         load_seconds=time.monotonic() - started,
+        released=released,
+        tokenizer_files=source.files.others(TOKENIZER_FILES),
     )
     setup.check_adapters_agree()
+    if isinstance(model, CausalLM):
+        setup.packing = _prove(setup, model, ways, blocks, source.cache_dir).packing
     return setup
+
+
+def _prove(
+    setup: ModelSetup,
+    model: CausalLM,
+    ways: list[Way],
+    blocks: dict[str, nn.Module],
+    cache_dir: Path,
+) -> Way:
+    """Return a way to compute micro-batches that is proven right, and use its kernel. Collective.
+
+    Raises:
+        ModelError: Where there is none.
+    """
+    started = time.monotonic()
+    bare = architectures.bare_model(setup.peft)
+    learned = setup.peft.active_peft_config.is_prompt_learning
+    with setup.peft.disable_adapter() if learned else nullcontext():
+        way, problems = prove(
+            model,
+            ways,
+            bare=bare,
+            blocks=blocks,
+            device=setup.world.device,
+            dtype=setup.compute_dtype,
+            autocast=setup.autocast,
+        )
+    if setup.world.is_main:
+        for problem in problems:
+            log.info("not used: %s", problem)
+        log.info(
+            "%s: losses are those of transformers, with %s (%.1f s)",
+            bare.config.model_type,
+            way,
+            time.monotonic() - started,
+        )
+    return way
 
 
 def _split(peft: PeftModel) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

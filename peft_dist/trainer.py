@@ -17,6 +17,8 @@ from peft_dist.checkpoint.checkpointer import Checkpointer
 from peft_dist.checkpoint.progress import NoHooks, Progress, TrainerHooks
 from peft_dist.common.errors import Interrupted, TrainingError
 from peft_dist.common.screen import wait
+from peft_dist.config.batch_shape import micro_batch_rows
+from peft_dist.data.mixture import source_shares
 from peft_dist.data.order import RowIds, StepPlan, assign
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import barrier
@@ -34,6 +36,7 @@ from peft_dist.ledger.events import (
 from peft_dist.ledger.writer import Tracker
 from peft_dist.metrics.memory import peak_memory_bytes
 from peft_dist.metrics.mfu import Utilisation
+from peft_dist.metrics.source_loss import SourceLosses
 from peft_dist.metrics.step import StepInputs, StepMetrics, StepMetricsReader, make_extras
 from peft_dist.model_setup import ModelSetup
 from peft_dist.optim.lr_schedule import learning_rate, peak_learning_rate
@@ -85,11 +88,14 @@ class Trainer:
         self.hooks = hooks or NoHooks()
         self.trackers: list[Tracker] = []
         """Views of the run; stays empty on every rank but 0."""
-        self.plan = StepPlan.of(self.recipe.train, rows.lengths)
+        shares = source_shares(self.recipe.data, [source.rows for source in rows.sources])
+        self.plan = StepPlan.of(self.recipe.train, rows.lengths, shares)
         self.peak_rate = peak_learning_rate(self.recipe)
         self.optimizer: AdapterOptimizer = setup.engine.share_optimizer(make_optimizer(setup))
         self.progress = Progress()
-        self._reader = StepMetricsReader(self.world.device)
+        device, sources = self.world.device, self.recipe.data.mixed_sources
+        self._reader = StepMetricsReader(device, sources=sources)
+        self._source_losses = SourceLosses(self.recipe, rows, device)
         self._stop = self._save_due = self._give_up = False
         self._saved_step = -1
         self._saved_at = self._mark = time.monotonic()
@@ -140,7 +146,7 @@ class Trainer:
             ids,
             self.rows.lengths,
             world_size=self.world.size,
-            micro_batch_size=self.recipe.train.micro_batch_size,
+            micro_batch_size=micro_batch_rows(self.recipe),
         )[self.world.rank]
         # Every rank knows all rows, so the divisor of the whole global batch needs no exchange.
         predictions = int(self.rows.predicted_counts[ids].sum())
@@ -152,7 +158,9 @@ class Trainer:
             batch = batch.to(device)
             self._seed_dropout(step, index)
             with self.setup.autocast():
-                nll_sum: torch.Tensor = self.setup.model(batch).nll.sum()
+                nll: torch.Tensor = self.setup.model(batch).nll
+                nll_sum = nll.sum()
+            self._source_losses.add(micro, batch, nll)
             (nll_sum / predictions).backward()
             loss += nll_sum.detach()
         engine.compute_timer.end()
@@ -163,6 +171,7 @@ class Trainer:
             flags=self._flags(),
             step_s=engine.compute_timer.latest_s(),
             memory_bytes=peak_memory_bytes(device),
+            source_nll=self._source_losses.take(),
         )
         summed = engine.reduce(extras)
         norm = engine.clip(self.recipe.train.max_grad_norm)
@@ -175,7 +184,8 @@ class Trainer:
         engine.compute_timer.begin()
         self.progress.step, self.progress.cursor = step, cursor
         tokens = int(self.rows.lengths[ids].sum())
-        self._reader.put(StepInputs(step, rate, len(ids), cursor, tokens), metrics)
+        by_source = self._source_losses.predictions(ids)
+        self._reader.put(StepInputs(step, rate, len(ids), cursor, tokens, by_source), metrics)
         # To roll back a step later would undo one that was sound, and is in the ledger.
         waits = not self._reader.is_late or self.recipe.train.non_finite == "rollback"
         self._publish(keep=0 if waits else 1)
@@ -230,7 +240,7 @@ class Trainer:
         started = time.monotonic()
         self.hooks.phase("save", step)
         if self._saved_step != step:
-            facts = {**asdict(self.progress), "epoch": self.progress.cursor // self.rows.n_rows}
+            facts = {**asdict(self.progress), "epoch": self.plan.epoch_of(self.progress.cursor)}
             with wait(f"saving step {step}"):
                 self.checkpointer.take(facts, self.optimizer)
             self._saved_step = step
@@ -281,8 +291,8 @@ class Trainer:
             tokens_per_s = inputs.tokens / seconds
             self.write(
                 StepEvent(
-                    **inputs._asdict(),
-                    **metrics.fields(),
+                    **inputs.fields(),
+                    **metrics.fields(inputs.source_predictions),
                     tokens_per_s=tokens_per_s,
                     mfu=self._utilisation.mfu(tokens_per_s),
                     peak_memory_bytes=peak_memory_bytes(self.world.device),
@@ -306,7 +316,7 @@ class Trainer:
                 remedy="lower train.learning_rate, or look at the rows; the adapter of the last "
                 "checkpoint is sound",
             )
-        fields: dict[str, Any] = {**inputs._asdict(), "reason": reason}
+        fields: dict[str, Any] = {**inputs.fields(), "reason": reason}
         del fields["lr"]
         if train.non_finite == "skip":
             self.write(SkippedEvent(**fields))

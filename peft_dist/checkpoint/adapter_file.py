@@ -81,13 +81,19 @@ def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: Pef
     config.save_pretrained(str(folder))
 
 
-def write_partial(folder: Path, tensors: Mapping[str, torch.Tensor], config: PeftConfig) -> Path:
+def write_partial(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: PeftConfig,
+    beside: Collection[Path] = (),
+) -> Path:
     """Write an adapter into a folder of its own, beside the one it is for; return it.
 
     Args:
         folder: Where `replace_adapter` will put it.
         tensors: What the file holds, by the names PEFT reads.
         config: What stands beside them.
+        beside: Files that are copied beside them.
 
     Raises:
         TrainingError: Where the disk is full.
@@ -96,6 +102,8 @@ def write_partial(folder: Path, tensors: Mapping[str, torch.Tensor], config: Pef
     try:
         partial = folder_beside(folder)
         write_adapter(partial, tensors, config)
+        for file in beside:
+            shutil.copyfile(file, partial / file.name)
         sync_tree(partial)
     except (OSError, SafetensorError) as error:
         if partial is not None:

@@ -24,6 +24,7 @@ from peft_dist.checkpoint.adapter_file import check_file, load_adapter, write_ad
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.errors import RunDirError, Superseded, TrainingError
 from peft_dist.common.manifest import seal, step_name
+from peft_dist.common.sharing import folder_mode
 from peft_dist.config.recipe import Checkpoint
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.ledger.events import SavedEvent, SaveFailedEvent
@@ -96,6 +97,8 @@ class Checkpointer:
         self._writing_since_s = 0.0
         self._superseded: Superseded | None = None
         self._results: list[SaveEvent] = []
+        self._whole: set[Path] = set()
+        """Checkpoints that are known not to be damaged."""
 
     def take(self, progress: Facts, optimizer: AdapterOptimizer) -> None:
         """Copy the training to host memory and let rank 0 write it. Collective.
@@ -203,8 +206,9 @@ class Checkpointer:
         if self.setup.world.is_main:
             chosen, bad = directory.newest_good(self._folder)
             for folder, why in bad:
-                aside = directory.set_aside(folder)
-                log.warning("the checkpoint %s is damaged: %s; see %s", folder, why, aside.name)
+                _tell_bad(folder, why, directory.set_aside(folder))
+            if chosen is not None:
+                self._whole.add(chosen)
             if bad:
                 log.warning("going on from %s", "the beginning" if chosen is None else chosen.name)
         shared: str = broadcast_object("" if chosen is None else str(chosen))
@@ -287,7 +291,7 @@ class Checkpointer:
         partial = directory.work_folder(self._folder, snapshot.step, self._attempt)
         try:
             adapter = partial / ADAPTER_FOLDER
-            adapter.mkdir(mode=0o700)
+            adapter.mkdir(mode=folder_mode())
             write_adapter(adapter, snapshot.adapter, snapshot.config)
             check_file(adapter, snapshot.adapter, self._saver.moved(snapshot.adapter))
             save_file(snapshot.optimizer, partial / OPTIMIZER_FILE)
@@ -297,16 +301,23 @@ class Checkpointer:
             # A checkpoint that outlives the lines of its steps would leave a gap in the ledger.
             self._sync_ledger()
             self._may_publish()
-            directory.publish(partial, self._folder / step_name(snapshot.step))
+            published = self._folder / step_name(snapshot.step)
+            directory.publish(partial, published)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         try:
+            for folder, why, aside in directory.set_bad_aside(published, self._whole):
+                _tell_bad(folder, why, aside)
             keep_last, keep_best = self._settings.keep_last, self._settings.keep_best
             directory.prune(self._folder, keep_last, keep_best, held_out_loss)
         except OSError as error:
             log.warning("old checkpoints cannot be removed: %s", error.strerror or error)
         return size
+
+
+def _tell_bad(folder: Path, why: str, aside: Path) -> None:
+    log.warning("the checkpoint %s is damaged: %s; see %s", folder, why, aside.name)
 
 
 def read_state(folder: Path) -> Facts:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from peft_dist.common.atomic import sync_folder
 from peft_dist.common.manifest import BadCheckpoint, step_name, verify
+from peft_dist.common.sharing import folder_mode
 
 STEP_NAME = re.compile(r"step-([0-9]{8,})")
 LEFTOVER_NAME = re.compile(
@@ -79,13 +80,45 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
+def set_bad_aside(published: Path, whole: set[Path]) -> list[tuple[Path, str, Path]]:
+    """Rename what must not count among the newest checkpoints: what is damaged, or not of this run.
+
+    Else one such folder would count in the place of a good one, which `prune` then removes.
+
+    Args:
+        published: The checkpoint that was just published; none of this run is newer.
+        whole: Checkpoints that are known to verify; others that do are added.
+
+    Returns:
+        Each folder that was renamed, why, and its new path.
+
+    Raises:
+        OSError: Where one cannot be renamed.
+    """
+    whole.add(published)
+    found = []
+    for folder in folders(published.parent):
+        why = ""
+        if step_of(folder) > step_of(published):
+            why = "it is newer than what the run has come to"
+        elif folder not in whole:
+            try:
+                verify(folder)
+                whole.add(folder)
+            except BadCheckpoint as error:
+                why = str(error)
+        if why:
+            found.append((folder, why, set_aside(folder)))
+    return found
+
+
 def work_folder(checkpoints: Path, step: int, attempt: int) -> Path:
     """Make a hidden, private folder to write a checkpoint in.
 
     Raises:
         OSError: Where it cannot be made.
     """
-    checkpoints.mkdir(mode=0o700, exist_ok=True)
+    checkpoints.mkdir(mode=folder_mode(), exist_ok=True)
     prefix = f".{step_name(step)}-a{attempt:08d}-"
     return Path(tempfile.mkdtemp(prefix=prefix, dir=checkpoints))  # mode 0700
 

@@ -5,7 +5,9 @@ import json
 from collections.abc import Collection
 from typing import Any
 
+from peft_dist.config import Recipe
 from peft_dist.config.resume_rules import differences, learning_settings, refuse_changes
+from peft_dist.data.mixture import source_shares
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.evaluation.scoring import EvalSet
 from peft_dist.model_setup import ModelSetup
@@ -25,7 +27,7 @@ def describe_run(
         "recipe": settings,
         "recipe_sha256": _sha256(json.dumps(settings, sort_keys=True).encode()),
         "content": {
-            "data.train": f"{rows.n_rows} rows, fingerprint {rows.fingerprint[:16]}",
+            "data.train": _describe_rows(recipe, rows),
             "data.eval": None
             if eval_set is None
             else f"rows with fingerprint {eval_set.rows.fingerprint[:16]}",  # scored or not
@@ -40,6 +42,16 @@ def describe_run(
         "world_size": setup.world.size,
         "strategy": setup.strategy,
     }
+
+
+def _describe_rows(recipe: Recipe, rows: TokenizedRows) -> str:
+    """Describe the training rows, and their mixture where not each is in every epoch once."""
+    text = f"{rows.n_rows} rows, fingerprint {rows.fingerprint[:16]}"
+    shares = source_shares(recipe.data, [source.rows for source in rows.sources])
+    if all(share.n_rows == share.epoch_rows for share in shares):
+        return text
+    parts = [f"{share.epoch_rows} of {share.n_rows}" for share in shares]
+    return f"{text}, in every epoch {' + '.join(parts)}"
 
 
 def _sha256(content: bytes) -> str:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from peft_dist.checkpoint import adapter_file as adapter_file
 from peft_dist.common.errors import PeftDistError, TrainingError
 from peft_dist.common.paths import cache_dir
+from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.methods.virtual import SAVED
@@ -46,7 +47,7 @@ class AdapterSaver:
             rows: Training rows, of which a few are scored.
         """
         self.setup = setup
-        ids = np.arange(min(PROBE_ROWS, rows.n_rows, setup.recipe.train.micro_batch_size))
+        ids = np.arange(min(PROBE_ROWS, rows.n_rows, micro_batch_rows(setup.recipe)))
         self._batch = setup.pack(rows, ids).to(setup.world.device)
         self._start = {name: _hash(tensor) for name, tensor in self._trained().items()}
 
@@ -94,7 +95,7 @@ class AdapterSaver:
         if setup.world.is_main:
             try:
                 config = setup.method.saved_config(setup.peft)
-                partial = adapter_file.write_partial(folder, tensors, config)
+                partial = adapter_file.write_partial(folder, tensors, config, setup.tokenizer_files)
                 found = self._checked(partial, now, config)
             except PeftDistError as error:
                 problem = str(error)

@@ -12,9 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from peft_dist.cli import models, training, wandb
-from peft_dist.cli import slurm as slurm_commands
-from peft_dist.cli.check import validate_recipe
+from peft_dist.cli import models, plan, slurm, training, validate, wandb
 from peft_dist.cli.options import SHELLS, add_verbosity, begin_logs, completion
 from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import show
@@ -54,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _build_parser()
+    parser = build_parser()
     arguments, rest = parser.parse_known_args(["--help"] if argv == ["help"] else argv)
     # argparse stops collecting key=value at the first option; those after it end up here.
     stray = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
@@ -65,7 +63,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _build_parser() -> _Parser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of every command."""
     from peft_dist import __version__
 
     parser = _Parser(
@@ -124,9 +123,7 @@ def _build_parser() -> _Parser:
         "--here", action="store_true", help="on this machine, although it was submitted to Slurm"
     )
     add_verbosity(resume)
-    validate = command("validate", validate_recipe, "check a recipe, in a second and without torch")
-    _add_recipe(validate)
-    validate.add_argument("--json", action="store_true", help="print all that is known as JSON")
+    validate.add_command(command, _add_recipe, count=_count)
     schema = command("schema", _schema, "print the JSON Schema of a recipe, for editors")
     schema.add_argument("--cluster", action="store_true", help="of a cluster file instead")
     evaluate = command("evaluate", training.evaluate, "score the adapter of a finished run")
@@ -148,8 +145,9 @@ def _build_parser() -> _Parser:
     report.add_argument(
         "--open", choices=("yes", "no"), default="no", help="show it in a browser (default: no)"
     )
-    slurm_commands.add_commands(command, count=_count)
+    slurm.add_commands(command, count=_count)
     wandb.add_commands(command)
+    plan.add_commands(command)
     init = command("init", _init, "copy recipes and strategies into a folder of your own")
     init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
     complete = command(
@@ -237,7 +235,7 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _completion(arguments: argparse.Namespace) -> int:
-    show(completion(_build_parser(), arguments.shell), end="")
+    show(completion(build_parser(), arguments.shell), end="")
     return EXIT_DONE
 
 

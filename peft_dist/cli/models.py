@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peft_dist.cli.options import add_verbosity
-from peft_dist.cli.packages import require_training_packages
 from peft_dist.common.errors import PeftDistError
 
 Run = Callable[[argparse.Namespace], int]
@@ -49,6 +48,7 @@ def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) ->
 def _quantize(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.command import quantize_command, worker_environment
     from peft_dist.launch.local import run_tool
+    from peft_dist.launch.packages import require_training_packages
 
     words = [arguments.model, "--task", arguments.task]
     if arguments.revision is not None:
@@ -60,6 +60,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
 def _merge(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.command import merge_command, worker_environment
     from peft_dist.launch.local import run_tool
+    from peft_dist.launch.packages import require_training_packages
     from peft_dist.run.directory import RunDir
 
     run = RunDir.open(arguments.run_dir)

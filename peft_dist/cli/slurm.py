@@ -4,7 +4,6 @@ Imports are inside the commands, as in `cli`.
 """
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -43,7 +42,24 @@ def add_commands(
         metavar="KEY=V1,V2,...",
         help="one run per value, of all combinations where given again; or a YAML file of lists",
     )
+    submit.add_argument(
+        "--chain",
+        type=count,
+        default=0,
+        metavar="N",
+        help="queue N more jobs that go on where the one before ends, for sites whose nodes may "
+        "not submit (default: 0)",
+    )
+    submit.add_argument(
+        "--try",
+        dest="try_here",
+        action="store_true",
+        help="run the set-up of the cluster file and the imports here first",
+    )
     submit.add_argument("--limit", type=int, metavar="N", help="most elements of an array at once")
+    submit.add_argument(
+        "--anyway", action="store_true", help="submit what cannot fit into the GPUs' memory too"
+    )
     submit.add_argument("--singleton", action="store_true", help="wait for other jobs of this name")
     submit.add_argument(
         "--fresh", action="store_true", help="start anew; a run that is there is renamed"
@@ -103,13 +119,19 @@ def _submit(arguments: argparse.Namespace) -> int:
         array=arguments.array,
         limit=arguments.limit,
         singleton=arguments.singleton,
+        chain=arguments.chain,
+        anyway=arguments.anyway,
     )
+    if arguments.try_here:
+        from peft_dist.slurm.validate import try_set_up
+
+        try_set_up(request.cluster)
     return _hand_over(request, dry_run=arguments.dry_run, fresh=arguments.fresh, by="submit")
 
 
 def resume_job(arguments: argparse.Namespace) -> int:
     """Submit a run once more, or the runs of an array that have not finished."""
-    from peft_dist.slurm.submit import again
+    from peft_dist.slurm.resubmit import again
 
     request = again(
         Path(arguments.run_dir),
@@ -133,7 +155,6 @@ def _hand_over(request: Any, *, by: str, dry_run: bool = False, fresh: bool = Fa
             show(f"==> {path} <==\n{text}")
         show(shlex.join(submission.argv(submission.wanted(fresh=fresh))))
         return EXIT_DONE
-    os.umask(0o077)
     job = submit(submission, command=sys.argv, by=by, fresh=fresh)
     show(f"job {job}: {request.folder}; `peft-dist status {request.folder}` shows how it is")
     return EXIT_DONE

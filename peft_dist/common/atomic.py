@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from peft_dist.common.sharing import file_mode, folder_mode
+
 
 def replace_file(path: Path, text: str, *, durable: bool = True) -> None:
     """Write a file that is either the old one or the whole new one.
@@ -44,7 +46,7 @@ def make_file(path: Path, text: str) -> bool:
         return temporary.stat().st_nlink == 2
     except OSError:  # a file system without links: there the file is empty for a moment
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, file_mode()))
         except FileExistsError:
             return False
         temporary.replace(path)
@@ -85,7 +87,10 @@ def folder_beside(folder: Path) -> Path:
         OSError: Where it cannot be made.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=_partial_prefix(folder), dir=folder.parent))
+    made = Path(tempfile.mkdtemp(prefix=_partial_prefix(folder), dir=folder.parent))
+    if folder_mode() != 0o700:
+        made.chmod(made.stat().st_mode | folder_mode())
+    return made
 
 
 def put_in_place(partial: Path, folder: Path, *, replace: bool) -> None:
@@ -152,6 +157,7 @@ def _write_temporary(path: Path, text: str, *, durable: bool) -> Path:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
+            os.fchmod(handle, file_mode())
             file.write(text)
             file.flush()
             if durable:

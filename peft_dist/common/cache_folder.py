@@ -32,8 +32,8 @@ def usable_cache_dir() -> Path:
     return folder
 
 
-_PARTS = ("packed", "rows", "sha256")
-"""Folders in the cache: bases, rows, and what is remembered of files."""
+_PARTS = ("packed", "proofs", "rows", "sha256")
+"""Folders in the cache: bases, what was proven of them, rows, and what is remembered of files."""
 
 
 def _require_own(folder: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from peft_dist.common.env import RANK_LOGS
+from peft_dist.common.sharing import file_mode
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
@@ -88,7 +89,7 @@ def to_rank_log() -> None:
         if rank == "0":
             path.symlink_to(f"{Path(prefix).name}.log")
             return
-        log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, file_mode())
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(log, stream.fileno())

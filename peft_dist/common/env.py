@@ -27,6 +27,11 @@ RANK_LOGS = "PEFT_DIST_RANK_LOGS"
 """Where each rank writes a log of its own, PREFIX.rank-3.0.log: in a job on many nodes nobody could
 tell their lines apart."""
 
+SHARING = "PEFT_DIST_SHARING"
+"""`group` where the group of a run's folder may read and write what its processes write."""
+UMASK = "PEFT_DIST_UMASK"
+"""The umask of whoever started a process, in octal: for what is not the run's."""
+
 AFTER_JOB = "PEFT_DIST_AFTER"
 """The Slurm job that is over, and that this one goes on for."""
 HEAD = "PEFT_DIST_HEAD"
@@ -42,7 +47,7 @@ NONCE = "PEFT_DIST_NONCE"
 TRY = "PEFT_DIST_TRY"
 """How many ports this start has tried."""
 JOB_END = "PEFT_DIST_JOB_END"
-"""The unix time at which Slurm ends the job."""
+"""The unix time at which Slurm ends the job, as it was known when it started; see `job_end`."""
 
 STORE_SECRET = "PEFT_DIST_STORE_SECRET"
 """What the processes of one start know, and nobody else."""

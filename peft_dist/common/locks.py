@@ -7,6 +7,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from peft_dist.common.sharing import file_mode
+
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What flock(2) answers on a file system without locks, as on Lustre mounted without them."""
 
@@ -26,7 +28,7 @@ def lock_file(path: Path, *, wait_s: float = -1) -> Iterator[bool]:
         OSError: Where the file cannot be made.
     """
     # Not filelock's own way out of missing locks: such a lock outlives a holder that was killed.
-    lock = FileLock(path, mode=0o600, fallback_to_soft=False)
+    lock = FileLock(path, mode=file_mode(), fallback_to_soft=False)
     try:
         lock.acquire(timeout=wait_s)
     except Timeout:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from peft_dist.common.atomic import sync_folder
+from peft_dist.common.sharing import file_mode
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
@@ -56,13 +57,13 @@ def seal(folder: Path, facts: Mapping[str, Any]) -> int:
         if name.endswith("/"):
             continue
         with _open(folder / name) as stream:
-            os.fchmod(stream.fileno(), 0o600)
+            os.fchmod(stream.fileno(), file_mode())
             os.fsync(stream.fileno())
             files[name] = _measured(stream)
     content = {"format": FORMAT, "facts": dict(facts), "files": files}
     data = _canonical({**content, "sha256": hashlib.sha256(_canonical(content)).hexdigest()})
     assert isinstance(facts["step"], int) and _canonical(json.loads(data)) == data, facts
-    handle = os.open(folder / MANIFEST_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    handle = os.open(folder / MANIFEST_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, file_mode())
     with os.fdopen(handle, "wb") as file:
         file.write(data)
         file.flush()

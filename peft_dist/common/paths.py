@@ -15,6 +15,9 @@ SHARED_FOLDERS = ("launch", "configs", "slurm")
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 """What is read of a model's folder."""
 
+TOKENIZER_FILES = ("*token*.json", "chat_template*", "vocab*", "merges.txt", "*.model")
+"""What of it decides how a text is tokenised, and a conversation rendered."""
+
 
 def root() -> Path:
     """Return the folder that holds `launch/` and `configs/`: in the wheel, else the checkout."""

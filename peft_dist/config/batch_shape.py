@@ -2,10 +2,15 @@
 
 from dataclasses import dataclass
 
+from peft_dist.common.errors import RecipeError
 from peft_dist.config.recipe import Recipe
 
 DEFAULT_GLOBAL_ROWS = 16
 """Rows per optimizer step where the recipe gives neither rows nor tokens."""
+
+
+DEFAULT_MICRO_ROWS = 4
+"""Rows per process and pass where the recipe leaves them open and no GPU is known."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,27 @@ class BatchShape:
     """Passes per optimizer step."""
 
 
+def require_settled(recipe: Recipe) -> None:
+    """Refuse a recipe that leaves open what only the control plane can choose.
+
+    Raises:
+        RecipeError: Naming the field.
+    """
+    for field in ("micro_batch_size", "activation_checkpointing"):
+        if getattr(recipe.train, field) == "auto":
+            raise RecipeError(
+                "got 'auto', which `peft-dist train` and `peft-dist submit` replace",
+                where=f"train.{field}",
+                remedy="start with one of them, or set a value",
+            )
+
+
+def micro_batch_rows(recipe: Recipe) -> int:
+    """Return the most rows per process and pass; what is still open counts as the default."""
+    rows = recipe.train.micro_batch_size
+    return DEFAULT_MICRO_ROWS if rows == "auto" else rows
+
+
 def batch_shape(recipe: Recipe, processes: int) -> BatchShape | None:
     """Return the shape of a step, or None where `global_batch_tokens` leaves it to the rows."""
     if recipe.train.global_batch_tokens is not None:
@@ -27,5 +53,5 @@ def batch_shape(recipe: Recipe, processes: int) -> BatchShape | None:
     return BatchShape(
         rows_per_step=rows,
         rows_per_process=rows_per_process,
-        accumulation=-(-rows_per_process // recipe.train.micro_batch_size),
+        accumulation=-(-rows_per_process // micro_batch_rows(recipe)),
     )

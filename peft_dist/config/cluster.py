@@ -23,6 +23,7 @@ from peft_dist.config.cluster_values import (
     Memory,
     Mount,
     Name,
+    NodeFolder,
     SetUp,
     Variables,
 )
@@ -63,8 +64,18 @@ class Container(Section):
 class Stage(Section):
     """A copy of the model on each node's own disk."""
 
-    folder: AbsolutePath
-    """Folder on that disk; copies stay there for later jobs."""
+    folder: NodeFolder
+    """Folder on that disk, such as /local/$USER or $SLURM_TMPDIR, expanded on the node. Copies stay
+    there for later jobs of yours, and go when no job has used them for two weeks."""
+
+
+class Links(Section):
+    """What one GPU receives per second from others in a collective; only plans use it."""
+
+    inside_gb_s: PositiveFloat | None = None
+    """From GPUs of its node, in GB/s. Default: about three quarters of what its kind of GPU has."""
+    between_gb_s: PositiveFloat | None = None
+    """From GPUs of other nodes, in GB/s. Default: 45, as with one 400 Gb/s adapter per GPU."""
 
 
 class Preflight(Section):
@@ -73,7 +84,10 @@ class Preflight(Section):
     enabled: bool = True
     """Whether to check."""
     timeout_s: PositiveFloat = 60.0
-    """Seconds that all checks together may take."""
+    """Seconds that all checks together may take, once all nodes are there."""
+    arrival_s: PositiveFloat = 1800.0
+    """Seconds that the nodes may take for set-up, image and staging until the last one is ready; a
+    node that takes longer is not to blame, and the run starts again."""
     min_free_gb: NonNegativeFloat = 1.0
     """Gigabytes that must be free where the run directory is."""
     max_clock_offset_s: PositiveFloat = 60.0
@@ -97,6 +111,11 @@ class Cluster(Section):
     """Most nodes of one job."""
     gpus_per_node: NonNegativeInt = 0
     """GPUs of a node; 0 trains on CPUs."""
+    gpu: Name | None = None
+    """Kind of GPU, such as h100-80gb or a100-40gb, by which `plan` knows memory and speed. Off:
+    nothing is refused for want of memory."""
+    links: Links = Links()
+    """Speed of the network, for `plan`."""
     gres: Gres | None = "gpu:{gpus}"
     """How GPUs are asked for, such as gpu:a100:{gpus}. null where a node comes with its GPUs."""
     processes_per_node: PositiveInt | None = None
@@ -124,6 +143,9 @@ class Cluster(Section):
     secrets_file: AbsolutePath | None = None
     """File of mode 0600 with NAME=value lines such as WANDB_API_KEY, read on each node. Variables
     of the shell that submits reach the job too, but some sites keep those in their accounting."""
+    sharing: Literal["private", "group"] = "private"
+    """Who may read, resume and report on runs: you alone, or the group of the folder that they are
+    made in as well. Secrets stay yours."""
     setup: SetUp = ""
     """Shell lines that run on each node before Python: modules, conda, a virtual environment."""
     python: AbsolutePath | None = None

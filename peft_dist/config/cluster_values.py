@@ -20,6 +20,7 @@ SECRET_NAME = (
 TOKENIZERS_PARALLELISM are none."""
 SECRET_IN_SETUP = re.compile(rf"\b({SECRET_NAME})=(?![\"']?(?:[$`\s]|$))", re.IGNORECASE)
 """One that gets a value which stands there, and is not read from somewhere."""
+KEY_AS_ARGUMENT = re.compile(r"\bwandb\s+login\b[^\n;|&]*\s[0-9a-fA-F]{40,}")
 PASSWORD_IN_ADDRESS = re.compile(r"://[^/@:\s]*:[^/@\s]+@")
 SET_BY_OTHERS = re.compile(
     r"SLURM_\w*|PEFT_DIST_(?!CACHE(?:_SHARED)?$)\w*|PET_\w*|(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE"
@@ -64,8 +65,8 @@ def _check_set_up(text: str) -> str:
     if not re.sub(r"[\n\t]", "", text).isprintable():
         raise ValueError("holds a control character; remove it")
     found = SECRET_IN_SETUP.search(text)
-    if found is not None or PASSWORD_IN_ADDRESS.search(text):
-        name = "a password" if found is None else found[1]
+    if found is not None or PASSWORD_IN_ADDRESS.search(text) or KEY_AS_ARGUMENT.search(text):
+        name = "a password or key" if found is None else found[1]
         raise ValueError(
             f"gives {name}, which looks like a secret and would stand in a script; "
             "put it in secrets_file"
@@ -100,6 +101,15 @@ Duration = Annotated[
 AbsolutePath = Annotated[
     str,
     Matches(r"~?/[^\x00-\x1f]{0,4095}", "an absolute path, or one that begins with ~/"),
+    AfterValidator(_check_printable),
+]
+NodeFolder = Annotated[
+    str,
+    Matches(
+        r"(~?/|\$(SLURM_TMPDIR|TMPDIR|LOCAL_SCRATCH)(/|$))([^$\x00-\x1f]|\$USER(?=/|$)){0,4095}",
+        "an absolute path, in which $USER may stand, or one that begins with $SLURM_TMPDIR, "
+        "$TMPDIR or $LOCAL_SCRATCH",
+    ),
     AfterValidator(_check_printable),
 ]
 SetUp = Annotated[str, AfterValidator(_check_set_up)]

@@ -4,6 +4,7 @@ Reads the models of a recipe or a cluster file, so a new field or method needs n
 no file.
 """
 
+import datetime as dt
 from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
@@ -123,22 +124,28 @@ def _locate(
     """Follow pydantic's location down to the field it means.
 
     Pydantic adds the tags of unions to a location, and positions in lists; both would only puzzle
-    the reader, so the path stops at the field.
+    the reader, so the path stops at the field, or goes on in a section of a list of them.
     """
     section: SectionType = root
     value: Any = raw
     path: list[str] = []
     field: FieldInfo | None = None
+    items: SectionType | None = None
     for part in loc:
         name = str(part)
-        if name in section.model_fields:
+        if items is not None:
+            if isinstance(part, int) and isinstance(value, list):
+                path[-1] += f"[{part}]"
+                section, value, items = items, value[part], None
+        elif name in section.model_fields:
             field = section.model_fields[name]
             path.append(name)
             value = value.get(name) if isinstance(value, Mapping) else None
+            items = _item_section(field.annotation) if isinstance(value, list) else None
             inner = _section_of(field.annotation, value)
-            if inner is None:
+            if inner is None and items is None:
                 break
-            section = inner
+            section = inner or section
         elif not (field is not None and name in _kinds(field)):
             path.append(name if name.isidentifier() else quote(name))
             break
@@ -156,7 +163,12 @@ def _leaves(
         if inner is not None and isinstance(value, Mapping):
             yield from _leaves(value, inner, (*path, name))
         elif isinstance(value, list):
-            yield from (((*path, name), field, item) for item in value)
+            items = _item_section(field.annotation)
+            for at, item in enumerate(value):
+                if items is not None and isinstance(item, Mapping):
+                    yield from _leaves(item, items, (*path, f"{name}[{at}]"))
+                else:
+                    yield (*path, name), field, item
         else:
             yield (*path, name), field, value
 
@@ -186,6 +198,13 @@ def _section_of(annotation: Any, value: Any) -> SectionType | None:
         if field is not None and kind in _texts(field.annotation):
             return section
     return sections[0] if sections else None
+
+
+def _item_section(annotation: Any) -> SectionType | None:
+    """Return the section that each item of a list is, where it is one."""
+    lists = [member for member in _members(annotation) if get_origin(member) is tuple]
+    found = [section for member in lists for section in _sections(get_args(member)[0])]
+    return found[0] if found else None
 
 
 def _kinds(field: FieldInfo | None) -> list[str]:
@@ -236,6 +255,7 @@ def _describe(annotation: Any, limits: Sequence[Any] = ()) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"a section with any of {', '.join(sorted(annotation.model_fields))}"
     words_of = {bool: "true or false", int: "a whole number", float: "a number"}
+    words_of[dt.date] = "a day such as 2026-01-31"
     return f"{words_of.get(annotation, str(annotation))}{_bounds(limits)}"
 
 

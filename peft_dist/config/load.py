@@ -21,11 +21,13 @@ from peft_dist.config.explain import (
     remedy_for_unknown,
     section_at,
 )
+from peft_dist.config.meaning import refuse_meaningless
 from peft_dist.config.recipe import Recipe
+from peft_dist.config.row_sources import held_out
 from peft_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml
 
 PATH_FIELDS = (("model", "name"), ("data", "train"), ("data", "eval"))
-"""Fields that hold a local path or, where no such path exists, a hub name."""
+"""Fields that hold a local path or, where no such path exists, a hub name; or a list of sources."""
 
 _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -36,7 +38,8 @@ def load_recipe(
     """Read, override, check and resolve a recipe.
 
     Relative paths are looked for beside the recipe; one that an override gave also in the current
-    folder, where it was typed. With `check_paths=False` a missing file is no error.
+    folder, where it was typed. With `check_paths=False` a missing file is no error, and neither is
+    a setting without effect: nothing is trained by such a recipe.
 
     Raises:
         RecipeError: For anything that cannot be used as written, in one line.
@@ -49,7 +52,10 @@ def load_recipe(
         recipe = Recipe.model_validate(raw)
     except ValidationError as failure:
         raise describe_failure(failure, raw, where) from failure
-    return _resolve_paths(recipe, Path(path), typed, check_paths=check_paths)
+    recipe = _resolve_paths(recipe, Path(path), typed, check_paths=check_paths)
+    if check_paths:
+        refuse_meaningless(recipe, where)
+    return recipe
 
 
 def read_mapping(path: str | Path, *, remedy: str) -> dict[str, Any]:
@@ -168,31 +174,49 @@ def _resolve_paths(
 ) -> Recipe:
     """Return the recipe with local paths made absolute."""
     folder = Path(recipe_path).absolute().parent
-    changed: dict[str, dict[str, str]] = {}
+    changed: dict[str, dict[str, Any]] = {}
     for path in PATH_FIELDS:
         section, field = path
-        name = getattr(getattr(recipe, section), field)
-        if name is None:
-            continue
+        value = getattr(getattr(recipe, section), field)
         from_override = path in typed or (section,) in typed
         bases = [folder, Path.cwd()] if from_override else [folder]
-        found = _find(name, bases)
-        if found is not None and section == "model" and found.is_file():
-            raise RecipeError(
-                f"{quote(name)} is a file",
-                where=f"{recipe_path}: {section}.{field}",
-                remedy="name the folder with config.json and the safetensors files",
+        where = f"{recipe_path}: {section}.{field}"
+        if isinstance(value, tuple):
+            changed.setdefault(section, {})[field] = tuple(
+                source.model_copy(
+                    update={
+                        "path": _resolved(
+                            source.path, bases, f"{where}[{at}].path", check=check_paths
+                        )
+                    }
+                )
+                for at, source in enumerate(value)
             )
-        if found is not None:
-            changed.setdefault(section, {})[field] = str(found)
-        elif _looks_local(name) and check_paths:
-            raise RecipeError(
-                f"{quote(name)} does not exist",
-                where=f"{recipe_path}: {section}.{field}",
-                remedy=f"relative paths start at {folder}",
-            )
+        elif value is not None and not (section == "data" and held_out(value) is not None):
+            found = _resolved(value, bases, where, check=check_paths)
+            if section == "model" and Path(found).is_absolute() and Path(found).is_file():
+                raise RecipeError(
+                    f"{quote(value)} is a file",
+                    where=where,
+                    remedy="name the folder with config.json and the safetensors files",
+                )
+            changed.setdefault(section, {})[field] = found
     parts = {name: getattr(recipe, name).model_copy(update=new) for name, new in changed.items()}
     return recipe.model_copy(update=parts)
+
+
+def _resolved(name: str, bases: Sequence[Path], where: str, *, check: bool) -> str:
+    """Return a path as an absolute one, and a hub name as it is."""
+    found = _find(name, bases)
+    if found is not None:
+        return str(found)
+    if _looks_local(name) and check:
+        raise RecipeError(
+            f"{quote(name)} does not exist",
+            where=where,
+            remedy=f"relative paths start at {bases[0]}",
+        )
+    return name
 
 
 def _looks_local(name: str) -> bool:

@@ -26,10 +26,19 @@ class Lora(Section):
     targets: Targets = "all-linear"
     """Names of the linears to adapt, such as [q_proj, v_proj]; all-linear: every linear inside
     the transformer blocks."""
-    init: Literal["default", "gaussian", "orthogonal", "pissa"] = "default"
+    exclude_modules: tuple[Text, ...] = ()
+    """Linears of `targets` to leave out: names such as o_proj, or ends such as 0.mlp.up_proj."""
+    layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Numbers of the transformer blocks to adapt, from 0. Empty: all."""
+    rank_pattern: dict[Text, PositiveInt] = {}
+    """Another rank for some linears, by name or by the end of it: {q_proj: 32}."""
+    alpha_pattern: dict[Text, PositiveFloat] = {}
+    """Another alpha for some linears, in the same way."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
     """Start of A and B. default: A Kaiming-uniform, B zero. gaussian: A normal / rank, B zero.
-    orthogonal: A and B orthogonal to each other. pissa: the principal part of each weight
-    (arXiv 2404.02948), on an unquantized base only."""
+    orthogonal: A and B orthogonal to each other. On an unquantized base only, pissa: the principal
+    part of each weight (arXiv 2404.02948); olora: the first part of its QR decomposition
+    (arXiv 2406.01775)."""
     learning_rate_ratio: PositiveFloat = 1.0
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354). 1: the same."""
     rslora: bool = False
@@ -42,10 +51,23 @@ class Lora(Section):
     default_learning_rate: ClassVar[float] = 2e-4
 
     @model_validator(mode="after")
-    def _pissa_is_plain(self) -> Self:
-        if self.init == "pissa" and self.dora:
-            raise ValueError("init: pissa and dora both decompose the weight; keep one of them")
+    def _start_from_the_weight_is_plain(self) -> Self:
+        if not self.splits_weight:
+            return self
+        if self.dora:
+            raise ValueError(
+                f"init: {self.init} and dora both decompose the weight; keep one of them"
+            )
+        if self.rank_pattern or self.alpha_pattern:
+            raise ValueError(
+                f"init: {self.init} takes one rank and alpha; remove rank_pattern and alpha_pattern"
+            )
         return self
+
+    @property
+    def splits_weight(self) -> bool:
+        """Whether a part of each weight is moved into the adapter."""
+        return self.init in ("pissa", "olora")
 
 
 class Bottleneck(Section):

@@ -4,11 +4,21 @@ Numbers that follow from a recipe and a placement are functions elsewhere. The d
 field is its text in the JSON Schema.
 """
 
+import datetime as dt
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from peft_dist.config.method import Lora, Method
+from peft_dist.config.row_sources import (
+    AMOUNTS,
+    Columns,
+    EvalSources,
+    RowSource,
+    TrainSources,
+    held_out,
+    require_one_kind_of_amount,
+)
 from peft_dist.config.section import Fraction, NonNegativeFloat, PositiveFloat, Section, Text
 
 
@@ -21,9 +31,12 @@ class Model(Section):
     """Branch, tag or commit of a hub model. Off: the hub's default branch."""
     task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
     """What the model is trained to do; classification trains a new head beside the adapter."""
+    dropout: Literal["off", "as-configured"] = "off"
+    """Dropout of the base itself, as its config.json has it (GPT-2, OPT, BERT: 0.1); that of an
+    adapter is `method.dropout`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype and dtype of unquantized base weights. auto: bfloat16 on GPUs that have it,
-    float32 on CPU."""
+    """Compute dtype and dtype of unquantized base weights. auto: bfloat16 on GPUs that have it and
+    do not emulate it, else float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel. auto: flash_attention_2 where installed on a GPU, else what the
     architecture supports."""
@@ -32,15 +45,20 @@ class Model(Section):
 class Data(Section):
     """The rows."""
 
-    train: Text
+    train: TrainSources
     """JSONL, JSON, CSV or Parquet file or `datasets` folder (relative to the recipe), or a hub
-    name."""
-    eval: Text | None = None
-    """Held-out rows in any form `train` takes. Off: no evaluation."""
+    name; or a list of such sources, mixed."""
+    eval: EvalSources | None = None
+    """Held-out rows in any form `train` takes; or how many of the training rows are held out, such
+    as 500 or 5%: which ones follows from their content and `train.seed`. Off: no evaluation."""
     train_split: Text = "train"
-    """Split to read where `train` is a hub name or a folder with several splits."""
+    """Split to read where `train` is a hub name or a folder with several splits; of any source
+    also a part of it, such as train[:10%]."""
     eval_split: Text = "test"
-    """Split to read where `eval` is a hub name or a folder with several splits."""
+    """The same of `eval`."""
+    columns: Columns = Columns()
+    """Which columns to read, where they have names of their own, such as {prompt: question,
+    completion: answer}. Alpaca's, ShareGPT's and OpenAI's forms need none."""
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Most tokens of one row; see `truncation`."""
     truncation: Literal["end", "start", "drop", "error"] = "end"
@@ -49,7 +67,51 @@ class Data(Section):
     """Lay the rows of a micro-batch end to end, without padding and without attention between
     rows; the loss is the same. Default: on for causal-lm, off for classification."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
-    """Malformed rows to leave out, each reported with file and line, before stopping."""
+    """Malformed rows of a source to leave out, each reported with file and line, before
+    stopping."""
+    date: dt.date | None = None
+    """What a chat template that prints the date takes for today. Default: the day, in UTC, on which
+    the run is first started."""
+
+    @model_validator(mode="after")
+    def _sources_are_consistent(self) -> Self:
+        held_out(self.eval)
+        if not isinstance(self.train, str):
+            require_one_kind_of_amount(self.train)
+        if isinstance(self.eval, tuple):
+            for source in self.eval:
+                for name in AMOUNTS:
+                    if getattr(source, name) is not None:
+                        raise ValueError(f"eval: {name} is for training rows; remove it")
+        return self
+
+    @property
+    def held_out(self) -> int | float | None:
+        """How many of the training rows are held out, or what share; None: none of them."""
+        return held_out(self.eval)
+
+    @property
+    def mixed_sources(self) -> int:
+        """How many training sources are told apart: none where there is one."""
+        return len(self.train) if isinstance(self.train, tuple) and len(self.train) > 1 else 0
+
+    def sources(self, which: Literal["train", "eval"]) -> tuple[RowSource, ...]:
+        """Return where rows are read, with split and columns of each; () for no held-out rows."""
+        of_train = which == "train" or self.held_out is not None
+        value = self.train if of_train else self.eval
+        assert not isinstance(value, int), "that is a part of the training rows"
+        if isinstance(value, str):
+            value = (RowSource(path=value),)
+        split = self.train_split if of_train else self.eval_split
+        return tuple(
+            source.model_copy(
+                update={
+                    "split": source.split or split,
+                    "columns": source.columns or self.columns,
+                }
+            )
+            for source in value or ()
+        )
 
 
 class Train(Section):
@@ -64,8 +126,10 @@ class Train(Section):
     given."""
     global_batch_tokens: PositiveInt | None = None
     """Tokens per optimizer step over all processes: as many whole rows as fit, at least one."""
-    micro_batch_size: PositiveInt = 4
-    """Most rows per process and pass; accumulation follows from it. Memory grows with it."""
+    micro_batch_size: PositiveInt | Literal["auto"] = 4
+    """Most rows per process and pass; accumulation follows from it. Memory grows with it. auto:
+    what `peft-dist plan` finds fastest of what fits, written into the run's recipe; 4 without
+    GPUs."""
     learning_rate: PositiveFloat | None = None
     """Peak learning rate. Default: what suits the method (lora 2e-4, bottleneck 1e-3, prefix and
     prompt 3e-2, bitfit 1e-2, peft 1e-3)."""
@@ -81,8 +145,9 @@ class Train(Section):
     """AdamW denominator term."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Clip the global gradient norm to this. 0: off."""
-    activation_checkpointing: bool = False
-    """Recompute each block in backward: less memory, about a third more time."""
+    activation_checkpointing: bool | Literal["auto"] = False
+    """Recompute each block in backward: less memory, about a third more time. auto: where
+    `peft-dist plan` finds that it must be; off without GPUs."""
     non_finite: Literal["skip", "rollback", "stop"] = "skip"
     """What happens where loss or gradient is not finite; the adapter is never updated with it.
     skip: leave the step out. rollback: go back to the newest checkpoint's adapter, and on with the
@@ -137,7 +202,8 @@ class Parallel(Section):
     strategy: Literal["auto", "ddp", "fsdp", "hsdp", "zero2", "zero3"] = "auto"
     """ddp: base on every process. fsdp: base sharded over all. hsdp: sharded inside groups,
     groups are replicas. zero2: ddp with the optimizer sharded by DeepSpeed. zero3: base sharded by
-    DeepSpeed too. auto: what the launcher says, else fsdp."""
+    DeepSpeed too. auto: what the launcher says; without one what `peft-dist plan` finds fastest of
+    what fits, else fsdp."""
     processes: PositiveInt | None = None
     """Processes in all. Default: what the launcher says, else one per GPU, else 1."""
     shard_size: PositiveInt | None = None
@@ -260,9 +326,11 @@ class Recipe(Section):
             raise ValueError("data.packing cannot be on for sequence-classification; remove it")
         if classify and self.method.kind == "prefix":
             raise ValueError("method prefix is for causal-lm; encoders have no past to put it in")
-        if self.quantization != "none" and getattr(self.method, "init", None) == "pissa":
+        if self.quantization != "none" and getattr(self.method, "splits_weight", False):
+            init = getattr(self.method, "init", "")
             raise ValueError(
-                "method.init pissa splits the full weights; set quantization: none, or another init"
+                f"method.init {init} splits the full weights; "
+                "set quantization: none, or another init"
             )
         if classify and self.evaluate.choices:
             raise ValueError("evaluate.choices is for causal-lm; classification has its labels")

@@ -26,10 +26,15 @@ FREE = (
 
 def learning_settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that decide what is learned, by dotted field."""
+    return all_settings(recipe, without=FREE)
+
+
+def all_settings(recipe: Recipe, *, without: Collection[str] = ()) -> dict[str, Any]:
+    """Return the settings of a recipe by dotted field, without some fields and sections."""
     found: dict[str, Any] = {}
 
     def walk(value: Any, path: str) -> None:
-        if path in FREE:
+        if path in without:
             return
         if isinstance(value, Mapping):
             for key, item in value.items():

@@ -113,7 +113,7 @@ class _Builder:
 
     def scalar(self, node: ScalarNode) -> Any:
         kind, text = (node.tag or "").removeprefix(_CORE), str(node.value)
-        if kind in ("str", "timestamp"):  # a date is text here; nothing in a recipe is a date
+        if kind in ("str", "timestamp"):  # whoever wants a date reads it from the text
             return text
         if kind == "null":
             return None

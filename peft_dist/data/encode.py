@@ -1,15 +1,19 @@
 """Rows to tokens: which tokens a row becomes and which of them are trained.
 
 What is trained is decided by position, never by token id, because pad and end are one id in many
-tokenizers. Nothing is cached or written here (see `tokenize.py`).
+tokenizers. How a conversation is rendered stands in `conversation.py`; nothing is cached or written
+here (see `tokenize.py`).
 """
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from datetime import UTC, date, datetime
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +21,15 @@ from numpy.typing import NDArray
 from peft_dist.common import paths
 from peft_dist.common.errors import DataError, ModelError
 from peft_dist.config.recipe import Recipe
-from peft_dist.data.rows import BadRows, ChatRow, CompletionRow, LabelledRow, Row, Task, TextRow
+from peft_dist.data.bad_row import BadRow
+from peft_dist.data.chat_rows import ChatRow
+from peft_dist.data.chat_template import ChatTemplate
+from peft_dist.data.conversation import Conversation, ConversationReader
+from peft_dist.data.pieces import Ids, Piece, PieceEncoder
+from peft_dist.data.rows import BadRows, CompletionRow, LabelledRow, Row, Task, TextRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-Ids = list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,8 @@ class EncodedRow:
     head: int = 0
     tail: int = 0
     label: str | None = None
+    stops: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """[n_trained_turns] where the last stop token of each trained turn is."""
 
     def cut(self, *, max_length: int, keep: str) -> "EncodedRow":
         """Return at most `max_length` tokens, from the `start` or the `end` of the row."""
@@ -47,7 +56,8 @@ class EncodedRow:
             else last + np.arange(-room, 0)
         )
         at = np.concatenate((np.arange(self.head), body, np.arange(last, len(self.tokens))))
-        return replace(self, tokens=self.tokens[at], trained=self.trained[at])
+        stops = np.flatnonzero(np.isin(at, self.stops))
+        return replace(self, tokens=self.tokens[at], trained=self.trained[at], stops=stops)
 
 
 def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerFast":
@@ -88,9 +98,17 @@ class Encoder:
         tokenizer: A fast tokenizer.
         task: The recipe's `model.task`.
         name: The model, for errors.
+        day: What a chat template takes for today. Default: today, in UTC.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", *, task: Task, name: str) -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        *,
+        task: Task,
+        name: str,
+        day: date | None = None,
+    ) -> None:
         """Find out which special tokens the tokenizer itself puts around a text."""
         self._tokenizer = tokenizer
         self._name = name
@@ -103,11 +121,45 @@ class Encoder:
         self._end: Ids = [] if end is None else [end]
         if not self._classify:
             self._tail = []  # the end token below is the one a model is trained to stop with
+        self._pieces = PieceEncoder(tokenizer)
+        self._template: ChatTemplate | None = None
+        if tokenizer.chat_template:
+            self._day = day or datetime.now(UTC).date()
+            self._template = ChatTemplate(tokenizer, name=name, day=self._day)
+            self._reader = ConversationReader(self._template, self._pieces.is_hidden)
+        self.tally = Counter[str]()
+        """What `notices` counts of the conversations encoded so far."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Encoder":
+        """Return the encoder of a recipe; loads its tokenizer.
+
+        Raises:
+            ModelError: The tokenizer cannot be used.
+        """
+        return cls(
+            load_tokenizer(recipe),
+            task=recipe.model.task,
+            name=recipe.model.name,
+            day=recipe.data.date,
+        )
 
     @property
     def least_length(self) -> int:
         """Smallest `data.max_length` that leaves room for one token of a row."""
         return len(self._head) + len(self._tail) + 1
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer can lay out a conversation."""
+        return bool(self._tokenizer.chat_template)
+
+    @property
+    def stop_ids(self) -> Ids:
+        """The tokens that a trained turn may end with."""
+        control = () if self._template is None else self._template.control
+        ids = self._tokenizer.added_tokens_encoder
+        return self._end + [ids[token] for token in control if token in ids]
 
     def fingerprint(self) -> str:
         """Return a hash of all that decides which tokens a row becomes."""
@@ -118,48 +170,82 @@ class Encoder:
             tokenizer.special_tokens_map,
             [version(name) for name in ("tokenizers", "transformers", "jinja2")],
         ]
+        if self._template is not None and self._template.prints_date:
+            facts.append(self._day.isoformat())
         text = json.dumps(facts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
+    def notices(self) -> list[str]:
+        """Return what a person should know of the conversations that were encoded."""
+        found = []
+        template = self._template
+        if self.tally["turns"] and template is not None and not template.end_of_turn().has_stop:
+            found.append(
+                f"the chat template of {self._name} ends an answer with no stop token;"
+                f" {self._tokenizer.eos_token!r} is trained after each"
+            )
+        if self.tally["turns"] and self._reader.opening is not None:
+            found.append(
+                f"the prompt that inference sends begins an answer with {self._reader.opening!r},"
+                " which finished turns do not show; they are trained right after it"
+            )
+        if self.tally["split"]:
+            found.append(
+                f"{self.tally['split']} conversations are trained as one row for each of their"
+                f" {self.tally['split turns']} turns: in the whole, prompts are not what inference"
+                " sends"
+            )
+        if self.tally["control texts"]:
+            found.append(
+                f"{self.tally['control texts']} conversations have control tokens in their"
+                " messages; they are read as plain text"
+            )
+        return found
+
     def encode(self, rows: Sequence[Row], bad: BadRows) -> list[EncodedRow]:
-        """Encode a batch of rows in order; rows the chat template refuses go into `bad`."""
-        plain: list[str] = []
-        chats: dict[int, _Rendered] = {}
-        for row in rows:
-            match row:
-                case TextRow() | LabelledRow():
-                    plain.append(row.text)
-                case CompletionRow():
-                    plain += (row.prompt, row.completion)
-                case ChatRow():
-                    rendered = self._render(row, bad)
-                    if rendered is not None:
-                        chats[row.line] = rendered
-        plain_ids = iter(self._ids(plain))
-        chat_ids = self._ids_and_starts([chat.text for chat in chats.values()])
-        encoded_chats = {
-            line: self._chat(line, chat, ids, starts)
-            for (line, chat), (ids, starts) in zip(chats.items(), chat_ids, strict=True)
-        }
+        """Encode a batch of rows in order; rows the chat template refuses go into `bad`.
+
+        A conversation becomes several rows where no one text holds all its prompts as inference
+        sends them.
+        """
+        texts: list[list[Piece]] = []
+        chats: dict[int, Conversation] = {}
+        with self._template.limited() if self._template is not None else nullcontext():
+            for number, row in enumerate(rows):
+                match row:
+                    case TextRow() | LabelledRow():
+                        texts.append([Piece(row.text, is_trained=isinstance(row, TextRow))])
+                    case CompletionRow():
+                        after = "" if row.prompt else None
+                        completion = Piece(row.completion, is_trained=True, after=after)
+                        texts.append([Piece(row.prompt), completion])
+                    case ChatRow():
+                        conversation = self._read(row, bad)
+                        if conversation is not None:
+                            chats[number] = conversation
+        plain = iter(self._encoded(texts))
+        encoded_chats = self._encode_chats(chats)
         done: list[EncodedRow] = []
-        for row in rows:
+        for number, row in enumerate(rows):
             match row:
-                case TextRow():
-                    done.append(self._trained_after(row.line, [], next(plain_ids)))
+                case TextRow() | CompletionRow():
+                    done.append(self._ended(row.line, next(plain)))
                 case LabelledRow():
-                    done.append(self._labelled(row, next(plain_ids)))
-                case CompletionRow():
-                    prompt, completion = next(plain_ids), next(plain_ids)
-                    done.append(self._trained_after(row.line, prompt, completion))
+                    done.append(self._labelled(row, next(plain)))
                 case ChatRow():
-                    if row.line in encoded_chats:
-                        done.append(encoded_chats[row.line])
+                    done += [
+                        self._chat(row.line, pieces) for pieces in encoded_chats.get(number, ())
+                    ]
         return done
 
     def completions(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], ...]:
         """Return each text as the trained tokens it would be as a completion, end included."""
-        ended = [self._with_end(ids) for ids in self._ids(list(texts))]
-        return tuple(np.array(ids, dtype=np.int32) for ids in ended)
+        encoded = self._pieces.encode([Piece(text, is_trained=True, after="") for text in texts])
+        return tuple(np.array(self._with_end(ids), dtype=np.int32) for ids in encoded)
+
+    def text(self, tokens: NDArray[np.int32]) -> str:
+        """Return the text of tokens, special ones included."""
+        return str(self._tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False))
 
     def _special_tokens(self) -> tuple[Ids, Ids]:
         """Return what the tokenizer puts before and after a text, seen on a probe."""
@@ -172,38 +258,65 @@ class Encoder:
             "the tokenizer changes a text when it adds special tokens", where=self._name
         )
 
-    def _ids(self, texts: list[str]) -> list[Ids]:
-        if not texts:
-            return []
-        ids: list[Ids] = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        ).input_ids
-        return ids
+    def _read(self, row: ChatRow, bad: BadRows) -> Conversation | None:
+        if self._template is None:
+            raise DataError(
+                f"the row has messages, but the tokenizer of {self._name} has no chat template",
+                where=bad.source.where(row.line),
+                remedy="name an instruct model, or write rows with prompt and completion",
+            )
+        try:
+            conversation = self._reader.read(row)
+        except BadRow as error:
+            bad.add(row.line, str(error))
+            return None
+        self.tally["control texts"] += conversation.has_control_text
+        return conversation
 
-    def _ids_and_starts(self, texts: list[str]) -> list[tuple[Ids, NDArray[np.int64]]]:
-        """Return the tokens of each text and the character at which each token begins."""
-        if not texts:
-            return []
-        found = self._tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    def _encode_chats(self, chats: dict[int, Conversation]) -> dict[int, "list[_EncodedPieces]"]:
+        """Encode conversations as a whole where every prompt in it has the tokens it has alone."""
+        wholes = {number: chat for number, chat in chats.items() if chat.whole is not None}
+        encoded = dict(
+            zip(
+                wholes,
+                self._encoded([c.pieces_of_whole(self._reader.control) for c in wholes.values()]),
+                strict=True,
+            )
         )
-        return [
-            (ids, np.array(offsets, dtype=np.int64).reshape(-1, 2)[:, 0])
-            for ids, offsets in zip(found.input_ids, found.offset_mapping, strict=True)
-        ]
+        several = {number: str(c.whole) for number, c in wholes.items() if len(c.answers) > 1}
+        at_once = self._pieces.whole(list(several.values()))
+        for number, ids in zip(several, at_once, strict=True):
+            if [token for _, found in encoded[number] for token in found] != ids:
+                del encoded[number]
+        done = {number: [pieces] for number, pieces in encoded.items()}
+        apart = {number: chat for number, chat in chats.items() if number not in done}
+        answers = iter(
+            self._encoded([p for chat in apart.values() for p in chat.pieces_of_answers()])
+        )
+        for number, chat in apart.items():
+            done[number] = [next(answers) for _ in chat.answers]
+        several_rows = [len(pieces) for pieces in done.values() if len(pieces) > 1]
+        self.tally["split"] += len(several_rows)
+        self.tally["split turns"] += sum(several_rows)
+        self.tally["turns"] += sum(len(chat.answers) for chat in chats.values())
+        return done
 
-    def _trained_after(self, line: int, prompt: Ids, completion: Ids) -> EncodedRow:
-        ended = self._with_end(completion)
-        head = self._missing_head(prompt or ended)
-        tokens = np.array(head + prompt + ended, dtype=np.int32)
-        trained = np.arange(len(tokens)) >= len(head) + len(prompt)
-        return EncodedRow(line, tokens, trained, head=len(head))
+    def _encoded(self, texts: Sequence[Sequence[Piece]]) -> "list[_EncodedPieces]":
+        """Encode the pieces of several texts at once."""
+        ids = iter(self._pieces.encode([piece for text in texts for piece in text]))
+        return [[(piece, next(ids)) for piece in text] for text in texts]
 
-    def _labelled(self, row: LabelledRow, ids: Ids) -> EncodedRow:
+    def _ended(self, line: int, pieces: "_EncodedPieces") -> EncodedRow:
+        """Return a text, or a prompt and its completion, with begin and end token."""
+        *before, (last, ids) = pieces
+        pieces = [*before, (last, self._with_end(ids))]
+        first = next(found for _, found in pieces if found)
+        # a text that was rendered by a chat template already begins with the begin token
+        head = [] if first[: len(self._head)] == self._head else self._head
+        return replace(_joined(line, [(Piece(""), head), *pieces]), head=len(head))
+
+    def _labelled(self, row: LabelledRow, pieces: "_EncodedPieces") -> EncodedRow:
+        ids = [token for _, found in pieces for token in found]
         tokens = np.array(self._head + ids + self._tail, dtype=np.int32)
         untrained = np.zeros(len(tokens), dtype=np.bool_)
         head, tail = len(self._head), len(self._tail)
@@ -212,75 +325,22 @@ class Encoder:
     def _with_end(self, ids: Ids) -> Ids:
         return ids if ids[-1:] == self._end else ids + self._end
 
-    def _missing_head(self, ids: Ids) -> Ids:
-        # a text that was rendered by a chat template already begins with the begin token
-        return [] if ids[: len(self._head)] == self._head else self._head
-
-    def _chat(
-        self, line: int, chat: "_Rendered", ids: Ids, starts: NDArray[np.int64]
-    ) -> EncodedRow:
-        trained = np.zeros(len(ids), dtype=np.bool_)
-        for begin, stop in chat.spans:
-            trained |= (begin <= starts) & (starts < stop)
-        if chat.lacks_end:
-            ids, trained = ids + self._end, np.append(trained, True)
-        head = len(self._head) if ids[: len(self._head)] == self._head else 0
-        return EncodedRow(line, np.array(ids, dtype=np.int32), trained, head=head)
-
-    def _render(self, row: ChatRow, bad: BadRows) -> "_Rendered | None":
-        """Render a conversation and find the assistant's part of each of its turns in it."""
-        from jinja2 import TemplateError
-
-        where = bad.source.where(row.line)
-        if not self._tokenizer.chat_template:
-            raise DataError(
-                f"the row has messages, but the tokenizer of {self._name} has no chat template",
-                where=where,
-                remedy="name an instruct model, or write rows with prompt and completion",
-            )
-        try:
-            text = self._template(row.messages)
-            turns = [
-                (
-                    self._template(row.messages[:at], add_generation_prompt=True),
-                    self._template(row.messages[: at + 1]),
-                )
-                for at, message in enumerate(row.messages)
-                if message["role"] == "assistant"
-            ]
-        except TemplateError as error:
-            bad.add(row.line, f"the chat template refuses the messages: {error}")
-            return None
-        if not all(text.startswith(after) and after.startswith(before) for before, after in turns):
-            raise DataError(
-                f"the chat template of {self._name} renders a turn otherwise once others follow,"
-                " so the assistant's part cannot be found",
-                where=where,
-                remedy="write each assistant turn as a row with prompt and completion",
-            )
-        # what follows the end-of-turn token, such as a newline, belongs to the next turn
-        spans = [(len(before), len(after.rstrip())) for before, after in turns]
-        begin, stop = spans[-1]
-        last = row.messages[-1]
-        lacks_end = last["role"] == "assistant" and text[begin:stop].endswith(
-            last["content"].rstrip()
-        )
-        return _Rendered(text[:stop] if lacks_end else text, spans, lacks_end)
-
-    def _template(
-        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False
-    ) -> str:
-        text: Any = self._tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        assert isinstance(text, str), type(text)
-        return text
+    def _chat(self, line: int, pieces: "_EncodedPieces") -> EncodedRow:
+        assert self._template is not None
+        if not self._template.end_of_turn().has_stop:
+            pieces = [(p, ids + self._end if p.is_trained else ids) for p, ids in pieces]
+        row = _joined(line, pieces)
+        head = len(self._head) if list(row.tokens[: len(self._head)]) == self._head else 0
+        return replace(row, head=head)
 
 
-@dataclass(frozen=True, slots=True)
-class _Rendered:
-    """A conversation as text, the character spans to train, and whether it lacks an end token."""
+_EncodedPieces = list[tuple[Piece, Ids]]
 
-    text: str
-    spans: list[tuple[int, int]]
-    lacks_end: bool
+
+def _joined(line: int, pieces: _EncodedPieces) -> EncodedRow:
+    tokens = np.array([token for _, ids in pieces for token in ids], dtype=np.int32)
+    lengths = [len(ids) for _, ids in pieces]
+    is_trained = [piece.is_trained for piece, _ in pieces]
+    trained = np.repeat(np.array(is_trained, dtype=np.bool_), lengths)
+    stops = np.cumsum(lengths)[is_trained] - 1
+    return EncodedRow(line, tokens, trained, stops=stops.astype(np.int64))

@@ -1,14 +1,14 @@
 """Which rows train when: the global sample order, the rows of each step, and who computes them.
 
-The order is a function of (seed, epoch) alone and the cursor a count of rows consumed by all
-processes together, so any world size can go on from any cursor. Nothing here reads a row, keeps a
-cursor or knows a rank's own share of the model.
+The order is a function of (seed, epoch) alone, also where several sources are mixed, and the cursor
+a count of rows consumed by all processes together, so any world size can go on from any cursor.
+Nothing here reads a row, keeps a cursor or knows a rank's own share of the model.
 """
 
 import heapq
-from collections.abc import Iterator
-from functools import lru_cache
-from typing import Self
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,34 +20,88 @@ RowIds = NDArray[np.int64]
 DEFAULT_EPOCHS = 1.0
 
 
-class RowOrder:
-    """An endless order of rows: one permutation of all of them after the other."""
+class SourceShare(NamedTuple):
+    """A source in the mixture."""
 
-    def __init__(self, n_rows: int, seed: int) -> None:
-        """Remember how many rows there are; permutations are made when they are asked for."""
-        assert n_rows >= 1, n_rows
+    n_rows: int
+    epoch_rows: int
+    """How many of them are in every epoch; more than there are: some repeat."""
+
+
+class RowOrder:
+    """An endless order of rows, one shuffled epoch after the other.
+
+    With one source an epoch is a permutation of all rows. With several it holds as many of each as
+    its share says: a source's rows go round in an order of its own, so none comes a third time
+    before all have come twice.
+    """
+
+    def __init__(self, n_rows: int, seed: int, shares: Sequence[SourceShare] = ()) -> None:
+        """Remember the rows; epochs are made when they are asked for.
+
+        Args:
+            n_rows: All rows, source by source.
+            seed: The recipe's `train.seed`.
+            shares: The sources. Default: one, all of it in every epoch.
+        """
+        self._shares = tuple(shares) or (SourceShare(n_rows, n_rows),)
+        assert n_rows == sum(share.n_rows for share in self._shares) >= 1, (n_rows, shares)
+        assert all(share.epoch_rows >= 1 for share in self._shares), shares
         self.n_rows, self.seed = n_rows, seed
+        self.epoch_rows = sum(share.epoch_rows for share in self._shares)
+        """Rows of an epoch."""
 
     def rows(self, start: int, stop: int) -> RowIds:
         """Return the rows at places [start, stop) of the order, which may cross epochs."""
-        assert 0 <= start <= stop, (start, stop)
-        parts = [np.empty(0, dtype=np.int64)]
-        while start < stop:
-            epoch, at = divmod(start, self.n_rows)
-            upto = min(self.n_rows, at + stop - start)
-            parts.append(_permutation(self.n_rows, self.seed, epoch)[at:upto])
-            start += upto - at
-        return np.concatenate(parts)
+        return _places(start, stop, self.epoch_rows, self._epoch)
+
+    def _epoch(self, epoch: int) -> RowIds:
+        return _mixed_epoch(self._shares, self.seed, epoch)
+
+
+def _places(start: int, stop: int, epoch_rows: int, epoch_of: Callable[[int], RowIds]) -> RowIds:
+    """Return places [start, stop) of epochs that are laid end to end."""
+    assert 0 <= start <= stop, (start, stop)
+    parts = [np.empty(0, dtype=np.int64)]
+    while start < stop:
+        epoch, at = divmod(start, epoch_rows)
+        upto = min(epoch_rows, at + stop - start)
+        parts.append(epoch_of(epoch)[at:upto])
+        start += upto - at
+    return np.concatenate(parts)
 
 
 @lru_cache(maxsize=2)  # a step may lie in two epochs
-def _permutation(n_rows: int, seed: int, epoch: int) -> RowIds:
-    # NumPy promises the same raw bits of a bit generator in every release, but not the same
-    # Generator.permutation, so rows are sorted by their raw bits
-    bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(n_rows)
-    order = np.argsort(bits, kind="stable").astype(np.int64, copy=False)
+def _mixed_epoch(shares: tuple[SourceShare, ...], seed: int, epoch: int) -> RowIds:
+    parts, first = [], 0
+    for stream, share in enumerate(shares, start=1):
+        passes, rest = divmod(share.epoch_rows, share.n_rows)
+        if rest:
+            begin = epoch * share.epoch_rows
+            own = _places(
+                begin,
+                begin + share.epoch_rows,
+                share.n_rows,
+                partial(_permutation, share.n_rows, seed, stream=stream),
+            )
+        else:  # all of them as often: the order is made by the shuffle below
+            own = np.tile(np.arange(share.n_rows, dtype=np.int64), passes)
+        parts.append(own + first)
+        first += share.n_rows
+    rows = np.concatenate(parts)
+    order = rows[_permutation(len(rows), seed, epoch)]
     order.setflags(write=False)
     return order
+
+
+def _permutation(n_rows: int, seed: int, epoch: int, *, stream: int = 0) -> RowIds:
+    # NumPy promises the same raw bits of a bit generator in every release, but not the same
+    # Generator.permutation, so rows are sorted by their raw bits
+    key, counter = (
+        np.array(words, dtype=np.uint64) for words in ([seed, epoch], [0, 0, 0, stream])
+    )
+    bits = np.random.Philox(key=key, counter=counter).random_raw(n_rows)
+    return np.argsort(bits, kind="stable").astype(np.int64, copy=False)
 
 
 class StepPlan:
@@ -62,7 +116,7 @@ class StepPlan:
     def __init__(self, order: RowOrder, lengths: NDArray[np.int64], train: Train) -> None:
         """Work out how many steps there are; for batches in tokens over epochs, by walking."""
         assert len(lengths) == order.n_rows, (len(lengths), order.n_rows)
-        self._order, self._lengths = order, lengths
+        self.order, self._lengths = order, lengths
         self._budget = train.global_batch_tokens
         self._batch_rows = train.global_batch_size or DEFAULT_GLOBAL_ROWS
         self._mean_length = max(1.0, float(lengths.mean()))
@@ -73,16 +127,22 @@ class StepPlan:
             """Optimizer steps of the whole training."""
             return
         epochs = DEFAULT_EPOCHS if train.epochs is None else train.epochs
-        self.total_rows = max(1, round(epochs * order.n_rows))
+        self.total_rows = max(1, round(epochs * order.epoch_rows))
         if self._budget is None:
             self.total_steps = -(-self.total_rows // self._batch_rows)
         else:
             self.total_steps = sum(1 for _ in self._walk(0))
 
     @classmethod
-    def of(cls, train: Train, lengths: NDArray[np.int64]) -> Self:
+    def of(
+        cls, train: Train, lengths: NDArray[np.int64], shares: Sequence[SourceShare] = ()
+    ) -> Self:
         """Return the plan of a recipe's `train` section over rows of these lengths."""
-        return cls(RowOrder(len(lengths), train.seed), lengths, train)
+        return cls(RowOrder(len(lengths), train.seed, shares), lengths, train)
+
+    def epoch_of(self, cursor: int) -> int:
+        """Return how many epochs are complete after `cursor` consumed rows."""
+        return cursor // self.order.epoch_rows
 
     def rows(self, cursor: int) -> RowIds:
         """Return the rows of the step that begins after `cursor` consumed rows.
@@ -91,11 +151,11 @@ class StepPlan:
         in steps never ends by itself.
         """
         if self._budget is None:
-            return self._order.rows(cursor, self._stop(cursor, self._batch_rows))
+            return self.order.rows(cursor, self._stop(cursor, self._batch_rows))
         window = 2 * int(self._budget / self._mean_length) + 16
         while True:
             stop = self._stop(cursor, window)
-            rows = self._order.rows(cursor, stop)
+            rows = self.order.rows(cursor, stop)
             filled = np.cumsum(self._lengths[rows])
             fitting = int(np.searchsorted(filled, self._budget, side="right"))
             if fitting < len(rows) or stop < cursor + window:

@@ -1,16 +1,23 @@
 """The rows a recipe names, each checked: text, prompt and completion, messages, or text and label.
 
-The form of a row follows from its keys; other keys are ignored. A row that cannot be used is
-reported with its file and line. Nothing is tokenised here, and neither torch nor transformers is
-imported.
+The form of a row follows from its keys (see `forms.py`); keys without a meaning are ignored (a
+conversation's are read in `chat_rows.py`). A row that cannot be used is reported with its file and
+line. Nothing is tokenised here, and neither torch nor transformers is imported.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal, assert_never
 
 from peft_dist.common.errors import DataError
-from peft_dist.data.sources import Broken, Source
+from peft_dist.data.bad_row import BadRow as BadRow
+from peft_dist.data.bad_row import shown, text_of
+from peft_dist.data.chat_rows import ROW_OPTIONS, parse_chat
+from peft_dist.data.chat_rows import ChatRow as ChatRow
+from peft_dist.data.forms import FORMS, keys_of, remedy_for, to_known_form
+from peft_dist.data.record import Broken
+from peft_dist.data.sources import Source
 
 Task = Literal["causal-lm", "sequence-classification"]
 
@@ -33,14 +40,6 @@ class CompletionRow:
 
 
 @dataclass(frozen=True, slots=True)
-class ChatRow:
-    """A conversation of which the assistant's turns are trained."""
-
-    line: int
-    messages: tuple[dict[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
 class LabelledRow:
     """A text and the name of its class."""
 
@@ -52,54 +51,97 @@ class LabelledRow:
 Row = TextRow | CompletionRow | ChatRow | LabelledRow
 
 
-class BadRow(Exception):
-    """Why one row cannot be used; `BadRows` decides whether the run may go on."""
+SHOWN_BAD_ROWS = 3
+"""How many bad rows an error names besides the first."""
 
 
 @dataclass
 class BadRows:
-    """The rows left out so far, and how many may be (`data.max_bad_rows`)."""
+    """The rows left out so far, and how many may be (`data.max_bad_rows`; None: any number)."""
 
     source: Source
-    limit: int
+    limit: int | None
     found: list[tuple[int, str]] = field(default_factory=list)
+    _remedies: dict[int, str] = field(default_factory=dict)
 
-    def add(self, line: int, why: str) -> None:
-        """Leave out one row, or stop where that is one too many."""
+    def add(self, line: int, why: str, remedy: str = "") -> None:
+        """Leave out one row."""
         self.found.append((line, why))
-        if len(self.found) <= self.limit:
+        if remedy:
+            self._remedies[line] = remedy
+
+    def take(self, other: "BadRows") -> None:
+        """Add the rows that were left out elsewhere."""
+        for line, why in other.found:
+            self.add(line, why, other._remedies.get(line, ""))
+
+    @property
+    def are_too_many(self) -> bool:
+        """Whether more rows are bad than may be."""
+        return self.limit is not None and len(self.found) > self.limit
+
+    def refuse_too_many(self) -> None:
+        """Stop where more rows are bad than may be.
+
+        Raises:
+            DataError: With the first of them, how many there are, and the next few.
+        """
+        if not self.are_too_many:
             return
-        first_line, first_why = min(self.found)  # rows are read ahead of being encoded
-        raise DataError(
-            first_why if self.limit == 0 else f"{first_why} (first of {len(self.found)} bad rows)",
-            where=self.source.where(first_line),
-            remedy=f"fix the row, or raise data.max_bad_rows above {self.limit} to leave such out",
+        (line, why), *others = sorted(self.found)  # rows are read ahead of being encoded
+        if others:
+            named = [f"line {at}: {reason}" for at, reason in others[:SHOWN_BAD_ROWS]]
+            rest = "; ..." if len(others) > SHOWN_BAD_ROWS else ""
+            why += f" (first of {len(self.found)} bad rows; {'; '.join(named)}{rest})"
+        remedy = self._remedies.get(line) or (
+            f"fix the row, or raise data.max_bad_rows above {self.limit} to leave such out"
         )
+        raise DataError(why, where=self.source.where(line), remedy=remedy)
 
     def reports(self) -> tuple[str, ...]:
         """Return one `file:line: why` per row left out."""
         return tuple(f"{self.source.where(line)}: {why}" for line, why in sorted(self.found))
 
 
-def read_rows(source: Source, *, task: Task, bad: BadRows) -> Iterator[Row]:
+def read_rows(
+    source: Source, *, task: Task, bad: BadRows, as_chat: bool = True, most: int | None = None
+) -> Iterator[Row]:
     """Yield the good rows of a source in file order and put the others into `bad`.
+
+    Once too many are bad, the rest is only looked at, so that the error knows them all.
+
+    Args:
+        source: Where they are.
+        task: What is trained, which decides what a row must hold.
+        bad: Takes the bad rows, also those that whoever encodes the rows finds.
+        as_chat: Whether instructions become chats: whether the model has a chat template.
+        most: Records to look at; None: all.
 
     Raises:
         DataError: The source cannot be read, has no rows, or has too many bad ones.
     """
     line = 0
-    for line, value in source.records():
+    for line, value in islice(source.records(), most):
         try:
-            row = parse_row(line, value, task)
+            row = parse_row(line, value, task, source.columns, as_chat=as_chat)
         except BadRow as error:
-            bad.add(line, str(error))
+            bad.add(line, str(error), error.remedy)
         else:
-            yield row
+            if not bad.are_too_many:
+                yield row
     if line == 0:
         raise DataError("has no rows", where=source.name, remedy="add some, or name another file")
+    bad.refuse_too_many()
 
 
-def parse_row(line: int, value: Any, task: Task) -> Row:
+def parse_row(
+    line: int,
+    value: Any,
+    task: Task,
+    columns: Mapping[str, str] | None = None,
+    *,
+    as_chat: bool = True,
+) -> Row:
     """Return the row that a decoded record stands for.
 
     Raises:
@@ -108,17 +150,15 @@ def parse_row(line: int, value: Any, task: Task) -> Row:
     if isinstance(value, Broken):
         raise BadRow(value.why)
     if not isinstance(value, dict):
-        raise BadRow(f"the row is {_shown(value)}, not an object with named texts")
+        raise BadRow(f"the row is {shown(value)}, not an object with named texts")
+    value = to_known_form(value, columns or {}, as_chat=as_chat)
     match task:
         case "sequence-classification":
-            return LabelledRow(line, _text(value, "text"), _label(value))
+            return LabelledRow(line, text_of(value, "text"), _label(value))
         case "causal-lm":
             return _language_row(line, value)
         case _:
             assert_never(task)
-
-
-FORMS = (("messages",), ("prompt", "completion"), ("text",))
 
 
 def _language_row(line: int, value: dict[str, Any]) -> Row:
@@ -126,70 +166,39 @@ def _language_row(line: int, value: dict[str, Any]) -> Row:
     whole = [form for form in FORMS if all(value.get(key) is not None for key in form)]
     partly = [form for form in FORMS if any(key in value for key in form)]
     if not whole and not partly:
-        keys = ", ".join(repr(key) for key in list(value)[:8]) or "none"
-        raise BadRow(f"needs text, prompt and completion, or messages; its keys: {keys}")
-    match (whole or partly)[0]:
+        why = f"the row is of no known form; its {keys_of(value)}"
+        raise BadRow(why, remedy=remedy_for(value))
+    _refuse_two_forms(value, whole)
+    form = (whole or partly)[0]
+    absent = [key for key in form if key not in value]
+    if absent and any(key not in form for key in value):
+        raise BadRow(f"has no {absent[0]}; its {keys_of(value)}", remedy=remedy_for(value))
+    match form:
         case ("messages",):
-            return ChatRow(line, _messages(value))
+            return parse_chat(line, value)
         case ("text",):
-            return TextRow(line, _text(value, "text"))
+            return TextRow(line, text_of(value, "text"))
         case _:
-            prompt = _text(value, "prompt", may_be_empty=True)
-            return CompletionRow(line, prompt, _text(value, "completion"))
+            prompt = text_of(value, "prompt", may_be_empty=True)
+            return CompletionRow(line, prompt, text_of(value, "completion"))
 
 
-def _text(value: dict[str, Any], key: str, *, at: str = "", may_be_empty: bool = False) -> str:
-    shown = f"{at}{key}"
-    if key not in value:
-        raise BadRow(f"has no {shown}")
-    text = value[key]
-    if text is None:
-        raise BadRow(f"{shown} is null")
-    if not isinstance(text, str):
-        raise BadRow(f"{shown} is {_shown(text)}, not text")
-    if not text and not may_be_empty:
-        raise BadRow(f"{shown} is empty")
-    try:
-        text.encode("utf-8")  # lone surrogates, from \ud800 escapes or undecodable CSV bytes
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{shown} has broken UTF-8 at character {error.start + 1}") from error
-    return text
+def _refuse_two_forms(value: dict[str, Any], whole: Sequence[tuple[str, ...]]) -> None:
+    """Refuse a row of which a part would have to be left out."""
+    has_chat = value.get("messages") is not None
+    others = [key for form in FORMS[1:] for key in form if value.get(key) is not None]
+    if has_chat and others:
+        both = f"has messages and also {' and '.join(others)}; keep one of them"
+        raise BadRow(f"{both}, or say which to read, as data.columns: {{messages: messages}}")
+    if len(whole) > 1:
+        raise BadRow(f"has {' and '.join(others)}; keep prompt and completion, or text")
+    beside = [key for key in ROW_OPTIONS if not has_chat and value.get(key)]
+    if beside:
+        raise BadRow(f"has {beside[0]} but no messages, so there is nothing to render it in")
 
 
 def _label(value: dict[str, Any]) -> str:
     label = value.get("label")
     if isinstance(label, bool | int):
         return str(label)
-    return _text(value, "label")
-
-
-def _messages(value: dict[str, Any]) -> tuple[dict[str, str], ...]:
-    messages = value["messages"]
-    if not isinstance(messages, list):
-        raise BadRow(f"messages is {_shown(messages)}, not a list of role and content")
-    if not messages:
-        raise BadRow("messages is empty")
-    turns = tuple(_message(message, f"messages[{at}]") for at, message in enumerate(messages))
-    roles = [turn["role"] for turn in turns]
-    if "assistant" not in roles:
-        raise BadRow("messages has no turn of role assistant, so there is nothing to train")
-    if roles[0] == "assistant":
-        raise BadRow("messages[0] is the assistant's; begin with a system or user turn")
-    return turns
-
-
-def _message(message: Any, at: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise BadRow(f"{at} is {_shown(message)}, not an object with role and content")
-    if message.get("tool_calls"):  # leaving them out would train on another conversation
-        raise BadRow(f"{at}.tool_calls is not supported")
-    role = _text(message, "role", at=f"{at}.")
-    content = _text(message, "content", at=f"{at}.", may_be_empty=role != "assistant")
-    return {"role": role, "content": content}
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    text = repr(value)
-    return f"{text[:37]}..." if len(text) > 40 else text
+    return text_of(value, "label")

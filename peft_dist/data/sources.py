@@ -2,38 +2,25 @@
 
 Turns each of them into numbered records of plain Python values. It does not know what a row must
 contain (see `rows.py`); a record that cannot be decoded is handed on as `Broken`, because only the
-caller knows how many of those are allowed.
+caller knows how many of those are allowed. Text files are read with the standard library alone, so
+that a login node can look at them; what reads the others is imported where it is needed.
 """
 
 import csv
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peft_dist.common.errors import DataError, nearest
-
-if TYPE_CHECKING:
-    import datasets
-    import pyarrow
-
-COLUMNS = ("messages", "prompt", "completion", "text", "label")
-"""The only columns read from Parquet files and `datasets`."""
-ROWS_PER_READ = 1000
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A record that could not be decoded, and why."""
-
-    why: str
-
-
-Record = tuple[int, Any]
-"""Line (or row, where a format has no lines) counted from 1, and the value or a `Broken`."""
+from peft_dist.common.errors import DataError
+from peft_dist.data.forms import COLUMNS
+from peft_dist.data.record import Broken, Record
+from peft_dist.data.row_range import RowRange, parse_split
 
 
 @dataclass(frozen=True)
@@ -42,8 +29,31 @@ class Source:
 
     name: str
     kind: str
-    split: str
-    fingerprint: str
+    split: str = ""
+    """Split of a dataset; of one on the hub with the part of it that is meant."""
+    part: RowRange | None = None
+    """The records that are meant; None: all."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Which column holds what, where its name is not ours."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the content of all of it; reads a file to its end.
+
+        Raises:
+            DataError: It cannot be read.
+        """
+        path = Path(self.name)
+        try:
+            match self.kind:
+                case "hub":
+                    return str(self._dataset()._fingerprint)
+                case "folder":
+                    return _sha256_of_folder(path)
+                case _:
+                    return _sha256([path])
+        except OSError as error:
+            raise self._cannot_read(error) from error
 
     def records(self) -> Iterator[Record]:
         """Yield every record in file order.
@@ -52,25 +62,44 @@ class Source:
             DataError: The file as a whole cannot be read.
         """
         try:
-            match self.kind:
-                case "jsonl":
-                    yield from _jsonl(Path(self.name))
-                case "json":
-                    yield from _json(Path(self.name))
-                case "csv":
-                    yield from _csv(Path(self.name))
-                case "parquet":
-                    yield from _parquet(Path(self.name))
-                case _:
-                    yield from _dataset(_open_dataset(self.name, self.kind, self.split))
+            if self.part is None:
+                yield from self._whole()
+            else:
+                rows = self.part.of(self._count() if self.part.is_relative else sys.maxsize)
+                yield from islice(self._whole(), rows.start, rows.stop)
         except OSError as error:
-            raise DataError(
-                f"cannot be read: {error.strerror or error}", where=self.name
-            ) from error
+            raise self._cannot_read(error) from error
 
     def where(self, line: int) -> str:
         """Return the place of a record, for a report."""
         return f"{self.name}:{line}"
+
+    def _whole(self) -> Iterator[Record]:
+        path = Path(self.name)
+        match self.kind:
+            case "jsonl":
+                return _jsonl(path)
+            case "json":
+                return _json(path)
+            case "csv":
+                return _csv(path)
+        from peft_dist.data import arrow_files
+
+        wanted = {*COLUMNS, *self.columns.values()}
+        if self.kind == "parquet":
+            return arrow_files.parquet_records(path, wanted)
+        return arrow_files.dataset_records(self._dataset(), wanted, self.columns)
+
+    def _count(self) -> int:
+        return len(self._dataset()) if self.kind == "folder" else sum(1 for _ in self._whole())
+
+    def _dataset(self) -> Any:
+        from peft_dist.data import arrow_files
+
+        return arrow_files.open_dataset(self.name, self.kind, self.split)
+
+    def _cannot_read(self, error: OSError) -> DataError:
+        return DataError(f"cannot be read: {error.strerror or error}", where=self.name)
 
 
 KINDS = {
@@ -82,36 +111,42 @@ KINDS = {
 }
 
 
-def open_source(name: str, *, split: str, field: str) -> Source:
-    """Find out what `name` is and take the fingerprint of its content.
+def open_source(
+    name: str, *, split: str, field: str, columns: Mapping[str, str] | None = None
+) -> Source:
+    """Find out what `name` is; read nothing of it.
 
     Args:
         name: Path of a file or folder, else a name on the hub.
-        split: Split to read of a hub dataset, or of a folder that has several.
+        split: Split to read of a hub dataset, or of a folder that has several; of a file only the
+            part in brackets counts.
         field: The recipe field that holds the name, for errors.
+        columns: Which column holds what, where its name is not ours.
 
     Raises:
         DataError: There is no such thing, or it is of an unknown kind.
     """
     path = Path(name).expanduser()
+    columns = columns or {}
     try:
-        if path.is_dir():
-            return Source(str(path), "folder", split, _sha256_of_folder(path))
-        if path.is_file():
-            kind = KINDS.get(path.suffix.lower())
-            if kind is None:
-                raise DataError(
-                    f"{field}: unknown kind of file {path.suffix!r}",
-                    where=name,
-                    remedy=f"known: {', '.join(KINDS)}, or a folder saved by `datasets`",
-                )
-            return Source(str(path), kind, "", _sha256([path]))
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}", where=name) from error
-    if path.suffix.lower() in KINDS or path.is_absolute() or name.startswith((".", "~")):
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read: {error}", where=name) from error
+    suffix = path.suffix.lower()
+    if is_folder or is_file:
+        split_name, part = parse_split(split, field=f"{field}_split")
+        if is_folder:
+            return Source(str(path), "folder", split_name, part, columns)
+        if suffix not in KINDS:
+            raise DataError(
+                f"{field}: unknown kind of file {path.suffix!r}",
+                where=name,
+                remedy=f"known: {', '.join(KINDS)}, or a folder saved by `datasets`",
+            )
+        return Source(str(path), KINDS[suffix], "", part, columns)
+    if suffix in KINDS or path.is_absolute() or name.startswith((".", "~")):
         raise DataError(f"{field}: no such file or folder", where=name, remedy="fix the path")
-    dataset = _open_dataset(name, "hub", split)
-    return Source(name, "hub", split, str(dataset._fingerprint))
+    return Source(name, "hub", split, None, columns)
 
 
 def _sha256(paths: Iterable[Path]) -> str:
@@ -133,6 +168,12 @@ def _jsonl(path: Path) -> Iterator[Record]:
         for line, raw in enumerate(file, start=1):
             if line == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
+                if raw.startswith(b"["):
+                    raise DataError(
+                        "holds a JSON list, not one object a line",
+                        where=f"{path}:1",
+                        remedy=f"name it {path.stem}.json",
+                    )
             if raw := raw.rstrip():
                 yield line, _decode(raw)
 
@@ -218,84 +259,3 @@ def _csv(path: Path) -> Iterator[Record]:
                 line = reader.line_num + 1
     finally:
         csv.field_size_limit(limit)
-
-
-def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-            yield from _arrow(file.iter_batches(ROWS_PER_READ, columns=columns))
-    except pyarrow.ArrowException as error:
-        raise DataError(f"invalid Parquet: {error}", where=str(path)) from error
-
-
-def _dataset(dataset: "datasets.Dataset") -> Iterator[Record]:
-    names = [name for name in COLUMNS if name in dataset.column_names]
-    classes = getattr(dataset.features.get("label"), "names", None)  # of a ClassLabel
-    tables = dataset.select_columns(names).with_format("arrow").iter(ROWS_PER_READ)
-    for line, value in _arrow(tables):
-        if classes and isinstance(value, dict) and isinstance(value["label"], int):
-            known = 0 <= value["label"] < len(classes)
-            value["label"] = classes[value["label"]] if known else None
-        yield line, value
-
-
-def _arrow(tables: "Iterable[pyarrow.Table | pyarrow.RecordBatch]") -> Iterator[Record]:
-    line = 0
-    for table in tables:
-        try:
-            values = table.to_pylist()
-        except UnicodeDecodeError:  # Arrow does not check its text: find the broken rows
-            values = [_arrow_row(table.slice(row, 1)) for row in range(table.num_rows)]
-        for value in values:
-            line += 1
-            yield line, value
-
-
-def _arrow_row(table: "pyarrow.Table | pyarrow.RecordBatch") -> Any:
-    try:
-        return table.to_pylist()[0]
-    except UnicodeDecodeError:
-        return Broken("broken UTF-8")
-
-
-def _open_dataset(name: str, kind: str, split: str) -> "datasets.Dataset":
-    """Open a folder saved by `datasets`, or load a hub dataset, and pick its split."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            "the package datasets is not installed",
-            where=name,
-            remedy="pip install 'peft-dist[train]'",
-        ) from error
-    datasets.disable_progress_bars()
-    if kind == "hub":
-        try:
-            return datasets.load_dataset(name, split=split)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(
-                f"neither a file here nor a dataset that the hub gives: {error}",
-                where=name,
-                remedy="fix the path or name, or go online",
-            ) from error
-    try:
-        found = datasets.load_from_disk(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"not a folder that `datasets` saved: {error}",
-            where=name,
-            remedy="name a file, or a folder made by Dataset.save_to_disk",
-        ) from error
-    if isinstance(found, datasets.Dataset):
-        return found
-    if split not in found:
-        raise DataError(
-            f"has no split {split!r}",
-            where=name,
-            remedy=f"{nearest(split, found)} (data.train_split, data.eval_split)",
-        )
-    return found[split]

@@ -7,11 +7,9 @@ it, and no process group is needed. Which row trains when is not decided here (s
 
 import hashlib
 import json
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +20,14 @@ from peft_dist.common.atomic import remove_unfinished, whole_folder
 from peft_dist.common.errors import DataError, RecipeError
 from peft_dist.common.locks import lock_file
 from peft_dist.config.recipe import Recipe
-from peft_dist.data.encode import EncodedRow, Encoder, load_tokenizer
-from peft_dist.data.rows import BadRows, read_rows
-from peft_dist.data.sources import Source, open_source
+from peft_dist.data.counts import SourceRows
+from peft_dist.data.encode import Encoder
+from peft_dist.data.first_rows import open_row_source
+from peft_dist.data.row_job import FittedRows, RowJob
+from peft_dist.data.sources import Source
 
-FORMAT = 1
+FORMAT = 2
 """Raise this whenever the same rows would become other tokens or other files."""
-ROWS_PER_BATCH = 1000
 STALE_AFTER_S = 24 * 3600.0
 """Age past which an unfinished cache folder has no owner any more."""
 FILES = {
@@ -41,7 +40,7 @@ FILES = {
 
 @dataclass(frozen=True)
 class TokenizedRows:
-    """All rows of one source, end to end. Arrays may be memory maps and cannot be written."""
+    """All rows, source by source and end to end. Arrays may be memory maps: do not write."""
 
     tokens: NDArray[np.int32]
     """[n_tokens]"""
@@ -55,19 +54,32 @@ class TokenizedRows:
     """Sorted names of the classes in the training rows; empty for causal-lm."""
     pad_id: int
     """What to fill padded batches with."""
-    bad_rows: tuple[str, ...]
-    """`file:line: why` of each malformed row that was left out."""
-    truncated_rows: int
-    """Rows that lost tokens to `data.max_length`."""
-    dropped_rows: int
-    """Rows left out because they were too long (truncation: drop) or had nothing to train."""
+    sources: tuple[SourceRows, ...]
+    """What became of the rows of each source; their kept ones stand in this order."""
     fingerprint: str
     """Hash of the content: equal rows, equal fingerprint."""
+    notices: tuple[str, ...] = ()
+    """What a person should know of how the rows were read."""
+
+    @property
+    def trained_turns(self) -> int:
+        """Answers, completions and texts that are trained."""
+        return sum(source.trained_turns for source in self.sources)
+
+    @property
+    def stop_tokens(self) -> int:
+        """How many of them are trained to their end."""
+        return sum(source.stop_tokens for source in self.sources)
 
     @property
     def n_rows(self) -> int:
         """Rows that can be trained."""
         return len(self.offsets) - 1
+
+    @cached_property
+    def source_of_row(self) -> NDArray[np.int64]:
+        """[n_rows] index into `sources` of each row."""
+        return np.repeat(np.arange(len(self.sources)), [source.rows for source in self.sources])
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -94,18 +106,20 @@ def tokenize_rows(
         DataError: The rows cannot be read, or nothing is left of them.
         ModelError: The tokenizer cannot be used.
     """
-    job = _job(recipe, which, cache_dir)
-    folder = cache_dir / job.key
-    found = _opened(folder, job.source)
+    job = row_job(recipe, which, cache_dir)
+    facts = json.dumps({"format": FORMAT, **job.key()}, sort_keys=True)
+    key = hashlib.sha256(facts.encode()).hexdigest()[:32]
+    folder = cache_dir / key
+    found = _opened(folder, job.sources)
     if found is not None:
         return found
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with lock_file(cache_dir / f"{job.key}.lock"):
-            found = _opened(folder, job.source)
+        with lock_file(cache_dir / f"{key}.lock"):
+            found = _opened(folder, job.sources)
             if found is None:
                 _make(job, folder)
-                found = _opened(folder, job.source)
+                found = _opened(folder, job.sources)
     except OSError as error:
         raise DataError(
             f"cannot keep tokenised rows: {error.strerror or error}",
@@ -118,51 +132,33 @@ def tokenize_rows(
 
 def encode_completions(recipe: Recipe, texts: tuple[str, ...]) -> tuple[NDArray[np.int32], ...]:
     """Return each text as the tokens it is trained as in a completion, end token included."""
-    return _encoder(recipe).completions(texts)
+    return Encoder.of(recipe).completions(texts)
 
 
-@dataclass(frozen=True)
-class _Job:
-    source: Source
-    encoder: Encoder
-    recipe: Recipe
-    label_names: tuple[str, ...] | None
-    key: str
+def row_job(recipe: Recipe, which: Literal["train", "eval"], cache_dir: Path) -> RowJob:
+    """Return what there is to tokenise; loads the tokenizer.
 
-
-def _encoder(recipe: Recipe) -> Encoder:
-    return Encoder(load_tokenizer(recipe), task=recipe.model.task, name=recipe.model.name)
-
-
-def _job(recipe: Recipe, which: Literal["train", "eval"], cache_dir: Path) -> _Job:
-    data, encoder = recipe.data, _encoder(recipe)
+    Raises:
+        DataError: A source is not there.
+        ModelError: The tokenizer cannot be used.
+        RecipeError: `data.max_length` leaves no room.
+    """
+    data, encoder = recipe.data, Encoder.of(recipe)
     if data.max_length < encoder.least_length:
         raise RecipeError(
             f"{data.max_length} leaves no room beside the tokenizer's special tokens",
             where="data.max_length",
             remedy=f"set it to {encoder.least_length} or more",
         )
+    sources = tuple(open_row_source(some, f"data.{which}") for some in data.sources(which))
+    assert sources, "the recipe has no data.eval"
     names: tuple[str, ...] | None = None
-    if which == "train":
-        source = open_source(data.train, split=data.train_split, field="data.train")
-    else:
-        assert data.eval is not None, "the recipe has no data.eval"
-        source = open_source(data.eval, split=data.eval_split, field="data.eval")
-        if recipe.model.task == "sequence-classification":
-            names = tokenize_rows(recipe, "train", cache_dir).label_names
-    facts = {
-        "format": FORMAT,
-        "source": [source.kind, source.split, source.fingerprint],
-        "tokenizer": encoder.fingerprint(),
-        "task": recipe.model.task,
-        "options": [data.max_length, data.truncation, data.max_bad_rows],
-        "label_names": names,
-    }
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    return _Job(source, encoder, recipe, names, key)
+    if which == "eval" and recipe.model.task == "sequence-classification":
+        names = tokenize_rows(recipe, "train", cache_dir).label_names
+    return RowJob(recipe, which, sources, encoder, names)
 
 
-def _make(job: _Job, folder: Path) -> None:
+def _make(job: RowJob, folder: Path) -> None:
     """Write the cache, in place of a broken one if there is any."""
     # Younger ones may be the work of a node that does not share our locks.
     remove_unfinished(folder, older_than_s=STALE_AFTER_S)
@@ -170,31 +166,36 @@ def _make(job: _Job, folder: Path) -> None:
         _write(job, unfinished)
 
 
-def _write(job: _Job, folder: Path) -> None:
-    bad = BadRows(job.source, job.recipe.data.max_bad_rows)
-    rows = _Fitted(job, bad)
+def _write(job: RowJob, folder: Path) -> None:
+    hold_out = job.hold_out()
+    found: list[FittedRows] = []
     lengths: list[int] = []
     labels: list[str] = []
     with ExitStack() as stack:
         tokens = stack.enter_context((folder / "tokens").open("wb"))
         trained = stack.enter_context((folder / "trained").open("wb"))
-        for row in rows:
-            tokens.write(row.tokens.astype(FILES["tokens"]).tobytes())
-            trained.write(row.trained.astype(FILES["trained"]).tobytes())
-            lengths.append(len(row.tokens))
-            if row.label is not None:
-                labels.append(row.label)
-    if not lengths:
-        raise DataError(
-            f"no row is left to use: {rows.dropped} dropped, {len(bad.found)} malformed",
-            where=job.source.name,
-            remedy="see data.max_length and data.truncation",
-        )
+        for source in job.sources:
+            rows = FittedRows(job, source, hold_out)
+            found.append(rows)
+            for row in rows:
+                tokens.write(row.tokens.astype(FILES["tokens"]).tobytes())
+                trained.write(row.trained.astype(FILES["trained"]).tobytes())
+                lengths.append(len(row.tokens))
+                if row.label is not None:
+                    labels.append(row.label)
+    for rows in found:
+        # held-out rows may all come from one source; a source to train on must have some
+        if not rows.kept and (job.which == "train" or not lengths):
+            raise DataError(
+                f"no row is left to use: {rows.dropped} dropped, {len(rows.bad.found)} malformed",
+                where=rows.source.name,
+                remedy="see data.max_length and data.truncation",
+            )
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     (folder / "offsets").write_bytes(offsets.astype(FILES["offsets"]).tobytes())
     names = job.label_names
     if job.recipe.model.task == "sequence-classification":
-        names = names or _label_names(labels, job.source)
+        names = names or _label_names(labels, job.sources)
         index = {name: class_id for class_id, name in enumerate(names)}
         class_ids = np.array([index[label] for label in labels], dtype=FILES["class_ids"])
         (folder / "class_ids").write_bytes(class_ids.tobytes())
@@ -203,74 +204,29 @@ def _write(job: _Job, folder: Path) -> None:
         "files": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
         "label_names": names or (),
         "pad_id": job.encoder.pad_id,
-        "bad_rows": sorted(bad.found),
-        "truncated_rows": rows.truncated,
-        "dropped_rows": rows.dropped,
+        "sources": [
+            # the cache is for these rows wherever they lie
+            {name: value for name, value in asdict(rows.counts()).items() if name != "name"}
+            for rows in found
+        ],
+        "notices": job.encoder.notices(),
     }
     sealed = {"fingerprint": _fingerprint(content), "content": content}
     (folder / "rows.json").write_text(json.dumps(sealed, indent=1), encoding="utf-8")
 
 
-class _Fitted:
-    """Rows of a job that fit `data.max_length` and have something to train, counting the rest."""
-
-    def __init__(self, job: _Job, bad: BadRows) -> None:
-        self._job, self._bad = job, bad
-        self.truncated = self.dropped = 0
-
-    def __iter__(self) -> Iterator[EncodedRow]:
-        job, data = self._job, self._job.recipe.data
-        rows = read_rows(job.source, task=job.recipe.model.task, bad=self._bad)
-        while batch := list(islice(rows, ROWS_PER_BATCH)):
-            for row in job.encoder.encode(batch, self._bad):
-                if not self._label_is_known(row):
-                    continue
-                too_long = len(row.tokens) > data.max_length
-                fitted = self._fit(row) if too_long else row
-                if fitted is None or not _has_predictions(fitted):
-                    self.dropped += 1
-                    continue
-                self.truncated += too_long
-                yield fitted
-
-    def _fit(self, row: EncodedRow) -> EncodedRow | None:
-        data = self._job.recipe.data
-        match data.truncation:
-            case "end":
-                return row.cut(max_length=data.max_length, keep="start")
-            case "start":
-                return row.cut(max_length=data.max_length, keep="end")
-            case "drop":
-                return None
-            case "error":
-                raise DataError(
-                    f"the row has {len(row.tokens)} tokens, data.max_length is {data.max_length}",
-                    where=self._job.source.where(row.line),
-                    remedy="raise data.max_length, or set data.truncation to end, start or drop",
-                )
-
-    def _label_is_known(self, row: EncodedRow) -> bool:
-        names = self._job.label_names
-        if names is None or row.label in names:
-            return True
-        self._bad.add(row.line, f"label {row.label!r} is not in data.train: {', '.join(names)}")
-        return False
-
-
-def _has_predictions(row: EncodedRow) -> bool:
-    return len(row.tokens) > 0 if row.label is not None else bool(row.trained[1:].any())
-
-
-def _label_names(labels: list[str], source: Source) -> tuple[str, ...]:
+def _label_names(labels: list[str], sources: tuple[Source, ...]) -> tuple[str, ...]:
     names = tuple(sorted(set(labels)))
     if len(names) < 2:
         raise DataError(
-            f"all rows have the label {names[0]!r}", where=source.name, remedy="add other classes"
+            f"all rows have the label {names[0]!r}",
+            where=", ".join(source.name for source in sources),
+            remedy="add other classes",
         )
     return names
 
 
-def _opened(folder: Path, source: Source) -> TokenizedRows | None:
+def _opened(folder: Path, sources: tuple[Source, ...]) -> TokenizedRows | None:
     """Open a cache, or return None where it is missing, unfinished or damaged."""
     try:
         sealed = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
@@ -291,10 +247,12 @@ def _opened(folder: Path, source: Source) -> TokenizedRows | None:
         class_ids=arrays.get("class_ids"),
         label_names=tuple(content["label_names"]),
         pad_id=content["pad_id"],
-        bad_rows=tuple(f"{source.where(line)}: {why}" for line, why in content["bad_rows"]),
-        truncated_rows=content["truncated_rows"],
-        dropped_rows=content["dropped_rows"],
+        sources=tuple(
+            SourceRows(source.name, **counts | {"bad": tuple(map(tuple, counts["bad"]))})
+            for source, counts in zip(sources, content["sources"], strict=True)
+        ),
         fingerprint=sealed["fingerprint"],
+        notices=tuple(content["notices"]),
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from peft_dist.checkpoint import adapter_file as adapter_file
+from peft_dist.checkpoint.same_inputs import describe_inputs, refuse_different_inputs
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.console import show
 from peft_dist.common.errors import RecipeError, RunDirError
@@ -21,6 +22,7 @@ from peft_dist.distributed.world import read_world
 from peft_dist.evaluation.scoring import make_eval_set, score
 from peft_dist.methods import METHODS
 from peft_dist.model.source import find_base
+from peft_dist.model.vocabulary import refuse_unknown_ids
 from peft_dist.model_setup import set_up_model
 from peft_dist.run.directory import RunDir, write_text_atomic
 from peft_dist.worker.process import run_worker
@@ -54,7 +56,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     rows = tokenize_rows(recipe, "eval", cache / "rows")
     eval_set = make_eval_set(recipe, rows)
     source = find_base(recipe, cache)
+    refuse_unknown_ids(recipe, source.files.folder, eval_set.texts())
+    inputs = describe_inputs(recipe, {"data.eval": rows}, source.files)
     process_group.start(world)
+    refuse_different_inputs(inputs)
     setup = set_up_model(recipe, world, source, label_names=rows.label_names)
     setup.check_lengths(eval_set.rows)
     state = adapter_file.load_adapter(run.adapter, setup.method, setup.peft, setup.adapter)

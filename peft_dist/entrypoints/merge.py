@@ -195,7 +195,8 @@ def _plan(
 ) -> tuple[dict[str, Change], dict[str, torch.Tensor]]:
     """Return what happens to which tensor of the files, and the heads that they lack."""
     plan = base.plan_base(skeleton, files, quantization="none")
-    keys = {tensor.name: tensor.key for tensor in plan.tensors}
+    keys = {tensor.name: tensor.key for tensor in plan.tensors if tensor.key is not None}
+    made = {tensor.name for tensor in plan.tensors if tensor.key is None}
     parts: dict[str, dict[str, torch.Tensor]] = {}
     changes: dict[str, Change] = {}
     added: dict[str, torch.Tensor] = {}
@@ -205,12 +206,18 @@ def _plan(
         if part:
             parts.setdefault(module, {})[part.removesuffix(".weight")] = tensor.float()
         elif name in plan.fresh:
-            added[name] = tensor.to(files.dtype(plan.tensors[0].key))
+            added[name] = tensor.to(FLOATS[plan.tensors[0].source.dtype])
         elif name in keys:
             changes[keys[name]] = _replaced_by(tensor)
         else:
             raise _foreign(saved, run)
     for module, found in parts.items():
+        if f"{module}.weight" in made:
+            raise ModelError(
+                f"{module} is made of other tensors of the files, into which nothing can be merged",
+                where="model.name",
+                remedy="use the adapter beside its base",
+            )
         key = keys.get(f"{module}.weight")
         if key is None or not {"A", "B"} <= found.keys() <= {"A", "B", "magnitude_vector"}:
             raise _foreign(f"{module}.lora_{sorted(found)[0]}", run)

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 from peft_dist.common.arguments import add_allow_changed
@@ -17,12 +18,15 @@ from peft_dist.common.env import WATCHED_LEASE
 from peft_dist.common.errors import RunDirError, TrainingError
 from peft_dist.common.process_identity import is_launcher_gone
 from peft_dist.config import Recipe, load_recipe
+from peft_dist.config.batch_shape import require_settled
+from peft_dist.config.run_date import date_in, with_date
+from peft_dist.model.import_bitsandbytes import import_bitsandbytes
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_run, is_machine_start, read_history
 from peft_dist.run.lease import Attempt, end_for, refuse_if_held
 from peft_dist.run.restart_policy import History, Kind, RestartLimits, decide, decide_by_attempts
 from peft_dist.worker import signals
-from peft_dist.worker.process import FIX_FIRST, WorkerContext, run_worker
+from peft_dist.worker.process import WorkerContext, fix_first, run_worker
 
 
 def main(argv: list[str]) -> int:
@@ -96,9 +100,12 @@ def _train(
     context.run_dir = _run_of(options)[0]
     stop_requests.on_setup_stop = context.stopped_in_setup
     recipe = load_recipe(_recipe_of(options), options.overrides)
+    require_settled(recipe)
     if context.rank == 0:
         _take(options, recipe, context)
+        recipe = with_date(recipe, _date_of_run(context.run_dir))
     # Only now, for it takes seconds: torch, transformers and all that stands on them.
+    import_bitsandbytes()
     from peft_dist.finetune import fine_tune
     from peft_dist.sharding.launcher_env import deepspeed_exports
 
@@ -152,7 +159,11 @@ def _take(options: argparse.Namespace, recipe: Recipe, context: WorkerContext) -
         run.failure.unlink(missing_ok=True)
     decision = decide_by_attempts(read_history(run, before=attempt.number))
     if decision is not None and decision.word == "stop":
-        raise TrainingError(decision.reason, where=str(run.path), remedy=FIX_FIRST)
+        raise TrainingError(decision.reason, where=str(run.path), remedy=fix_first(run))
+
+
+def _date_of_run(run: RunDir) -> date | None:
+    return date_in(run.next_recipe) if run.next_recipe.exists() else date_in(run.recipe)
 
 
 def process_age_s() -> float:

@@ -44,6 +44,11 @@ class EvalSet:
     truth: NDArray[np.int64] | None
     """[n_rows] index of each row's own choice or class."""
 
+    def texts(self) -> dict[str, NDArray[np.int32]]:
+        """Return all token ids, by the field that they come from."""
+        found = {"data.eval": self.rows.tokens}
+        return found | ({"evaluate.choices": np.concatenate(self.choices)} if self.choices else {})
+
     @property
     def single_token(self) -> bool:
         """Whether one position tells all choices apart."""

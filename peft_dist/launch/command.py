@@ -85,6 +85,11 @@ def quantize_command(arguments: Sequence[str], *, python: str = sys.executable) 
     return [python, "-m", "peft_dist.entrypoints.tool", "quantize", *arguments]
 
 
+def show_rows_command(arguments: Sequence[str], *, python: str = sys.executable) -> list[str]:
+    """Return the argv that tokenises the first rows of a recipe and prints them."""
+    return [python, "-m", "peft_dist.entrypoints.show_rows", *arguments]
+
+
 def merge_command(run_dir: Path, out: Path, *, python: str = sys.executable) -> list[str]:
     """Return the argv that merges a run's adapter into its base."""
     return [python, "-m", "peft_dist.entrypoints.tool", "merge", str(run_dir), "--out", str(out)]

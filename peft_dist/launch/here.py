@@ -25,11 +25,15 @@ from peft_dist.common.errors import (
     EXIT_DO_NOT_RETRY,
     EXIT_DONE,
     PeftDistError,
+    RunDirError,
     RunDirGone,
 )
 from peft_dist.common.logs import NOTICE
 from peft_dist.common.process_identity import this_process
 from peft_dist.config import Recipe, load_recipe, render_recipe
+from peft_dist.config.resume_rules import all_settings, differences
+from peft_dist.config.run_date import with_date
+from peft_dist.data.first_rows import check_first_rows
 from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.local import run_launcher
 from peft_dist.launch.placement import Placement, plan_processes, this_machine
@@ -40,6 +44,7 @@ from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_launch, mark_launch
 from peft_dist.run.holder import wait_for_orphans
 from peft_dist.run.lease import end_for, refuse_if_held
+from peft_dist.run.prediction import Prediction, write_prediction
 from peft_dist.run.restart_policy import Ending, History, Kind, RestartLimits, decide
 
 log = logging.getLogger(__name__)
@@ -65,19 +70,35 @@ class LocalLaunch:
     command: list[str]
     environment: dict[str, str]
     allow_changed: Collection[str]
+    prediction: Prediction | None
+    """What the plan says of it, for the record."""
 
 
-def prepare(recipe: Recipe, folder: Path, *, allow_changed: Collection[str] = ()) -> LocalLaunch:
+def prepare(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    allow_changed: Collection[str] = (),
+    prediction: Prediction | None = None,
+) -> LocalLaunch:
     """Work out what starts a recipe here; make and start nothing.
+
+    Args:
+        recipe: What to train.
+        folder: Of the run.
+        allow_changed: Settings that may differ from those the run was trained with.
+        prediction: What the plan says of it, for the record.
 
     Raises:
         LaunchError: For more processes than GPUs, or processes that shards do not divide.
+        DataError: For rows that cannot be read, as far as the first of them tell.
         RunDirError, CacheError: For a folder that the training could not write to.
     """
     placement = plan_processes(recipe, this_machine())
     run = RunDir(folder.absolute())
     run.require_writable()
     usable_cache_dir()
+    check_first_rows(recipe)
     changed = [word for field in allow_changed for word in ("--allow-changed", field)]
     command = worker_command(
         placement,
@@ -86,7 +107,7 @@ def prepare(recipe: Recipe, folder: Path, *, allow_changed: Collection[str] = ()
         max_restarts=recipe.parallel.max_restarts,
     )
     environment = launch_environment(placement, environ)
-    return LocalLaunch(recipe, run, placement, command, environment, allow_changed)
+    return LocalLaunch(recipe, run, placement, command, environment, allow_changed, prediction)
 
 
 def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
@@ -114,6 +135,7 @@ def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
         fresh=fresh,
         allow_changed=start.allow_changed,
     )
+    write_prediction(run, start.prediction)
     _introduce(start)
     before = mark_launch(run)
     facts = {LAUNCHED_AT: repr(time.time()), WATCHED_LEASE: watched}
@@ -232,8 +254,27 @@ def _has_finished(run: RunDir, recipe: Recipe) -> bool:
     with suppress(PeftDistError):  # of another version: not the same, as far as we know
         old = load_recipe(RunDir.open(run.path).recipe, check_paths=False)
         old = old.model_copy(update={"parallel": recipe.parallel})
-        return render_recipe(old) == render_recipe(recipe)
+        return render_recipe(old) == render_recipe(with_date(recipe, old.data.date))
     return False
+
+
+def refuse_changes_of_finished(run: RunDir, overrides: Sequence[str]) -> None:
+    """Refuse settings that nothing would be trained with any more.
+
+    Raises:
+        RunDirError: Naming the first setting that differs, with both values.
+    """
+    had, wanted = (
+        all_settings(load_recipe(run.recipe, words, check_paths=False), without=["parallel"])
+        for words in ((), overrides)
+    )
+    changes = differences(had, wanted)
+    for field, change in changes.items():
+        raise RunDirError(
+            f"holds a run that has finished, and {field} would be another: {change}",
+            where=str(run.path),
+            remedy="train the changed recipe with another --run-dir",
+        )
 
 
 def _launcher() -> dict[str, str]:

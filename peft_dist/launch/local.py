@@ -19,6 +19,7 @@ from types import FrameType
 
 from peft_dist.common.env import FAILURES, LAUNCH_MARK
 from peft_dist.common.errors import LaunchError
+from peft_dist.common.sharing import run_umask
 from peft_dist.run.failure_files import WorkerFailure, read_failure
 from peft_dist.run.saving import is_saving
 
@@ -88,7 +89,7 @@ def run_launcher(
                     stdin=subprocess.DEVNULL,
                     stderr=errors,
                     start_new_session=True,
-                    umask=0o077,
+                    umask=run_umask(),
                 )
         except OSError as error:
             raise LaunchError(f"cannot be started: {error}", where=command[0]) from error

@@ -99,6 +99,12 @@ def plan_processes(
             if nodes == 1
             else f"set it to {machine.gpus * nodes}, or take more nodes",
         )
+    if parallel.shard_size is not None and strategy != "hsdp":
+        raise LaunchError(
+            f"has no meaning here: the strategy is {strategy}",
+            where="parallel.shard_size",
+            remedy="remove it, or set parallel.strategy: hsdp",
+        )
     # Between nodes of an hsdp run only adapter gradients travel.
     shard_size = parallel.shard_size or on_one if strategy == "hsdp" else processes
     if strategy in ("ddp", "zero2"):

@@ -1,14 +1,15 @@
 """Train the runs of an array on this machine, one after the other."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft_dist.common.errors import EXIT_DONE, EXIT_INTERRUPTED, RunDirError
 from peft_dist.common.logs import NOTICE
-from peft_dist.config import load_recipe
-from peft_dist.launch.here import LocalLaunch, prepare, train_here
+from peft_dist.common.sharing import folder_mode
+from peft_dist.config import Recipe, load_recipe
+from peft_dist.launch.here import LocalLaunch, train_here
 from peft_dist.run.directory import RunDir
 from peft_dist.run.sweep import Element, grid, refuse_another_array, write_array
 
@@ -31,7 +32,7 @@ def prepare_sweep(
     specifications: Sequence[str],
     folder: Path,
     *,
-    allow_changed: Collection[str] = (),
+    prepare: Callable[[Recipe, Path], LocalLaunch],
 ) -> LocalSweep:
     """Check every run of an array; make and start nothing.
 
@@ -40,7 +41,7 @@ def prepare_sweep(
         overrides: Settings that they share.
         specifications: What sets them apart, as `grid` reads it.
         folder: What will hold a folder for each of them.
-        allow_changed: Fields that a run may go on with although they have changed.
+        prepare: Works out what starts one of them, from its recipe and its folder.
 
     Raises:
         PeftDistError: For settings that make no recipe, and a folder that holds something else.
@@ -51,8 +52,7 @@ def prepare_sweep(
     for number, settings in enumerate(grid(specifications)):
         name = f"{number:03}"
         elements.append({"run_dir": name, "settings": list(settings)})
-        one = load_recipe(recipe, [*overrides, *settings])
-        starts.append(prepare(one, folder / name, allow_changed=allow_changed))
+        starts.append(prepare(load_recipe(recipe, [*overrides, *settings]), folder / name))
     RunDir(folder).require_writable()
     refuse_another_array(folder, elements)
     return LocalSweep(folder, elements, starts)
@@ -64,7 +64,7 @@ def train_sweep(sweep: LocalSweep, *, fresh: bool = False) -> int:
     A run that fails is left behind, as in an array of a cluster; a stop ends them all.
     """
     try:
-        sweep.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sweep.folder.mkdir(mode=folder_mode(), parents=True, exist_ok=True)
     except OSError as error:
         raise RunDirError(
             f"cannot be made: {error.strerror}",

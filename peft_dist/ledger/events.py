@@ -69,12 +69,20 @@ class StartEvent(LedgerEvent):
     """Parameters of the frozen base."""
     base_bytes_per_rank: list[int] | None = None
     """Bytes of the base that each rank holds."""
+    trained_turns: int | None = None
+    """Answers, completions and texts in the training rows."""
+    stop_tokens: int | None = None
+    """How many of them are trained to their end; the others are cut to `data.max_length`."""
     versions: dict[str, str] | None = None
     """Versions of the packages in use."""
     slurm_job_id: str | None = None
     """Slurm job; missing outside Slurm."""
     slurm_restart_count: int | None = None
     """How often Slurm has requeued that job."""
+    planned_bytes_per_rank: int | None = None
+    """Bytes of tensors that a rank was foreseen to need; missing without a plan."""
+    planned_step_s: float | None = None
+    """Seconds that a step was foreseen to take, of the longest rows."""
     launched: Seconds = 0.0
     """Unix time at which the launcher was started; missing where it is not known."""
 
@@ -95,6 +103,9 @@ class StepEvent(LedgerEvent):
     """Mean loss of the trained tokens, nats per token."""
     grad_norm: float | None = None
     """Norm of the gradient before clipping."""
+    source_loss: list[float | None] | None = None
+    """The same of each source in a mixture, in the recipe's order; null for one that the step has
+    no row of. Missing where there is one source."""
     rank_step_s: list[float] | None = None
     """Seconds of each rank's own part of the step, without waiting for others; missing until
     every rank has measured one."""

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from peft_dist.common.atomic import sync_folder
 from peft_dist.common.errors import TrainingError
+from peft_dist.common.sharing import file_mode
 from peft_dist.ledger.events import LedgerEvent
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class LedgerWriter:
         """Where a half line begins and ends that could not be cut yet."""
         self._warned = self._closed = self._name_synced = False
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, file_mode())
         except OSError as error:
             raise self._lost(error) from error
         try:

@@ -7,6 +7,7 @@ and what PEFT made is kept until the model is sharded.
 
 import copy
 from collections.abc import Mapping
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -60,7 +61,19 @@ class AnyPeftMethod(Method[AnyPeft]):
             saved_names(peft, self._made)
         except Exception as error:  # every method has its own way to miss a tensor
             raise self._refusal(f"cannot be saved by what it trains ({error})") from None
+        self._check_config_reloads(peft.peft_config["default"])
         return peft
+
+    def _check_config_reloads(self, config: PeftConfig) -> None:
+        """See that PEFT takes from a file what it has itself filled in meanwhile."""
+        try:
+            with TemporaryDirectory(prefix="peft-dist-") as folder:
+                config.save_pretrained(folder)
+                PeftConfig.from_pretrained(folder)
+        except OSError:
+            raise  # of the disk
+        except Exception as error:  # each class has its own ways to refuse
+            raise self._refusal(f"cannot be loaded again with these settings ({error})") from None
 
     def initialise(self, peft: PeftModel, start: BaseAccess) -> None:
         """Write what PEFT made; copies of the base's own tensors hold those already."""
@@ -97,7 +110,7 @@ class AnyPeftMethod(Method[AnyPeft]):
                 )
         try:
             config: PeftConfig = known[name](task_type=TASKS[task], **copy.deepcopy(dict(options)))
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # each class has its own ways to refuse, such as an ImportError
             raise self._refusal(f"does not take these settings ({error})") from None
         if config.is_prompt_learning:
             raise self._refusal("puts learned tokens in front of rows in a way of its own")

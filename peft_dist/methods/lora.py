@@ -18,10 +18,9 @@ from peft_dist.common.errors import RecipeError, nearest
 from peft_dist.config.method import Lora
 from peft_dist.methods.init import assign, generator_for
 from peft_dist.methods.method import TASKS, BaseAccess, Method, inject
-from peft_dist.model.architectures import transformer_blocks
+from peft_dist.model import special_cases
+from peft_dist.model.architectures import is_linear, transformer_blocks
 from peft_dist.model.nf4 import FrozenLinear4bit, dequantize
-
-_ADAPTABLE = (nn.Linear, Conv1D, FrozenLinear4bit)
 
 
 class _LoraOn4bit(LoraLinear):
@@ -59,7 +58,7 @@ class LoraMethod(Method[Lora]):
     def __init__(self, settings: Lora, *, seed: int = 0) -> None:
         """Take the recipe's method section and the run's seed."""
         super().__init__(settings, seed=seed)
-        self.changes_base = settings.init == "pissa"
+        self.changes_base = settings.splits_weight
         self._taken_out: dict[str, torch.Tensor] = {}
         """What PiSSA moved from the base into A and B, by their names; on the CPU."""
         self._start: BaseAccess | None = None
@@ -71,12 +70,22 @@ class LoraMethod(Method[Lora]):
         """Inject LoRA layers; see `Method.attach`."""
         settings = self.settings
         targets = linear_targets(model, settings.targets)
-        if settings.init == "orthogonal" and settings.rank % 2:
+        if settings.bias != "none" and not _has_bias(model, settings.bias, targets):
             raise RecipeError(
-                f"init: orthogonal halves the rank, and {settings.rank} is odd",
+                "has no meaning here: "
+                + ("this model" if settings.bias == "all" else "what is adapted")
+                + " has no bias",
+                where="method.bias",
+                remedy="remove it",
+            )
+        odd = [r for r in (settings.rank, *settings.rank_pattern.values()) if r % 2]
+        if settings.init == "orthogonal" and odd:
+            raise RecipeError(
+                f"init: orthogonal halves the rank, and {odd[0]} is odd",
                 where="method.rank",
                 remedy="choose an even one",
             )
+        _check_choice(model, settings, targets)
         if settings.dora and any(isinstance(m, Conv1D) for m in model.modules()):
             raise RecipeError(
                 "dora needs the norm of whole columns, "
@@ -89,6 +98,10 @@ class LoraMethod(Method[Lora]):
             lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it
             lora_dropout=settings.dropout,
             target_modules=targets,
+            exclude_modules=list(settings.exclude_modules) or None,
+            layers_to_transform=list(settings.layers_to_transform) or None,
+            rank_pattern=dict(settings.rank_pattern),
+            alpha_pattern=dict(settings.alpha_pattern),
             use_rslora=settings.rslora,
             use_dora=settings.dora,
             bias=settings.bias,
@@ -119,8 +132,8 @@ class LoraMethod(Method[Lora]):
             if not isinstance(module, LoraLayer):
                 continue
             for adapter in module.lora_A:
-                if self.settings.init == "pissa":
-                    a, b = self._principal_part(name, module, adapter, start)
+                if self.settings.splits_weight:
+                    a, b = self._part_of_weight(name, module, adapter, start)
                     self._take_out(name, module, adapter, start, a, b)
                 else:
                     a, b = self._seeded(name, module, adapter)
@@ -149,18 +162,22 @@ class LoraMethod(Method[Lora]):
             b = torch.randn(b.shape[0], rank // 2, generator=source) @ basis[1::2] / 10
         return a, b
 
-    def _principal_part(
+    def _part_of_weight(
         self, name: str, module: LoraLayer, adapter: str, start: BaseAccess
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the largest singular directions of the base as A and B.
+        """Return a part of the base as A and B.
 
-        PiSSA (Meng et al. 2024, arXiv 2404.02948), by its fast decomposition, whose bits depend on
-        the number of threads.
+        PiSSA (Meng et al. 2024, arXiv 2404.02948): the largest singular directions, by its fast
+        decomposition. OLoRA (arXiv 2406.01775): the first columns and rows of Q and R. The bits of
+        both depend on the number of threads.
         """
-        weight, scaling = _weight(module, start), module.scaling[adapter]
+        weight, scaling, rank = _weight(module, start), module.scaling[adapter], self.settings.rank
+        if self.settings.init == "olora":
+            q, r = torch.linalg.qr(weight)
+            return r[:rank].contiguous(), q[:, :rank].contiguous()
         with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
             torch.manual_seed(generator_for(self.seed, name).initial_seed())
-            u, s, v = torch.svd_lowrank(weight, q=self.settings.rank, niter=16)
+            u, s, v = torch.svd_lowrank(weight, q=rank, niter=16)
         root = (s / scaling).sqrt()
         return root[:, None] * v.t(), u * root
 
@@ -243,27 +260,84 @@ class LoraMethod(Method[Lora]):
 
 
 def linear_targets(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> list[str]:
-    """Return the last parts of the names of the linears inside the blocks, all or those wanted.
+    """Return the names by which PEFT finds the linears inside the blocks, all or those wanted.
+
+    The last part of a name where it means linears alone, else whole names.
 
     Raises:
-        RecipeError: For one that names no linear.
+        RecipeError: For one that names no linear, or none that LoRA can be put on.
     """
-    inside = {
-        name.rpartition(".")[2]
-        for block in transformer_blocks(model).values()
-        for name, module in block.named_modules()
-        if isinstance(module, _ADAPTABLE)
-    }
+    refused = special_cases.no_lora_on(model)
+    names: dict[str, list[str]] = {}
+    for block_name, block in transformer_blocks(model).items():
+        for name, module in block.named_modules(prefix=block_name):
+            if isinstance(module, FrozenLinear4bit) or is_linear(module):
+                names.setdefault(name.rpartition(".")[2], []).append(name)
+    linears = {name for some in names.values() for name in some}
+    others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in linears}
     if isinstance(wanted, str):
-        return sorted(inside)
+        wanted = tuple(names.keys() - refused.keys())
     for target in wanted:
-        if target not in inside:
+        if target not in names:
             raise RecipeError(
                 f"{target!r} is no linear inside the blocks of this model",
                 where="method.targets",
-                remedy=nearest(target, inside),
+                remedy=nearest(target, names),
             )
-    return sorted(wanted)
+        if target in refused:
+            raise RecipeError(
+                f"{target!r} of {model.config.model_type} cannot have a LoRA: {refused[target]}",
+                where="method.targets",
+                remedy="leave it out",
+            )
+    found = [
+        name for target in wanted for name in (names[target] if target in others else [target])
+    ]
+    return sorted(found)
+
+
+def _check_choice(model: PreTrainedModel, settings: Lora, targets: list[str]) -> None:
+    """Refuse patterns that match no linear, where PEFT would leave them unread.
+
+    Raises:
+        RecipeError: Naming the pattern.
+    """
+    blocks = list(transformer_blocks(model).items())
+    for number in settings.layers_to_transform:
+        if number >= len(blocks):
+            raise RecipeError(
+                f"the model has no block {number}",
+                where="method.layers_to_transform",
+                remedy=f"choose from 0 to {len(blocks) - 1}",
+            )
+    layers = set(settings.layers_to_transform) or set(range(len(blocks)))
+    names = [
+        f"{block_name}.{name}"
+        for number, (block_name, block) in enumerate(blocks)
+        for name, module in block.named_modules()
+        if number in layers
+        and (isinstance(module, FrozenLinear4bit) or is_linear(module))
+        and name.split(".")[-1] in targets
+    ]
+    for field in ("exclude_modules", "rank_pattern", "alpha_pattern"):
+        for end in getattr(settings, field):
+            # PEFT takes a pattern as a regular expression, which a name is not meant to be.
+            if not all(part.isidentifier() or part.isdecimal() for part in end.split(".")) or not (
+                any(f".{name}".endswith(f".{end}") for name in names)
+            ):
+                raise RecipeError(
+                    f"{end!r} is no adapted linear, nor the end of its name",
+                    where=f"method.{field}",
+                    remedy=nearest(end, targets),
+                )
+
+
+def _has_bias(model: PreTrainedModel, wanted: str, targets: list[str]) -> bool:
+    """Whether there is a bias that PEFT would train: any, or that of an adapted linear."""
+    return any(
+        name.rpartition(".")[2] == "bias" and (wanted == "all" or name.split(".")[-2] in targets)
+        for name, _ in model.named_parameters()
+    )
 
 
 def _weight(module: LoraLayer, start: BaseAccess) -> torch.Tensor:

@@ -3,12 +3,16 @@
 Computes nothing that is not a sum or a ratio of what the run measured.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig, PeftConfig
+
 from peft_dist.checkpoint.progress import Progress
 from peft_dist.common.sizes import megabytes
+from peft_dist.data.counts import SourceRows
 from peft_dist.model.architectures import bare_model
 from peft_dist.model_setup import ModelSetup
 from peft_dist.run.directory import RunDir
@@ -23,6 +27,8 @@ def make_result(
     load_seconds: float,
     train_seconds: float,
     peaks: list[tuple[int, int]],
+    rows: Sequence[SourceRows],
+    held_out: Sequence[SourceRows],
 ) -> Result:
     """Return `result.json`; times in seconds, sizes in bytes, lists in rank order."""
     trained = setup.adapter.values()
@@ -43,6 +49,7 @@ def make_result(
         "base_unchanged": True,
         "packed_base": None if setup.packed_base is None else str(setup.packed_base),
         "trainable_parameters": sum(parameter.numel() for parameter in trained),
+        "serving": serving(setup.method.saved_config(setup.peft), setup.adapter),
         "peak_rss_bytes_per_rank": [rss for rss, _ in peaks],
         "peak_device_bytes_per_rank": [device for _, device in peaks],
         "load_seconds": load_seconds,
@@ -51,11 +58,34 @@ def make_result(
         "tokens": progress.tokens,
         "tokens_per_second": progress.tokens / progress.step_seconds,
         "final_loss": progress.final_loss,
+        "rows": {
+            "train": [source.facts() for source in rows],
+            "eval": [source.facts() for source in held_out],
+        },
         "eval": {
             "first": None if progress.first is None else asdict(progress.first),
             "last": None if progress.last is None else asdict(progress.last),
         },
     }
+
+
+def serving(config: PeftConfig, trained: Collection[str]) -> str:
+    """Return in one line what a server needs to know of an adapter.
+
+    Servers (vLLM, SGLang, TGI) load plain LoRA files: no biases, no trained heads, no DoRA.
+
+    Args:
+        config: What stands beside the saved tensors.
+        trained: Names of the trained tensors.
+    """
+    if not isinstance(config, LoraConfig):
+        return "no plain LoRA: servers that load LoRA files cannot load it; PEFT can"
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
+    besides = [name for name in trained if ".lora_" not in name]
+    problem = "DoRA" if config.use_dora else "more than LoRA is trained" if besides else ""
+    if problem:
+        return f"{problem}: servers load plain LoRA alone; `peft-dist merge` first"
+    return f"LoRA of rank {rank}: a server needs room for that (vLLM: --max-lora-rank)"
 
 
 def summary(result: Result, run: RunDir, *, base: str) -> str:
@@ -81,6 +111,7 @@ def summary(result: Result, run: RunDir, *, base: str) -> str:
             f"training and evaluation {result['train_seconds']:.0f} s",
         ),
         ("adapter", str(run.adapter)),
+        ("serving", result["serving"]),
     ]
     if result["device"] == "cuda":
         lines.insert(-3, ("peak GPU", f"{_list(result['peak_device_bytes_per_rank'])} per rank"))
@@ -96,11 +127,18 @@ def loading_code(adapter: Path, result: Result, base: str) -> list[str]:
     size = f", num_labels={len(result['labels'])}" if "labels" in result else ""
     # PEFT has neither; importing our methods makes them known to it.
     ours = ["import peft_dist.methods"] if result["method"] in ("bottleneck", "bitfit") else []
+    # A hub id is found from anywhere, a folder is not.
+    elsewhere = (
+        [f"# elsewhere, with a copy of {base}: PeftModel.from_pretrained(model, adapter)"]
+        if Path(base).is_absolute()
+        else []
+    )
     return [
         *ours,
         f"from peft import AutoPeftModelFor{task} as Auto; from transformers import AutoTokenizer",
         f"model = Auto.from_pretrained({str(adapter)!r}{size})",
-        f"tokenizer = AutoTokenizer.from_pretrained({base!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({str(adapter)!r})",
+        *elsewhere,
     ]
 
 

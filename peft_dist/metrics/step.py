@@ -14,13 +14,21 @@ from peft_dist.sharding.engine import RANK_EXTRAS, SHARED_EXTRAS
 
 
 class StepInputs(NamedTuple):
-    """What is known of a step before the device has computed it; the fields of its event."""
+    """What is known of a step before the device has computed it."""
 
     step: int
     lr: float
     rows: int
     cursor: int
     tokens: int
+    source_predictions: tuple[int, ...] = ()
+    """Predictions of each source, where there are several; no field of the event."""
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of the step's event."""
+        found = self._asdict()
+        del found["source_predictions"]
+        return found
 
 
 class StepMetrics(NamedTuple):
@@ -38,10 +46,21 @@ class StepMetrics(NamedTuple):
     """Each process's own part of the step; 0: not known yet."""
     rank_memory_bytes: tuple[float, ...]
     """Peak memory of each process: its GPU's, or the host's where it has none."""
+    source_nll: tuple[float, ...] = ()
+    """Sum of the losses of each source, where there are several."""
 
-    def fields(self) -> dict[str, Any]:
-        """Return the fields of the step's event; times that are not known yet are left out."""
+    def fields(self, source_predictions: Sequence[int] = ()) -> dict[str, Any]:
+        """Return the fields of the step's event; times that are not known yet are left out.
+
+        Args:
+            source_predictions: Predictions of each source, by which its loss is divided.
+        """
         found: dict[str, Any] = {"loss": self.loss, "grad_norm": self.norm}
+        if source_predictions:
+            found["source_loss"] = [
+                nll / count if count else None
+                for nll, count in zip(self.source_nll, source_predictions, strict=True)
+            ]
         if all(self.rank_step_s):
             found["rank_step_s"] = [round(value, 6) for value in self.rank_step_s]
         return found | {"rank_memory_bytes": [int(value) for value in self.rank_memory_bytes]}
@@ -54,6 +73,7 @@ def make_extras(
     flags: Sequence[bool],
     step_s: float | None,
     memory_bytes: int,
+    source_nll: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the flags and metrics that this process adds to the all-reduce, float32 [extras].
 
@@ -66,6 +86,7 @@ def make_extras(
         flags: Its flags for all processes: stop, save, give up.
         step_s: The time of its own part of a step, if it is known.
         memory_bytes: Its peak memory.
+        source_nll: float32 [sources], its sums of the losses by source, where there are several.
     """
     extras = torch.zeros(SHARED_EXTRAS + RANK_EXTRAS * world.size, device=world.device)
     extras[0] = loss
@@ -76,7 +97,7 @@ def make_extras(
     if step_s is not None:
         extras[SHARED_EXTRAS + world.rank] = step_s
     extras[SHARED_EXTRAS + world.size + world.rank] = float(memory_bytes)
-    return extras
+    return extras if source_nll is None else torch.cat([extras, source_nll])
 
 
 class StepMetricsReader:
@@ -85,8 +106,9 @@ class StepMetricsReader:
     The host then prepares a step while the device computes the one before it.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        """Start with nothing to read."""
+    def __init__(self, device: torch.device, *, sources: int = 0) -> None:
+        """Start with nothing to read; of so many sources the losses come last."""
+        self._sources = sources
         self.is_late = device.type == "cuda"
         self._unread: deque[tuple[StepInputs, torch.Tensor, torch.cuda.Event | None]] = deque()
 
@@ -108,6 +130,7 @@ class StepMetricsReader:
             if event is not None:
                 event.synchronize()
             loss, norm, stop, save, give_up, *own = host.tolist()
-            size = len(own) // RANK_EXTRAS
-            by_rank = tuple(own[:size]), tuple(own[size:])
-            yield inputs, StepMetrics(loss, norm, stop, save, give_up, *by_rank)
+            size = (len(own) - self._sources) // RANK_EXTRAS
+            times, memory, nll = own[:size], own[size : 2 * size], own[2 * size :]
+            own_of = (tuple(part) for part in (times, memory, nll))
+            yield inputs, StepMetrics(loss, norm, stop, save, give_up, *own_of)

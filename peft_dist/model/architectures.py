@@ -1,11 +1,11 @@
-"""The architectures that are supported, and how to find their parts.
+"""What transformers can build for a task, and how to find the parts of it by structure.
 
-A model type is listed when a test trains it on every engine. Everything else is refused before a
-weight is read.
+There is no list of decoders: whether one is computed as transformers computes it is proven at every
+start (`peft_dist/proof`).
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -18,32 +18,20 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from peft_dist.common.errors import ModelError
+from peft_dist.model.special_cases import PLAIN_LINEARS
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-CAUSAL_LM = (
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "llama",
-    "mistral",
-    "opt",
-    "phi3",
-    "qwen2",
-    "qwen3",
-)
 SEQUENCE_CLASSIFICATION = ("bert",)
-LEARNED_POSITIONS = ("bert", "gpt2", "opt")
-"""Those that look positions up in a table, past whose end there is nothing."""
 
 _TASKS = {
-    "causal-lm": (AutoModelForCausalLM, CAUSAL_LM),
-    "sequence-classification": (AutoModelForSequenceClassification, SEQUENCE_CLASSIFICATION),
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
 }
 
 
@@ -57,14 +45,28 @@ def read_config(folder: Path, *, task: str) -> PretrainedConfig:
             where="model.name",
             remedy="give a folder with a Hugging Face config.json",
         ) from None
-    _, supported = _TASKS[task]
+    classify = task == "sequence-classification"
+    supported = SEQUENCE_CLASSIFICATION if classify else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if config.model_type not in supported:
         raise ModelError(
             f"architecture {config.model_type!r} is not supported for {task}",
             where="model.name",
-            remedy=f"supported: {', '.join(supported)}",
+            remedy=f"supported: {', '.join(supported)}"
+            if classify
+            else "`peft-dist models` lists those that are",
         )
     return config
+
+
+def turn_dropout_off(config: PretrainedConfig) -> None:
+    """Set every probability of dropping something to 0.
+
+    GPT-2, OPT and BERT are released with 0.1, which made sense where they were trained whole: what
+    an adapter needs is said in its own section.
+    """
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
 
 
 def build_skeleton(
@@ -89,12 +91,12 @@ def build_skeleton(
         config.label2id = {name: index for index, name in enumerate(label_names)}
     # A packed checkpoint names its quantizer here; our own layers take its place.
     if hasattr(config, "quantization_config"):
+        _require_bitsandbytes(config.quantization_config)
         del config.quantization_config
     config.use_cache = False
-    auto_class, _ = _TASKS[task]
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = auto_class.from_config(
+            model: PreTrainedModel = _TASKS[task].from_config(
                 config,
                 trust_remote_code=False,
                 dtype=dtype,
@@ -111,6 +113,18 @@ def build_skeleton(
     return model
 
 
+def _require_bitsandbytes(quantization: Any) -> None:
+    """Refuse a model that another quantizer computes: without it, it would be another model."""
+    facts = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    kind = facts.get("quant_method", "bitsandbytes")
+    if kind != "bitsandbytes":
+        raise ModelError(
+            f"the model is stored for the quantizer {getattr(kind, 'value', kind)}",
+            where="model.name",
+            remedy="use its full-precision version; it can be quantized here",
+        )
+
+
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
@@ -122,19 +136,69 @@ def bare_model(peft: "PeftModel") -> PreTrainedModel:
 
 def transformer_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the repeated layers by name, in order: the unit of sharding and of checkpointing."""
-    longest: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) >= max(len(longest), 1):
-            kinds = {type(child) for child in module}
-            if len(kinds) == 1:
-                longest = {f"{name}.{index}": child for index, child in enumerate(module)}
-    if not longest:
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
+    # The nearest to the token embedding, which a tower for images has no part of; of lists inside
+    # lists, such as experts, the outermost; of several, the least nested, then the largest.
+    at = module_name(model, model.get_input_embeddings())
+    near: dict[str, nn.ModuleList] = {}
+    while at and not near:
+        at = at.rpartition(".")[0]
+        inside = {
+            name: module
+            for name, module in lists.items()
+            if name.startswith(f"{at}." if at else "")
+        }
+        near = {
+            name: module
+            for name, module in inside.items()
+            if not any(name.startswith(f"{other}.") for other in inside)
+        }
+    if not near:
         raise ModelError(
             f"no repeated transformer block found in {type(model).__name__}",
             where="model.name",
-            remedy="this is a bug for a supported architecture; please report it",
+            remedy="choose another model",
         )
-    return longest
+    largest = max(near, key=lambda name: (-name.count("."), _elements(near[name])))
+    return {f"{largest}.{index}": block for index, block in enumerate(near[largest])}
+
+
+def module_name(model: nn.Module, module: nn.Module | None) -> str:
+    """Return the name of a module in a model; empty where it is no part of it."""
+    return next((name for name, one in model.named_modules() if one is module), "")
+
+
+def trunk_name(model: PreTrainedModel) -> str:
+    """Return the name of all but the head: the part that holds the token embedding."""
+    return module_name(model, model.get_input_embeddings()).partition(".")[0]
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def position_table(model: PreTrainedModel) -> int | None:
+    """Return how many positions the model has places for, where it looks them up in a table.
+
+    A table of learned or computed positions (`wpe`, `embed_positions`) has nothing past its end;
+    rotary positions and biases by distance have no end.
+    """
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    tokens = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and module is not tokens and "wpe" in last:
+            return module.num_embeddings
+        if isinstance(module, nn.Embedding) and module is not tokens and "position" in last:
+            return min(positions or module.num_embeddings, module.num_embeddings)
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] == "embed_positions":
+            return buffer.shape[0]
+    return None
 
 
 def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
@@ -143,8 +207,16 @@ def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
         f"{block_name}.{name}": module
         for block_name, block in transformer_blocks(model).items()
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if is_linear(module)
     }
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear and no more: some are derived from one, as routers are."""
+    plain = (nn.Linear.forward, Conv1D.forward)
+    return isinstance(module, nn.Linear | Conv1D) and (
+        type(module).forward in plain or type(module).__name__ in PLAIN_LINEARS
+    )
 
 
 def has_conv1d(model: PreTrainedModel) -> bool:

@@ -11,10 +11,15 @@ from typing import Any
 import torch
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 ROW_ATTENTION = "peft_dist_rows"
 """The name it has in transformers, which makes no mask for names it does not know."""
+
+_NOT_TOLD = "not told"
+_HARMLESS = ("cache_position", "position_ids")
+"""Tensors that layers pass to attention and that it has no use for."""
+_gap: str | None = None
 
 _recorded: dict[int, torch.Tensor] | None = None
 
@@ -22,6 +27,27 @@ _recorded: dict[int, torch.Tensor] | None = None
 def register() -> None:
     """Make `ROW_ATTENTION` known to transformers."""
     AttentionInterface.register(ROW_ATTENTION, _row_attention)
+
+
+def use_kernel(model: PreTrainedModel, name: str) -> bool:
+    """Let a model compute attention with a kernel, by name; return whether it does.
+
+    Models that do not call attention through transformers' interface keep what they were built
+    with, and transformers only warns (`PreTrainedModel.set_attn_implementation`).
+    """
+    if name != model.config._attn_implementation and model._can_set_attn_implementation():
+        model.set_attn_implementation(name)
+    return bool(model.config._attn_implementation == name)
+
+
+def find_gap() -> str | None:
+    """Return what our attention lacked for a model, since this was asked last; None for nothing.
+
+    Rows or a prefix that layers do not pass on never reach it.
+    """
+    global _gap
+    gap, _gap = _gap, None
+    return gap
 
 
 @contextmanager
@@ -45,13 +71,13 @@ def _row_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    row_lengths: tuple[int, ...] | None,
+    row_lengths: tuple[int, ...] | str | None = _NOT_TOLD,
     prefix: tuple[torch.Tensor, ...] | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within rows.
 
@@ -67,11 +93,19 @@ def _row_attention(
         dropout: Probability of dropping an attention weight.
         scaling: Factor of the scores. Default: 1 / sqrt(head size).
         sliding_window: How many tokens, itself included, a token sees. Off: all before it.
+        more: What else a layer passes. A tensor that is not known to be harmless would change what
+            attention computes, such as learned sinks or a bias by distance: see `find_gap`.
         softcap: Scores are squeezed into (-softcap, softcap) by a tanh. Off: left as they are.
 
     Returns:
         [B, T, heads, head size], and no weights.
     """
+    global _gap
+    if isinstance(row_lengths, str):
+        _gap, row_lengths = "its layers do not pass on where rows begin", None
+    unknown = [name for name, value in more.items() if isinstance(value, torch.Tensor)]
+    if unknown := [name for name in unknown if name not in _HARMLESS]:
+        _gap = f"this attention knows no {unknown[0]}"
     if _recorded is not None:
         _recorded[module.layer_idx] = torch.stack([key[0], value[0]])
     past = None if prefix is None else prefix[module.layer_idx].to(key.dtype)

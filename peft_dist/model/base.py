@@ -4,7 +4,8 @@ A rank reads only its own rows and quantizes only those, so no process ever hold
 not know adapters: a parameter that no plan entry names is somebody else's to fill.
 """
 
-from collections.abc import Callable, Collection, Iterator
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -18,33 +19,46 @@ from peft_dist.common.errors import ModelError
 from peft_dist.common.screen import wait
 from peft_dist.distributed.collectives import Shard, sum_over
 from peft_dist.model.architectures import block_linears
+from peft_dist.model.experts import ABSMAX, PACKED, expert_parameters, swap_experts
 from peft_dist.model.fingerprint import fingerprint_rows
 from peft_dist.model.nf4 import FrozenLinear4bit, block_size_for, quantize_rows
-from peft_dist.model.weights import Packing, WeightFiles
+from peft_dist.model.stored import Found, Source, Stored, Turned, find_sources, turned
+from peft_dist.model.weights import FLOATS, PACKED_PARTS, QUANT_STATE, Packing, WeightFiles
 
 FRESH_HEADS = ("classifier", "score")
 """Task heads that a pre-trained checkpoint may lack; they are initialised and trained."""
 
+_COMPARED_AT_ONCE = 1 << 24
+
 
 @dataclass(frozen=True)
 class BaseTensor:
-    """One tensor of the base: its name in the model, its source, and its storage.
+    """One tensor of the base: its name in the model, what the files have for it, and its storage.
 
     `name` ends in `.weight` for a quantized linear too; its parameters are then `.packed` and
-    `.absmax`.
+    `.absmax`. Those of experts, [E, rows, columns], have `_packed` and `_absmax` behind its name.
     """
 
     name: str
-    key: str
+    source: Source
     shape: tuple[int, ...]
-    transposed: bool = False
     block_size: int | None = None
     packing: Packing | None = None
+
+    @property
+    def key(self) -> str | None:
+        """Return the file tensor that it is; None where it is made of several, or of a part."""
+        source = self.source
+        if isinstance(source, Turned):
+            (source,) = source.parts
+        return source.key if isinstance(source, Stored) else None
 
     def parameters(self) -> tuple[str, ...]:
         """Return the names of the parameters this tensor fills, in the order rows are read."""
         if self.block_size is None:
             return (self.name,)
+        if len(self.shape) == 3:
+            return (self.name + PACKED, self.name + ABSMAX)
         module = self.name.removesuffix(".weight")
         return (f"{module}.packed", f"{module}.absmax")
 
@@ -73,14 +87,17 @@ def plan_base(model: PreTrainedModel, files: WeightFiles, *, quantization: str) 
         ModelError: For a parameter that no file holds, or whose stored shape or type is wrong.
     """
     linears = block_linears(model) if quantization == "nf4" else {}
+    experts = expert_parameters(model) if quantization == "nf4" else {}
     vocabulary = _vocabulary_matrices(model)
+    found = find_sources(model, files)
+    _fill_buffers(model, found)
     tensors: list[BaseTensor] = []
-    warnings: list[str] = []
+    warnings: list[str] = _unused(model, found)
     fresh: list[str] = []
-    for names in _tied_names(model):
-        key = next((k for name in names for k in _candidates(model, name, files)), None)
+    for names in _tied_names(model, found):
+        source = next((found.sources[name] for name in names if name in found.sources), None)
         name = names[0]
-        if key is None:
+        if source is None:
             if name.split(".")[0] in FRESH_HEADS:
                 fresh.append(name)
                 continue
@@ -90,47 +107,108 @@ def plan_base(model: PreTrainedModel, files: WeightFiles, *, quantization: str) 
                 remedy="the files and config.json do not belong together",
             )
         linear = linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        packing = files.packing(key)
+        packing = files.packing(source.key) if isinstance(source, Stored) else None
         if packing is not None and linear is None:
             raise ModelError(
-                f"{key} is stored in 4 bits, but quantization {quantization} needs it in full",
+                f"{name} is stored in 4 bits, but quantization {quantization} needs it in full",
                 where="quantization",
                 remedy="set quantization: nf4, or use the full-precision model",
             )
         shape = tuple(model.get_parameter(name).shape)
-        if linear is None:
-            _check_stored(files, key, name, shape)
-            if name in vocabulary:
-                _store_as_in_file(model, names, files.dtype(key))
-            tensors.append(BaseTensor(name, key, shape))
-            continue
-        transposed = isinstance(linear, Conv1D) and packing is None
-        out_features, in_features = shape[::-1] if isinstance(linear, Conv1D) else shape
-        block_size = packing.block_size if packing else block_size_for(in_features)
         if packing is None:
-            _check_stored(files, key, name, shape)
-        elif packing.shape != (out_features, in_features):
+            _check_stored(files, source, name, shape)
+        if name in experts:
+            block_size = block_size_for(shape[-1])
+            if block_size is None:
+                warnings.append(_stays(name, shape[-1]))
+            else:
+                swap_experts(model, name, experts[name], block_size)
+            tensors.append(BaseTensor(name, source, shape, block_size))
+            continue
+        if linear is None:
+            if name in vocabulary:
+                _store_as_in_file(model, names, FLOATS[source.dtype])
+            tensors.append(BaseTensor(name, source, shape))
+            continue
+        conv1d = isinstance(linear, Conv1D)
+        out_features, in_features = shape[::-1] if conv1d else shape
+        block_size = packing.block_size if packing else block_size_for(in_features)
+        if packing is not None and packing.shape != (out_features, in_features):
             raise _wrong_shape(name, (out_features, in_features), packing.shape)
         if block_size is None:
-            warnings.append(
-                f"{name} stays unquantized: its {in_features} columns are not a multiple of 32"
-            )
-            tensors.append(BaseTensor(name, key, shape))
+            warnings.append(_stays(name, in_features))
+            tensors.append(BaseTensor(name, source, shape))
             continue
         _swap(model, name.removesuffix(".weight"), linear, in_features, out_features, block_size)
-        tensors.append(
-            BaseTensor(name, key, (out_features, in_features), transposed, block_size, packing)
-        )
+        if conv1d and packing is None:
+            source = turned(source)
+        tensors.append(BaseTensor(name, source, (out_features, in_features), block_size, packing))
     return BasePlan(tuple(tensors), tuple(fresh), tuple(warnings))
 
 
-def _tied_names(model: PreTrainedModel) -> list[list[str]]:
-    """Group parameter names that share one tensor, in model order."""
-    groups: dict[int, list[str]] = {}
+def _stays(name: str, columns: int) -> str:
+    return f"{name} stays unquantized: its {columns} columns are not a multiple of 32"
+
+
+def _fill_buffers(model: PreTrainedModel, found: Found) -> None:
+    """Read the buffers that are stored, such as the biases of a router: they are few and small."""
+    for name, buffer in model.named_buffers():
+        source = found.sources.get(name)
+        if source is not None and source.shape == tuple(buffer.shape):
+            rows = source.shape[0] if source.shape else 1
+            buffer.copy_(source.rows(0, rows))
+
+
+def _unused(model: PreTrainedModel, found: Found) -> list[str]:
+    """Return a warning about file tensors that nothing is made of, and transformers reports too."""
+    ignored = [re.compile(one) for one in model._keys_to_ignore_on_load_unexpected or ()]
+    computed = {name for name, _ in model.named_buffers()}
+    bare = f"{model.base_model_prefix}."
+    unused = [
+        key
+        for key in found.unused
+        if not {key, f"{bare}{key}"} & computed
+        and not key.endswith(("rotary_emb.inv_freq", *PACKED_PARTS))
+        and QUANT_STATE not in key
+        and not any(pattern.search(key) for pattern in ignored)
+    ]
+    if not unused:
+        return []
+    return [f"{len(unused)} tensors of the files are not used by the model, {unused[0]} first"]
+
+
+def _tied_names(model: PreTrainedModel, found: Found) -> list[list[str]]:
+    """Group parameter names that share one tensor, in model order.
+
+    Those that config.json ties and the files hold with different values are not tied, as
+    `PreTrainedModel.tie_weights` has it.
+    """
     model.tie_weights()
+    groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
-    return list(groups.values())
+    tied: list[list[str]] = []
+    for names in groups.values():
+        stored = [name for name in names if name in found.sources]
+        others = [n for n in stored[1:] if not _same(found.sources[stored[0]], found.sources[n])]
+        for name in others:
+            parent, _, attribute = name.rpartition(".")
+            own = nn.Parameter(model.get_parameter(name).detach().clone(), requires_grad=False)
+            setattr(model.get_submodule(parent), attribute, own)
+            model.all_tied_weights_keys.pop(name, None)
+        tied += [[name for name in names if name not in others], *([name] for name in others)]
+    return tied
+
+
+def _same(one: Source, other: Source) -> bool:
+    """Whether two tensors hold the same values; read in parts."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    rows = max(1, _COMPARED_AT_ONCE // max(1, one.shape[-1]))
+    return all(
+        torch.equal(one.rows(start, start + rows), other.rows(start, start + rows))
+        for start in range(0, one.shape[0], rows)
+    )
 
 
 def _vocabulary_matrices(model: PreTrainedModel) -> set[str]:
@@ -168,19 +246,6 @@ def _store_as_in_file(model: PreTrainedModel, names: list[str], stored: torch.dt
             module.register_forward_hook(lambda _module, _args, output: output.to(compute))
 
 
-def _candidates(model: PreTrainedModel, name: str, files: WeightFiles) -> Iterator[str]:
-    """Yield the file keys a parameter may be stored under: with or without the trunk's prefix."""
-    prefix = f"{model.base_model_prefix}."
-    bare = name.removeprefix(prefix)
-    aliases = [name, bare]
-    # Released before transformers renamed them.
-    aliases += [a.replace("lm_head.", "embed_out.") for a in (name,) if a.startswith("lm_head.")]
-    for alias in tuple(aliases):
-        if "LayerNorm." in alias:
-            aliases.append(alias.replace(".weight", ".gamma").replace(".bias", ".beta"))
-    yield from (alias for alias in aliases if alias in files.tensors)
-
-
 def _wrong_shape(name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> ModelError:
     return ModelError(
         f"{name} has shape {list(found)} in the file, but config.json says {list(expected)}",
@@ -189,13 +254,13 @@ def _wrong_shape(name: str, expected: tuple[int, ...], found: tuple[int, ...]) -
     )
 
 
-def _check_stored(files: WeightFiles, key: str, name: str, shape: tuple[int, ...]) -> None:
-    stored = files.tensors[key]
-    if stored.shape != shape:
-        raise _wrong_shape(name, shape, stored.shape)
-    if not files.is_float(key):
+def _check_stored(files: WeightFiles, source: Source, name: str, shape: tuple[int, ...]) -> None:
+    if source.shape != shape:
+        raise _wrong_shape(name, shape, source.shape)
+    key = next((key for key in source.keys if not files.is_float(key)), None)
+    if key is not None:
         raise ModelError(
-            f"{key} is stored as {stored.dtype}",
+            f"{key} is stored as {files.tensors[key].dtype}",
             where="model.name",
             remedy="supported: float weights, or bitsandbytes nf4",
         )
@@ -229,14 +294,32 @@ def read_rows(
     """
     start, stop = shard.rows(tensor.shape[0])
     if tensor.block_size is None:
-        return (files.rows(tensor.key, start, stop).to(device),)
+        return (tensor.source.rows(start, stop).to(device),)
     if tensor.packing is not None:
+        assert tensor.key is not None
         packed, absmax = files.packed_rows(tensor.key, tensor.packing, start, stop)
         return packed.to(device), absmax.to(device)
-    rows = files.rows(tensor.key, start, stop, transposed=tensor.transposed).to(device)
+    if len(tensor.shape) == 3:
+        return _quantized_experts(tensor, start, stop, device)
+    rows = tensor.source.rows(start, stop).to(device)
     if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         rows = rows.float()
     return quantize_rows(rows, tensor.block_size)
+
+
+def _quantized_experts(
+    tensor: BaseTensor, start: int, stop: int, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """Read and quantize experts [start, stop), one at a time."""
+    assert tensor.block_size is not None
+    _, rows, columns = tensor.shape
+    packed = torch.empty(stop - start, rows, columns // 2, dtype=torch.uint8, device=device)
+    scales = columns // tensor.block_size * 4
+    absmax = torch.empty(stop - start, rows, scales, dtype=torch.uint8, device=device)
+    for expert in range(start, stop):
+        (weight,) = tensor.source.rows(expert, expert + 1).to(device)
+        packed[expert - start], absmax[expert - start] = quantize_rows(weight, tensor.block_size)
+    return packed, absmax
 
 
 def copy_rows(parameter: nn.Parameter, rows: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ each load checks against the rows it really read.
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import struct
@@ -28,6 +29,7 @@ from peft_dist.common.locks import lock_file
 from peft_dist.distributed.collectives import Shard, broadcast_object, gather_objects
 from peft_dist.distributed.world import World
 from peft_dist.model.base import BasePlan, BaseTensor, CopyInto, copy_rows, fill_base
+from peft_dist.model.stored import Stored
 from peft_dist.model.weights import FLOATS, QUANT_STATE, WeightFiles
 
 log = logging.getLogger(__name__)
@@ -113,7 +115,7 @@ def read_manifest(entry: Path, plan: BasePlan, files: WeightFiles) -> dict[str, 
 
 def _frame_is_intact(file: Path, plan: BasePlan, files: WeightFiles) -> bool:
     """Compare everything in a packed file but its rows: header, code maps and quant states."""
-    pieces = [(piece, tensor) for tensor in plan.tensors for piece in _layout(tensor, files)]
+    pieces = [(piece, tensor) for tensor in plan.tensors for piece in _layout(tensor)]
     header = _header([piece for piece, _ in pieces])
     with file.open("rb") as stream:
         if stream.read(len(header)) != header:
@@ -199,7 +201,7 @@ def fill_through_cache(
 def packed_form(plan: BasePlan, files: WeightFiles) -> BasePlan:
     """Return the plan that reads the same tensors from a cache entry."""
     tensors = tuple(
-        replace(t, key=t.name, transposed=False, packing=files.packing(t.name))
+        replace(t, source=Stored(files, t.name), packing=files.packing(t.name))
         for t in plan.tensors
     )
     return replace(plan, tensors=tensors)
@@ -230,7 +232,7 @@ class PackedWriter:
         self._stream: BinaryIO | None = None
         self._temporary = entry
         self._source: dict[str, str] = {}
-        layout = [spec for tensor in plan.tensors for spec in _layout(tensor, files)]
+        layout = [spec for tensor in plan.tensors for spec in _layout(tensor)]
         try:
             self._source = _source(entry.parent.parent, files)
             remove_unfinished(entry, older_than_s=STALE_AFTER_S)
@@ -299,15 +301,13 @@ def _config_text(files: WeightFiles, plan: BasePlan) -> str:
     return json.dumps(config, indent=2)
 
 
-def _layout(tensor: BaseTensor, files: WeightFiles) -> list[tuple[str, str, tuple[int, ...], int]]:
+def _layout(tensor: BaseTensor) -> list[tuple[str, str, tuple[int, ...], int]]:
     """Return (key, safetensors dtype, shape, bytes) of each piece `add` writes for a tensor."""
     if tensor.block_size is None:
-        dtype = files.tensors[tensor.key].dtype
-        elements = 1
-        for size in tensor.shape:
-            elements *= size
+        dtype = tensor.source.dtype
+        elements = math.prod(tensor.shape)
         return [(tensor.name, dtype, tensor.shape, elements * FLOATS[dtype].itemsize)]
-    values = tensor.shape[0] * tensor.shape[1]
+    values = math.prod(tensor.shape)
     blocks = values // tensor.block_size
     state_bytes = _quant_state(tensor).numel()
     return [

@@ -4,17 +4,21 @@ The vocabulary is only scored at positions that have a target, in chunks, so tha
 long batch never stand in memory at once. No optimisation and no reduction over processes here.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel, PrefixTuningConfig
 from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
+from peft_dist.common.errors import RecipeError
 from peft_dist.data.pack import Batch
-from peft_dist.model.architectures import bare_model
+from peft_dist.model.architectures import bare_model, trunk_name
 from peft_dist.model.attention import ROW_ATTENTION
+from peft_dist.model.head import Head
 
 LOGIT_BYTES_PER_CHUNK = 256 << 20
 """Float32 logits that stand in memory at once."""
@@ -83,7 +87,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        softcap: float | None,
+        after: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> torch.Tensor:
         rows = max(1, LOGIT_BYTES_PER_CHUNK // (4 * weight.shape[0]))
         wants_grad = ctx.needs_input_grad[0]
@@ -91,16 +95,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if wants_grad else None
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            logits = _logits(hidden[part], weight, bias)
-            capped = logits if softcap is None else torch.tanh(logits / softcap) * softcap
-            log_norm = torch.logsumexp(capped, dim=-1)
-            picked = capped.gather(1, targets[part, None]).squeeze(1)
+            products = _logits(hidden[part], weight, bias)
+            if after is None:
+                logits = products
+            else:
+                with torch.set_grad_enabled(wants_grad):
+                    logits = after(products.requires_grad_(wants_grad))
+            values = logits.detach()
+            log_norm = torch.logsumexp(values, dim=-1)
+            picked = values.gather(1, targets[part, None]).squeeze(1)
             nll[part] = log_norm - picked
             if grad is not None:
-                step = torch.exp(capped - log_norm[:, None])
+                step = torch.exp(values - log_norm[:, None])
                 step[torch.arange(step.shape[0], device=step.device), targets[part]] -= 1.0
-                if softcap is not None:
-                    step *= 1.0 - (capped / softcap) ** 2
+                if after is not None:
+                    (step,) = torch.autograd.grad(logits, products, step)
                 grad[part] = _times_vocabulary(step.to(hidden.dtype), weight)
         ctx.save_for_backward(grad)
         return nll
@@ -141,6 +150,21 @@ def _prefix(peft: PeftModel, device: torch.device) -> tuple[torch.Tensor, ...] |
     return parts.permute(1, 2, 3, 0, 4).unbind(0)
 
 
+def _refuse_trained_head(head: nn.Module) -> None:
+    """Refuse what the loss would leave untrained without a word: it reads the head's weight alone.
+
+    Raises:
+        RecipeError: Naming what is trained.
+    """
+    trained = [name for name, parameter in head.named_parameters() if parameter.requires_grad]
+    if trained:
+        raise RecipeError(
+            f"trains {trained[0]} of the output head, which the loss takes for frozen",
+            where="method",
+            remedy="choose modules inside the transformer blocks",
+        )
+
+
 class CausalLM(nn.Module):
     """A causal language model with its adapters, as a function from a batch to its losses.
 
@@ -149,52 +173,92 @@ class CausalLM(nn.Module):
     """
 
     def __init__(self, peft_model: PeftModel) -> None:
-        """Take a model that has its adapters already."""
+        """Take a model that has its adapters already.
+
+        Raises:
+            RecipeError: For one whose output head is trained, or has an adapter.
+        """
         super().__init__()
         self.peft = peft_model
-        config = bare_model(peft_model).config
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        self._attention = config._attn_implementation
+        model = bare_model(peft_model)
+        _refuse_trained_head(model.get_output_embeddings())
+        self._head = Head(model)
+        self._trunk_name = trunk_name(model)
+        trunk = model.get_submodule(self._trunk_name)
+        taken = inspect.signature(trunk.forward).parameters.values()
+        self._takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken)
+        self._takes = {one.name for one in taken}
 
-    def forward(self, batch: Batch, choice_ids: torch.Tensor | slice | None = None) -> Losses:
-        """Score a `Batch`, and its rows' first targets against single-token choices [C]."""
+    def forward(
+        self,
+        batch: Batch,
+        choice_ids: torch.Tensor | slice | None = None,
+        instead: Callable[[PreTrainedModel, Batch], Losses] | None = None,
+    ) -> Losses:
+        """Score a `Batch`, and its rows' first targets against single-token choices [C].
+
+        Args:
+            batch: The rows.
+            choice_ids: Token ids of the choices.
+            instead: What to do with the bare model instead, here where an engine has gathered
+                what stands outside its blocks.
+        """
         model = bare_model(self.peft)
-        prefix = _prefix(self.peft, batch.position_ids.device)
-        hidden: torch.Tensor = model.base_model(
-            **_inputs(self.peft, batch),
-            # A prefix takes the first positions.
-            position_ids=batch.position_ids + (0 if prefix is None else prefix[0].shape[2]),
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            **self._row_arguments(batch),
-            **({} if prefix is None else {"prefix": prefix}),
-        ).last_hidden_state
+        if instead is not None:
+            return instead(model, batch)
+        hidden = self._hidden(model, batch)
         head = model.get_output_embeddings()
         picked = hidden.flatten(0, 1)[batch.label_positions]
+        if self._head.before is not None:
+            picked = self._head.before(picked)
         if batch.label_positions.numel() == 0:
             # Every process must take part in the same collectives, with work or without.
             return Losses(hidden.float().sum()[None] * 0.0, None)
         if torch.is_autocast_enabled(picked.device.type):
             picked = picked.to(torch.get_autocast_dtype(picked.device.type))
         nll: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # it is torch's
-            picked, head.weight, head.bias, batch.targets, self.softcap
+            picked, head.weight, head.bias, batch.targets, self._head.after
         )
         choice_logits = None
         if choice_ids is not None:
             rows = torch.arange(batch.n_rows, device=picked.device)
             first = picked[torch.searchsorted(batch.target_rows, rows)]
-            bias = None if head.bias is None else head.bias[choice_ids]
-            choice_logits = _logits(first, head.weight[choice_ids], bias)
+            if self._head.after is None:
+                bias = None if head.bias is None else head.bias[choice_ids]
+                choice_logits = _logits(first, head.weight[choice_ids], bias)
+            else:
+                logits = self._head.after(_logits(first, head.weight, head.bias))
+                choice_logits = logits[:, choice_ids]
         return Losses(nll, choice_logits)
 
-    def _row_arguments(self, batch: Batch) -> dict[str, Any]:
+    def _hidden(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        """Return the hidden states [B, T, H] of the model's trunk."""
+        prefix = _prefix(self.peft, batch.position_ids.device)
+        arguments: dict[str, Any] = {
+            # A prefix takes the first positions.
+            "position_ids": batch.position_ids + (0 if prefix is None else prefix[0].shape[2]),
+            "attention_mask": batch.attention_mask,
+            "use_cache": False,
+            **self._row_arguments(model, batch),
+        }
+        if prefix is not None:
+            arguments["prefix"] = prefix
+        if not self._takes_any:  # what it needs and does not take, the proof at the start finds
+            arguments = {name: arguments[name] for name in arguments.keys() & self._takes}
+        trunk = model.get_submodule(self._trunk_name)
+        out = trunk(**_inputs(self.peft, batch), **arguments)
+        hidden: torch.Tensor = out.last_hidden_state
+        return hidden
+
+    def _row_arguments(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         """Return how this kernel gets to know where packed rows begin.
 
         Flash attention would find out by itself, in every layer, waiting for the device.
         """
-        if self._attention == ROW_ATTENTION:
+        kernel = model.config._attn_implementation
+        if kernel == ROW_ATTENTION:
             return {"row_lengths": batch.row_lengths}
-        if self._attention == "flash_attention_2" and batch.row_lengths is not None:
+        if kernel == "flash_attention_2" and batch.row_lengths is not None:
             longest = max(batch.row_lengths)
             return {
                 "cu_seq_lens_q": batch.row_bounds,
@@ -213,9 +277,16 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         self.peft = peft_model
 
-    def forward(self, batch: Batch, choice_ids: torch.Tensor | slice | None = None) -> Losses:
-        """Score a `Batch`; the choices are always all classes."""
+    def forward(
+        self,
+        batch: Batch,
+        choice_ids: torch.Tensor | slice | None = None,
+        instead: Callable[[PreTrainedModel, Batch], Losses] | None = None,
+    ) -> Losses:
+        """Score a `Batch`; the choices are always all classes. For `instead` see `CausalLM`."""
         model = bare_model(self.peft)
+        if instead is not None:
+            return instead(model, batch)
         inputs = _inputs(self.peft, batch)
         logits: torch.Tensor = model(**inputs, attention_mask=batch.attention_mask).logits.float()
         if batch.targets.numel() == 0:

@@ -1,7 +1,9 @@
 """Where the frozen base comes from: a model's files, by way of its packed form where it has one."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
@@ -11,6 +13,17 @@ from peft_dist.distributed.world import World
 from peft_dist.model import base, cache
 from peft_dist.model.weights import WeightFiles, model_folder
 
+_IN_HUB_CACHE = re.compile(r".*/models--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?")
+
+
+class Released(NamedTuple):
+    """What an adapter names as its base, to be found by it on any machine."""
+
+    name: str
+    """Hub id where that is known, else the folder."""
+    commit: str | None
+    """Of the hub; a branch may be moved."""
+
 
 @dataclass(frozen=True)
 class BaseSource:
@@ -19,6 +32,19 @@ class BaseSource:
     files: WeightFiles
     entry: Path | None
     """Where its packed form belongs in the cache; None where it has none of its own."""
+    cache_dir: Path
+    """Where what was found out about it is kept."""
+
+    def released(self, recipe: Recipe) -> Released:
+        """Return what the base of a recipe is known by.
+
+        A folder's own `_name_or_path` is not asked: a fine-tuned copy keeps that of its origin.
+        """
+        for folder in (recipe.model.name, str(self.files.folder)):
+            match = _IN_HUB_CACHE.fullmatch(folder)
+            if match is not None:
+                return Released(match["name"].replace("--", "/", 1), match["commit"])
+        return Released(recipe.model.name, recipe.model.revision)
 
     def fill(
         self,
@@ -53,4 +79,4 @@ def find_base(recipe: Recipe, cache_dir: Path) -> BaseSource:
     """
     files = WeightFiles(model_folder(recipe.model.name, recipe.model.revision))
     packs = recipe.quantization == "nf4" and not files.packed
-    return BaseSource(files, cache.entry_folder(cache_dir, files) if packs else None)
+    return BaseSource(files, cache.entry_folder(cache_dir, files) if packs else None, cache_dir)

@@ -3,7 +3,10 @@
 Knows files, shapes and bitsandbytes' naming of packed tensors. Knows no model and no sharding.
 """
 
+import hashlib
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,12 @@ from safetensors import SafetensorError, safe_open
 
 from peft_dist.common import paths
 from peft_dist.common.errors import ModelError
+from peft_dist.common.sharing import users_umask
 
 QUANT_STATE = ".quant_state.bitsandbytes__"
 """Behind a weight's name: JSON about its packing, stored as bytes."""
+PACKED_PARTS = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map")
+"""Ends of the names of what bitsandbytes keeps beside a packed weight."""
 FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -23,6 +29,8 @@ FLOATS = {
     "BF16": torch.bfloat16,
 }
 """What a weight may be stored as, by safetensors' names."""
+_SAMPLED_VALUES = 256
+"""At each of three places in a tensor."""
 
 
 def model_folder(name: str, revision: str | None) -> Path:
@@ -50,13 +58,9 @@ def model_folder(name: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=[*paths.MODEL_FILES],
-            )
-        )
+        with users_umask():  # others may read the same cache
+            found = snapshot_download(name, revision=revision, allow_patterns=[*paths.MODEL_FILES])
+        return Path(found)
     except GatedRepoError:
         raise ModelError(
             f"the hub gives {name!r} only to users who have accepted its terms",
@@ -92,7 +96,8 @@ class Stored:
 class Packing:
     """How bitsandbytes packed one weight."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    """[out, in], or [experts, rows, columns]."""
     block_size: int
     nested: dict[str, Any] | None
 
@@ -152,6 +157,28 @@ class WeightFiles:
         """Whether bitsandbytes has quantized any of it."""
         return any(QUANT_STATE in key for key in self.tensors)
 
+    def others(self, patterns: Sequence[str]) -> list[Path]:
+        """Return files of the folder besides the weights whose names match, in order."""
+        found = {path for pattern in patterns for path in self.folder.glob(pattern)}
+        return sorted(path for path in found if path.is_file())
+
+    def sample(self) -> str:
+        """Return a digest of names, types, shapes and a few values of every tensor.
+
+        Two models of one shape differ in nearly every value, so a few tell them apart without
+        reading what can be hundreds of gigabytes.
+        """
+        digest = hashlib.sha256()
+        for key, stored in sorted(self.tensors.items()):
+            digest.update(f"{key} {stored.dtype} {stored.shape} ".encode())
+            count = stored.shape[0] if stored.shape else 0
+            rows = -(-_SAMPLED_VALUES // max(math.prod(stored.shape[1:]), 1))
+            for first in {0: None, count // 3: None, max(count - rows, 0): None} if count else ():
+                some = self.rows(key, first, min(first + rows, count)).reshape(-1)
+                some = some[:_SAMPLED_VALUES].contiguous()
+                digest.update(some.view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
+
     def is_float(self, key: str) -> bool:
         """Whether a tensor holds floats that can be quantized or cast."""
         return self.tensors[key].dtype in FLOATS
@@ -177,7 +204,7 @@ class WeightFiles:
                 remedy="only nf4 is supported; use the full-precision model",
             )
         facts = json.loads(bytes(self.full_tensor(states[0]).tolist()))
-        out_features, in_features = facts["shape"]
+        in_features = facts["shape"][-1]
         block_size = facts["blocksize"]
         if in_features % block_size:
             raise ModelError(
@@ -187,13 +214,14 @@ class WeightFiles:
                 remedy="use the full-precision model",
             )
         nested = facts if f"{key}.nested_absmax" in self.tensors else None
-        return Packing((out_features, in_features), block_size, nested)
+        return Packing(tuple(facts["shape"]), block_size, nested)
 
     def packed_rows(
         self, key: str, packing: Packing, start: int, stop: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read rows of a packed weight as `nf4.quantize_rows` returns them."""
-        in_features = packing.shape[1]
+        *inner, columns = packing.shape[1:]
+        in_features = math.prod(inner) * columns
         row_bytes, row_blocks = in_features // 2, in_features // packing.block_size
         codes = self.rows(key, start * row_bytes, stop * row_bytes)
         if packing.nested is None:
@@ -202,8 +230,9 @@ class WeightFiles:
             scales = self._nested_absmax(key, packing.nested)[
                 start * row_blocks : stop * row_blocks
             ]
-        scales = scales.reshape(stop - start, row_blocks).contiguous()
-        return codes.reshape(stop - start, row_bytes), scales.view(torch.uint8)
+        scales = scales.reshape(stop - start, *inner, columns // packing.block_size).contiguous()
+        codes = codes.reshape(stop - start, *inner, columns // 2)
+        return codes, scales.view(torch.uint8)
 
     def _nested_absmax(self, key: str, facts: dict[str, Any]) -> torch.Tensor:
         """Undo double quantization of the scales, as bitsandbytes does at compute time."""

@@ -7,12 +7,11 @@ import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
 
 import torch.distributed as torch_dist
 
+from peft_dist.preflight.arrival import Arrivals
 from peft_dist.preflight.network import (
     FAULTS,
     NO_ANSWER,
@@ -28,6 +27,7 @@ ROUND_TRIPS = 5
 PAIR_S = 5.0
 """How long two nodes may take for an all-reduce."""
 LEAST_S = 0.5  # less is not worth a try
+LOOK_EVERY_S = 0.2
 GRACE_S = 3.0
 """How much later than its own limit a node may answer."""
 
@@ -39,7 +39,10 @@ class Head:
         """Speak for all nodes."""
         self.hosts = hosts
         self.facts: dict[int, NodeFacts] = {}
+        self.late: list[int] = []
+        """The nodes that never became ready."""
         self.warnings: list[str] = []
+        self._unable: list[int] = []
         self._member = member
         self._store = member.store
         self._numbers = [0] * len(hosts)
@@ -48,28 +51,55 @@ class Head:
     @property
     def others(self) -> list[int]:
         """The nodes that answer."""
-        return [index for index, fact in self.facts.items() if index and fact.error != SILENT]
+        return [
+            index
+            for index, fact in self.facts.items()
+            if index and fact.error != SILENT and index not in self._unable
+        ]
 
     @property
     def _backend(self) -> str:
         on_gpu = all(self.facts[index].devices for index in (0, *self.others))
         return "nccl" if on_gpu and torch_dist.is_nccl_available() else "gloo"
 
-    def wait_for_all(self, own: NodeFacts, *, until_s: float) -> None:
-        """Collect the facts of every node that comes in time."""
+    def wait_for_all(
+        self, own: NodeFacts, arrivals: Arrivals, *, connect_s: float, until_s: float
+    ) -> None:
+        """Collect the facts of every node that comes in time.
+
+        Args:
+            own: This node's.
+            arrivals: Who is ready.
+            connect_s: How long a node that is ready may take to connect.
+            until_s: When, on our steady clock, no node is waited for any more.
+        """
         self.facts[0] = own
         keys = {index: f"facts/{index}" for index in range(1, len(self.hosts))}
-        left_s = max(0.01, until_s - time.monotonic())
-        with suppress(*FAULTS):
-            self._store.wait([*keys.values()], timedelta(seconds=left_s))
+        while True:
+            seen_s, now = arrivals.look(), time.monotonic()
+            missing = [index for index, key in keys.items() if not self._store.check([key])]
+            awaited = [
+                index
+                for index in missing
+                if index not in arrivals.unable
+                and now < min(until_s, seen_s.get(index, now) + connect_s)
+            ]
+            if not awaited:
+                break
+            time.sleep(LOOK_EVERY_S)
+        self.late = [index for index in missing if index not in seen_s]
+        self.facts |= arrivals.unable
+        self._unable = [*arrivals.unable]
         for index, key in keys.items():
-            if not self._store.check([key]):
-                continue
-            try:
-                self.facts[index] = NodeFacts.from_json(self._store.get(key).decode())
-            except ValueError:
-                error = "speaks another language: its peft-dist is another version"
-                self.facts[index] = NodeFacts(index, self.hosts[index], error=error)
+            if index not in missing:
+                self._read_facts(index, key)
+
+    def _read_facts(self, index: int, key: str) -> None:
+        try:
+            self.facts[index] = NodeFacts.from_json(self._store.get(key).decode())
+        except ValueError:
+            error = "speaks another language: its peft-dist is another version"
+            self.facts[index] = NodeFacts(index, self.hosts[index], error=error)
 
     def compare_clocks(self, *, limit_s: float) -> None:
         """Add to the facts of every node how far its clock is ahead of ours."""

@@ -22,15 +22,17 @@ from peft_dist.common import console
 from peft_dist.common.console import say
 from peft_dist.common.env import NONCE
 from peft_dist.common.errors import EXIT_CRASHED, EXIT_DONE, EXIT_USER_ERROR
+from peft_dist.common.sharing import set_run_umask
 from peft_dist.common.time_limit import within
+from peft_dist.preflight.arrival import Arrivals
 from peft_dist.preflight.node_info import NodeFacts, gather
 from peft_dist.preflight.verdict import PORT_TAKEN, PreflightLimits, Report, judge, report_path
 
 if TYPE_CHECKING:
     from peft_dist.preflight.network import Member
 
-ARRIVAL_SHARE = 0.5
-"""Part of the time limit in which every node must have come."""
+CONNECT_SHARE = 0.5
+"""Part of the time limit in which every node must have come, once it is ready."""
 LINKS_SHARE = 0.7
 """Part of what is left then that the search for a link that fails may take."""
 LOCAL_SHARE = 1 / 6
@@ -68,7 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, required=True, help="where the first node listens")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--devices", type=int, default=0, help="GPUs that a node must have")
-    parser.add_argument("--timeout-s", type=float, default=60.0, help="time for all of it")
+    parser.add_argument("--timeout-s", type=float, default=60.0, help="time for all checks")
+    parser.add_argument(
+        "--arrival-s", type=float, default=1800.0, help="time for all nodes to leave their set-up"
+    )
     parser.add_argument("--min-free-gb", type=float, default=1.0)
     parser.add_argument("--max-clock-offset-s", type=float, default=60.0)
     return parser
@@ -82,6 +87,9 @@ class NodeCheck:
         self.started_s = time.monotonic()
         self.options = options
         self.hosts: list[str] = options.hosts.split(",")
+        self.arrivals = Arrivals(self.hosts)
+        waits_s = 0.0 if self.arrivals.folder is None else options.arrival_s
+        self.until_s: float = self.started_s + waits_s + options.timeout_s
         self.name: str = options.host or self.hosts[options.index]
         self.head: str = options.head or self.hosts[0]
         self.doing = "itself"
@@ -90,25 +98,28 @@ class NodeCheck:
             devices=options.devices,
             min_free_bytes=options.min_free_gb * 1e9,
             max_clock_offset_s=options.max_clock_offset_s,
-            arrival_s=options.timeout_s * ARRIVAL_SHARE,
+            connect_s=options.timeout_s * CONNECT_SHARE,
+            arrival_s=options.arrival_s,
         )
         threading.Thread(target=self._watch, name="time limit", daemon=True).start()
         # Should a library hold the interpreter itself, the kernel ends us.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, options.timeout_s + 2)
+        signal.setitimer(signal.ITIMER_REAL, self.left_s + 2)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up, nothing to explain
-        os.umask(0o077)
+        set_run_umask()
 
     @property
     def left_s(self) -> float:
         """Seconds until everything must have ended."""
-        return float(self.options.timeout_s - (time.monotonic() - self.started_s))
+        return self.until_s - time.monotonic()
 
     def run(self) -> int:
         """Check, as the head or as one of the others; return the exit code."""
         if self.options.index == 0:
             with suppress(OSError, TimeoutError):  # what cannot be written is reported below
-                within(self.left_s / 4, lambda: report_path(self.options.run_dir).unlink())
+                within(
+                    self.options.timeout_s / 4, lambda: report_path(self.options.run_dir).unlink()
+                )
         local_s = self.options.timeout_s * LOCAL_SHARE
         self.doing = "its disk"
         facts = gather(self.options.index, self.name, self.options.run_dir, limit_s=local_s)
@@ -117,10 +128,11 @@ class NodeCheck:
         try:
             from peft_dist.preflight import network
         except (ImportError, OSError) as error:  # OSError: a shared library of it
-            return self._cannot_import(error)
+            return self._cannot_import(error, facts)
         if self.options.devices:
             self.doing = "its devices"
             facts = network.with_devices(facts, limit_s=local_s)
+        self.arrivals.announce(self.options.index)
         if self.options.index == 0:
             return self._lead(facts)
         return self._follow(facts)
@@ -130,9 +142,8 @@ class NodeCheck:
         from peft_dist.preflight.head import Head
 
         self.doing = "its own port"
-        arrival_s = self.left_s - self.options.timeout_s * (1 - ARRIVAL_SHARE)
         try:
-            head = Head(self._member(facts.index, arrival_s), self.hosts)
+            head = Head(self._member(facts.index), self.hosts)
         except network.PortTaken:
             self._say(f"port {self.options.port} of {self.name} is taken")
             return PORT_TAKEN
@@ -145,13 +156,23 @@ class NodeCheck:
             )
             return self._tell(replace(report, nodes=len(self.hosts)))
         self.doing = "the other nodes to come"
-        head.wait_for_all(facts, until_s=time.monotonic() + arrival_s)
+        connect_s = self.limits.connect_s
+        last_s = self.until_s - (self.options.timeout_s - connect_s)
+        head.wait_for_all(facts, self.arrivals, connect_s=connect_s, until_s=last_s)
+        # From here on what takes too long is sick, and not late.
+        self.until_s = min(self.until_s, time.monotonic() + self.options.timeout_s)
+        signal.setitimer(signal.ITIMER_REAL, self.left_s + 2)
         self.doing = "the other nodes' clocks"
         head.compare_clocks(limit_s=self.left_s / 10)
         self.doing = "an all-reduce"
         all_reduce_s = head.check_links(until_s=time.monotonic() + LINKS_SHARE * self.left_s)
         self.doing = "its report"
-        report = judge(list(head.facts.values()), expected_nodes=self.hosts, limits=self.limits)
+        report = judge(
+            list(head.facts.values()),
+            expected_nodes=self.hosts,
+            limits=self.limits,
+            late=head.late,
+        )
         report = replace(report, all_reduce_s=all_reduce_s)
         report = replace(report, warnings=(*report.warnings, *head.warnings))
         code = self._tell(report)
@@ -164,15 +185,19 @@ class NodeCheck:
         from peft_dist.preflight import network
 
         self.doing = f"{self.hosts[0]} at {self.head}:{self.options.port}"
-        arrival_s = self.left_s - self.options.timeout_s * (1 - ARRIVAL_SHARE)
-        try:
-            member = self._member(facts.index, arrival_s)
-        except network.FAULTS as error:
-            self._say(
-                f"{self.name} cannot reach {self.hosts[0]} at {self.head}:{self.options.port} "
-                f"within {self.limits.arrival_s:.3g} s: {network.brief(error)}"
-            )
-            return EXIT_CRASHED
+        while True:
+            is_ready = 0 in self.arrivals.look()  # the head, before we try
+            try:
+                member = self._member(facts.index)
+                break
+            except network.FAULTS as error:
+                if not is_ready and self.left_s > self.options.timeout_s:
+                    continue
+                self._say(
+                    f"{self.name} cannot reach {self.hosts[0]} at {self.head}:{self.options.port} "
+                    f"within {self.limits.connect_s:.3g} s: {network.brief(error)}"
+                )
+                return EXIT_CRASHED
         self.doing = f"orders of {self.hosts[0]}"
         try:
             # Should no order come, `_watch` is first.
@@ -184,7 +209,7 @@ class NodeCheck:
             self._say(f"{self.name}: {last['fault']}")
         return int(last["code"])
 
-    def _member(self, index: int, arrival_s: float) -> "Member":
+    def _member(self, index: int) -> "Member":
         from peft_dist.preflight import network
 
         # Another job's nodes may have been given the same port.
@@ -194,16 +219,17 @@ class NodeCheck:
             index,
             len(self.hosts),
             network.Address(self.head, self.options.port, hashlib.sha256(key).hexdigest()[:16]),
-            limit_s=max(1.0, arrival_s),
+            limit_s=max(1.0, min(self.limits.connect_s, self.left_s)),
         )
 
-    def _cannot_import(self, error: ImportError | OSError) -> int:
+    def _cannot_import(self, error: ImportError | OSError, facts: NodeFacts) -> int:
         """Say that torch is missing; the others learn it from the head's silence."""
         problem = f"torch cannot be imported: {error}"
         if self.options.index != 0:
+            self.arrivals.announce(self.options.index, replace(facts, error=problem))
             self._say(f"{self.name}: {problem}")
             return EXIT_CRASHED
-        if isinstance(error, ModuleNotFoundError):
+        if isinstance(error, ModuleNotFoundError) or len(self.hosts) == 1:
             remedy = "name the right interpreter with python: in the cluster file"
             return self._tell(Report(len(self.hosts), common=f"{problem}; {remedy}"))
         line = f"{self.name}: {problem}"
@@ -232,7 +258,8 @@ class NodeCheck:
         while self.left_s > 0:
             time.sleep(max(0.01, min(1.0, self.left_s)))
         self._say(
-            f"{self.name} gave up after {self.options.timeout_s:.3g} s of waiting for {self.doing}"
+            f"{self.name} gave up after {time.monotonic() - self.started_s:.0f} s of waiting for "
+            f"{self.doing}"
         )
         os._exit(EXIT_CRASHED)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from peft_dist.common.atomic import replace_file
+from peft_dist.common.sharing import folder_mode
 from peft_dist.preflight.node_info import SILENT, NodeFacts
 
 PORT_TAKEN = 98
@@ -35,8 +36,8 @@ REMEDIES = {
 }
 """What to do about a fault that all nodes have; nodes cannot all differ from each other's code."""
 SHARED = ("space", "write")
-"""Faults of what nodes share. Any other fault of a node that is alone is its own."""
-_GONE = {"absent", "silent"}
+"""Faults of what nodes share. Of several nodes, any other fault of one that is left is its own."""
+_GONE = {"absent", "late", "silent"}
 
 
 class _Common(NamedTuple):
@@ -51,8 +52,10 @@ class PreflightLimits:
     devices: int = 0
     min_free_bytes: float = 1e9
     max_clock_offset_s: float = 60.0
-    arrival_s: float = 30.0
-    """How long the head waits for the others."""
+    connect_s: float = 30.0
+    """How long the head waits for a node that is ready."""
+    arrival_s: float = 1800.0
+    """How long it waits for one that is not."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Report:
     nodes: int
     bad: tuple[str, ...] = ()
     """Names of the nodes to do without."""
+    late: tuple[str, ...] = ()
+    """Names of those that were still at their set-up, which is no fault of theirs."""
     common: str | None = None
     """The fault of no node, which a person must fix; then `bad` is empty."""
     lines: tuple[str, ...] = ()
@@ -77,7 +82,7 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether training may start on these nodes."""
-        return not self.bad and self.common is None
+        return not self.bad and not self.late and self.common is None
 
     @property
     def summary(self) -> str:
@@ -87,6 +92,10 @@ class Report:
             return f"{self.common} ({took})"
         if self.bad:
             return f"{len(self.bad)} of {self.nodes} nodes failed {took}: {', '.join(self.bad)}"
+        if self.late:
+            return (
+                f"{len(self.late)} of {self.nodes} nodes not ready {took}: {', '.join(self.late)}"
+            )
         found = []
         if self.all_reduce_s is not None:
             found.append(f"all-reduce of 1 MB {self.all_reduce_s * 1e3:.3g} ms")
@@ -106,7 +115,7 @@ class Report:
             OSError: Where it cannot be written.
         """
         path = report_path(run_dir)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.parent.mkdir(mode=folder_mode(), exist_ok=True)
         replace_file(path, self.to_json())
 
     @classmethod
@@ -127,7 +136,11 @@ def report_path(run_dir: Path) -> Path:
 
 
 def judge(
-    facts: Sequence[NodeFacts], *, expected_nodes: Sequence[str], limits: PreflightLimits
+    facts: Sequence[NodeFacts],
+    *,
+    expected_nodes: Sequence[str],
+    limits: PreflightLimits,
+    late: Sequence[int] = (),
 ) -> Report:
     """Judge the nodes of a job.
 
@@ -135,11 +148,15 @@ def judge(
         facts: Of every node that has come.
         expected_nodes: Names of all nodes, the head's first.
         limits: What they must have.
+        late: Indexes of those that were still at their set-up.
     """
     by_index = {fact.index: fact for fact in facts}
     reasons: dict[str, Reasons] = {
         host: _own_faults(by_index.get(index), limits) for index, host in enumerate(expected_nodes)
     }
+    for index in late:
+        text = f"not ready after {limits.arrival_s:g} s: still at its set-up, staging or imports"
+        reasons[expected_nodes[index]] = {"late": text}
     came = [(host, by_index[i]) for i, host in enumerate(expected_nodes) if i in by_index]
     for host, kind, text in (*_odd_ones(came), *_wrong_clocks(came, limits)):
         reasons[host][kind] = text
@@ -151,7 +168,8 @@ def judge(
     offsets = [fact.clock_offset_s for _, fact in came] or [0.0]
     return Report(
         nodes=len(expected_nodes),
-        bad=() if common else tuple(failed),
+        bad=() if common else tuple(host for host in failed if "late" not in reasons[host]),
+        late=tuple(host for host in failed if "late" in reasons[host]),
         common=common.text if common else None,
         lines=tuple(f"{host}: {'; '.join(reasons[host].values())}" for host in failed),
         warnings=tuple(_warnings(came)),
@@ -162,7 +180,7 @@ def judge(
 def _own_faults(fact: NodeFacts | None, limits: PreflightLimits) -> Reasons:
     """Return what is wrong with a node whatever the others say."""
     if fact is None:
-        return {"absent": f"did not come within {limits.arrival_s:.3g} s"}
+        return {"absent": f"did not come within {limits.connect_s:.3g} s"}
     found = {}
     if fact.error is not None:
         found["silent" if fact.error == SILENT else "error"] = fact.error
@@ -247,11 +265,12 @@ def _common_fault(reasons: Mapping[str, Reasons], limits: PreflightLimits) -> _C
     head, *others = reasons
     here = {host: found for host, found in reasons.items() if not _GONE & found.keys()}
     if len(others) > 1 and all("absent" in reasons[host] for host in others):
-        text = f"no other node came to {head} within {limits.arrival_s:.3g} s"
+        text = f"no other node came to {head} within {limits.connect_s:.3g} s"
         return _Common("absent", f"{text}; {REMEDIES['absent']}")
     for kind, remedy in REMEDIES.items():
         differing = [found[kind] for found in here.values() if kind in found]
-        if len(differing) < len(here) or (len(differing) == 1 and kind not in SHARED):
+        own = len(differing) == 1 and others and kind not in SHARED
+        if len(differing) < len(here) or not differing or own:
             continue
         if kind == "error" and len(set(differing)) > 1:
             continue

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from peft_dist import __version__
+from peft_dist.ledger.events import StepEvent
 from peft_dist.report.differences import UNKNOWN, differing_settings, outcomes, versions
 from peft_dist.report.learning import learning_panels
 from peft_dist.report.memory import memory_panels
@@ -135,9 +136,15 @@ def _how_to_read(runs: Sequence[RunData]) -> str:
             f"Lines have {MOST_POINTS:,} points at most, of up to {longest:,}: the lowest and the "
             "highest of every part, so that no spike is lost."
         )
-    if notes:
+    if notes and not any(run.is_thinned for run in runs):
         notes.append("Means, texts and tables count every step.")
     for run in runs:
+        if run.is_thinned:
+            notes.append(
+                f"Of the {run.ledger_steps:,} steps of {run.name}, {len(run.of(StepEvent)):,} were "
+                "read: evenly spread ones and, between them, those of the lowest and highest loss, "
+                "gradient and speed. Times of phases count every step."
+            )
         notes += [f"Of {run.name}, {gap}, which no figure has." for gap in run.goodput.gaps]
     return " ".join(notes)
 

@@ -24,15 +24,14 @@ from peft_dist.ledger.events import (
     StartEvent,
     StepEvent,
 )
-from peft_dist.ledger.goodput import Goodput, counting_events, current_events, goodput
+from peft_dist.ledger.goodput import Goodput, GoodputMeter, counting_events, current_events
 from peft_dist.ledger.reader import LedgerReader
 from peft_dist.report.series import number, numbers
+from peft_dist.report.thin_events import ThinnedEvents
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import crash_notes
+from peft_dist.run.prediction import read_prediction
 from peft_dist.run.restart_policy import Kind
-
-PLAN_FILE = "plan.json"
-"""The plan made before the run, if there is one: `bytes_per_rank`."""
 
 AnyEvent = TypeVar("AnyEvent", bound=LedgerEvent)
 
@@ -65,8 +64,13 @@ class RunData:
     """Why starting again cannot help; empty where it can."""
     planned_bytes: Sequence[float]
     """Planned memory of every rank; empty without a plan."""
+    planned_tokens_per_s: float | None
+    """Planned speed, each row of the longest length."""
     events: Sequence[LedgerEvent]
-    """The ledger, without what an attempt wrote after it had lost the run."""
+    """The ledger, without what an attempt wrote after it had lost the run; of very many steps a
+    sample and the extremes."""
+    ledger_steps: int
+    """Steps in the ledger."""
     counting: Sequence[LedgerEvent]
     """Steps, evaluations and checkpoints whose work is part of the run."""
     goodput: Goodput
@@ -81,6 +85,11 @@ class RunData:
     def steps(self) -> list[StepEvent]:
         """The steps that made the adapter."""
         return [event for event in self.counting if isinstance(event, StepEvent)]
+
+    @property
+    def is_thinned(self) -> bool:
+        """Whether `events` lacks steps of the ledger."""
+        return len(self.of(StepEvent)) < self.ledger_steps
 
     @cached_property
     def evaluations(self) -> list[EvaluationEvent]:
@@ -169,8 +178,11 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunData]:
 
 def read_run(run: RunDir, name: str) -> RunData:
     """Read one run directory, to be called by a name."""
-    events = list(current_events(LedgerReader(run.ledger).all()))
-    time_use = goodput(events)
+    thinned, meter = ThinnedEvents(), GoodputMeter()
+    for event in current_events(LedgerReader(run.ledger).all()):
+        thinned.add(event)
+        meter.add(event)
+    events, time_use = thinned.finish(), meter.result()
     failure = run.read_failure()
     return RunData(
         name=name,
@@ -181,7 +193,9 @@ def read_run(run: RunDir, name: str) -> RunData:
         result=_read_json(run.result),
         failure="" if failure is None else failure.error,
         planned_bytes=_planned(run),
+        planned_tokens_per_s=number(read_prediction(run).get("tokens_per_s")),
         events=events,
+        ledger_steps=thinned.steps,
         counting=counting_events(events),
         goodput=time_use,
         crashes=_crashes(run.attempts, [span.attempt for span in time_use.attempts]),
@@ -199,7 +213,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def _planned(run: RunDir) -> list[float]:
-    planned = _read_json(run.path / PLAN_FILE).get("bytes_per_rank")
+    planned = read_prediction(run).get("bytes_per_rank")
     one = number(planned)
     return numbers(planned) if one is None else [one]
 

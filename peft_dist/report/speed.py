@@ -69,6 +69,8 @@ def _throughput(runs: Sequence[RunData]) -> Panel | None:
     own = [run for _, run in indexed]
     if len(own) == 1:
         text = f"Median {figure(middles[0])} tokens per second."
+        if own[0].planned_tokens_per_s is not None:
+            text += f" Planned: {figure(own[0].planned_tokens_per_s)}."
     else:
         fastest = max(range(len(own)), key=middles.__getitem__)
         text = f"Fastest: {own[fastest].name}, median {figure(middles[fastest])} tokens/s."

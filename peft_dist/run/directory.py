@@ -16,8 +16,10 @@ from typing import NamedTuple, Self
 from peft_dist.common.atomic import FolderTaken, remove_unfinished, replace_file, whole_folder
 from peft_dist.common.errors import EXIT_DO_NOT_RETRY, PeftDistError, RunDirError
 from peft_dist.common.folders import find_fault, readable_name
+from peft_dist.common.sharing import folder_mode
 from peft_dist.config import Recipe, load_recipe, render_recipe
 from peft_dist.config.resume_rules import differences, learning_settings, refuse_changes
+from peft_dist.config.run_date import date_in, with_date
 from peft_dist.run.provenance import run_facts
 
 ARRAY_FILE = "array.json"
@@ -70,6 +72,11 @@ class RunDir:
     def ledger(self) -> Path:
         """One JSON line per step, evaluation, checkpoint, and start or end of an attempt."""
         return self.path / "ledger.jsonl"
+
+    @property
+    def plan(self) -> Path:
+        """What was foreseen of the run: bytes of a rank, and seconds of a step."""
+        return self.path / "plan.json"
 
     @property
     def result(self) -> Path:
@@ -147,7 +154,7 @@ class RunDir:
 
         Args:
             path: Where; missing parent folders are made. A folder that exists must be empty.
-            recipe: What `recipe.yaml` will say.
+            recipe: What `recipe.yaml` will say; without a date, with today's.
             command: The command line to record.
 
         Raises:
@@ -158,8 +165,8 @@ class RunDir:
         try:
             # A new folder cannot be renamed over a link to an empty one, but over that itself.
             with whole_folder(run._behind_link()) as making:
-                cls(making).logs.mkdir(mode=0o700)
-                write_text_atomic(cls(making).recipe, render_recipe(recipe))
+                cls(making).logs.mkdir(mode=folder_mode())
+                write_text_atomic(cls(making).recipe, render_recipe(with_date(recipe)))
                 write_text_atomic(
                     cls(making).run_facts, json.dumps(run_facts(command), indent=2) + "\n"
                 )
@@ -186,7 +193,8 @@ class RunDir:
         Args:
             path: Where.
             recipe: What to train. It replaces the run's own recipe, which may differ in what does
-                not change what is learned; where there are checkpoints, by `accept_recipe`.
+                not change what is learned; where there are checkpoints, by `accept_recipe`. Without
+                a date, it gets the run's.
             command: The command line to record in a new run.
             fresh: Set a run that is there aside, and make a new one.
             allow_changed: Fields that may differ all the same.
@@ -212,6 +220,7 @@ class RunDir:
                 remedy="choose another folder with --run-dir, or start it anew with --fresh",
             )
         cls.open(path)  # raises where its recipe is gone
+        recipe = with_date(recipe, date_in(run.recipe))
         text = render_recipe(recipe)
         is_changed = text != run.recipe.read_text(encoding="utf-8")
         if is_changed and run.has_checkpoints:

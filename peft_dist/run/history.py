@@ -26,7 +26,14 @@ CAUSE_FIRST = (Kind.OUT_OF_MEMORY, Kind.HUNG, Kind.CRASHED, Kind.LOST_PEER)
 
 
 def note_crash(
-    folder: Path, attempt: int, *, rank: int, kind: Kind, step: int | None, error: str
+    folder: Path,
+    attempt: int,
+    *,
+    rank: int,
+    kind: Kind,
+    step: int | None,
+    error: str,
+    place: str = "",
 ) -> bool:
     """Note why a rank ends; return False where the disk does not take it.
 
@@ -39,10 +46,12 @@ def note_crash(
         kind: How.
         step: The optimizer step it was at, where it had begun any.
         error: What happened; folded into one line. Of a stop, the signal's name.
+        place: The line of code that raised what will be raised again.
     """
     if record_path(folder, attempt + 1).exists():
         return False
-    note = {"rank": rank, "kind": kind, "step": step, "error": " ".join(error.split())}
+    line = " ".join(error.split())
+    note = {"rank": rank, "kind": kind, "step": step, "error": line, "place": place}
     try:
         write_json(record_path(folder, attempt).with_name(f"{attempt:08d}-rank-{rank}.json"), note)
     except OSError:
@@ -79,19 +88,20 @@ def read_history(run: RunDir, *, before: int | None = None) -> History:
         for record in attempts[by_person[-1] if by_person else 0 :]
         if before is None or record["attempt"] < before
     ]
-    starts: list[Ending] = []
+    starts: dict[tuple[str, Any], Ending] = {}
     job_starts = 0
     for event in job_events.events(run.path):
         if event["event"] == "submitted":
-            starts, job_starts = [], 0
+            starts, job_starts = {}, 0
         elif event["event"] == "started":
             job_starts += 1
         elif event["event"] == "decided":
-            starts.append(_ending_of_start(event))
+            start = (event["job"], event.get("restart"))
+            starts[start] = _ending_of_start(event)  # the last word on a start is the one
     return History(
         checkpoint=run.newest_step(),
         attempts=tuple(_ending_of_attempt(run.attempts, record) for record in attempts),
-        starts=tuple(starts),
+        starts=tuple(starts.values()),
         job_starts=job_starts,
     )
 
@@ -203,7 +213,14 @@ def _ending_of_attempt(folder: Path, record: Record) -> Ending:
     kind, step = Kind(note["kind"]), note["step"]
     if kind is Kind.OUT_OF_MEMORY and step is None:  # no place to compare with another one
         kind = Kind.CRASHED
-    return Ending(kind, note["error"], rank=note["rank"], step=step, began_at=began_at)
+    return Ending(
+        kind,
+        note["error"],
+        rank=note["rank"],
+        step=step,
+        place=str(note.get("place", "")),
+        began_at=began_at,
+    )
 
 
 def _ending_of_start(event: job_events.Event) -> Ending:

@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from peft_dist.common.errors import RunDirError
+from peft_dist.common.sharing import file_mode, folder_mode
 
 Event = dict[str, Any]
 """`event` (submitted, started, decided, ended), `job` as `squeue -r` prints it, `time` and more."""
+SUBMISSION = ("submitting", "queued", "refused")
+"""Events that say how one submission goes, and nothing of a job: `submitting` has the `token` by
+which Slurm knows the job where nobody learned its id."""
 
 
 def jobs_file(run_path: Path) -> Path:
@@ -35,8 +39,8 @@ def record(run_path: Path, event: Event) -> None:
     path = jobs_file(run_path)
     line = (json.dumps(event | {"time": event.get("time", time.time())}) + "\n").encode()
     try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        path.parent.mkdir(mode=folder_mode(), exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, file_mode())
         try:
             size = os.fstat(file).st_size
             if size and os.pread(file, 1, size - 1) != b"\n":  # of a writer that was killed
@@ -66,6 +70,8 @@ def events(run_path: Path) -> list[Event]:
     found: list[Event] = []
     begun: list[tuple[str, Any]] = []
     for event in _all_events(run_path):
+        if event["event"] in SUBMISSION:
+            continue
         start = (event["job"], event.get("restart"))
         if event["event"] == "started":
             begun.append(start)
@@ -82,8 +88,22 @@ def others(run_path: Path) -> list[str]:
     Raises:
         RunDirError: As `events`.
     """
-    last = {event["job"]: event["event"] for event in _all_events(run_path)}
+    told = [event for event in _all_events(run_path) if event["event"] not in SUBMISSION]
+    last = {event["job"]: event["event"] for event in told}
     return [job for job, event in list(last.items())[:-1] if event in ("submitted", "started")]
+
+
+def open_submission(run_path: Path) -> Event | None:
+    """Return the newest submission where nobody has noted what came of it.
+
+    Raises:
+        RunDirError: As `events`.
+    """
+    known = ("submitted", "started", *SUBMISSION)
+    told = [event for event in _all_events(run_path) if event["event"] in known]
+    if told and told[-1]["event"] == "submitting" and isinstance(told[-1].get("token"), str):
+        return told[-1]
+    return None
 
 
 def _all_events(run_path: Path) -> list[Event]:
@@ -115,7 +135,7 @@ def newest_of(history: Sequence[Event]) -> str | None:
 
 
 def candidates(run_path: Path, history: Sequence[Event]) -> list[str]:
-    """Return the jobs that may be live: the newest, and one queued to take over from it.
+    """Return the jobs that may be live: the newest, and those queued to take over from it.
 
     Args:
         run_path: The run directory.
@@ -125,12 +145,12 @@ def candidates(run_path: Path, history: Sequence[Event]) -> list[str]:
     if newest is None:
         return []
     with suppress(OSError, UnicodeDecodeError):
-        successor = (run_path / "slurm" / "successor").read_text(encoding="utf-8").strip()
+        queued = (run_path / "slurm" / "successor").read_text(encoding="utf-8").split()
         # sbatch prints no element: a successor has one where its run is one of an array.
         _, underscore, element = newest.partition("_")
-        job = successor + underscore + element
-        if successor and all(event["job"] != job for event in history):
-            return [newest, job]
+        jobs = [successor + underscore + element for successor in queued]
+        known = {event["job"] for event in history}
+        return [newest, *(job for job in jobs if job not in known)]
     return [newest]
 
 

@@ -26,6 +26,7 @@ from peft_dist.common.process_identity import (
     this_group,
     this_process,
 )
+from peft_dist.common.sharing import folder_mode
 from peft_dist.run.attempt_records import (
     Record,
     describe,
@@ -99,7 +100,7 @@ class Attempt:
             RunDirError: Where another process holds the run, or the folder cannot be used.
         """
         try:
-            folder.mkdir(mode=0o700, exist_ok=True)
+            folder.mkdir(mode=folder_mode(), exist_ok=True)
             previous, held, _ = _find_holder(folder, watch_s=STALE_AFTER_S, watched=watched)
             if held:
                 _refuse(folder, previous)

@@ -23,6 +23,8 @@ class Kind(StrEnum):
     DONE = "done"
     INTERRUPTED = "stopped"
     """A signal ended it: of a person, a time limit or a preemption."""
+    NOT_BEGUN = "stopped before it began"
+    """A signal ended a job's set-up or staging, which says nothing of the run."""
     CRASHED = "error"
     HUNG = "hang"
     OUT_OF_MEMORY = "oom"
@@ -33,6 +35,8 @@ class Kind(StrEnum):
     NO_DECISION = "no decision"
     """The supervisors ended, or never began, and left no decision: the set-up failed, say."""
     PREFLIGHT_INCOMPLETE = "pre-flight incomplete"
+    NODES_LATE = "nodes late"
+    """Some nodes took too long for their set-up, or for copying the model."""
     NODES_UNFIT = "nodes unfit"
     """Some nodes failed the pre-flight."""
     ALL_NODES_UNFIT = "all nodes unfit"
@@ -66,6 +70,8 @@ class Ending:
     """Which rank noted the error."""
     step: int | None = None
     """The step that a rank was at, where one noted it."""
+    place: str = ""
+    """Line of code that raised what will be raised again; empty where that is not certain."""
     began_at: int | None = None
     """The step that it went on from; None where it is not known, or it did not come so far."""
     checkpoint: int | None = None
@@ -103,6 +109,9 @@ class RestartLimits:
     """What is counted: `attempts` of processes, or `starts` of a job."""
     without_progress: int = 3
     """So many in a row that reach no new checkpoint are the last."""
+    same_fault: int = 2
+    """So many in a row that a bug or a wrong input ends at one line, before any step, are the
+    last."""
     out_of_memory: int = 2
     """So many in a row that run out of memory at one step are the last."""
     job_starts: int | None = None
@@ -171,7 +180,8 @@ def decide(history: History, ending: Ending, limits: RestartLimits) -> Decision:
     reason = f"{ending.described_error or ending.kind}; goes on after step {history.checkpoint}"
     if kind is Kind.NODES_UNFIT:
         return Decision("again-without", reason, nodes=ending.nodes)
-    return Decision("again", reason, EXIT_INTERRUPTED if kind is Kind.INTERRUPTED else EXIT_CRASHED)
+    signalled = kind in (Kind.INTERRUPTED, Kind.NOT_BEGUN)
+    return Decision("again", reason, EXIT_INTERRUPTED if signalled else EXIT_CRASHED)
 
 
 def decide_by_attempts(history: History) -> Decision | None:
@@ -186,6 +196,7 @@ def _limit_reached(history: History, ending: Ending, limits: RestartLimits) -> s
     """Return in one line which limit forbids another start, or None where none does."""
     of_job = limits.unit == "starts"
     row = [*(history.starts if of_job else history.attempts), ending]
+    row = [one for one in row if one.kind is not Kind.NOT_BEGUN]
     if not of_job:  # those that a signal ended, or that a person has ended, were no failures
         harmless = [n for n, one in enumerate(row) if one.kind in (Kind.DONE, Kind.INTERRUPTED)]
         row = row[harmless[-1] + 1 :] if harmless else row
@@ -196,8 +207,23 @@ def _limit_reached(history: History, ending: Ending, limits: RestartLimits) -> s
     undecided = [one.kind is Kind.NO_DECISION for one in row[-limits.without_decision :]]
     if len(undecided) == limits.without_decision and all(undecided):
         return f"{len(undecided)} {limits.unit} in a row ended without a decision{last}"
-    return _out_of_memory(row, history.checkpoint, limits) or _no_progress(
-        row, history.checkpoint, limits
+    return (
+        _same_fault(row, limits)
+        or _out_of_memory(row, history.checkpoint, limits)
+        or _no_progress(row, history.checkpoint, limits)
+    )
+
+
+def _same_fault(row: Sequence[Ending], limits: RestartLimits) -> str | None:
+    """Return why the last starts of a row were the last, where each met one fault at one line."""
+    last = row[-limits.same_fault :]
+    faults = {(one.kind, one.place, one.error) for one in last}
+    trained = any(one.step not in (None, 0) for one in last)
+    if len(last) < limits.same_fault or len(faults) > 1 or not last[-1].place or trained:
+        return None
+    return (
+        f"the same fault ended {len(last)} {limits.unit} in a row before any step: "
+        f"{last[-1].described_error}, at {last[-1].place}"
     )
 
 

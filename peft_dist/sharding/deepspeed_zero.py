@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_dist.common.errors import LaunchError
+from peft_dist.common.errors import LaunchError, TrainingError
 from peft_dist.distributed.collectives import Shard
 from peft_dist.distributed.world import World
 from peft_dist.model import base
@@ -71,12 +71,50 @@ def _config(zero: dict[str, Any]) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
+        # Gradients come reduced and clipped (`Engine.clip`), so nothing may act on them again.
+        # DeepSpeed's own default is to clip at 1.0.
+        "gradient_clipping": 0.0,
+        "gradient_accumulation_steps": 1,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},
     }
 
 
 def _initialize(deepspeed: Any, zero: dict[str, Any], **arguments: Any) -> Any:
     engine, *_ = deepspeed.initialize(config=_config(zero), dist_init_required=False, **arguments)
+    if "optimizer" in arguments:
+        _check_arithmetic(engine, arguments["optimizer"])
     return engine
+
+
+def _check_arithmetic(engine: Any, optimizer: torch.optim.AdamW) -> None:
+    """See that DeepSpeed passes gradients to our optimizer as they are.
+
+    Raises:
+        TrainingError: Naming the setting that the engine does not have as `_config` says.
+    """
+    shared = engine.optimizer
+    held = {
+        "gradient_clipping": (engine.gradient_clipping(), 0.0),
+        "clip_grad": (shared.clip_grad, 0.0),
+        "gradient_accumulation_steps": (engine.gradient_accumulation_steps(), 1),
+        "prescale_gradients": (not engine.postscale_gradients(), False),
+        "gradient_predivide_factor": (shared.gradient_predivide_factor, 1.0),
+        "communication_data_type": (shared.communication_data_type, torch.float32),
+        "loss_scale": (shared.loss_scale, 1.0),
+        "optimizer": (shared.optimizer, optimizer),
+    }
+    for name, (found, wanted) in held.items():
+        if found is not wanted and found != wanted:
+            raise TrainingError(
+                f"DeepSpeed has {name} {found}, but {wanted} was set",
+                where="parallel.strategy",
+                remedy="choose ddp or fsdp, and please report this",
+            )
 
 
 class _Flat(nn.Module):
@@ -229,7 +267,7 @@ class ZeRO3Engine(Engine):
             return made
 
         base.materialize(model, self.world.device, make)
-        _list_frozen_alone(model)
+        _list_frozen_alone(model, self._in_blocks)
         # What stands outside the blocks (embedding, last norm, head) is gathered with the model,
         # as one unit: a rank without work would else miss the exchange for a head it never reads.
         for module in model.modules():
@@ -319,7 +357,7 @@ def _share_optimizer(
     return _SharedOptimizer(engine, flat.values, targets, Shard(world.rank, world.size))
 
 
-def _list_frozen_alone(model: nn.Module) -> None:
+def _list_frozen_alone(model: nn.Module, in_blocks: set[nn.Module]) -> None:
     """Let the model and its modules list no parameter that is trained.
 
     DeepSpeed's hooks ask each module for its parameters at every pass and free them after it; it
@@ -336,5 +374,7 @@ def _list_frozen_alone(model: nn.Module) -> None:
 
     for module in model.modules():
         own = [p for p in module._parameters.values() if p is not None]
-        if module is model or any(parameter.requires_grad for parameter in own):
+        # It asks a layer with experts for all that is inside (`deepspeed.utils.z3_leaf_module`).
+        inside = list(module.parameters()) if module in in_blocks else own
+        if module is model or any(parameter.requires_grad for parameter in inside):
             module.named_parameters = listed(module)  # type: ignore[method-assign]

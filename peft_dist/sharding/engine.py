@@ -73,7 +73,11 @@ class Engine(ABC):
         base.materialize(model, self.world.device)
 
     def flatten_adapter(
-        self, parameters: dict[str, nn.Parameter], group_of: Callable[[str], Group]
+        self,
+        parameters: dict[str, nn.Parameter],
+        group_of: Callable[[str], Group],
+        *,
+        sources: int = 0,
     ) -> None:
         """Move the trained parameters, and their gradients, into flat buffers.
 
@@ -83,7 +87,9 @@ class Engine(ABC):
         Args:
             parameters: Every trained parameter by name, float32, the same on every process.
             group_of: The group of a parameter, by its name.
+            sources: How many sources have a loss of their own, carried by the all-reduce too.
         """
+        self.extras += sources
         self._group_sizes: dict[Group, int] = {}
         for name, parameter in parameters.items():
             group = group_of(name)

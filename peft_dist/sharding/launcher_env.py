@@ -60,6 +60,12 @@ def resolve(parallel: Parallel, world: World, environ: Mapping[str, str]) -> Lau
     if strategy == "auto":
         strategy = "fsdp"
     offload = _offload(parallel, launched, strategy)
+    if parallel.shard_size is not None and strategy != "hsdp":
+        raise LaunchError(
+            f"has no meaning here: the strategy is {strategy}",
+            where="parallel.shard_size",
+            remedy="remove it, or set parallel.strategy: hsdp",
+        )
     if strategy in ("ddp", "zero2"):
         return Launched(strategy, 1)
     if strategy in ("fsdp", "zero3"):

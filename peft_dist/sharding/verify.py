@@ -1,7 +1,11 @@
-"""The proof, at every launch, that each process holds the bytes of the base that it must hold.
+"""The proof, at every launch, that each process holds the bytes of one base that it must hold.
 
 Mends nothing: a base that is not sharded as it should be is not trained on.
 """
+
+import hashlib
+import json
+import os
 
 from torch import nn
 
@@ -42,3 +46,21 @@ def verify_sharded(
     if not trained:
         raise ModelError("nothing to train", where="method", remedy="choose other targets")
     return engine.total_bytes(frozen), resident
+
+
+def verify_one_base(fingerprint: dict[str, int]) -> None:
+    """Compare the base that each process, or each group of shards, has loaded. Collective.
+
+    Raises:
+        ModelError: Naming a rank whose base is not rank 0's.
+    """
+    digest = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
+    everyone = gather_objects([digest, os.uname().nodename])
+    other = next((rank for rank, one in enumerate(everyone) if one[0] != everyone[0][0]), None)
+    if other is not None:
+        raise ModelError(
+            f"rank {other} on host {everyone[other][1]} has loaded another base than rank 0 on "
+            f"host {everyone[0][1]}",
+            where="model.name",
+            remedy="give every node the same model, or remove its copy of the packed base",
+        )

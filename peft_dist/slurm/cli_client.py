@@ -1,17 +1,15 @@
 """Run Slurm's own commands: argument lists, no shell, and its own words where it refuses."""
 
-import os
 import subprocess
 from collections.abc import Mapping, Sequence
 
-from peft_dist.common.env import AFTER_JOB
 from peft_dist.common.errors import SlurmError
 
 
 def run_slurm(
     argv: Sequence[str],
     *,
-    timeout_s: float = 30,
+    timeout_s: float | None = 30,
     environment: Mapping[str, str] | None = None,
     text: str | None = None,
 ) -> str:
@@ -19,7 +17,7 @@ def run_slurm(
 
     Args:
         argv: The command.
-        timeout_s: How long it may take.
+        timeout_s: How long it may take; None for as long as it takes.
         environment: Its whole environment. Default: ours.
         text: What it reads on standard input.
 
@@ -42,35 +40,13 @@ def run_slurm(
             "no such command", where=argv[0], remedy="run this where Slurm's commands are"
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise SlurmError(f"no answer in {timeout_s:g} s", where=argv[0]) from error
+        raise SlurmError(f"no answer in {error.timeout:g} s", where=argv[0]) from error
     except OSError as error:
         raise SlurmError(f"cannot be run: {error}", where=argv[0]) from error
     if done.returncode:
         output = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
         raise SlurmError(output.removeprefix(f"{argv[0]}: error: "), where=argv[0])
     return done.stdout
-
-
-def check_script(script: str) -> None:
-    """Have Slurm check a batch script without submitting it.
-
-    Raises:
-        SlurmError: Where Slurm would refuse it.
-    """
-    run_slurm(["sbatch", "--test-only"], environment=submitting_environment(), text=script)
-
-
-def sbatch(argv: Sequence[str]) -> str:
-    """Run a command that submits and prints the job's id; return that.
-
-    Raises:
-        SlurmError: Where Slurm refuses.
-    """
-    output = run_slurm(argv, environment=submitting_environment()).strip()
-    job = output.partition(";")[0]  # "47;cluster" where a site has several
-    if not job.isdecimal():
-        raise SlurmError(f"printed {output!r} and no job id", where="sbatch")
-    return job
 
 
 def scancel(jobs: Sequence[str], *, options: Sequence[str] = ()) -> None:
@@ -80,12 +56,3 @@ def scancel(jobs: Sequence[str], *, options: Sequence[str] = ()) -> None:
         SlurmError: Where Slurm refuses.
     """
     run_slurm(["scancel", *options, *jobs])
-
-
-def submitting_environment() -> dict[str, str]:
-    """Return our environment without what an enclosing job would impose on the new one."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SBATCH_", AFTER_JOB))
-    }

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from peft_dist.common.errors import RunDirError
+from peft_dist.common.atomic import replace_file
+from peft_dist.common.errors import RunDirError, SlurmError
 from peft_dist.run import job_events
 from peft_dist.run.directory import RunDir
 from peft_dist.run.lease import refuse_if_held
 from peft_dist.slurm.job_state import is_live, is_over, job_states
+from peft_dist.slurm.submitting import find_job
 
 
 def ensure_not_running(folders: Sequence[Path], script: Path) -> None:
@@ -21,6 +23,8 @@ def ensure_not_running(folders: Sequence[Path], script: Path) -> None:
     Raises:
         RunDirError: Naming the job.
     """
+    for folder in folders:
+        _look_up_submission(folder)
     histories = {folder: job_events.events(folder) for folder in folders}
     others = {job: folder for folder in folders for job in job_events.others(folder)}
     may_live = {
@@ -37,6 +41,8 @@ def ensure_not_running(folders: Sequence[Path], script: Path) -> None:
                 where=str(folder),
                 remedy=f"wait for it, or `peft-dist cancel {folder}`",
             )
+    for job, folder in (others | may_live).items():
+        state = states[job]
         ended = job not in may_live or _has_ended(job, histories[folder])
         if not is_over(state.state) and not ended:
             raise RunDirError(
@@ -49,6 +55,34 @@ def ensure_not_running(folders: Sequence[Path], script: Path) -> None:
     with ThreadPoolExecutor(max(1, len(attempts))) as at_once:  # each may take its whole time
         for _ in at_once.map(refuse_if_held, attempts):
             pass
+
+
+def _look_up_submission(folder: Path) -> None:
+    """Note what came of a submission of which nobody learned a job's id.
+
+    Raises:
+        RunDirError: Where Slurm does not say.
+    """
+    event = job_events.open_submission(folder)
+    if event is None:
+        return
+    try:
+        job = find_job(event["token"])
+    except SlurmError as error:
+        raise RunDirError(
+            f"cannot tell whether a job was queued that nobody knows the id of: {error}",
+            where=str(folder),
+            remedy="try again when Slurm answers",
+        ) from error
+    if job is None:
+        job_events.record(folder, {"event": "refused", "job": ""})
+    elif event["job"]:  # by that job, for when it is over
+        replace_file(folder / "slurm" / "successor", f"{job}\n")
+        job_events.record(folder, {"event": "queued", "job": event["job"], "successor": job})
+    else:
+        known = {key: event[key] for key in event.keys() - {"token", "element"}}
+        element = "" if event.get("element") is None else f"_{event['element']}"
+        job_events.record(folder, known | {"event": "submitted", "job": job + element})
 
 
 def _has_ended(job: str, events: Sequence[job_events.Event]) -> bool:

@@ -12,7 +12,8 @@ from peft_dist.slurm import cli_client
 from peft_dist.slurm.job_state import JobState, is_live, is_over, job_states
 from peft_dist.slurm.save_lead import lead_s
 
-LOOK_EVERY_S = 1.0
+LOOK_EVERY_S, LOOK_AT_LEAST_EVERY_S = 1.0, 15.0
+"""Seconds between two questions to Slurm: more each time, for its controller serves everybody."""
 LEAST_WAIT_S = 120
 """How long a run may take to save and end, where it has not been seen to need more."""
 
@@ -58,13 +59,14 @@ def cancel(folders: Sequence[Path], *, now: bool, report: Callable[[str], None])
         cli_client.scancel(running, options=["--signal=USR1"])
         report(f"job {' '.join(running)}: asked to save and end")
     wait_s = max([LEAST_WAIT_S, *(lead_s(RunDir(folder).ledger, 0) for folder in wanted)])
-    deadline = time.monotonic() + wait_s
+    deadline, pause_s = time.monotonic() + wait_s, LOOK_EVERY_S
     while live and (left := _not_over(live)):
         if time.monotonic() > deadline:
             report(f"job {' '.join(left)}: not over after {wait_s} s; ended by Slurm")
             cli_client.scancel(left)
             break
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, LOOK_AT_LEAST_EVERY_S)
     for folder, names in wanted.items():
         for job in names:
             if job in live:  # its script may have been killed before it could say so

@@ -17,14 +17,17 @@ UNKNOWN = "UNKNOWN"
 LIVE = frozenset(
     ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING",
      "STAGE_OUT", "RESIZING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT",
-     "RESV_DEL_HOLD", "POWER_UP_NODE")
+     "RESV_DEL_HOLD", "POWER_UP_NODE", "EXPEDITING")
 )  # fmt: skip
 """States of jobs that run, or will without anybody doing anything more than releasing them."""
 OVER = frozenset(
     ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY",
      "BOOT_FAIL", "DEADLINE", "LAUNCH_FAILED")
 )  # fmt: skip
-"""States of jobs that run no more, unless they are queued again."""
+"""States of jobs that run no more, unless they are queued again. `REVOKED` is of neither: another
+cluster of a federation has the job."""
+NOT_THERE = "Invalid job id"
+"""What squeue says, and fails, where the one job it is asked for is gone."""
 SCONTROL_AT_MOST = 8
 """Jobs asked of `scontrol`, which takes one at a time; it knows no more than `squeue` shows."""
 FORMAT = "%i|%A|%T|%N|%S|%r"
@@ -63,7 +66,8 @@ def is_over(state: str) -> bool:
 def job_states(jobs: Sequence[str], *, timeout_s: float = 30) -> dict[str, JobState]:
     """Return the state of every job asked for, `UNKNOWN` where nobody could tell.
 
-    One squeue for all; those it does not show are asked of sacct, then of scontrol.
+    One squeue for all; those that it does not show, as other users' of several, are asked of sacct,
+    then of scontrol.
 
     Args:
         jobs: As `squeue -r` prints them: `12`, or `12_3` for an element of an array.
@@ -76,14 +80,17 @@ def job_states(jobs: Sequence[str], *, timeout_s: float = 30) -> dict[str, JobSt
 
 
 def _ask(wanted: Sequence[str], timeout_s: float) -> dict[str, JobState]:
+    # Of one job, or of one user's, the controller sends no more than that; for a list of jobs it
+    # would send the table of all users' (slurm/src/squeue/squeue.c, _print_job).
+    who = ["-j", wanted[0]] if len(wanted) == 1 else [f"--user={os.getuid()}"]
+    argv = ["squeue", "--noheader", "--array", "--states=all", *who, "-o", FORMAT]
     try:
-        # For one job alone that is gone, squeue fails; of two it shows those that are there.
-        asked = ",".join(wanted if len(wanted) > 1 else [*wanted, *wanted])
-        argv = ["squeue", "--noheader", "--array", "--states=all", "-j", asked, "-o", FORMAT]
         found = _pick(parse_squeue(_run(argv, timeout_s)), wanted)
     except SlurmError as error:
-        # Whoever else answers now may not know that the job was queued again.
-        return {job: JobState(job, UNKNOWN, _reason("squeue", error)) for job in wanted}
+        if len(wanted) > 1 or NOT_THERE not in str(error):
+            # Whoever else answers now may not know that the job was queued again.
+            return {job: JobState(job, UNKNOWN, _reason("squeue", error)) for job in wanted}
+        found = {}
     unknown = {job: ["squeue does not show it"] for job in wanted if job not in found}
     if unknown:
         _ask_sacct(found, unknown, timeout_s)

@@ -223,6 +223,9 @@ def _devices(
     memory_mb = kind.memory_mb - (int(reserved) if reserved.isdecimal() else 0)
     memory_mb = _least(memory_mb, partition.get("MaxMemPerNode"))
     lines = _value("gpus_per_node", kind.gpus)
+    if not kind.gpus:
+        note = "Slurm knows of no GPUs here; where nodes have some, say how many, and gres: null"
+        lines = [f"# {note}", *lines]
     if kind.gpus:
         gpu = "gpu" if kind.gpu_type is None else f"gpu:{kind.gpu_type}"
         lines += _value("gres", gpu + ":{gpus}")

@@ -11,10 +11,13 @@ from typing import Any
 
 from peft_dist import __version__
 from peft_dist.common.durations import duration_text
+from peft_dist.common.env import SHARING
 from peft_dist.common.errors import ClusterError
+from peft_dist.common.sharing import GROUP
 from peft_dist.config.cluster import Cluster, Container
 from peft_dist.launch.command import Meeting, launch_environment, worker_command
 from peft_dist.launch.placement import Placement
+from peft_dist.slurm.submitting import kept_variables
 from peft_dist.slurm.template import fill
 
 JOB_SCRIPT = "job.sbatch"
@@ -78,7 +81,10 @@ def render_job(job: Job) -> str:
         run=str(job.folder),
         script=str(job.folder / JOB_SCRIPT),
         nodes=job.placement.nodes,
+        umask="007" if job.cluster.sharing == GROUP else "077",
         requeue=job.cluster.requeue.allowed,
+        usual="requeue" if job.cluster.requeue.allowed else "submit",
+        kept_variables=kept_variables(option for option, _ in _directives(job)),
         singleton=job.singleton,
         srun_options=srun_options,
     )
@@ -99,6 +105,7 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
     environment = {
         **launch_environment(placement, {"OMP_NUM_THREADS": ""}),  # each node counts its CPUs
         **_interfaces(cluster),
+        **({SHARING: GROUP} if cluster.sharing == GROUP else {}),
         # What is installed in a home must not hide what is in the image.
         **({} if cluster.container is None else {"PYTHONNOUSERSITE": "1"}),
         **{name: str(value) for name, value in cluster.environment.items()},
@@ -224,6 +231,7 @@ def _supervisor(job: Job, run_dir: Path) -> list[str]:
     if cluster.preflight.enabled:
         words += ["--devices", str(cluster.gpus_per_node)]
         words += ["--preflight-timeout-s", f"{cluster.preflight.timeout_s:.12g}"]
+        words += ["--arrival-s", f"{cluster.preflight.arrival_s:.12g}"]
         words += ["--min-free-gb", f"{cluster.preflight.min_free_gb:.12g}"]
         words += ["--max-clock-offset-s", f"{cluster.preflight.max_clock_offset_s:.12g}"]
     else:

@@ -8,11 +8,12 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,14 @@ from peft_dist.common.console import say
 from peft_dist.common.errors import EXIT_DONE
 from peft_dist.common.locks import lock_file
 from peft_dist.common.paths import MODEL_FILES
+from peft_dist.common.sharing import set_run_umask
 
 MANIFEST = "peft_dist_staged.json"
 """In a copy: the size and sha256 of each of its files."""
 LOCK_WAIT_S = 3600.0
 """How long to wait for another process that copies the same model."""
+UNUSED_S = 14 * 24 * 3600.0
+"""A copy that no job began with for so long is removed; no job lasts as long."""
 LOOK_EVERY_S = 0.2
 """Seconds between two looks at its lock."""
 SPARE_BYTES = 1 << 28
@@ -85,13 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the folder on this node that holds a model; the model's own where there is no copy."""
     parser = argparse.ArgumentParser(prog="peft_dist.slurm.stage_model", description=main.__doc__)
     parser.add_argument("source", help="the model's folder")
-    parser.add_argument("folder", type=Path, help="where copies are kept, on the node's own disk")
+    parser.add_argument("folder", help="where copies are kept, on the node's own disk")
     parser.add_argument("--verify", action="store_true", help="hash a copy that is there already")
     parser.add_argument("--json", action="store_true", help="print the value of PEFT_DIST_STAGED")
     options = parser.parse_args(argv)
-    os.umask(0o077)
+    set_run_umask()
     try:
-        path = str(stage(Path(options.source), options.folder, verify=options.verify))
+        folder = own_folder(expand(options.folder))
+        path = str(stage(Path(options.source), folder, verify=options.verify))
+        remove_unused(folder, keep=Path(path))
     except (CannotStage, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         say(f"peft-dist: warning: the model is not copied to this node: {reason}", sys.stderr)
@@ -123,12 +129,60 @@ def stage(source: Path, folder: Path, *, verify: bool = False) -> Path:
             raise CannotStage(f"{copy} is somebody else's")
         problem = find_damage(copy, model.files, verify=verify)
         if problem is None:
+            os.utime(lock)
             return copy
         if copy.exists():
             say(f"peft-dist: warning: {copy} is made again: {problem}", sys.stderr)
         remove_unfinished(copy)
         _make(model, copy)
     return copy
+
+
+def expand(folder: str) -> Path:
+    """Return a folder of this node, with the variables that a cluster file may name.
+
+    Raises:
+        CannotStage: Where the node has no such variable.
+    """
+    user = os.environ.get("USER") or str(os.getuid())
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1]
+        text = user if name == "USER" else os.environ.get(name, "")
+        if not text:
+            raise CannotStage(f"${name} is not set on this node")
+        return text
+
+    return Path(re.sub(r"\$(SLURM_TMPDIR|TMPDIR|LOCAL_SCRATCH|USER)(?=/|$)", value, folder))
+
+
+def own_folder(folder: Path) -> Path:
+    """Return this user's part of a folder that all users of a node may name."""
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # another user was first
+            folder.mkdir()
+            folder.chmod(0o1777)  # as /tmp: all may add, and nobody removes what is another's
+    return folder / str(os.getuid())
+
+
+def remove_unused(folder: Path, *, keep: Path) -> None:
+    """Remove this user's copies that no job has used for a while.
+
+    Args:
+        folder: Where they are.
+        keep: The one that is about to be used.
+    """
+    for lock in folder.glob(".*.lock"):
+        copy = folder / lock.name.removeprefix(".").removesuffix(".lock")
+        with suppress(OSError), ExitStack() as stack:
+            if copy == keep or time.time() - lock.stat().st_mtime < UNUSED_S:
+                continue
+            if stack.enter_context(lock_file(lock, wait_s=0.0)):
+                remove_unfinished(copy)
+                if copy.is_dir() and not copy.is_symlink():
+                    shutil.rmtree(copy)
+                lock.unlink()
 
 
 def find_damage(copy: Path, names: Iterable[str], *, verify: bool) -> str | None:

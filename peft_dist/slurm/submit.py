@@ -5,35 +5,40 @@ Slurm. Runs nothing itself.
 """
 
 import hashlib
+import os
 import re
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from peft_dist.common import paths
+from peft_dist.common import env, paths
+from peft_dist.common.console import show
 from peft_dist.common.durations import duration_s, duration_text
-from peft_dist.common.errors import LaunchError, RecipeError, RunDirError
+from peft_dist.common.errors import LaunchError, RecipeError, RunDirError, SlurmError
 from peft_dist.common.locks import lock_file
+from peft_dist.common.sharing import GROUP, folder_mode, set_run_umask
 from peft_dist.config import Recipe, load_recipe
-from peft_dist.config.cluster import Cluster, load_cluster, render_cluster
+from peft_dist.config.cluster import Cluster, render_cluster
+from peft_dist.data.first_rows import check_first_rows
 from peft_dist.launch.placement import Machine, plan_processes
+from peft_dist.plan.settle import check_memory, cluster_hardware, settle_alike
 from peft_dist.run import job_events
-from peft_dist.run.directory import ARRAY_FILE, RunDir, write_text_atomic
+from peft_dist.run.directory import RunDir, write_text_atomic
+from peft_dist.run.prediction import Prediction, write_prediction
 from peft_dist.run.sweep import (
     Element,
-    array_elements,
-    array_limit,
     grid,
     refuse_another_array,
     write_array,
 )
-from peft_dist.slurm import cli_client, validate
+from peft_dist.slurm import validate
 from peft_dist.slurm.ensure_not_running import ensure_not_running
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.scripts import JOB_SCRIPT, Array, Job, scripts
+from peft_dist.slurm.submitting import SubmissionUnknown, check_script, new_token, sbatch
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,14 @@ class Request:
     """`key=v1,v2,...` or a YAML file that maps keys to lists of values; all combinations."""
     limit: int | None = None
     singleton: bool = False
+    chain: int = 0
+    """Jobs to queue besides, each to go on where the one before it ends."""
     elements: Sequence[Element] = ()
     """An array that has been submitted before; each of its runs has a recipe of its own."""
     allow_changed: Sequence[str] = ()
     """Settings that may differ from those a run was trained with."""
+    anyway: bool = False
+    """Whether to submit what cannot fit into memory all the same."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,8 @@ class Run:
     recipe: Recipe
     settings: Sequence[str]
     """In an array, what sets this element apart."""
+    prediction: Prediction | None = None
+    """What the plan says of it, for the record."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,7 @@ class Submission:
     files: Mapping[Path, str]
     """Every script, by where it belongs."""
     warnings: Sequence[str]
+    chain: int = 0
 
     def wanted(self, *, fresh: bool) -> dict[int, Run]:
         """Return the runs that have not finished, by their index; all of them with `fresh`."""
@@ -84,13 +96,13 @@ class Submission:
             if fresh or not RunDir(run.folder).is_finished
         }
 
-    def argv(self, wanted: Collection[int]) -> list[str]:
-        """Return the command that submits these runs."""
+    def argv(self, wanted: Collection[int], *more: str) -> list[str]:
+        """Return the command that submits these runs, with more options."""
         options = []
         if self.job.array:
             limit = "" if self.job.array.limit is None else f"%{self.job.array.limit}"
             options = [f"--array={','.join(map(str, wanted))}{limit}"]
-        return ["sbatch", "--parsable", *options, str(self.job.folder / JOB_SCRIPT)]
+        return ["sbatch", "--parsable", *options, *more, str(self.job.folder / JOB_SCRIPT)]
 
 
 def prepare(request: Request) -> Submission:
@@ -102,7 +114,7 @@ def prepare(request: Request) -> Submission:
     cluster, folder = request.cluster, request.folder.absolute()
     _check_numbers(request)
     validate.check_folder(folder)
-    runs = _runs(request, folder)
+    runs, warnings = _settled(request, _runs(request, folder))
     recipes = [run.recipe for run in runs]
     validate.check_alike(recipes)
     validate.check_processes(cluster, request.nodes, recipes[0])
@@ -125,12 +137,14 @@ def prepare(request: Request) -> Submission:
     )
     validate.check_limits(job, time_from=time_from)
     validate.check_cluster_files(cluster)
-    warnings = []
+    warnings += validate.check_cpus(cluster)
     for run in runs:
         warnings += validate.check_paths(cluster, request.nodes, run.folder, run.recipe)
         warnings += validate.check_batch(run.recipe, placement.processes)
+    for recipe in {recipe.data: recipe for recipe in recipes}.values():
+        check_first_rows(recipe)
     files = scripts(job, [(run.folder, validate.local_model(run.recipe)) for run in runs])
-    return Submission(job, runs, files, list(dict.fromkeys(warnings)))
+    return Submission(job, runs, files, list(dict.fromkeys(warnings)), request.chain)
 
 
 @contextmanager
@@ -170,6 +184,9 @@ def submit(
         raise RunDirError(
             "has finished", where=str(job.folder), remedy="start it anew with --fresh"
         )
+    if job.cluster.sharing == GROUP:
+        os.environ[env.SHARING] = GROUP
+    set_run_umask()
     with _alone(job.folder):
         return _submit(submission, wanted, command=command, by=by, fresh=fresh)
 
@@ -190,84 +207,73 @@ def _submit(
     if job.array:
         refuse_another_array(job.folder, elements)
     ensure_not_running([run.folder for run in wanted.values()], script)
-    cli_client.check_script(submission.files[script])
+    check_script(submission.files[script])
     for run in wanted.values():
         made = RunDir.claim(
             run.folder, run.recipe, command=command, fresh=fresh, allow_changed=job.allow_changed
         )
+        write_prediction(made, run.prediction)
         _make_slurm_folder(made, job.cluster)
     if job.array:
         write_array(job.folder, elements, job.array.limit)
-    job.folder.joinpath("logs").mkdir(mode=0o700, exist_ok=True)
+    job.folder.joinpath("logs").mkdir(mode=folder_mode(), exist_ok=True)
     for path, text in submission.files.items():
         write_text_atomic(path, text)
-    job_id = cli_client.sbatch(submission.argv(wanted))
+    facts = {
+        "time": int(time.time()),
+        "by": by,
+        "nodes": job.placement.nodes,
+        "time_limit": None if job.time_s is None else duration_text(job.time_s),
+        "singleton": job.singleton,
+    }
+    token = new_token()
     for index, run in wanted.items():
-        event = {
-            "event": "submitted",
-            "job": f"{job_id}_{index}" if job.array else job_id,
-            "time": int(time.time()),
-            "by": by,
-            "nodes": job.placement.nodes,
-            "time_limit": None if job.time_s is None else duration_text(job.time_s),
-            "singleton": job.singleton,
-        }
+        element = {"element": index} if job.array else {}
+        event = {"event": "submitting", "job": "", "token": token, **element, **facts}
         job_events.record(run.folder, event)
+    try:
+        job_id = sbatch(
+            submission.argv(wanted, f"--comment={token}"),
+            token=token,
+            script=submission.files[script],
+        )
+    except SubmissionUnknown:  # the next command asks again
+        raise
+    except SlurmError:
+        for run in wanted.values():
+            job_events.record(run.folder, {"event": "refused", "job": ""})
+        raise
+    for index, run in wanted.items():
+        name = f"{job_id}_{index}" if job.array else job_id
+        job_events.record(run.folder, {"event": "submitted", "job": name, **facts})
+    _queue_chain(submission, job_id)
     return job_id
 
 
-def again(
-    folder: Path,
-    overrides: Sequence[str],
-    *,
-    nodes: int | None = None,
-    time_limit: str | None = None,
-    cluster: str | None = None,
-    allow_changed: Sequence[str] = (),
-) -> Request:
-    """Return the request that submits a run, or an array's unfinished runs, once more.
-
-    Args:
-        folder: What was submitted.
-        overrides: Settings that replace those of the run's own recipe.
-        nodes: Another number of nodes.
-        time_limit: Another time limit.
-        cluster: Another cluster file.
-        allow_changed: Settings that may differ from those a run was trained with.
-
-    Raises:
-        RunDirError: Where the folder holds no run, or was never submitted.
-    """
-    elements = array_elements(folder)
-    first = RunDir.open(folder / elements[0]["run_dir"] if elements else folder).path
-    before = [event for event in job_events.events(first) if "nodes" in event and "by" in event]
-    own_cluster = first / "slurm" / "cluster.yaml"
-    if cluster is None and not own_cluster.is_file():
-        raise RunDirError(
-            "was not submitted to Slurm", where=str(folder), remedy="name a cluster with --cluster"
-        )
-    last: Mapping[str, Any] = before[-1] if before else {}
-    # Another cluster has limits of its own.
-    return Request(
-        recipe=str(first / "recipe.yaml"),
-        overrides=overrides,
-        folder=folder,
-        cluster=load_cluster(cluster or own_cluster),
-        nodes=nodes or int(last.get("nodes", 1)),
-        time=time_limit or (None if cluster else last.get("time_limit")),
-        limit=array_limit(folder) if elements else None,
-        singleton=bool(last.get("singleton", False)),
-        elements=elements,
-        allow_changed=allow_changed,
-    )
-
-
-def was_submitted(folder: Path) -> bool:
-    """Whether a folder holds a run, or an array of runs, that was submitted to Slurm."""
-    return (folder / ARRAY_FILE).is_file() or (folder / "slurm" / "cluster.yaml").is_file()
+def _queue_chain(submission: Submission, first: str) -> None:
+    """Queue the jobs that go on for one another, as far as Slurm takes them."""
+    job, after = submission.job, first
+    script = submission.files[job.folder / JOB_SCRIPT]
+    for number in range(1, submission.chain + 1):
+        token = new_token()
+        dependency = f"--dependency=afterany:{after}{',singleton' if job.singleton else ''}"
+        argv = submission.argv([], f"--comment={token}", dependency)
+        try:
+            after = sbatch(argv, token=token, script=script, after=after)
+        except SlurmError as error:
+            show(
+                f"peft-dist: warning: --chain: {number - 1} of {submission.chain} jobs are queued: "
+                f"{error}",
+                sys.stderr,
+            )
+            return
+        with (job.folder / "slurm" / "successor").open("a", encoding="utf-8") as file:
+            file.write(f"{after}\n")
 
 
 def _check_numbers(request: Request) -> None:
+    if request.chain and _is_array(request):
+        raise RecipeError("is for one run", where="--chain", remedy="submit the runs one by one")
     for option, number in (("--nodes", request.nodes), ("--limit", request.limit)):
         if number is not None and number < 1:
             raise LaunchError(f"got {number}", where=option, remedy="must be at least 1")
@@ -298,6 +304,27 @@ def _runs(request: Request, folder: Path) -> list[Run]:
     return [Run(folder, load_recipe(request.recipe, request.overrides), ())]
 
 
+def _settled(request: Request, runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """Return the runs with every `auto` replaced, and what there is to say of their memory.
+
+    Raises:
+        LaunchError: For one that cannot fit.
+    """
+    hardware = cluster_hardware(request.cluster)
+    settled = settle_alike([run.recipe for run in runs], hardware, request.nodes)
+    warnings = [
+        f"memory was not checked: {found.unknown}"
+        for found in settled
+        if hardware is not None and found.unknown
+    ]
+    for found in settled:
+        warnings += check_memory(found, anyway=request.anyway)
+    return [
+        replace(run, recipe=found.recipe, prediction=found.prediction())
+        for run, found in zip(runs, settled, strict=True)
+    ], warnings
+
+
 def _time_limit(request: Request) -> tuple[str | None, str]:
     """Return the time limit, and where it was given."""
     if request.time is not None:
@@ -314,7 +341,7 @@ def _job_name(name: str) -> str:
 
 def _make_slurm_folder(run: RunDir, cluster: Cluster) -> None:
     folder = run.path / "slurm"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=folder_mode(), exist_ok=True)
     for name in ("cancelled", "excluded", "successor"):
         (folder / name).unlink(missing_ok=True)
     write_text_atomic(folder / "cluster.yaml", render_cluster(cluster))

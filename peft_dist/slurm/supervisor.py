@@ -19,11 +19,9 @@ from pathlib import Path
 from peft_dist.common import env, process_identity
 from peft_dist.common.atomic import replace_file
 from peft_dist.common.console import say
-from peft_dist.common.errors import (
-    ERROR_PREFIX,
-    EXIT_DONE,
-    PeftDistError,
-)
+from peft_dist.common.errors import ERROR_PREFIX, EXIT_DONE, PeftDistError
+from peft_dist.common.job_end import job_end_s
+from peft_dist.common.sharing import set_run_umask
 from peft_dist.launch.local import PASSED_ON, run_launcher
 from peft_dist.preflight.verdict import PORT_TAKEN, Report
 from peft_dist.run import job_events
@@ -33,12 +31,17 @@ from peft_dist.run.history import ending_of_launch, mark_launch, read_history
 from peft_dist.run.lease import end_for
 from peft_dist.run.restart_policy import STOPS, Decision, Ending, Kind, RestartLimits, decide
 from peft_dist.slurm import memory_kills
+from peft_dist.slurm.excluded_nodes import exclude
 from peft_dist.slurm.failed_nodes import FailedNodes
+from peft_dist.slurm.look_back import ending_of_start
+from peft_dist.slurm.old_logs import pack_old_logs
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.secrets import read_secrets
 
 DECISION_WAIT_S = 60.0
 """How long other nodes wait for the head's decision before they end on their own."""
+LAST_WORD_S = 30.0
+"""Seconds before the time limit at which it is decided what comes of a run that does not end."""
 LOOK_EVERY_S = 5.0
 """Seconds between two looks at how much time is left, and whether the run is cancelled."""
 
@@ -51,26 +54,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-starts", type=int, required=True)
     parser.add_argument("--max-starts-without-progress", type=int, required=True)
     parser.add_argument(
-        "--after",
-        choices=("ended", "cancelled"),
-        help="only decide: the start is over",
+        "--after", type=int, metavar="CODE", help="only decide: the start is over, and srun's code"
     )
-    parser.add_argument("--srun-code", type=int, default=0, help="with --after: how srun ended")
     parser.add_argument("--secrets", type=Path, help="file of mode 0600 with NAME=value lines")
     parser.add_argument("--no-preflight", action="store_true")
     parser.add_argument("--devices", type=int, default=0, help="GPUs that the node must have")
     parser.add_argument("--preflight-timeout-s", type=float, default=60.0)
+    parser.add_argument("--arrival-s", type=float, default=1800.0)
     parser.add_argument("--min-free-gb", type=float, default=1.0)
     parser.add_argument("--max-clock-offset-s", type=float, default=60.0)
     options = parser.parse_args(own)
-    os.umask(0o077)
+    set_run_umask()
     node = Node(options, launcher)
     try:
         ending = node.work() if options.after is None else node.look_back()
     except PeftDistError as error:
         say(f"{ERROR_PREFIX}{error}", sys.stderr)
         ending = Ending(Kind.USER_ERROR, str(error))
-    return node.finish(ending)
+    return EXIT_DONE if ending is None else node.finish(ending)
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
@@ -117,6 +118,9 @@ class Node:
             return Ending(Kind.DONE)
         if self.cancelled.exists():
             return Ending(Kind.CANCELLED)
+        stopped = self._stopped_before()
+        if stopped is not None:
+            return Ending(Kind.USER_ERROR, stopped)
         environment = {
             env.LAUNCHED_AT: repr(time.time()),
             env.RANK_LOGS: str(self.log.with_suffix("")),
@@ -132,7 +136,9 @@ class Node:
         if self.signals:
             return Ending(Kind.INTERRUPTED, f"stopped by {self.signals[0]}", self.signals[0])
         if self.is_head:
-            threading.Thread(target=_watch, args=(run, self.cancelled), daemon=True).start()
+            exclude(run.path, [])
+            pack_old_logs(run.logs)
+            threading.Thread(target=self._watch, args=(run,), daemon=True).start()
         ended = run_launcher(
             self.launcher,
             environment=environment,
@@ -157,14 +163,27 @@ class Node:
             return Ending(Kind.CANCELLED)
         return ending
 
-    def look_back(self) -> Ending:
-        """Return how a start ended whose head left no decision, or that Slurm has cancelled."""
+    def look_back(self) -> Ending | None:
+        """Return how a start ended whose head left no decision, or that Slurm may have cancelled.
+
+        None where the decision that is there stands.
+        """
         if self.run.is_finished:
             return Ending(Kind.DONE)
-        if self.options.after == "cancelled" or self.cancelled.exists():
+        if self.cancelled.exists():
             return Ending(Kind.CANCELLED)
-        logs, code = self.log.parent, self.options.srun_code
-        return Ending(Kind.NO_DECISION, f"srun ended with code {code} before the run; see {logs}")
+        logs = self.log.parent
+        ending = ending_of_start(
+            logs,
+            nonce=os.environ[env.NONCE],
+            hosts=self.hosts,
+            srun_code=self.options.after,
+            job_end_s=job_end_s(),
+        )
+        if ending.kind is Kind.NODES_UNFIT:
+            ending = replace(ending, nodes=tuple(exclude(self.run.path, ending.nodes)))
+        is_decided = self.decision_file.exists()
+        return None if is_decided and ending.kind is not Kind.CANCELLED else ending
 
     def finish(self, ending: Ending) -> int:
         """Leave the head's decision for all; return this node's exit code."""
@@ -188,6 +207,18 @@ class Node:
             time.sleep(0.2)
         return EXIT_DONE if self.decision_file.exists() else decision.exit_code
 
+    def _stopped_before(self) -> str | None:
+        """Return why no job goes on for the one before it, where that one has ended the run."""
+        if env.AFTER_JOB not in os.environ:
+            return None
+        decided = ""
+        for event in job_events.events(self.run.path):
+            if event["event"] == "submitted":
+                decided = ""
+            elif event["event"] == "decided":
+                decided = str(event.get("reason", "")) if event["decision"] == "stop" else ""
+        return f"an earlier job has ended the run: {decided}" if decided else None
+
     def _is_superseded(self) -> bool:
         """Whether another start has taken over the run that this one had."""
         own = process_identity.slurm_job()
@@ -206,6 +237,7 @@ class Node:
             *("--hosts", ",".join(self.hosts), "--index", str(self.index), "--host", self.name),
             *("--port", str(self.port + 1), "--devices", str(options.devices)),
             *("--timeout-s", str(options.preflight_timeout_s)),
+            *("--arrival-s", str(options.arrival_s)),
             *("--min-free-gb", str(options.min_free_gb)),
             *("--max-clock-offset-s", str(options.max_clock_offset_s)),
         ]
@@ -221,19 +253,40 @@ class Node:
         report = Report.read(run.path)
         if report is not None and report.common is not None:
             return Ending(Kind.ALL_NODES_UNFIT, f"pre-flight: {report.common}")
-        if report is None or not report.bad:
+        if report is None or report.ok:
             return Ending(Kind.PREFLIGHT_INCOMPLETE, "the pre-flight ended without a report")
-        nodes = tuple(self._exclude(report.bad))
-        return Ending(Kind.NODES_UNFIT, f"pre-flight: {report.lines[0]}", nodes=nodes)
+        by_node = dict(line.split(": ", 1) for line in report.lines)
+        name = (report.bad or report.late)[0]
+        why = f"pre-flight: {name}: {by_node[name]}"
+        if not report.bad:
+            return Ending(Kind.NODES_LATE, why)
+        nodes = tuple(exclude(run.path, report.bad, write=self.is_head))
+        return Ending(Kind.NODES_UNFIT, why, nodes=nodes)
 
-    def _exclude(self, bad: Sequence[str]) -> list[str]:
-        """Remember bad nodes for every later start; return all that are known."""
-        file = self.run.path / "slurm" / "excluded"
-        known = file.read_text(encoding="utf-8").split() if file.exists() else []
-        everyone = sorted({*known, *bad})
-        if self.is_head:
-            replace_file(file, "".join(f"{name}\n" for name in everyone))
-        return everyone
+    def _watch(self, run: RunDir) -> None:
+        """Have this process save while there is time, and when its user has cancelled the run.
+
+        Slurm's own signals reach only a step that has begun, and know nothing of how long a save
+        takes. Where even that does not end the processes, decide while there is time for it.
+        """
+        began_s = time.time()
+        save_at_s = read_again_s = 0.0
+        while not self.cancelled.exists():
+            now = time.time()
+            if now >= min(save_at_s, read_again_s):  # a long ledger takes a while to read
+                end_s = job_end_s()
+                save_at_s = end_s - min(lead_s(run.ledger, least_s=0), (end_s - began_s) / 2)
+                read_again_s = now + (save_at_s - now) / 20
+                if now >= save_at_s:
+                    break
+            time.sleep(LOOK_EVERY_S)
+        newest = latest(run.attempts) or {}
+        if "outcome" in newest and process_identity.slurm_job().items() <= newest.items():
+            return
+        os.kill(os.getpid(), signal.SIGUSR1)
+        while (left_s := job_end_s() - time.time()) > min(LAST_WORD_S, left_s / 4 + LOOK_EVERY_S):
+            time.sleep(LOOK_EVERY_S)
+        self.finish(Ending(Kind.INTERRUPTED, "its processes had not ended at the time limit"))
 
     def _failure(self) -> Ending:
         """Return how this node's launcher has failed."""
@@ -259,28 +312,6 @@ def _event(decision: Decision, ending: Ending) -> job_events.Event:
         "kind": ending.kind,
         "error": ending.error,
     }
-
-
-def _watch(run: RunDir, cancelled: Path) -> None:
-    """Have this process save while there is still time, and when its user has cancelled the run.
-
-    Slurm's own signals reach only a step that has begun, and know nothing of how long a save takes.
-    """
-    end_s = float(os.environ[env.JOB_END])
-    limit_s = end_s - time.time()
-    save_at_s = read_again_s = 0.0
-    while not cancelled.exists():
-        now = time.time()
-        if now >= read_again_s:  # a long ledger takes a while to read
-            save_at_s = end_s - min(lead_s(run.ledger, least_s=0), limit_s / 2)
-            read_again_s = now + (save_at_s - now) / 20
-        if now >= save_at_s:
-            break
-        time.sleep(LOOK_EVERY_S)
-    newest = latest(run.attempts) or {}
-    has_ended = "outcome" in newest and process_identity.slurm_job().items() <= newest.items()
-    if not has_ended:
-        os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def _is_free(port: int) -> bool:

@@ -4,6 +4,7 @@ Asks Slurm nothing, and makes nothing.
 """
 
 import os
+import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from peft_dist.run.directory import RunDir
 from peft_dist.slurm.scripts import Job
 from peft_dist.slurm.secrets import read_secrets
 
+IMPORTS = "import peft_dist, torch, transformers, accelerate, peft"
 NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 """Folders that each node has for itself, nearly everywhere."""
 
@@ -96,8 +98,7 @@ def check_paths(cluster: Cluster, nodes: int, folder: Path, recipe: Recipe) -> l
     paths = {
         "--run-dir": str(folder),
         "model.name": local_model(recipe),
-        "data.train": recipe.data.train,
-        "data.eval": recipe.data.eval,
+        **_row_paths(recipe),
     }
     not_shared: dict[str, list[str]] = {}
     for field, text in paths.items():
@@ -126,6 +127,19 @@ def check_paths(cluster: Cluster, nodes: int, folder: Path, recipe: Recipe) -> l
     ]
 
 
+def _row_paths(recipe: Recipe) -> dict[str, str]:
+    """Return the paths, or hub names, of all rows by what gave them."""
+    data = recipe.data
+    named = {"data.train": data.sources("train")}
+    if data.held_out is None:
+        named["data.eval"] = data.sources("eval")
+    return {
+        field if len(sources) == 1 else f"{field}[{at}]": source.path
+        for field, sources in named.items()
+        for at, source in enumerate(sources)
+    }
+
+
 def check_cluster_files(cluster: Cluster) -> None:
     """Refuse a secrets file that cannot be used, and set-up lines that bash cannot read.
 
@@ -148,6 +162,47 @@ def check_cluster_files(cluster: Cluster) -> None:
         message = (checked.stderr.splitlines() or ["cannot be read"])[0]
         raise ClusterError(
             message.removeprefix("bash: "), where="setup", remedy="fix it in the cluster file"
+        )
+
+
+def check_cpus(cluster: Cluster) -> list[str]:
+    """Return a word where Slurm would give a node's GPUs one CPU, most likely."""
+    if not cluster.gpus_per_node or cluster.cpus_of_a_node is not None or cluster.exclusive:
+        return []
+    return [
+        "cpus_per_gpu: not given in the cluster file; Slurm may give all GPUs of a node one CPU"
+    ]
+
+
+def try_set_up(cluster: Cluster) -> None:
+    """Run on this machine what each node runs before training: the set-up lines and the imports.
+
+    Raises:
+        ClusterError: With the last line of what fails.
+    """
+    container, prefix = cluster.container, ""
+    if container is not None and container.runtime == "pyxis":
+        raise ClusterError(
+            "needs an image that only nodes can run", where="--try", remedy="submit without it"
+        )
+    if container is not None:
+        prefix = f"apptainer exec {shlex.quote(container.image)} "
+    line = f"exec {prefix}{shlex.quote(cluster.interpreter)} -c {shlex.quote(IMPORTS)}"
+    tried = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", f"{cluster.setup}\nset -e\n{line}\n"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if tried.returncode:
+        output = (tried.stderr.strip() or tried.stdout.strip()).splitlines()
+        last = output[-1] if output else f"exit code {tried.returncode}"
+        raise ClusterError(
+            f"fails on this machine: {last}",
+            where="setup or python",
+            remedy="fix it in the cluster file",
         )
 
 

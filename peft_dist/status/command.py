@@ -25,8 +25,9 @@ from peft_dist.status.table import ArrayView, render
 SHOWN_RUNS = 20
 """Runs that are shown where none is named."""
 REDRAW_EVERY_S = 2.0
-ASK_SLURM_EVERY_S = 6.0
-"""Seconds for which an answer of Slurm is good: its controller serves everybody."""
+ASK_SLURM_EVERY_S, ASK_SLURM_AT_LEAST_EVERY_S = 10.0, 60.0
+"""Seconds for which an answer of Slurm is good: its controller serves everybody. As long as its
+answers stay the same it is asked less and less often."""
 SLURM_TIMEOUT_S = 10.0
 CLEAR = "\033[H\033[2J"
 
@@ -47,13 +48,16 @@ def show_status(run_dirs: Sequence[str], *, watch: bool = False, as_json: bool =
         RunDirError: For a folder that holds neither a run nor an array.
     """
     answers: Answers = {}
-    asked_s = -ASK_SLURM_EVERY_S
+    good_until_s, good_for_s = 0.0, ASK_SLURM_EVERY_S
     try:
         while True:
             paths = [find_run(name) for name in run_dirs] or newest_runs(Path("runs"))
-            if time.monotonic() - asked_s >= ASK_SLURM_EVERY_S:
-                answers, asked_s = {}, time.monotonic()
+            before, is_old = answers, time.monotonic() >= good_until_s
+            answers = {} if is_old else answers
             views = gather(paths, answers)
+            if is_old:
+                good_for_s = 1.5 * good_for_s if answers == before else ASK_SLURM_EVERY_S
+                good_until_s = time.monotonic() + min(good_for_s, ASK_SLURM_AT_LEAST_EVERY_S)
             # Lines of tables and JSON are printable already, and CLEAR is to steer the terminal.
             print(_text(views, watch=watch, as_json=as_json), flush=True)  # noqa: T201
             if not watch:

@@ -25,6 +25,7 @@ from peft_dist.metrics.memory import peak_device_bytes, peak_rss_bytes
 from peft_dist.metrics.result import make_result, summary
 from peft_dist.run.directory import RunDir, write_text_atomic
 from peft_dist.run.lease import Attempt
+from peft_dist.run.prediction import planned_facts
 from peft_dist.run.provenance import versions
 from peft_dist.run.restart_policy import Kind
 from peft_dist.tracking.nodes import watch_machine
@@ -222,11 +223,13 @@ class TrainingAttempt:
             load_seconds=self._load_s + self._startup_s,
             train_seconds=self._train_s,
             peaks=self._peaks,
+            rows=trainer.rows.sources,
+            held_out=() if trainer.eval_set is None else trainer.eval_set.rows.sources,
         )
         self.require_lease()
         write_text_atomic(self.run.result, json.dumps(result, indent=2) + "\n")
         self.lease.end("done", step=trainer.progress.step)
-        self._summary = summary(result, self.run, base=self._recipe.model.name)
+        self._summary = summary(result, self.run, base=trainer.setup.released.name)
 
     def show_result(self) -> None:
         """Print the result on rank 0, once nothing is left to wait for."""
@@ -246,6 +249,7 @@ class TrainingAttempt:
         job = slurm_job()
         if job["slurm_job_id"] is not None:
             facts |= job
+        facts |= planned_facts(self.run)
         if LAUNCHED_AT in os.environ:
             facts["launched"] = float(os.environ[LAUNCHED_AT])
         trainer.write(
@@ -257,6 +261,8 @@ class TrainingAttempt:
                 device=self.world.device_name,
                 base_parameters=setup.base_parameters,
                 base_bytes_per_rank=setup.base_bytes_by_rank,
+                trained_turns=trainer.rows.trained_turns,
+                stop_tokens=trainer.rows.stop_tokens,
                 versions=versions(),
                 startup_s=self._startup_s,
                 load_s=self._load_s,

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from peft_dist.common.atomic import replace_file
+from peft_dist.common.sharing import folder_mode
 from peft_dist.config.recipe import Tracking
 from peft_dist.ledger.events import LedgerEvent, SystemEvent
 from peft_dist.run.directory import RunDir
@@ -42,7 +43,7 @@ class NodeFile:
         Raises:
             OSError: Where it cannot be written.
         """
-        self._path.parent.mkdir(mode=0o700, exist_ok=True)
+        self._path.parent.mkdir(mode=folder_mode(), exist_ok=True)
         found = {
             "attempt": self._attempt,
             "time": time.time(),  # so that no two samples are the same text

@@ -29,6 +29,7 @@ from peft_dist.common.errors import (
 from peft_dist.common.library_messages import is_lost_peer, is_out_of_memory
 from peft_dist.common.process_identity import this_group
 from peft_dist.common.screen import screen
+from peft_dist.common.sharing import set_run_umask
 from peft_dist.run.attempt_records import latest
 from peft_dist.run.directory import RunDir
 from peft_dist.run.failure_files import write_failure
@@ -40,8 +41,12 @@ from peft_dist.worker.signals import interrupted_code
 
 log = logging.getLogger(__name__)
 
-FIX_FIRST = "start again once that is fixed"
-"""The remedy for what no restart changes."""
+CERTAIN = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError,
+    NotImplementedError, TypeError, ValueError,
+)  # fmt: skip
+"""Errors of code and its inputs, which no start changes."""
+NO_LIMIT = 10**6
 LEASE_WAIT_S = 25.0
 """How long after its start a rank with an error still waits for rank 0 to take the run."""
 STOP_WAIT_S = 1.0
@@ -110,7 +115,7 @@ class WorkerContext:
         elif self.holds_run(wait_s=STOP_WAIT_S):
             self.note_crash(Kind.INTERRUPTED, signal_name)
 
-    def note_crash(self, kind: Kind, error: str) -> None:
+    def note_crash(self, kind: Kind, error: str, place: str = "") -> None:
         """Note why this process ends, for the attempt after it."""
         if self.run_dir is not None and self.holds_run():
             note_crash(
@@ -120,6 +125,7 @@ class WorkerContext:
                 kind=kind,
                 step=self.step,
                 error=error,
+                place=place,
             )
 
 
@@ -130,7 +136,7 @@ def run_worker(work: Callable[[WorkerContext], None]) -> int:
     launcher and `failure.json` in the run. With several processes this does not return: Python's
     own teardown can abort while gloo's threads still run, or wait minutes for a lost peer.
     """
-    os.umask(0o077)
+    set_run_umask()
     _close_input()
     context = WorkerContext.of_environment()
     logs.begin(context.rank)
@@ -151,6 +157,11 @@ def run_worker(work: Callable[[WorkerContext], None]) -> int:
     if context.size > 1:
         os._exit(code)
     return code
+
+
+def fix_first(run: RunDir) -> str:
+    """Return the remedy for what no restart changes."""
+    return f"see {run.logs}, and start again once that is fixed"
 
 
 def _close_input() -> None:
@@ -210,26 +221,47 @@ def _crashed(error: BaseException, context: WorkerContext) -> int:
         )
         say(f"peft-dist: {line}", sys.stderr)
         context.note_crash(Kind.OUT_OF_MEMORY, line)
-        refusal = _out_of_memory_again(context, line)
+        refusal = _verdict(
+            context, Ending(Kind.OUT_OF_MEMORY, line, rank=context.rank, step=context.step)
+        )
         return EXIT_CRASHED if refusal is None else _report(refusal, context)
     say("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
     # Of a group that has lost a process all others fail in their next exchange: not the cause.
     kind = Kind.LOST_PEER if is_lost_peer(error) else Kind.CRASHED
-    context.note_crash(kind, f"{type(error).__name__}: {text}")
+    line, place = f"{type(error).__name__}: {text}", place_of(error)
+    context.note_crash(kind, line, place)
+    if place and kind is Kind.CRASHED:
+        ending = Ending(kind, line, rank=context.rank, step=context.step, place=place)
+        refusal = _verdict(context, ending)
+        if refusal is not None:
+            return _report(refusal, context)
     return 130 if isinstance(error, KeyboardInterrupt) else EXIT_CRASHED
 
 
-def _out_of_memory_again(context: WorkerContext, line: str) -> TrainingError | None:
+def place_of(error: BaseException) -> str:
+    """Return `FILE:LINE` of what raised an error that the next start would meet again, else "".
+
+    What a disk, a network or a device did may be otherwise the next time.
+    """
+    if not isinstance(error, CERTAIN) or isinstance(error, OSError):
+        return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+def _verdict(context: WorkerContext, ending: Ending) -> TrainingError | None:
     """Return why this attempt must be the last, if it must."""
-    if context.run_dir is None or context.step is None or not context.attempt_number:
+    if context.run_dir is None or not context.attempt_number:
         return None
-    ending = Ending(Kind.OUT_OF_MEMORY, line, rank=context.rank, step=context.step)
+    if ending.kind is Kind.OUT_OF_MEMORY and ending.step is None:  # no place to compare with
+        return None
     with suppress(OSError, RunDirError):  # then the next attempt finds out
         history = read_history(context.run_dir, before=context.attempt_number)
-        decision = decide(history, ending, RestartLimits())
+        limits = RestartLimits(without_progress=NO_LIMIT)  # the next attempt counts those
+        decision = decide(history, ending, limits)
         if decision.word == "stop":
             where = str(context.run_dir.path)
-            return TrainingError(decision.reason, where=where, remedy=FIX_FIRST)
+            return TrainingError(decision.reason, where=where, remedy=fix_first(context.run_dir))
     return None
 
 

@@ -1,7 +1,7 @@
 """End a rank that hangs, and report which rank, where, since when, and every Python stack.
 
-Slow is not hung: a step's limit follows the steps before it. A rank whose interpreter is stopped
-or blocked cannot watch itself; the others, which wait for it, name it.
+Slow is not hung: a step's limit follows the steps before it, and the end of its job. A rank whose
+interpreter is stopped or blocked cannot watch itself; the others, which wait for it, name it.
 """
 
 import faulthandler
@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from peft_dist.common.console import printable
 from peft_dist.common.errors import EXIT_CRASHED
+from peft_dist.common.job_end import job_end_s
 
 PHASES = ("setup", "step", "evaluation", "save", "end")
 """In the order in which they follow each other."""
@@ -33,6 +34,11 @@ PEERS_WAIT_S = 1.0
 """How long a rank that hangs waits for the other ranks' reports."""
 SPEAKER_WAIT_S = 0.5
 """How long the others wait for the rank that reports whom all wait for."""
+SHORTEST_S = 20.0
+"""No phase is given less, however soon the job ends."""
+BEFORE_END_S = 40.0
+"""How long before the end of its job a process that hangs ends by itself."""
+ASK_JOB_EVERY_S = 5.0
 REPORT_S = 10.0
 """A report that takes longer (a dead file system) is given up, and the process with it."""
 
@@ -87,6 +93,7 @@ class HangWatchdog:
         self._durations_s: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._current = _Phase("setup", None, time.monotonic(), False)
         self._limit_s = limits.setup_s
+        self._job_end_s, self._ask_again_s = float("inf"), 0.0
         self._old_reports = self._reports()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -131,7 +138,7 @@ class HangWatchdog:
                 # We did not run either: stopped (SIGSTOP, a suspended laptop) or starved.
                 excused_s += min(overslept_s, now - current.since_s)
             elapsed_s = now - current.since_s - excused_s
-            self._limit_s = self._limit_of(current)
+            self._limit_s = self._within_job(self._limit_of(current), elapsed_s)
             if elapsed_s > self._limit_s or self._is_asked(elapsed_s):
                 self._report(current, elapsed_s)
 
@@ -148,6 +155,16 @@ class HangWatchdog:
             steps_s = sorted([*steps_s, self._first_step_s])
         p99_s = steps_s[-(-len(steps_s) * 99 // 100) - 1] if steps_s else 0.0
         return max(limits.min_s, SLOWEST_FACTOR * p99_s)
+
+    def _within_job(self, limit_s: float, elapsed_s: float) -> float:
+        """Return a limit that ends before the job does: then it can still be told what hung."""
+        if elapsed_s <= SHORTEST_S:
+            return limit_s
+        if time.monotonic() >= self._ask_again_s:
+            self._job_end_s = job_end_s()
+            self._ask_again_s = time.monotonic() + ASK_JOB_EVERY_S
+        left_s = self._job_end_s - time.time()
+        return min(limit_s, max(SHORTEST_S, elapsed_s + left_s - BEFORE_END_S))
 
     def _is_asked(self, elapsed_s: float) -> bool:
         """Whether another rank reported a hang while this one may be waiting for it.

@@ -1,6 +1,7 @@
 """What ends a job before its run has ended, and that the run comes back by itself."""
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +61,17 @@ def test_a_run_that_comes_to_its_time_limit_saves_and_goes_on(runs: Runs) -> Non
     assert_same_run(run.path, slow)
     # What was saved is where the second attempt begins: nothing was done twice.
     assert records(run.path, "start")[1]["step"] == first["step"]
+
+
+@only_long
+def test_a_job_that_hears_no_signal_comes_back_from_its_hard_time_limit(
+    cluster: SlurmCluster, runs: Runs, tmp_path: Path
+) -> None:
+    deaf = f"[ -e {tmp_path}/hung ] || {{ touch {tmp_path}/hung; trap '' USR1 TERM; sleep 600; }}"
+    run = runs.submit("some", "train.steps=5", nodes=1, setup=deaf, options=["--time", "00:01:00"])
+    run.wait_until(lambda: run.starts == 2, "a second start", timeout_s=200)
+    assert {event["job"] for event in run.events("started")} == {run.job}
+    run.wait_for_end()
 
 
 @only_long

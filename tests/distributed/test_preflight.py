@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from peft_dist.preflight.node_info import gather
 from peft_dist.preflight.verdict import PORT_TAKEN, Report, report_path
 from tests.disks import tmpfs
 from tests.processes import ROOT, environment, free_port
@@ -40,6 +42,7 @@ class Nodes:
         absent: tuple[int, ...] = (),
         timeout_s: float = TIMEOUT_S,
         port: int | None = None,
+        **variables: str,
     ) -> None:
         """Start nodes, all but absent ones, some of them with a fault."""
         hosts = ",".join(f"node{number}" for number in range(1, count + 1))
@@ -56,7 +59,7 @@ class Nodes:
                     *("--host", f"node{index + 1}", "--head", "127.0.0.1", "--port", str(port)),
                     *("--run-dir", str(self.run_dir), "--timeout-s", str(timeout_s), *options),
                 ],
-                env=environment(self.folder / "cache", GLOO_SOCKET_IFNAME="lo"),
+                env=environment(self.folder / "cache", GLOO_SOCKET_IFNAME="lo", **variables),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -136,6 +139,37 @@ def test_a_node_that_never_comes_is_named(nodes: Nodes) -> None:
     assert nodes.lines(0)[0] == f"{SAID}node2: did not come within 7 s"
     assert nodes.report.bad == ("node2",)
     assert nodes.seconds < TIMEOUT_S
+
+
+def test_a_node_that_is_still_at_its_set_up_is_late_and_not_to_blame(nodes: Nodes) -> None:
+    start = {"PEFT_DIST_LOGS": str(nodes.folder), "PEFT_DIST_NONCE": "f00d"}
+    nodes.start(3, "--arrival-s", "4", absent=(1,), **start)
+    assert nodes.codes() == [1, 1], nodes.said
+    assert nodes.lines(0)[0].startswith(f"{SAID}node2: not ready after 4 s: still at its set-up")
+    assert (nodes.report.bad, nodes.report.late) == ((), ("node2",))
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_node_that_comes_later_than_the_time_limit_is_fine(nodes: Nodes, late: int) -> None:
+    start = {"PEFT_DIST_LOGS": str(nodes.folder), "PEFT_DIST_NONCE": "f00d"}
+    port = free_port()
+    options = ("--min-free-gb", "0.001")
+    nodes.start(2, *options, absent=(late,), timeout_s=5, port=port, **start)
+    time.sleep(7)
+    assert nodes.started[1 - late].poll() is None
+    nodes.start(2, *options, absent=(1 - late,), timeout_s=5, port=port, **start)
+    assert nodes.codes() == [0, 0], nodes.said
+
+
+def test_a_node_that_cannot_import_torch_is_named_with_its_words(nodes: Nodes) -> None:
+    start = {"PEFT_DIST_LOGS": str(nodes.folder), "PEFT_DIST_NONCE": "f00d"}
+    problem = "torch cannot be imported: libcudart.so: cannot open shared object file"
+    facts = replace(gather(1, "node2", nodes.folder, limit_s=10), error=problem)
+    (nodes.folder / "node2.f00d.ready").write_text(facts.to_json(), encoding="utf-8")
+    nodes.start(2, absent=(1,), **start)
+    assert nodes.codes() == [1], nodes.said
+    assert nodes.lines(0)[0] == f"{SAID}node2: {problem}"
+    assert nodes.report.bad == ("node2",)
 
 
 def test_nodes_that_come_and_then_stop_or_die_are_named(nodes: Nodes) -> None:

@@ -62,6 +62,7 @@ class Case:
 
 def _cases() -> dict[str, Case]:
     nf4, none = {"quantization": "nf4"}, {"quantization": "none"}
+    dropping = Case("gpt2-dropout", (SINGLE,), none | {"model": {"dropout": "as-configured"}})
     lora = {"rslora": {"rslora": True}, "dora": {"dora": True}, "all-biases": {"bias": "all"},
             "lora-biases": {"bias": "lora_only"}, "rank-1": {"rank": 1},
             "two-targets": {"targets": ["q_proj", "down_proj"]}}  # fmt: skip
@@ -127,8 +128,8 @@ def _cases() -> dict[str, Case]:
         ),
         "repeated": Case("llama", (SINGLE, *MATRIX_ENGINES), nf4),
         "repeated-again": Case("llama", (SINGLE, *MATRIX_ENGINES), nf4),
-        "own-dropout": Case("gpt2-dropout", (SINGLE,), none),
-        "own-dropout-again": Case("gpt2-dropout", (SINGLE,), none),
+        "own-dropout-off": Case("gpt2-dropout", (SINGLE,), none),
+        **dict.fromkeys(("own-dropout", "own-dropout-again"), dropping),
     }
     return cases | matrix_cases()
 
@@ -245,6 +246,8 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -
         return
     facts = {
         "losses": [r["loss"] for r in recorder.records if r["event"] == "step"],
+        "norms": [r["grad_norm"] for r in recorder.records if r["event"] == "step"],
+        "update": float(torch.cat([(after[n] - before[n]).flatten() for n in after]).norm()),
         "first": [outcome.first.loss, outcome.first.accuracy] if outcome.first else None,
         "samples": [r for r in recorder.records if r["event"] == "sample"],
         "last": [outcome.last.loss, outcome.last.accuracy] if outcome.last else None,

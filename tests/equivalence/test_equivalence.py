@@ -164,6 +164,7 @@ def test_the_dropout_of_the_base_is_repeated_by_the_next_run(outcome: Outcomes) 
     one, other = outcome("own-dropout", SINGLE), outcome("own-dropout-again", SINGLE)
     assert one["losses"] == other["losses"]
     assert one["losses"] != outcome("gpt2-none", SINGLE)["losses"]
+    assert outcome("own-dropout-off", SINGLE)["losses"] == outcome("gpt2-none", SINGLE)["losses"]
 
 
 @pytest.mark.parametrize("engine", [SINGLE, FSDP, DDP, HSDP])

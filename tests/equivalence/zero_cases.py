@@ -30,6 +30,10 @@ from tests.tiny import tiny_recipe
 
 NF4, NONE = {"quantization": "nf4"}, {"quantization": "none"}
 EVERYWHERE = (SINGLE, DDP, FSDP, ZERO2, ZERO3)
+# AdamW divides a gradient by its size, and so hides a factor that all gradients have. With an
+# epsilon of one the update is near the gradient, and the factor shows.
+LINEAR = {"epsilon": 1.0, "learning_rate": 1.0, "warmup_fraction": 0.0, "schedule": "constant"}
+CLIPPED_AT = (0.0, 0.01, 100.0)
 
 
 def _decayed(method: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +61,12 @@ CASES = {
     "vectors-decay": Case(
         "gpt2", (DDP, ZERO2, ZERO3), _decayed({"kind": "bitfit", "targets": ["mlp"]})
     ),
+    **{
+        f"clipped-at-{norm:g}": Case(
+            "llama", EVERYWHERE, NONE | {"train": LINEAR | {"max_grad_norm": norm}}, steps=1
+        )
+        for norm in CLIPPED_AT
+    },
     "offloaded": Case("llama", (FSDP, ZERO3), NF4 | {"parallel": {"offload": "cpu"}}, steps=10),
 }
 

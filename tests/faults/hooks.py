@@ -28,6 +28,9 @@ from tests.faults import disk
 from tests.faults.delays import delay_steps, on_another_machine, slow  # noqa: F401 - by name
 from tests.faults.meeting import late_rank as late_rank
 from tests.faults.meeting import meeting_limit as meeting_limit
+from tests.faults.own_files import bug_while_loading as bug_while_loading
+from tests.faults.own_files import other_base as other_base
+from tests.faults.own_files import other_recipe as other_recipe
 from tests.faults.own_files import without_rows as without_rows
 from tests.faults.seams import (
     around_forward,

@@ -64,3 +64,22 @@ def test_crashes_that_each_get_further_are_no_loop(
     assert (ended.code, ended.restarts) == (0, len(crashes))
     assert not (run_dir / "failure.json").exists()
     assert_same_run(run_dir, undisturbed(2, "fsdp", *longer))
+
+
+@pytest.mark.parametrize("rank", range(cases(1, 2)))
+def test_a_fault_of_code_before_the_first_step_is_a_verdict_when_it_comes_again(
+    harness: Harness, project: Project, rank: int
+) -> None:
+    run_dir, planted = harness.run_dir(), [fault("bug_while_loading", rank=rank)]
+    codes = []
+    for count in range(2):
+        group = harness.start(
+            project, run_dir, overrides=SHORT, faults=planted, restart_count=count
+        )
+        codes.append(group.wait_for_end_of(rank))
+        group.kill_all()
+    assert codes == [EXIT_CRASHED, EXIT_DO_NOT_RETRY]
+    failure = json.loads((run_dir / "failure.json").read_text(encoding="utf-8"))["error"]
+    assert "the same fault ended 2 attempts in a row before any step" in failure
+    assert f"TypeError: planted while loading (rank {rank}), at " in failure
+    assert f"see {run_dir / 'logs'}, and start again once that is fixed" in failure

@@ -13,6 +13,7 @@ import pytest
 from tests.faults.client import Nursery
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Harness, fault
+from tests.faults.long import cases
 from tests.faults.oracles import (
     adapter_sha256,
     assert_every_row_once,
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.distributed
 SHORT = ("train.steps=30", "evaluate.every_steps=null", "checkpoint.every_steps=10")
 
 
-@pytest.mark.parametrize(("world_size", "strategy"), [(2, "fsdp"), (4, "ddp")])
+@pytest.mark.parametrize(("world_size", "strategy"), [(2, "fsdp"), (4, "ddp")][: cases(1, 2)])
 def test_forked_ranks_train_as_those_of_torchrun(
     project: Project, undisturbed: Undisturbed, tmp_path: Path, world_size: int, strategy: str
 ) -> None:

@@ -120,6 +120,7 @@ esac
 case " $* " in
   *" --after "*) printf '%s\0' "$@" >"$SEEN/after"; STAND_IN_DECISION=$STAND_IN_AFTER ;;
 esac
+until [ -z "$STAND_IN_HANGS" ] || [ -e "$SEEN/requeued" ]; do sleep 0.1; done
 printf '%s\0' "$@" >"$SEEN/argv-$SLURM_NODEID"
 env -0 >"$SEEN/environment-$SLURM_NODEID"
 while [ "$1" != --run-dir ]; do shift; done
@@ -127,19 +128,31 @@ echo "$STAND_IN_DECISION" >"$PEFT_DIST_LOGS/decision"
 """
 SRUN = r"""
 printf '%s\0' "$@" >"$SEEN/srun"
-while [ "$1" != bash ]; do shift; done
-node=0
+output=/dev/stderr only=
+while [ "$1" != bash ]; do
+  case $1 in --output=*) output=${1#--output=} ;; --nodelist=*) only=${1#--nodelist=node} ;; esac
+  shift
+done
+if [ -n "$only" ]; then SLURMD_NODENAME=node$only SLURM_NODEID=0 "$@"; exit; fi
+node=0 tasks=
 while [ "$node" -lt "$SLURM_JOB_NUM_NODES" ]; do
-  SLURM_NODEID=$node "$@" || exit
+  log=$(echo "$output" | sed "s/%N/node$((node + 1))/; s/%%/%/g")
+  SLURM_NODEID=$node SLURMD_NODENAME=node$((node + 1)) "$@" >>"$log" 2>&1 &
+  tasks="$tasks $!"
   node=$((node + 1))
 done
+code=0
+for task in $tasks; do wait "$task" || code=$?; done
+exit $code
 """
 SCONTROL = r"""
 case "$1 $2" in
   "show hostnames") node=0
     while [ "$node" -lt "$SLURM_JOB_NUM_NODES" ]; do node=$((node + 1)); echo "node$node"; done ;;
-  "show job") echo "JobId=12 JobState=$STAND_IN_STATE Restarts=0 PreemptTime=None" ;;
-  "requeue "*) printf '%s\0' "$2" >"$SEEN/requeued" ;;
+  "show job") [ ! -e "$SEEN/requeued" ] || STAND_IN_STATE=PENDING
+    echo "JobId=12 JobState=$STAND_IN_STATE Restarts=0 PreemptTime=$STAND_IN_PREEMPTED \
+EndTime=$STAND_IN_END NodeList=x" ;;
+  "requeue "*) printf '%s\0' "$2" >>"$SEEN/requeued" ;;
 esac
 """
 APPTAINER_COMMAND = r"""
@@ -170,7 +183,8 @@ class Machines:
             scontrol=SCONTROL,
             sbatch="case $* in *--parsable*) echo 77 ;; esac",
             scancel="",
-            sinfo="",
+            sinfo='node=0; while [ "$node" -lt "$SLURM_JOB_NUM_NODES" ]; do node=$((node + 1)); '
+            'echo "node$node mixed"; done',
             squeue="",
             apptainer=APPTAINER_COMMAND,
             python3=INTERPRETER,
@@ -188,6 +202,9 @@ class Machines:
             "STAND_IN_DECISION": decision,
             "STAND_IN_AFTER": "",
             "STAND_IN_STATE": "RUNNING",
+            "STAND_IN_HANGS": "",
+            "STAND_IN_PREEMPTED": "None",
+            "STAND_IN_END": "Unknown",
             "SLURM_JOB_ID": "12",
             "SLURM_JOB_NUM_NODES": str(nodes),
             "SLURM_JOB_NODELIST": f"node[1-{nodes}]",

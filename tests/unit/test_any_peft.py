@@ -101,6 +101,19 @@ def test_a_passed_through_method_starts_at_the_base_and_learns(
         ({"type": "VERA"}, "VERA cannot be saved by what it trains"),
         ({"type": "ROAD"}, "ROAD cannot be put on this model (The out_features"),
         ({"type": "OSF"}, "OSF "),
+        (
+            {"type": "LOHA", "target_modules": ["q_proj", "lm_head"]},
+            "of the output head, which the loss takes for frozen",
+        ),
+        (
+            {"type": "LOHA", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+            "of the output head, which the loss takes for frozen",
+        ),
+        ({"type": "ADAMSS"}, "method.type: ADAMSS does not take these settings ("),
+        (
+            {"type": "IA3", "target_modules": ["q_proj", "v_proj"]},
+            "method.type: IA3 cannot be loaded again with these settings (`feedforward_modules`",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(

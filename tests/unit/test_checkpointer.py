@@ -395,6 +395,32 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path, alone: World) -> None:
     assert names(tmp_path / "checkpoints") == ["step-00000002", "step-00000005", "step-00000006"]
 
 
+@pytest.mark.parametrize("foreign", [99, 3, 1])
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_folder_that_is_no_checkpoint_stands_for_none_that_is_kept(
+    tmp_path: Path,
+    alone: World,
+    caplog: pytest.LogCaptureFixture,
+    foreign: int,
+    keep_last: int,
+) -> None:
+    """Whatever lies under a step's name, the newest `keep_last` that verify stay."""
+    trainer, _ = training(tmp_path, alone, checkpoint={"keep_last": keep_last, "background": False})
+    checkpointer, progress = trainer.checkpointer, trainer.progress
+    assert checkpointer is not None
+    for step in (2, 4, 6):
+        progress.step = step
+        checkpointer.take(dataclasses.asdict(progress), trainer.optimizer)
+        if step == 2:
+            (tmp_path / "checkpoints" / f"step-{foreign:08d}").mkdir()
+    kept = [name for name in names(tmp_path / "checkpoints") if name.startswith("step-")]
+    assert kept == [f"step-{step:08d}" for step in (2, 4, 6)][-keep_last:]
+    for name in kept:
+        verify(tmp_path / "checkpoints" / name)
+    assert (tmp_path / "checkpoints" / f"bad-step-{foreign:08d}").is_dir()
+    assert f"step-{foreign:08d} is damaged" in caplog.text
+
+
 def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(
     tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.cli import packages
 from peft_dist.cli.main import main
 from peft_dist.common import paths
 from peft_dist.config import load_recipe
-from peft_dist.launch import here
+from peft_dist.launch import here, packages
 from peft_dist.launch.local import Ended
 from peft_dist.run.directory import RunDir
 
@@ -62,9 +62,10 @@ def test_every_shipped_recipe_is_valid(
     assert out.startswith(f"{recipe}: valid\n")
 
 
-def test_the_shipped_recipes_are_two_uses_and_the_methods() -> None:
+def test_the_small_shipped_recipes_are_two_uses_and_the_methods() -> None:
     methods = ["bitfit", "bottleneck", "prefix", "prompt", "quickstart"]
-    assert [path.stem for path in RECIPES] == sorted(["chat", "classify", *methods])
+    small = [path.stem for path in RECIPES if not re.search(r"-\d|\dk?b-", path.stem)]
+    assert small == sorted(["chat", "classify", *methods])
 
 
 def test_validate_tells_how_a_step_is_made(
@@ -276,6 +277,12 @@ def test_resume_starts_the_runs_own_recipe_and_a_finished_run_not_at_all(
     (run.path / "rank-0.json").unlink()
     code, out, err = outcome(capsys, "resume", str(run.path))
     assert (code, out, err) == (0, f"{run.path} has finished; nothing is left to do\n", "")
+    for change in ("train.steps=9", "checkpoint.every_steps=3", "method.rank=4"):
+        code, out, err = outcome(capsys, "resume", str(run.path), change)
+        assert (code, out, err.count("\n")) == (2, "", 1), change
+        assert f"has finished, and {change.partition('=')[0]} would be another: " in err
+    for same in ("train.steps=7", "parallel.strategy=fsdp"):
+        assert outcome(capsys, "resume", str(run.path), same)[0] == 0
     assert not (run.path / "rank-0.json").exists()
     code, _, err = outcome(capsys, "train", str(recipe_file), "--run-dir", str(run.path))
     assert code == 2

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.cli.main import _build_parser, main
+from peft_dist.cli.main import build_parser, main
 from peft_dist.cli.options import SHELLS, _subcommands
 from tests.processes import environment
 
-COMMANDS = sorted(_subcommands(_build_parser()))
+COMMANDS = sorted(_subcommands(build_parser()))
 ALL_HELP = """
 import contextlib, io, json, sys
 from peft_dist.cli.main import main
@@ -40,7 +40,7 @@ def parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 
 
 def test_every_command_and_every_option_says_what_it_is_for() -> None:
-    for parser in parsers(_build_parser()):
+    for parser in parsers(build_parser()):
         assert parser.description, parser.prog
         for action in parser._actions:
             if not isinstance(action, argparse._SubParsersAction):

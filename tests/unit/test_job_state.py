@@ -1,5 +1,6 @@
 """What Slurm says of jobs, from texts that Slurm 22.05 printed; silence is never an end."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,7 @@ def test_no_state_is_both_live_and_over_and_unknown_is_neither() -> None:
     assert not LIVE & OVER
     assert not is_live("UNKNOWN") and not is_over("UNKNOWN")
     assert not is_live("REVOKED") and not is_over("REVOKED")  # it lives on another cluster
+    assert is_live("EXPEDITING")
     assert is_live("REQUEUED") and is_live("COMPLETING") and is_over("NODE_FAIL")
 
 
@@ -125,6 +127,21 @@ def test_scontrol_is_asked_last(answers: Path) -> None:
     slurm_commands(answers, scontrol=shown(SCONTROL.format(command="x")))
     assert job_states(["16_0"])["16_0"].source == "scontrol"
     assert asked(answers) == ["squeue", "sacct", "scontrol"]
+
+
+def test_no_question_makes_slurm_send_the_jobs_of_all_users(answers: Path) -> None:
+    """A list of jobs would: squeue filters it itself."""
+    slurm_commands(answers, squeue=shown(SQUEUE))
+    job_states(["15"])
+    job_states(["15", "17"])
+    one, several = (answers / "calls").read_text(encoding="utf-8").splitlines()
+    assert " -j 15 " in one and "--user" not in one
+    assert f" --user={os.getuid()} " in several and " -j " not in several
+
+
+def test_one_job_that_squeue_has_forgotten_is_asked_of_the_others(answers: Path) -> None:
+    slurm_commands(answers, squeue=f"echo '{GONE}' >&2; exit 1", sacct=shown(SACCT))
+    assert job_states(["21"])["21"].state == "NODE_FAIL"
 
 
 @pytest.mark.parametrize("command", ["squeue", "sacct", "scontrol"])

@@ -239,3 +239,10 @@ def test_a_deepspeed_that_was_never_tried_is_refused(
     monkeypatch.setattr(deepspeed_zero, "version", lambda name: found)
     with pytest.raises(LaunchError, match=f"deepspeed {found} is not"):
         deepspeed_zero.require_deepspeed()
+
+
+@pytest.mark.parametrize("environ", [ACCELERATE, FSDP, ZERO3, {}])
+def test_a_shard_size_is_refused_where_the_launcher_has_no_groups(environ: dict[str, str]) -> None:
+    with pytest.raises(LaunchError, match=r"parallel\.shard_size: has no meaning here"):
+        resolve(Parallel(shard_size=2), world(4), environ)
+    assert resolve(Parallel(shard_size=2), world(4), HSDP) == Launched("hsdp", 2)

@@ -25,7 +25,7 @@ def test_a_rendered_recipe_loads_to_the_same_recipe(recipe_file: Path, tmp_path:
     recipe = load_recipe(
         recipe_file,
         ["train.learning_rate=1e-7", "method.targets=[q_proj]", 'evaluate.choices=[" a", "no"]',
-         "data.eval=train.jsonl", "model.revision='1e3'"],
+         "data.eval=train.jsonl", "model.name=some/model", "model.revision='1e3'"],
     )  # fmt: skip
     copy = tmp_path / "elsewhere" / "recipe.yaml"
     copy.parent.mkdir()
@@ -42,13 +42,21 @@ def test_a_number_with_an_exponent_and_no_dot_is_a_number(write_recipe: Write) -
 
 
 def test_a_time_stays_text_and_is_refused_where_a_number_belongs(recipe_file: Path) -> None:
-    assert load_recipe(recipe_file, ["model.revision=24:00:00"]).model.revision == "24:00:00"
+    hub = ["model.name=some/model", "model.revision=24:00:00"]
+    assert load_recipe(recipe_file, hub).model.revision == "24:00:00"
     assert "got '24:00:00'" in error_of(recipe_file, "train.steps=24:00:00")
 
 
 def test_no_and_off_and_dates_stay_text_where_text_belongs(recipe_file: Path) -> None:
     for text in ("no", "off", "y", "2024-01-01", "0x"):
-        assert load_recipe(recipe_file, [f"model.revision={text}"]).model.revision == text
+        hub = ["model.name=some/model", f"model.revision={text}"]
+        assert load_recipe(recipe_file, hub).model.revision == text
+
+
+def test_off_is_a_word_of_a_setting_that_has_it(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ["model.dropout=off"]).model.dropout == "off"
+    asked = load_recipe(recipe_file, ["model.dropout=as-configured"])
+    assert asked.model.dropout == "as-configured"
 
 
 def test_no_switches_a_switch_off(recipe_file: Path) -> None:
@@ -102,6 +110,11 @@ def test_an_error_names_the_field_the_value_and_the_remedy(
     ("overrides", "expected"),
     [
         (["method={init: pissa}"], "method.init pissa splits the full weights; set quantization"),
+        (["method={init: olora}"], "method.init olora splits the full weights; set quantization"),
+        (
+            ["quantization=none", "method={init: olora, rank_pattern: {q_proj: 4}}"],
+            "init: olora takes one rank and alpha",
+        ),
         (["method={init: pissa, dora: true}"], "init: pissa and dora both decompose the weight"),
         (
             ["method={kind: prefix}", "model.task=sequence-classification"],
@@ -214,6 +227,53 @@ def test_local_paths_become_absolute_and_hub_names_stay(
     assert recipe.model.name == "org/model"
     assert recipe.data.train == str(tmp_path / "train.jsonl")
     assert recipe.data.eval == "rows"
+
+
+def test_the_paths_of_several_sources_become_absolute_and_come_back(
+    write_recipe: Write, tmp_path: Path
+) -> None:
+    sources = "[{path: train.jsonl, weight: 2}, {path: org/rows, weight: 1, split: a}]"
+    path = write_recipe(
+        f"model: {{name: ./model}}\ndata: {{train: {sources}, eval: 5%, columns: {{prompt: q}}}}\n"
+    )
+    recipe = load_recipe(path)
+    first, second = recipe.data.sources("train")
+    assert (first.path, first.split) == (str(tmp_path / "train.jsonl"), "train")
+    assert (second.path, second.split) == ("org/rows", "a")
+    assert first.columns is not None and first.columns.names() == {"prompt": "q"}
+    assert recipe.data.held_out == 0.05
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(render_recipe(recipe), encoding="utf-8")
+    assert load_recipe(copy) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.train=[{path: absent.jsonl}]", "data.train[0].path: 'absent.jsonl' does not exist"),
+        ("data.train=[{path: a, wieght: 2}]", "data.train[0].wieght: no such key; did you mean"),
+        ("data.train=[{path: a}, {weight: 2}]", "data.train[1].path: is missing"),
+        ("data.train=[{path: a, weight: true}]", "data.train[0].weight: got True; must be"),
+        (
+            "data.train=[{path: a, weight: 0}]",
+            "data.train[0].weight: got 0; must be a number above",
+        ),
+        ("data.train=[{path: a, rows: 1, epochs: 2}]", "rows and epochs are both given; keep one"),
+        ("data.train=[{path: a, weight: 1}, {path: b}]", "without (b); give all a weight"),
+        ("data.train=[]", "data.train: got []; must be"),
+        ("data.train=[a.jsonl]", "data.train[0]: got 'a.jsonl'; must be text that is not"),
+        ("data.train=3", "data.train: got 3; must be"),
+        ("data.eval=0", "data.eval: got 0; must be"),
+        ("data.eval=true", "data.eval: got True; must be"),
+        ("data.eval=100%", "eval 100% must be above 0% and below 100%"),
+        ("data.eval=[{path: a, weight: 2}]", "eval: weight is for training rows; remove it"),
+        ("data.columns.promt=q", "data.columns.promt: no such key; did you mean 'prompt'?"),
+    ],
+)
+def test_a_wrong_source_of_rows_is_one_line(
+    recipe_file: Path, override: str, expected: str
+) -> None:
+    assert expected in error_of(recipe_file, override)
 
 
 def test_a_linked_row_file_keeps_its_ending(recipe_file: Path, tmp_path: Path) -> None:

@@ -61,6 +61,73 @@ def test_named_targets_are_the_only_ones(tmp_path: Path, alone: World) -> None:
     assert adapted(setup) == {"q_proj", "v_proj"}
 
 
+def test_layers_exclusions_and_patterns_choose_what_is_adapted_and_how(
+    tmp_path: Path, alone: World
+) -> None:
+    chosen = {
+        "layers_to_transform": [1],
+        "exclude_modules": ["o_proj", "mlp.up_proj"],
+        "rank_pattern": {"q_proj": 2, "mlp.down_proj": 16},
+        "alpha_pattern": {"q_proj": 6.0},
+    }
+    setup = opened(tmp_path, alone, quantization="none", method=chosen)
+    assert all(".layers.1." in name for name in setup.adapter)
+    assert adapted(setup) == ALL_LLAMA - {"o_proj", "up_proj"}
+    ranks = {n.split(".")[-4]: len(p) for n, p in setup.adapter.items() if ".lora_A." in n}
+    assert ranks == {"q_proj": 2, "k_proj": 8, "v_proj": 8, "gate_proj": 8, "down_proj": 16}
+    scales = {
+        name.split(".")[-1]: module.scaling["default"]
+        for name, module in setup.peft.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    assert (scales["q_proj"], scales["down_proj"], scales["v_proj"]) == (3.0, 1.0, 2.0)
+    for parameter in setup.adapter.values():
+        with torch.no_grad():
+            parameter.normal_()
+    save_adapter(tmp_path / "adapter", setup.method, setup.peft, setup.engine.adapter_state())
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        ours = setup.peft.eval()(input_ids=ids, row_lengths=None).logits
+        torch.testing.assert_close(plain(input_ids=ids).logits, ours, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"exclude_modules": ["lm_head"]}, "method.exclude_modules: 'lm_head' is no adapted"),
+        ({"rank_pattern": {"q_prj": 4}}, "did you mean 'q_proj'?"),
+        ({"rank_pattern": {"q.*": 4}}, "method.rank_pattern: 'q.*' is no adapted linear"),
+        ({"targets": ["v_proj"], "alpha_pattern": {"q_proj": 4}}, "method.alpha_pattern: 'q_proj'"),
+        ({"layers_to_transform": [0, 2]}, "the model has no block 2; choose from 0 to 1"),
+        ({"layers_to_transform": [0], "rank_pattern": {"1.self_attn.q_proj": 4}}, "1.self_attn"),
+        ({"init": "orthogonal", "rank_pattern": {"q_proj": 3}}, "method.rank: init: orthogonal"),
+    ],
+)
+def test_a_choice_that_matches_nothing_is_refused(
+    tmp_path: Path, alone: World, method: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        opened(tmp_path, alone, quantization="none", method=method)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [
+        ("llama", {"bias": "all"}),
+        ("llama", {"bias": "lora_only"}),
+        ("qwen2", {"bias": "lora_only", "targets": ["o_proj"]}),
+    ],
+)
+def test_biases_that_are_not_there_are_refused(
+    tmp_path: Path, alone: World, architecture: str, method: dict[str, Any]
+) -> None:
+    with pytest.raises(RecipeError, match="^method.bias: has no meaning here: .*; remove it$"):
+        opened(tmp_path, alone, architecture, method=method)
+
+
 @pytest.mark.parametrize(
     ("target", "remedy"),
     [("q_prj", "did you mean 'q_proj'?"), ("lm_head", "valid: down_proj, "), ("x", "valid: ")],
@@ -145,7 +212,7 @@ def test_the_adapter_names_its_base_as_the_recipe_does(tmp_path: Path) -> None:
     assert adapter.peft_config["default"].base_model_name_or_path == "org/name"
 
 
-@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa"])
+@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa", "olora"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_every_start_leaves_the_output_of_the_base(
     tmp_path: Path, alone: World, architecture: str, init: str

@@ -23,7 +23,13 @@ def test_the_chunked_loss_is_the_cross_entropy(
     hidden = torch.randn(TARGETS, WIDTH, requires_grad=True)
     plain = hidden.detach().clone().requires_grad_()
 
-    nll = loss._ChunkedCrossEntropy.apply(hidden, weight, bias, targets, softcap)
+    def after(logits: torch.Tensor) -> torch.Tensor:
+        assert softcap is not None
+        return torch.tanh(logits / softcap) * softcap
+
+    nll = loss._ChunkedCrossEntropy.apply(
+        hidden, weight, bias, targets, None if softcap is None else after
+    )
     logits = functional.linear(plain, weight, bias)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap

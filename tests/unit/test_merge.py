@@ -106,6 +106,8 @@ def with_peft(run_dir: RunDir, dtype: torch.dtype = torch.float32) -> PeftModel:
         ("llama", {"method": {"rslora": True, "rank": 4}}, {}),
         ("llama", {"method": {"dora": True}}, {"max_shard_size": "60KB"}),
         ("llama", {"quantization": "none", "method": {"init": "pissa"}}, {}),
+        ("llama", {"quantization": "none", "method": {"init": "olora"}}, {}),
+        ("llama", {"method": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 4}}}, {}),
         ("gpt2", {}, {}),
         ("gpt2", {"method": {"dora": True}}, {}),
         ("gpt2", {"method": {"bias": "all"}}, {"trunk_only": True}),

@@ -29,9 +29,7 @@ def rows_of(lengths: list[int], seed: int = 0, classes: bool = False) -> Tokeniz
         class_ids=np.arange(len(lengths), dtype=np.int64) % 3 if classes else None,
         label_names=("a", "b", "c") if classes else (),
         pad_id=PAD,
-        bad_rows=(),
-        truncated_rows=0,
-        dropped_rows=0,
+        sources=(),
         fingerprint="",
     )
 

@@ -63,3 +63,8 @@ def test_shards_may_be_smaller_or_larger_than_a_node(asked: int, replicas: int) 
 def test_what_nodes_or_shards_do_not_divide_is_refused(parallel: dict[str, Any], told: str) -> None:
     with pytest.raises(LaunchError, match=told):
         plan_processes(recipe(**parallel), FOUR_GPUS, 2)
+
+
+def test_a_shard_size_is_refused_where_auto_becomes_a_strategy_without_groups() -> None:
+    with pytest.raises(LaunchError, match=r"parallel\.shard_size: has no meaning here: .* fsdp"):
+        plan_processes(recipe(shard_size=2), FOUR_GPUS)

@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 from peft_dist.checkpoint.adapter_file import ADAPTER_FILE, load_adapter
 from peft_dist.common.errors import RecipeError, RunDirError
 from peft_dist.config.method import Prefix
+from peft_dist.config.models import TESTED
 from peft_dist.config.recipe import Recipe
 from peft_dist.distributed.world import World
 from peft_dist.methods.prefix import PrefixMethod
-from peft_dist.model.architectures import CAUSAL_LM
 from tests.virtual import (
     ENCODER,
     STEPS,
@@ -42,7 +42,7 @@ def prefix(folder: Path, architecture: str, /, **sections: Any) -> Recipe:
     return learned(folder, architecture, method=method, **sections)
 
 
-@pytest.mark.parametrize("architecture", CAUSAL_LM)
+@pytest.mark.parametrize("architecture", TESTED)
 @pytest.mark.parametrize("tokens", [P, 11])  # the tiny windows are 8 tokens
 def test_plain_peft_gives_the_logits_of_the_trained_model(
     tmp_path: Path, alone: World, architecture: str, tokens: int
@@ -69,7 +69,7 @@ def test_on_a_4_bit_base_too(tmp_path: Path, alone: World, architecture: str) ->
     assert_alike(ours(setup, rows), plain(peft, rows), atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", CAUSAL_LM)
+@pytest.mark.parametrize("architecture", TESTED)
 def test_layout_and_recomputation_change_no_gradient(
     tmp_path: Path, alone: World, architecture: str
 ) -> None:
@@ -90,7 +90,7 @@ def test_layout_and_recomputation_change_no_gradient(
         torch.testing.assert_close(found, gradients[0], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", CAUSAL_LM)
+@pytest.mark.parametrize("architecture", TESTED)
 def test_a_text_starts_as_the_keys_and_values_of_its_tokens(
     tmp_path: Path, alone: World, architecture: str
 ) -> None:

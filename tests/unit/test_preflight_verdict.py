@@ -16,7 +16,7 @@ from peft_dist.preflight.node_info import SILENT, NodeFacts, code_digest, gather
 from peft_dist.preflight.verdict import PreflightLimits, Report, judge, report_path
 
 GB = 10**9
-LIMITS = PreflightLimits(devices=8, min_free_bytes=GB, max_clock_offset_s=60, arrival_s=30)
+LIMITS = PreflightLimits(devices=8, min_free_bytes=GB, max_clock_offset_s=60, connect_s=30)
 FINE = NodeFacts(
     index=0,
     host="",
@@ -196,11 +196,35 @@ def test_a_head_that_all_others_miss_is_not_their_fault() -> None:
     assert_bad(report_of({}, None), "node2: did not come within 30 s")
 
 
-def test_a_node_that_is_alone_is_blamed_for_its_own_and_not_for_the_disk() -> None:
-    assert_bad(report_of({"devices": 7}), "node1: 7 devices, 8 expected")
-    report = report_of({"free_bytes": 0})
+@pytest.mark.parametrize(
+    "fault",
+    [{"devices": 7}, {"free_device_bytes": GB}, {"free_bytes": 0}, {"error": "its devices hang"}],
+)
+def test_a_run_of_one_node_never_does_without_it(fault: dict[str, Any]) -> None:
+    report = report_of(fault)
+    assert report.bad == ()
+    assert (report.common or "").startswith("node1: ")
+
+
+def test_a_node_that_is_left_alone_is_blamed_for_its_own_and_not_for_the_disk() -> None:
+    assert report_of({"devices": 7}, None).bad == ("node1", "node2")
+    report = report_of({"free_bytes": 0}, None)
     assert report.bad == ()
     assert (report.common or "").startswith("node1: 0 GB free for the run directory, ")
+
+
+def test_a_node_at_its_set_up_is_late_and_not_to_blame() -> None:
+    report = judge([FINE], expected_nodes=["node1", "node2"], limits=LIMITS, late=[1])
+    assert (report.ok, report.bad, report.late, report.common) == (False, (), ("node2",), None)
+    (line,) = report.lines
+    assert line == "node2: not ready after 1800 s: still at its set-up, staging or imports"
+    report = judge(
+        [FINE, replace(FINE, index=2, devices=1)],
+        expected_nodes=["node1", "node2", "node3"],
+        limits=LIMITS,
+        late=[1],
+    )
+    assert (report.bad, report.late) == (("node3",), ("node2",))
 
 
 def test_a_slow_disk_is_worth_a_word_and_no_more() -> None:

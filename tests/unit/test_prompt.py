@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from peft_dist.checkpoint.adapter_file import ADAPTER_FILE, load_adapter
 from peft_dist.common.errors import DataError, RecipeError
+from peft_dist.config.models import TESTED
 from peft_dist.config.recipe import Recipe
 from peft_dist.distributed.world import World
 from peft_dist.methods import BaseAccess
-from peft_dist.model.architectures import CAUSAL_LM
 from tests.tiny import ARCHITECTURES
 from tests.virtual import (
     ENCODER,
@@ -76,7 +76,7 @@ def test_layout_and_recomputation_change_no_gradient(
     tmp_path: Path, alone: World, architecture: str
 ) -> None:
     gradients = []
-    for packing in (True, False) if architecture in CAUSAL_LM else (False,):
+    for packing in (True, False) if architecture in TESTED else (False,):
         for recompute in (False, True):
             recipe = prompt(
                 tmp_path,
@@ -92,7 +92,7 @@ def test_layout_and_recomputation_change_no_gradient(
         torch.testing.assert_close(found, gradients[0], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", CAUSAL_LM)
+@pytest.mark.parametrize("architecture", TESTED)
 def test_a_text_starts_as_its_own_tokens(tmp_path: Path, alone: World, architecture: str) -> None:
     setup, rows = opened(prompt(tmp_path, architecture, method={"text": TEXT}), alone)
     base = bare(tmp_path / architecture)

@@ -327,11 +327,14 @@ def test_runs_whose_shown_names_are_alike_have_bars_of_their_own(tmp_path: Path)
 def test_memory_is_held_against_a_plan(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", Story(**EVENTFUL))
     assert "planned" not in without_plotly(render_page(read_runs([run])))
-    (run / "plan.json").write_text(json.dumps({"bytes_per_rank": 13_500_000_000}))
+    (run / "plan.json").write_text(
+        json.dumps({"bytes_per_rank": 13_500_000_000, "tokens_per_s": 4321.0})
+    )
     page = render_page(read_runs([run]))
     (planned,) = [t for t in figures(page)["bytes"]["data"] if t["name"] == "planned"]
     assert planned["x"] == [13_500_000_000] * 4
     assert "Planned: 13.5 GB." in page
+    assert "tokens per second. Planned: 4,321." in page
 
 
 def test_the_bytes_of_a_rank_sum_to_its_peak(tmp_path: Path) -> None:

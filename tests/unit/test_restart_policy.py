@@ -33,6 +33,8 @@ def attempt(kind: Kind, error: str = "", **known: object) -> Ending:
 GOES_ON = f"; goes on after step {STEP}"
 NO_MORE = f"none saved a checkpoint after step {STEP}"
 
+FAULT = {"place": "template.py:7", "step": 0}
+
 ENDINGS: dict[str, tuple[RestartLimits, Ending, str, int | None, str]] = {
     # name: limits; ending; what follows the first; how many in a row are the last; and then why
     "done": (OF_JOB, job(Kind.DONE), "done", None, ""),
@@ -57,10 +59,28 @@ ENDINGS: dict[str, tuple[RestartLimits, Ending, str, int | None, str]] = {
         OF_JOB, job(Kind.INTERRUPTED, "stopped by SIGTERM", signal="SIGTERM"),
         f"again stopped by SIGTERM{GOES_ON}", 5, "no progress in 5 starts",
     ),
+    "preempted during its set-up": (
+        OF_JOB, job(Kind.NOT_BEGUN, "stopped by SIGTERM before it trained"),
+        f"again stopped by SIGTERM before it trained{GOES_ON}", None, "",
+    ),
+    "nodes that are late": (
+        OF_JOB, job(Kind.NODES_LATE, "node2 was not ready"),
+        f"again node2 was not ready{GOES_ON}", 5, "no progress in 5 starts",
+    ),
     "crash of a rank": (
         RestartLimits(), attempt(Kind.CRASHED, "ValueError: bug", rank=1),
         f"again ValueError: bug (rank 1){GOES_ON}", 3,
         f"no progress in 3 attempts: {NO_MORE}; last: ValueError: bug (rank 1)",
+    ),
+    "the same bug before any step": (
+        RestartLimits(), attempt(Kind.CRASHED, "TypeError: bug", rank=1, **FAULT),
+        f"again TypeError: bug (rank 1){GOES_ON}", 2,
+        "the same fault ended 2 attempts in a row before any step: TypeError: bug (rank 1), "
+        "at template.py:7",
+    ),
+    "the same bug in a step": (
+        RestartLimits(), attempt(Kind.CRASHED, "TypeError: bug", place="loss.py:7", step=41),
+        f"again TypeError: bug{GOES_ON}", 3, "no progress in 3 attempts",
     ),
     "crash of a node's launcher": (
         OF_JOB, job(Kind.CRASHED, "node1 crashed"), f"again node1 crashed{GOES_ON}", 5,
@@ -261,3 +281,18 @@ def test_attempts_alone_decide_by_the_newest_of_them() -> None:
 def test_a_decision_is_one_line_whatever_the_error_was() -> None:
     told = str(decide(after(OF_JOB), job(Kind.USER_ERROR, "a\n  b\tc"), OF_JOB))
     assert told == "stop a b c"
+
+
+def test_faults_that_differ_or_may_pass_are_tried_again() -> None:
+    limits, one = RestartLimits(), Ending(Kind.CRASHED, "TypeError: a", place="x.py:1")
+    for other in (
+        replace(one, place="x.py:2"),
+        replace(one, error="TypeError: b"),
+        replace(one, place=""),
+        replace(one, step=1),
+    ):
+        assert decide(History(attempts=(other,)), one, limits).word == "again"
+    for kind in (Kind.CRASHED, Kind.LOST_PEER):  # without a place nothing is certain
+        unknown = Ending(kind, "RuntimeError: network")
+        assert decide(History(attempts=(unknown,)), unknown, limits).word == "again"
+    assert decide(History(attempts=(one,)), one, limits).word == "stop"

@@ -6,20 +6,22 @@ import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
 from peft_dist.common.errors import DataError, RunDirError, TrainingError
-from peft_dist.config import Recipe, load_recipe
+from peft_dist.config import Recipe, load_recipe, render_recipe
 from peft_dist.run.directory import RunDir, write_text_atomic
+
+DATED = "data.date=2026-01-31"
 
 
 @pytest.fixture
 def recipe(recipe_file: Path) -> Recipe:
-    return load_recipe(recipe_file)
+    return load_recipe(recipe_file, [DATED])
 
 
 def refusal(path: Path, recipe: Recipe) -> str:
@@ -138,6 +140,22 @@ def test_a_run_is_claimed_again_as_it_was(tmp_path: Path, recipe: Recipe) -> Non
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".a", "a"))] == ["a"]
 
 
+def test_a_run_keeps_the_date_of_its_first_start(tmp_path: Path, recipe_file: Path) -> None:
+    undated = load_recipe(recipe_file)
+    run = RunDir.create(tmp_path / "a", undated)
+    today = load_recipe(run.recipe).data.date
+    assert today is not None
+    assert abs(today - datetime.now(UTC).date()) <= timedelta(days=1)
+    first = load_recipe(recipe_file, ["data.date=2020-02-29"])
+    run.recipe.write_text(render_recipe(first), encoding="utf-8")
+    RunDir.claim(run.path, undated)  # years later
+    assert load_recipe(run.recipe) == first
+    RunDir.claim(run.path, load_recipe(recipe_file, [DATED]))
+    assert str(load_recipe(run.recipe).data.date) == "2026-01-31"
+    again = RunDir.claim(run.path, undated, fresh=True)
+    assert load_recipe(again.recipe).data.date == today
+
+
 def test_a_finished_run_is_refused_unless_it_is_set_aside(tmp_path: Path, recipe: Recipe) -> None:
     for number in (1, 2):
         run = RunDir.claim(tmp_path / "a", recipe)
@@ -151,7 +169,7 @@ def test_a_finished_run_is_refused_unless_it_is_set_aside(tmp_path: Path, recipe
 
 
 def changed(recipe_file: Path, *overrides: str) -> Recipe:
-    return load_recipe(recipe_file, overrides)
+    return load_recipe(recipe_file, [DATED, *overrides])
 
 
 def with_checkpoint(path: Path, recipe: Recipe) -> RunDir:

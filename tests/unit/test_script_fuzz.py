@@ -208,7 +208,7 @@ def test_nasty_names_of_runs_models_rows_and_values_are_refused_or_arrive(
         model = os.path.realpath(place / "model")
         assert machines.words("stage-0")[2:] == ["--json", model, f"{tmp_path}/disk"]
         assert [event["event"] for event in json_lines(own / "slurm" / "jobs.jsonl")] == [
-            "submitted", "started", "ended",
+            "submitting", "submitted", "started", "ended",
         ]  # fmt: skip
     no_canary(tmp_path)
 

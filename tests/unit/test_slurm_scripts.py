@@ -147,8 +147,8 @@ def test_every_node_runs_the_launcher_as_it_was_written(tmp_path: Path) -> None:
         assert own == [
             "-m", "peft_dist.slurm.supervisor", "--run-dir", str(folder), "--max-starts", "100",
             "--max-starts-without-progress", "5", "--secrets", f"{tmp_path}/se cr'ets",
-            "--devices", "4", "--preflight-timeout-s", "90", "--min-free-gb", "20.5",
-            "--max-clock-offset-s", "60",
+            "--devices", "4", "--preflight-timeout-s", "90", "--arrival-s", "1800",
+            "--min-free-gb", "20.5", "--max-clock-offset-s", "60",
         ]  # fmt: skip
         assert launcher == [
             str(interpreter), "-m", "accelerate.commands.launch",
@@ -275,16 +275,16 @@ def job_of(machines: Machines, tmp_path: Path, **cluster: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("decision", "state", "why", "after", "code"),
+    ("decision", "state", "after", "code"),
     [
-        ("", "RUNNING", "ended", "again srun ended", 75),
-        ("", "RUNNING", "ended", "stop 3 starts in a row", 3),
-        ("again stopped by SIGTERM", "COMPLETING", "cancelled", "cancelled by its user", 3),
-        ("", "COMPLETING", "cancelled", "cancelled by its user", 3),
+        ("", "RUNNING", "again srun ended", 75),
+        ("", "RUNNING", "stop 3 starts in a row", 3),
+        ("again stopped by SIGTERM", "COMPLETING", "cancelled by its user", 3),
+        ("", "COMPLETING", "cancelled by its user", 3),
     ],
 )
 def test_what_the_nodes_cannot_know_is_decided_once_more(
-    tmp_path: Path, decision: str, state: str, why: str, after: str, code: int
+    tmp_path: Path, decision: str, state: str, after: str, code: int
 ) -> None:
     machines = Machines(tmp_path)
     script = job_of(machines, tmp_path, stage={"folder": "/local"})
@@ -292,7 +292,10 @@ def test_what_the_nodes_cannot_know_is_decided_once_more(
     assert done.returncode == code, done.stderr
     words = machines.words("after")
     own = words[: words.index("--")]
-    assert own[-4:] == ["--after", why, "--srun-code", "0"]
+    assert own[-2:] == ["--after", "0"]
+    logs = tmp_path / "run" / "logs" / "12-0"
+    assert f"JobState={state} " in (logs / "job.txt").read_text(encoding="utf-8")
+    assert (logs / "nodes.txt").read_text(encoding="utf-8") == "node1 mixed\n"
     events = json_lines(tmp_path / "run" / "slurm" / "jobs.jsonl")
     expected = {"again": "again", "stop": "stop", "cancelled": "cancelled"}[after.split()[0]]
     assert (events[-1]["event"], events[-1]["decision"]) == ("ended", expected)
@@ -313,9 +316,9 @@ def test_a_set_up_that_fails_everywhere_ends_the_job_with_its_last_line(tmp_path
     done = machines.run(job_of(machines, tmp_path, setup=setup))
     assert done.returncode == 3
     (line,) = [text for text in done.stderr.splitlines() if "peft-dist: error: " in text]
-    assert line.endswith("node1 cannot run node.sh: module: cuda/99 not found")
+    assert line.endswith(" on 1 of 1 nodes: node1: code 1: module: cuda/99 not found")
     logs = tmp_path / "run" / "logs" / "12-0"
-    assert (logs / "decision").read_text(encoding="utf-8").startswith("stop srun ended with 1, ")
+    assert (logs / "decision").read_text(encoding="utf-8").startswith("stop the set-up fails ")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,17 @@ from pathlib import Path
 import pytest
 
 from peft_dist.common import env, paths
-from peft_dist.slurm.stage_model import MANIFEST, find_damage, main, stage
+from peft_dist.common.errors import ClusterError
+from peft_dist.config.cluster import check_cluster
+from peft_dist.slurm.stage_model import (
+    MANIFEST,
+    CannotStage,
+    expand,
+    find_damage,
+    main,
+    remove_unused,
+    stage,
+)
 from tests.processes import wait_until
 
 BIG = 48 << 20
@@ -36,12 +47,19 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def local(tmp_path: Path) -> Path:
     """Return the folder for copies, which is not there yet."""
-    return tmp_path / "local" / "scratch"
+    return tmp_path / "local" / "scratch" / str(os.getuid())
 
 
 def command(model: Path, local: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "peft_dist.slurm.stage_model", str(model), str(local), *options],
+        [
+            sys.executable,
+            "-m",
+            "peft_dist.slurm.stage_model",
+            str(model),
+            str(local.parent),
+            *options,
+        ],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -73,6 +91,45 @@ def test_only_its_owner_can_read_a_copy(model: Path, local: Path) -> None:
     done = command(model, local)
     path = Path(done.communicate()[0].strip())
     assert all(entry.stat().st_mode & 0o077 == 0 for entry in (local, path, *path.iterdir()))
+
+
+def test_the_first_user_of_a_node_leaves_room_for_the_next(model: Path, local: Path) -> None:
+    assert command(model, local).wait() == 0
+    assert stat.S_IMODE(local.parent.stat().st_mode) == 0o1777
+    assert stat.S_IMODE(local.stat().st_mode) == 0o700
+
+
+def test_a_folder_is_named_by_the_nodes_own_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("USER", "alice")
+    monkeypatch.delenv("LOCAL_SCRATCH", raising=False)
+    assert expand("$SLURM_TMPDIR/a") == tmp_path / "a"
+    assert expand("/local/$USER/$USERS") == Path("/local/alice/$USERS")
+    with pytest.raises(CannotStage, match="LOCAL_SCRATCH is not set on this node"):
+        expand("$LOCAL_SCRATCH")
+
+
+@pytest.mark.parametrize("folder", ["$HOME/a", "/a/$(id)", "$TMPDIRS/a", "/a/${USER}", "/a$USER_b"])
+def test_no_other_variable_is_expanded(folder: str) -> None:
+    with pytest.raises(ClusterError, match="stage.folder"):
+        check_cluster({"stage": {"folder": folder}}, where="cluster.yaml")
+    assert check_cluster({"stage": {"folder": "$TMPDIR/$USER"}}, where="cluster.yaml").stage
+
+
+def test_a_copy_that_no_job_has_used_for_long_is_removed(model: Path, local: Path) -> None:
+    old = stage(model, local)
+    (model / "config.json").write_text("{} ", encoding="utf-8")
+    new = stage(model, local)
+    lock = local / f".{old.name}.lock"
+    remove_unused(local, keep=new)
+    assert sorted(copies(local)) == sorted([old, new])
+    os.utime(lock, (0, 0))
+    os.utime(local / f".{new.name}.lock", (0, 0))
+    remove_unused(local, keep=new)
+    assert copies(local) == [new]
+    assert not lock.exists()
 
 
 def test_a_copy_is_made_once_and_again_after_the_model_has_changed(
@@ -133,7 +190,7 @@ def test_a_damaged_copy_is_found_and_made_again(
     weights = copy / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if verify else whole[:-1])
-    assert main([str(model), str(local), *(["--verify"] if verify else [])]) == 0
+    assert main([str(model), str(local.parent), *(["--verify"] if verify else [])]) == 0
     out, errors = capfd.readouterr()
     assert out == f"{copy}\n"
     assert f"model.safetensors has {'other bytes' if verify else 'another size'}" in errors
@@ -166,7 +223,7 @@ def test_without_space_the_model_is_read_where_it_lies(
     if libc.mount(b"tmpfs", os.fsencode(local), b"tmpfs", 0, b"size=64k"):
         pytest.skip(f"cannot mount a small disk: {os.strerror(ctypes.get_errno())}")
     try:
-        assert main([str(model), str(local)]) == 0
+        assert main([str(model), str(local.parent)]) == 0
         out, errors = capfd.readouterr()
         assert out == f"{model}\n"
         (line,) = errors.splitlines()
@@ -200,7 +257,7 @@ def test_a_link_in_place_of_a_copy_is_not_followed(
     copy = stage(model, local)
     copy.rename(tmp_path / "planted")
     copy.symlink_to(tmp_path / "planted")
-    assert main([str(model), str(local)]) == 0
+    assert main([str(model), str(local.parent)]) == 0
     out, errors = capfd.readouterr()
     assert out == f"{model}\n"
     assert "is somebody else's" in errors
@@ -211,7 +268,7 @@ def test_ranks_find_the_copy_by_the_name_in_the_recipe(
 ) -> None:
     name = str(model)
     assert paths.staged(name) is None
-    assert main([name, str(local), "--json"]) == 0
+    assert main([name, str(local.parent), "--json"]) == 0
     monkeypatch.setenv(env.STAGED, capfd.readouterr().out)
     (copy,) = copies(local)
     assert paths.staged(name) == copy

@@ -311,7 +311,7 @@ def test_slurm_is_asked_once_for_all_and_not_of_runs_that_are_done(
         submitted(element, f"14_{index}")
     views = gather([*paths, many[0].parent])
     calls = (commands / "calls").read_text().splitlines()
-    assert len(calls) == 1 and "-j 12,14_0,14_1 " in calls[0]
+    assert len(calls) == 1 and f" --user={os.getuid()} " in calls[0]
     assert [entry.state for entry in views if isinstance(entry, RunView)] == [
         "RUNNING", "COMPLETED", "NEW",
     ]  # fmt: skip

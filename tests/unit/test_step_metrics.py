@@ -49,3 +49,24 @@ def test_times_that_are_not_known_yet_are_left_out() -> None:
     for _, metrics in reader.take(keep=0):
         assert "rank_step_s" not in metrics.fields()
         assert len(metrics.fields()["rank_memory_bytes"]) == 2
+
+
+def test_the_losses_of_sources_are_summed_over_processes_and_divided_by_their_own_count() -> None:
+    extras = [
+        make_extras(
+            World(rank, 2, rank, 2, CPU),
+            torch.tensor(0.0),
+            flags=(False, False, False),
+            step_s=0.5,
+            memory_bytes=1,
+            source_nll=torch.tensor([rank + 1.0, 4.0, 0.0]),
+        )
+        for rank in range(2)
+    ]
+    reader = StepMetricsReader(CPU, sources=3)
+    reader.put(INPUTS, torch.cat([torch.zeros(2), torch.stack(extras).sum(0)[1:]]))
+    ((_, metrics),) = reader.take(keep=0)
+    fields = metrics.fields((6, 2, 0))
+    assert fields["source_loss"] == [0.5, 4.0, None]
+    assert fields["rank_step_s"] == [0.5, 0.5]
+    assert fields["rank_memory_bytes"] == [1, 1]

@@ -1,6 +1,7 @@
 """Submitting: what is made and remembered, and what it takes to submit it once more."""
 
 import json
+import re
 import stat
 from pathlib import Path
 
@@ -14,13 +15,19 @@ from tests.unit.run_folders import ledger, result
 from tests.unit.slurm_desk import NOT_THERE, Capture, Desk, told
 
 
+def without_token(argv: list[str]) -> list[str]:
+    return [word for word in argv if not word.startswith("--comment=")]
+
+
 def test_a_run_is_made_submitted_and_remembered(desk: Desk, capsys: Capture) -> None:
     assert desk.submit("train.seed=7", "--nodes", "2", "--time", "2:00:00") == 0
     assert capsys.readouterr().out == (
         "job 4711: runs/mine; `peft-dist status runs/mine` shows how it is\n"
     )
     script = str(desk.run / "job.sbatch")
-    assert desk.calls() == [["--test-only"], ["--parsable", script]]
+    tested, (parsable, comment, file) = desk.calls()
+    assert (tested, parsable, file) == (["--test-only"], "--parsable", script)
+    assert re.fullmatch("--comment=peft-dist-[0-9a-f]{16}", comment)
     (event,) = job_events.events(desk.run)
     assert event.pop("time") > 1e9
     assert event == {"event": "submitted", "job": "4711", "by": "submit", "nodes": 2,
@@ -140,7 +147,7 @@ def test_an_array_makes_a_run_of_each_element_and_one_job(desk: Desk, capsys: Ca
     assert desk.made() == []
     assert desk.submit(*words) == 0
     script = str(desk.run / "job.sbatch")
-    assert desk.calls() == [["--test-only"], ["--parsable", "--array=0,1,2,3%2", script]]
+    assert without_token(desk.calls()[-1]) == ["--parsable", "--array=0,1,2,3%2", script]
     assert "#SBATCH --array=0-3%2\n" in Path(script).read_text()
     assert json.loads((desk.run / "array.json").read_text())["elements"][3] == {
         "run_dir": "003",
@@ -169,7 +176,7 @@ def test_an_array_goes_on_with_the_runs_that_have_not_finished(desk: Desk, capsy
     for again, by in ((lambda: main(["resume", "runs/mine"]), "resume"),
                       (lambda: desk.submit(*words, "--nodes", "2"), "submit")):  # fmt: skip
         assert again() == 0
-        assert desk.calls()[-1] == ["--parsable", "--array=1,3%2", script]
+        assert without_token(desk.calls()[-1]) == ["--parsable", "--array=1,3%2", script]
         assert [len(job_events.events(run)) for run in (runs[0], runs[2])] == [1, 1]
         assert [job_events.events(run)[-1]["by"] for run in (runs[1], runs[3])] == [by, by]
         assert "seed: 4" in (runs[3] / "recipe.yaml").read_text()
@@ -209,16 +216,138 @@ def test_a_folder_holds_one_array_or_one_run(desk: Desk, capsys: Capture) -> Non
     assert "holds a run; choose another folder with --run-dir" in told(capsys)
 
 
-def test_what_an_enclosing_job_says_does_not_reach_the_new_one(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("in_job", [False, True])
+def test_a_users_own_variables_reach_sbatch_and_an_enclosing_jobs_do_not(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, in_job: bool
 ) -> None:
-    for name in ("SLURM_JOB_ID", "SBATCH_PARTITION", "SLURM_NTASKS", "SLURM_CONF", "HF_TOKEN"):
+    users = {"SBATCH_ACCOUNT", "SBATCH_QOS", "SLURM_CLUSTERS", "SLURM_CONF", "SLURM_JWT",
+             "HF_TOKEN"}  # fmt: skip
+    of_job = {"SLURM_NTASKS", "SBATCH_MEM_BIND"}
+    answered = {"SBATCH_PARTITION", "SBATCH_TIMELIMIT", "PEFT_DIST_AFTER"}
+    for name in users | of_job | answered | ({"SLURM_JOB_ID"} if in_job else set()):
         monkeypatch.setenv(name, "there")
+    desk.cluster({"partition": "gpu"})
     desk.answer(sbatch=f"env >>{desk.slurm}/env; echo 7")
     assert desk.submit() == 0
     names = {line.partition("=")[0] for line in (desk.slurm / "env").read_text().splitlines()}
-    assert {"SLURM_CONF", "HF_TOKEN"} < names
-    assert not names & {"SLURM_JOB_ID", "SBATCH_PARTITION", "SLURM_NTASKS"}
+    assert users < names
+    assert not names & answered
+    assert names & of_job == (set() if in_job else of_job)
+    assert "SLURM_JOB_ID" not in names
+
+
+def test_gpus_without_cpus_are_worth_a_word(desk: Desk, capsys: Capture) -> None:
+    desk.cluster({"cpus_per_gpu": None})
+    assert desk.submit() == 0
+    assert "cpus_per_gpu: not given in the cluster file" in told(capsys)
+    desk.cluster({"cpus_per_gpu": None, "exclusive": True})
+    assert desk.submit("--run-dir", "runs/other") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_key_as_an_argument_is_refused_in_the_set_up(desk: Desk, capsys: Capture) -> None:
+    desk.cluster({"setup": f"module load x\nwandb login --relogin {'0f' * 20}"})
+    assert desk.submit() == 2
+    line = told(capsys)
+    assert "looks like a secret" in line and "0f0f" not in line
+
+
+def test_a_chain_is_queued_from_the_login_node(desk: Desk, capsys: Capture) -> None:
+    count = f"$(wc -l <{desk.slurm}/afters)"
+    desk.answer(
+        sbatch="case $* in *--parsable*) ;; *) exit ;; esac; "
+        f'echo "after $PEFT_DIST_AFTER" >>{desk.slurm}/afters; '
+        f"if [ {count} = 4 ]; then echo 'QOSMaxSubmitJobPerUserLimit' >&2; exit 1; fi; "
+        f"echo $((4710 + {count}))",
+        squeue="",
+    )
+    assert desk.submit("--chain", "3") == 0
+    assert capsys.readouterr().err == (
+        "peft-dist: warning: --chain: 2 of 3 jobs are queued: sbatch: QOSMaxSubmitJobPerUserLimit\n"
+    )
+    assert (desk.run / "slurm" / "successor").read_text() == "4712\n4713\n"
+    afters = (desk.slurm / "afters").read_text().splitlines()
+    assert afters == ["after ", "after 4711", "after 4712", "after 4713"]
+    assert [w for w in desk.calls()[-1] if w.startswith("--dep")] == ["--dependency=afterany:4713"]
+    history = job_events.events(desk.run)
+    assert job_events.candidates(desk.run, history) == ["4711", "4712", "4713"]
+    desk.answer(squeue="echo '4711|4711|TIMEOUT||N/A|x'; echo '4713|4713|PENDING||N/A|Dependency'")
+    assert desk.submit() == 2
+    assert "job 4713 is PENDING" in told(capsys)
+    assert desk.submit("--chain", "2", "--array", "train.seed=1,2", "--run-dir", "runs/x") == 2
+    assert told(capsys) == "--chain: is for one run; submit the runs one by one"
+
+
+def test_the_set_up_is_tried_here_before_anything_is_queued(desk: Desk, capsys: Capture) -> None:
+    python = desk.folder / "python"
+    python.write_text('#!/bin/sh\necho "ModuleNotFoundError: $TRIED $2" >&2\nexit 1\n')
+    python.chmod(0o755)
+    desk.cluster({"setup": "export TRIED=here", "python": str(python)})
+    assert desk.submit("--try") == 2
+    line = told(capsys)
+    assert line.startswith(
+        "setup or python: fails on this machine: ModuleNotFoundError: here import peft_dist, torch"
+    )
+    assert desk.calls() == []
+    desk.cluster({"setup": "echo 'module: unknown' >&2; false", "python": str(python)})
+    assert desk.submit("--try") == 2
+    assert "fails on this machine: module: unknown; fix it in" in told(capsys)
+    python.write_text("#!/bin/sh\n")
+    desk.cluster({"setup": "export TRIED=here", "python": str(python)})
+    assert desk.submit("--try") == 0
+
+
+BANNER = "echo 'Welcome, 3 nodes are free'; echo '--> Verifying valid submit host...OK'"
+
+
+def test_a_job_id_is_found_behind_what_a_site_prints_first(desk: Desk) -> None:
+    desk.answer(sbatch=f"{BANNER}; echo '4712;vista'; echo")
+    assert desk.submit() == 0
+    assert job_events.newest_job(desk.run) == "4712"
+
+
+FORGETFUL = "case $* in *--parsable*) echo 'Socket timed out' >&2; exit 1 ;; esac"
+
+
+def by_token(desk: Desk, job: str = "4713") -> str:
+    """Return a squeue that knows a job by the token of the newest submission."""
+    note = f"$(tail -n 1 {desk.run}/slurm/jobs.jsonl | grep -o 'peft-dist-[0-9a-f]*')"
+    row = f"{job}|{job}|PENDING||N/A|Priority"
+    return f'case $* in *%F*) echo "12|"; echo "{job}|{note}" ;; *) echo "{row}" ;; esac'
+
+
+def test_a_job_that_was_queued_without_a_word_is_found(desk: Desk, capsys: Capture) -> None:
+    desk.answer(sbatch=FORGETFUL, squeue="exit 0")
+    desk.answer(squeue=by_token(desk))
+    assert desk.submit() == 0
+    assert job_events.newest_job(desk.run) == "4713"
+    capsys.readouterr()
+    assert desk.submit() == 2
+    assert "job 4713 is PENDING" in told(capsys)
+
+
+def test_a_submission_that_nobody_can_tell_of_is_looked_up_before_the_next(
+    desk: Desk, capsys: Capture
+) -> None:
+    desk.answer(sbatch=FORGETFUL, squeue="echo 'no controller' >&2; exit 1")
+    assert desk.submit() == 2
+    assert "Socket timed out; cannot tell whether the job is queued: " in told(capsys)
+    assert desk.submit() == 2
+    assert "cannot tell whether a job was queued that nobody knows the id of" in told(capsys)
+    desk.answer(squeue=by_token(desk), sbatch="echo 4714")
+    assert desk.submit() == 2
+    assert "job 4713 is PENDING" in told(capsys)
+    assert [call for call in desk.calls() if "--test-only" not in call][1:] == []
+
+
+def test_a_submission_that_slurm_refuses_leaves_nothing_to_look_up(
+    desk: Desk, capsys: Capture
+) -> None:
+    desk.answer(sbatch=FORGETFUL, squeue="")
+    assert desk.submit() == 2
+    assert told(capsys) == "sbatch: Socket timed out"
+    desk.answer(sbatch="echo 4711", squeue="exit 1")
+    assert desk.submit() == 0
 
 
 def test_secrets_are_in_nothing_that_is_written_or_called(

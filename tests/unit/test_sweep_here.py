@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.cli import packages
 from peft_dist.cli.main import main
 from peft_dist.common.errors import EXIT_DO_NOT_RETRY, EXIT_INTERRUPTED
-from peft_dist.launch import sweep_here
+from peft_dist.launch import packages, sweep_here
 from peft_dist.launch.here import LocalLaunch
 from peft_dist.run.directory import RunDir
 

@@ -36,7 +36,7 @@ def test_the_cache_follows_content_not_paths_or_times(tmp_path: Path) -> None:
     again = tokenize_rows(recipe, "train", tmp_path / "cache")
     assert (entry / "rows.json").stat().st_mtime_ns == made
     assert again.fingerprint == rows.fingerprint
-    assert again.bad_rows == (f"{tmp_path}/moved.jsonl:2: text is 3, not text",)
+    assert again.sources[0].reports == (f"{tmp_path}/moved.jsonl:2: text is 3, not text",)
 
 
 def test_other_rows_options_or_tokenizers_get_their_own_cache(tmp_path: Path) -> None:

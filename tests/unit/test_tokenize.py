@@ -139,16 +139,6 @@ def test_messages_without_a_chat_template_are_an_error_with_a_remedy(tmp_path: P
     assert "has no chat template; name an instruct model" in error
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
-    template = CHAT_TEMPLATE.replace(
-        "message['content']", "(message['content'] if loop.last else 'forgotten')"
-    )
-    tokenizer_in(tmp_path, chat_template=template)
-    error = error_of(DataError, tmp_path, [{"messages": CHAT}])
-    assert "renders a turn otherwise once others follow" in error
-    assert "prompt and completion" in error
-
-
 def test_messages_the_template_refuses_are_bad_rows(tmp_path: Path) -> None:
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}"
     tokenizer_in(tmp_path, chat_template=template + "{% endif %}" + CHAT_TEMPLATE)
@@ -156,13 +146,14 @@ def test_messages_the_template_refuses_are_bad_rows(tmp_path: Path) -> None:
     data = {"max_bad_rows": 1}
     rows = tokenised(tmp_path, [bad, {"messages": CHAT}], data=data)
     assert rows.n_rows == 1
-    assert rows.bad_rows == (
+    assert rows.sources[0].reports == (
         f"{tmp_path}/train.jsonl:1: the chat template refuses the messages: no system",
     )
 
 
 def test_the_first_bad_row_is_the_first_in_the_file(tmp_path: Path) -> None:
-    tokenizer_in(tmp_path, chat_template="{{ raise_exception('no') }}")
+    template = "{% if messages[1]['content'] == 'the mat' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer_in(tmp_path, chat_template=template + CHAT_TEMPLATE)
     error = error_of(
         DataError, tmp_path, [{"messages": CHAT}, {"text": 3}], data={"max_bad_rows": 1}
     )
@@ -185,14 +176,14 @@ def test_a_long_row_is_cut_where_the_recipe_says(
     )
     assert tokenizer.decode(row_of(rows, 0)[0]) == text
     assert trained_text(tokenizer, rows, 0) == trained
-    assert (rows.truncated_rows, rows.dropped_rows, rows.n_rows) == (1, 0, 2)
+    assert (rows.sources[0].cut, rows.sources[0].dropped, rows.n_rows) == (1, 0, 2)
 
 
 def test_a_long_row_is_dropped_or_named_if_the_recipe_says_so(tmp_path: Path) -> None:
     tokenizer_in(tmp_path)
     texts = [{"text": "a"}, {"text": "abcdefgh"}]
     rows = tokenised(tmp_path, texts, data={"max_length": 4, "truncation": "drop"})
-    assert (rows.truncated_rows, rows.dropped_rows, rows.n_rows) == (0, 1, 1)
+    assert (rows.sources[0].cut, rows.sources[0].dropped, rows.n_rows) == (0, 1, 1)
     data = {"max_length": 4, "truncation": "error"}
     error = error_of(DataError, tmp_path, texts, data=data)
     assert error.startswith(f"{tmp_path}/train.jsonl:2: the row has 9 tokens, data.max_length is 4")
@@ -202,7 +193,7 @@ def test_a_row_without_a_trained_prediction_is_dropped_and_counted(tmp_path: Pat
     tokenizer_in(tmp_path)
     long_prompt = {"prompt": "abcdefgh", "completion": "i"}
     rows = tokenised(tmp_path, [long_prompt, {"text": "a"}], data={"max_length": 4})
-    assert (rows.n_rows, rows.dropped_rows, rows.truncated_rows) == (1, 1, 0)
+    assert (rows.n_rows, rows.sources[0].dropped, rows.sources[0].cut) == (1, 1, 0)
     error = error_of(DataError, tmp_path, [long_prompt], data={"max_length": 4})
     assert "no row is left to use: 1 dropped, 0 malformed; see data.max_length" in error
 
@@ -221,7 +212,7 @@ def test_labels_become_class_ids_and_special_tokens_survive_truncation(tmp_path:
     assert tokenizer.decode(row_of(rows, 0)[0]) == "[CLS]abc[SEP]"
     assert rows.predicted_counts.tolist() == [1, 1]
     assert not rows.trained.any()
-    assert rows.truncated_rows == 1
+    assert rows.sources[0].cut == 1
 
 
 def test_an_evaluation_label_unknown_to_training_is_a_bad_row(tmp_path: Path) -> None:
@@ -240,7 +231,7 @@ def test_an_evaluation_label_unknown_to_training_is_a_bad_row(tmp_path: Path) ->
     assert rows.label_names == ("cat", "dog", "eel")
     assert rows.class_ids is not None
     assert rows.class_ids.tolist() == [1]
-    assert rows.bad_rows == (
+    assert rows.sources[0].reports == (
         f"{tmp_path}/eval.jsonl:2: label 'emu' is not in data.train: cat, dog, eel",
     )
 

@@ -137,6 +137,22 @@ time.sleep(60)
     assert 1.0 <= float(found[2]) <= float(found[1]) < 3.0
 
 
+@pytest.mark.parametrize(("left_s", "hangs"), [(1.0, True), (3600.0, False)])
+def test_a_hang_ends_before_its_job_does(tmp_path: Path, left_s: float, hangs: bool) -> None:
+    code = """
+from peft_dist.worker import watchdog
+watchdog.SHORTEST_S, watchdog.BEFORE_END_S = 0.3, 0.5
+dog = watch(min_s=60.0)
+steps(dog, 12, 0.01)
+time.sleep(1.5)
+"""
+    (tmp_path / "job-end").write_text(f"{time.time() + left_s}", encoding="ascii")
+    process = start(code, tmp_path, PEFT_DIST_LOGS=str(tmp_path), PEFT_DIST_JOB_END="9999999999")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (1 if hangs else 0), errors
+    assert ("has been in step 11 " in errors) is hangs
+
+
 def test_a_batch_of_an_evaluation_pats_the_watch(tmp_path: Path) -> None:
     code = """
 dog = watch(evaluation_s=0.5)

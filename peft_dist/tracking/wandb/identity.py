@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from peft_dist.common.atomic import make_file, replace_file
 from peft_dist.common.locks import lock_file
+from peft_dist.common.sharing import folder_mode
 from peft_dist.run.directory import RunDir
 
 PROBE_BYTES = 1 << 16
@@ -51,7 +52,7 @@ def identity(run: RunDir) -> dict[str, str]:
         OSError: Where it cannot be kept; then no run may be made that nobody would find again.
     """
     file = folder_of(run) / "run.json"
-    file.parent.mkdir(mode=0o700, exist_ok=True)
+    file.parent.mkdir(mode=folder_mode(), exist_ok=True)
     if not file.exists():
         make_file(file, text_of({"id": uuid.uuid4().hex[:16]}))
     known: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
@@ -105,6 +106,6 @@ def only_writer(run: RunDir, wait_s: float) -> Iterator[bool]:
     the run is over while the other still sends.
     """
     folder = folder_of(run)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=folder_mode(), exist_ok=True)
     with lock_file(folder / "lock", wait_s=wait_s) as is_held:
         yield is_held

@@ -14,6 +14,7 @@ from contextlib import suppress
 
 from peft_dist.common import logs
 from peft_dist.common.errors import PeftDistError
+from peft_dist.common.sharing import set_run_umask
 from peft_dist.ledger.events import EndEvent
 from peft_dist.ledger.reader import LedgerReader
 from peft_dist.run.directory import RunDir
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)  # training ends in its own time, and so do we
     with suppress(OSError):
         os.nice(NICENESS)
-    os.umask(0o077)
+    set_run_umask()
     environment = wandb_environment(os.environ)
     os.environ.clear()
     os.environ.update(environment)

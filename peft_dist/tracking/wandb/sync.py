@@ -19,6 +19,7 @@ from peft_dist.common.errors import (
     RunDirError,
 )
 from peft_dist.common.manifest import MANIFEST_FILE
+from peft_dist.common.sharing import set_run_umask
 from peft_dist.ledger.events import EndEvent
 from peft_dist.ledger.reader import LedgerReader
 from peft_dist.run.directory import RunDir
@@ -32,7 +33,7 @@ UPLOAD_TIMEOUT_S = 600.0
 
 def main(argv: Sequence[str]) -> int:
     """Send runs, one after the other; return the worst of their exit codes."""
-    os.umask(0o077)
+    set_run_umask()
     environment = wandb_environment(os.environ)
     os.environ.clear()
     os.environ.update(environment)

@@ -4,7 +4,32 @@
 # shellcheck disable=SC1090,SC1091 # what the set-up reads is on the cluster
 # shellcheck disable=SC2016 # a value that holds a dollar sign is text
 set -eo pipefail
-umask 077
+umask "${PEFT_DIST_UMASK:-077}" # what runs before Python is the site's; Python sets its own
+
+# Whatever ends this script before Python takes over is left beside the logs, for who decides.
+signal=
+leave() { # CODE
+  local mark=$PEFT_DIST_LOGS/$SLURMD_NODENAME.$PEFT_DIST_NONCE.set-up
+  case $1 in 129 | 130 | 138 | 140 | 143) signal=${signal:-$(kill -l "$1")} ;; esac
+  if [ -n "$signal" ]; then
+    echo "SIG$signal" >"$mark-stopped"
+    return
+  fi
+  echo "$SLURMD_NODENAME: code $1: $(tail -n 1 "$PEFT_DIST_LOGS/$SLURMD_NODENAME.log")" >"$mark-failed"
+  # Slurm ends the other nodes with this one; do they fail as well?
+  for _ in {1..20}; do
+    set -- "$PEFT_DIST_LOGS"/*."$PEFT_DIST_NONCE".set-up-failed
+    [ $# -lt "$SLURM_JOB_NUM_NODES" ] || return
+    sleep 0.5
+  done
+}
+if [ $# -eq 0 ]; then
+  for name in HUP INT USR1 USR2 TERM; do
+    # shellcheck disable=SC2064 # the name of now
+    trap "signal=$name; exit 75" "$name"
+  done
+  trap 'leave $?' EXIT
+fi
 
 set -u
 threads=$((SLURM_CPUS_ON_NODE / 4))
@@ -21,6 +46,7 @@ exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --max-starts-without-progress 5 \
   --devices 4 \
   --preflight-timeout-s 60 \
+  --arrival-s 1800 \
   --min-free-gb 1 \
   --max-clock-offset-s 60 "$@" -- \
   /opt/venv/bin/python -m accelerate.commands.launch \

@@ -1,4 +1,4 @@
-"""Which packages training needs, looked for without importing one."""
+"""What must be installed before a process of the data plane is started."""
 
 import importlib.util
 
@@ -8,10 +8,10 @@ TRAIN_PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes",
 
 
 def require_training_packages(strategy: str = "") -> None:
-    """Refuse to start what packages are missing for.
+    """Refuse to start what would end for want of a package.
 
     Raises:
-        LaunchError: Naming them, and what installs them.
+        LaunchError: Naming what is missing.
     """
     if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise LaunchError(

@@ -1,0 +1,52 @@
+"""What became of the rows of a source: kept, cut, dropped, malformed."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """The rows of one source, after tokenising."""
+
+    name: str
+    rows: int
+    """Rows that are kept."""
+    cut: int
+    """Of those: rows that lost tokens to `data.max_length`."""
+    lost_end: int
+    """Of those: rows of which a trained turn lost its stop token."""
+    dropped: int
+    """Rows left out because they were too long (truncation: drop) or had nothing to train."""
+    trained_turns: int
+    """Answers, completions and texts that are trained."""
+    stop_tokens: int
+    """How many of them are trained to their end; the others lost it to `data.max_length`."""
+    bad: tuple[tuple[int, str], ...]
+    """Line and reason of each malformed row that was left out."""
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """Return `file:line: why` of each malformed row."""
+        return tuple(f"{self.name}:{line}: {why}" for line, why in self.bad)
+
+    def line(self, what: str) -> str:
+        """Return the counts as one line, such as for the log of a start."""
+        total = self.rows + self.dropped + len(self.bad)
+        parts = [f"{self.rows:,} kept"]
+        if self.cut:
+            ends = f", {self.lost_end:,} of these without a stop token" if self.lost_end else ""
+            parts.append(f"{_part(self.cut, self.rows)} of them cut to data.max_length{ends}")
+        if self.dropped:
+            dropped = _part(self.dropped, total)
+            parts.append(f"{dropped} dropped with nothing to train within data.max_length")
+        if self.bad:
+            parts.append(f"{_part(len(self.bad), total)} malformed")
+        return f"{what} rows of {self.name}: {'; '.join(parts)}"
+
+    def facts(self) -> dict[str, Any]:
+        """Return the counts for `result.json`."""
+        return asdict(self) | {"bad": len(self.bad)}
+
+
+def _part(count: int, total: int) -> str:
+    return f"{count:,} ({count / max(1, total):.1%})"

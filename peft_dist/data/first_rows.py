@@ -1,0 +1,69 @@
+"""A look at the first rows of a recipe, before anything is started: neither torch nor a model.
+
+Finds what is wrong with all rows of a file; the rows after the first are seen when they are
+tokenised.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from peft_dist.common.errors import DataError
+from peft_dist.config.recipe import Recipe
+from peft_dist.config.row_sources import RowSource
+from peft_dist.data.rows import BadRows, read_rows
+from peft_dist.data.sources import Source, open_source
+
+ROWS = 100
+"""Rows of each source that are looked at."""
+_FOLDER_MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
+
+
+def open_row_source(source: RowSource, field: str) -> Source:
+    """Find out what a source of a recipe is; `Data.sources` gives it.
+
+    Raises:
+        DataError: There is no such thing, or it is of an unknown kind.
+    """
+    assert source.split is not None, "Data.sources fills it in"
+    columns = {} if source.columns is None else source.columns.names()
+    return open_source(source.path, split=source.split, field=field, columns=columns)
+
+
+def check_first_rows(recipe: Recipe) -> None:
+    """Look whether the rows can be read at all: files, their form, and the first rows in them.
+
+    What is not on this machine is passed over, as are hub names and the content of folders that
+    `datasets` saved: reading those takes libraries that take longer to import than this may.
+
+    Raises:
+        DataError: For a source that cannot be read, has no rows, or has more bad ones than may be.
+    """
+    data = recipe.data
+    for field, sources in (
+        ("data.train", data.sources("train")),
+        ("data.eval", () if data.held_out is not None else data.sources("eval")),
+    ):
+        for source in sources:
+            opened = open_row_source(source, field)
+            if opened.kind == "folder":
+                _check_folder(Path(opened.name))
+            elif _can_look(opened):
+                bad = BadRows(opened, data.max_bad_rows)
+                for _ in read_rows(opened, task=recipe.model.task, bad=bad, most=ROWS):
+                    pass
+
+
+def _can_look(source: Source) -> bool:
+    if source.kind == "hub" or (source.kind == "parquet" and find_spec("pyarrow") is None):
+        return False
+    # to find the first rows of the last tenth, all would have to be read
+    return source.part is None or not source.part.is_relative
+
+
+def _check_folder(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in _FOLDER_MARKS):
+        raise DataError(
+            "not a folder that `datasets` saved",
+            where=str(folder),
+            remedy="name a file, or a folder made by Dataset.save_to_disk",
+        )

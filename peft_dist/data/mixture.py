@@ -1,0 +1,50 @@
+"""How many rows of each source an epoch of a mixture holds, as the recipe says."""
+
+from collections.abc import Sequence
+
+from peft_dist.common.errors import DataError
+from peft_dist.config.recipe import Data
+from peft_dist.config.row_sources import RowSource
+from peft_dist.data.order import SourceShare
+
+
+def source_shares(data: Data, n_rows: Sequence[int]) -> tuple[SourceShare, ...]:
+    """Return the share of every training source.
+
+    Args:
+        data: The recipe's section.
+        n_rows: Rows of each source.
+
+    Raises:
+        DataError: For a source that is so small a part that no row of it would come.
+    """
+    sources = data.sources("train")
+    weights = [source.weight for source in sources if source.weight is not None]
+    if weights:
+        counts = _by_weight(weights, sum(n_rows))
+    else:
+        counts = [_count(source, rows) for source, rows in zip(sources, n_rows, strict=True)]
+    for at, (source, count) in enumerate(zip(sources, counts, strict=True)):
+        if not count:
+            raise DataError(
+                f"none of {source.path} is in an epoch of {sum(counts):,} rows",
+                where=f"data.train[{at}]",
+                remedy="raise its weight or epochs, or remove it",
+            )
+    return tuple(map(SourceShare, n_rows, counts))
+
+
+def _count(source: RowSource, n_rows: int) -> int:
+    if source.rows is not None:
+        return source.rows
+    return n_rows if source.epochs is None else round(source.epochs * n_rows)
+
+
+def _by_weight(weights: Sequence[float], total: int) -> list[int]:
+    """Share `total` rows out by weight; what rounding leaves goes to the largest remainders."""
+    exact = [weight * total / sum(weights) for weight in weights]
+    counts = [int(count) for count in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda at: counts[at] - exact[at])
+    for at in by_remainder[: total - sum(counts)]:
+        counts[at] += 1
+    return counts

@@ -1,0 +1,86 @@
+"""Encode batches of rows in processes of their own, in order.
+
+Rust's threads encode plain texts on every core already; a chat template is Python, and one core's
+work. Only long data sets of chats come here: each process takes seconds to start.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from peft_dist.common.errors import DataError
+from peft_dist.config.recipe import Recipe
+from peft_dist.data.encode import EncodedRow, Encoder
+from peft_dist.data.rows import BadRows, Row
+from peft_dist.data.sources import Source
+
+MOST_PROCESSES = 8
+"""Each holds the libraries in memory once more: about half a gigabyte."""
+Encoded = tuple[list[EncodedRow], BadRows, Counter[str]]
+"""Rows of a batch, those of it that are malformed, and the encoder's tally of it."""
+
+
+def processes_here() -> int:
+    """Return how many processes may encode: one per core that this process may use."""
+    return min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+
+
+def encode_in_processes(
+    batches: Iterator[list[Row]], recipe: Recipe, source: Source, *, processes: int
+) -> Iterator[Encoded]:
+    """Yield what an encoder of the recipe makes of each batch, in order.
+
+    Raises:
+        DataError: What the encoder raises, or a process was killed.
+    """
+    # Not fork: this process has threads, whose locks a copy would find taken for ever.
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), _begin, (recipe, source)
+    )
+    try:
+        waiting: deque[Future[Encoded]] = deque()
+        for batch in batches:
+            waiting.append(pool.submit(_encode, batch))
+            if len(waiting) > 2 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that tokenises was killed",
+            where=source.name,
+            remedy="ask for more memory: each of them takes about half a gigabyte",
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+_own: list[tuple[Encoder, Source]] = []
+"""In a process of the pool: its tokenizer, and the source of what it encodes."""
+
+
+def _begin(recipe: Recipe, source: Source) -> None:
+    """Load the tokenizer of a new process, which ends with the one that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are shared out by process
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _own.append((Encoder.of(recipe), source))
+
+
+def _encode(batch: list[Row]) -> Encoded:
+    encoder, source = _own[0]
+    bad = BadRows(source, None)
+    encoder.tally.clear()
+    return encoder.encode(batch, bad), bad, encoder.tally

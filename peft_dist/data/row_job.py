@@ -1,0 +1,199 @@
+"""Which rows are tokenised, and what is kept of each: the path from a source to its tokens.
+
+Nothing is written here (see `tokenize.py`).
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+
+from peft_dist.common.errors import DataError
+from peft_dist.common.screen import wait
+from peft_dist.config.recipe import Recipe
+from peft_dist.data.counts import SourceRows
+from peft_dist.data.encode import EncodedRow, Encoder
+from peft_dist.data.hold_out import HoldOut
+from peft_dist.data.parallel import encode_in_processes, processes_here
+from peft_dist.data.rows import BadRows, ChatRow, Row, read_rows
+from peft_dist.data.sources import Source
+
+ROWS_PER_BATCH = 1000
+ROWS_BEFORE_PROCESSES = 20_000
+"""Rows of chats after which it pays to start processes that encode the rest."""
+
+
+@dataclass(frozen=True)
+class RowJob:
+    """Rows to tokenise, and everything that decides what becomes of them."""
+
+    recipe: Recipe
+    which: Literal["train", "eval"]
+    sources: tuple[Source, ...]
+    encoder: Encoder
+    label_names: tuple[str, ...] | None = None
+    """The only classes that may be; None: any."""
+
+    def key(self) -> dict[str, Any]:
+        """Return all that decides what the rows become."""
+        data = self.recipe.data
+        return {
+            "sources": [
+                [source.kind, source.split, str(source.part), source.fingerprint, source.columns]
+                for source in self.sources
+            ],
+            "held_out": data.held_out and [self.which, data.held_out, self.recipe.train.seed],
+            "tokenizer": self.encoder.fingerprint(),
+            "task": self.recipe.model.task,
+            "options": [data.max_length, data.truncation, data.max_bad_rows],
+            "label_names": self.label_names,
+        }
+
+    def rows(self, source: Source, bad: BadRows, *, most: int | None = None) -> Iterator[Row]:
+        """Yield the rows of a source before any is held out."""
+        as_chat = self.encoder.has_chat_template
+        task = self.recipe.model.task
+        return read_rows(source, task=task, bad=bad, as_chat=as_chat, most=most)
+
+    def hold_out(self) -> HoldOut | None:
+        """Return which rows are held out, which takes a look at all of them; None: none."""
+        size = self.recipe.data.held_out
+        if size is None:
+            return None
+        rows = (row for source in self.sources for row in self.rows(source, BadRows(source, None)))
+        with wait("choosing the rows that are held out"):
+            return HoldOut.of(rows, size=size, seed=self.recipe.train.seed)
+
+
+class FittedRows:
+    """Rows of a source that fit `data.max_length` and have something to train; counts the rest."""
+
+    def __init__(
+        self, job: RowJob, source: Source, hold_out: HoldOut | None, bad: BadRows | None = None
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            job: What is tokenised.
+            source: One of its sources.
+            hold_out: Which rows are held out.
+            bad: Takes the malformed rows. Default: as many as the recipe allows.
+        """
+        self._job, self.source, self._hold_out = job, source, hold_out
+        self.bad = bad or BadRows(source, job.recipe.data.max_bad_rows)
+        self.kept = self.cut = self.lost_end = self.dropped = 0
+        self.trained_turns = self.stop_tokens = 0
+
+    def __iter__(self) -> Iterator[EncodedRow]:
+        rows = self.read()
+        batches = iter(lambda: list(islice(rows, ROWS_PER_BATCH)), [])
+        with wait(f"tokenising {self.source.name}") as bar:
+            for encoded in self._encoded(batches):
+                done = bar.done + len(encoded)
+                rate = done / max(1e-3, time.monotonic() - bar.began_s)
+                bar.update(done, text=bar.text, detail=f"{done:,} rows, {rate:,.0f} rows/s")
+                for row in encoded:
+                    fitted = self.fit(row)
+                    if fitted is not None:
+                        yield fitted
+        self.bad.refuse_too_many()
+
+    def _encoded(self, batches: Iterator[list[Row]]) -> Iterator[list[EncodedRow]]:
+        """Yield the tokens of each batch; the later ones of many chats on all cores."""
+        encode, processes, are_chats = self._job.encoder.encode, processes_here(), False
+        for batch in islice(batches, ROWS_BEFORE_PROCESSES // ROWS_PER_BATCH):
+            are_chats |= any(isinstance(row, ChatRow) for row in batch)
+            yield encode(batch, self.bad)
+        if not are_chats or processes == 1:
+            for batch in batches:
+                yield encode(batch, self.bad)
+            return
+        found = encode_in_processes(batches, self._job.recipe, self.source, processes=processes)
+        for encoded, bad, tally in found:
+            self.bad.take(bad)
+            self._job.encoder.tally.update(tally)
+            yield encoded
+
+    def read(self, most: int | None = None) -> Iterator[Row]:
+        """Yield the rows before they are encoded."""
+        job, hold_out = self._job, self._hold_out
+        if hold_out is None:
+            return job.rows(self.source, self.bad, most=most)
+        if job.which == "train":
+            rows = job.rows(self.source, self.bad, most=most)
+            return (row for row in rows if not hold_out.has(row))
+        # of the rows that are malformed, the training rows tell
+        rows = job.rows(self.source, BadRows(self.source, None), most=most)
+        return (row for row in rows if hold_out.has(row))
+
+    def fit(self, row: EncodedRow) -> EncodedRow | None:
+        """Return what is kept of a row, and count it; None where nothing is."""
+        if not self._label_is_known(row):
+            return None
+        too_long = len(row.tokens) > self._job.recipe.data.max_length
+        if too_long and self._job.recipe.data.truncation == "error":
+            self._refuse_long(row)
+            return None
+        fitted = self._cut(row) if too_long else row
+        if fitted is None or not _has_predictions(fitted):
+            self.dropped += 1
+            return None
+        self.kept += 1
+        self.cut += too_long
+        self._count_stops(row, fitted)
+        return fitted
+
+    def _count_stops(self, row: EncodedRow, fitted: EncodedRow) -> None:
+        """Count turns and stop tokens: every turn that keeps its end is trained to stop there."""
+        ends = fitted.tokens[fitted.stops]
+        stops = np.isin(ends, self._job.encoder.stop_ids) & fitted.trained[fitted.stops]
+        assert stops.all(), f"{self.source.where(row.line)}: a turn has no stop token"
+        self.trained_turns += len(row.stops)
+        self.stop_tokens += len(ends)
+        self.lost_end += len(ends) < len(row.stops)
+
+    def counts(self) -> SourceRows:
+        """Return what has become of the rows so far."""
+        return SourceRows(
+            name=self.source.name,
+            rows=self.kept,
+            cut=self.cut,
+            lost_end=self.lost_end,
+            dropped=self.dropped,
+            trained_turns=self.trained_turns,
+            stop_tokens=self.stop_tokens,
+            bad=tuple(sorted(self.bad.found)),
+        )
+
+    def _cut(self, row: EncodedRow) -> EncodedRow | None:
+        data = self._job.recipe.data
+        if data.truncation == "drop":
+            return None
+        keep = "start" if data.truncation == "end" else "end"
+        return row.cut(max_length=data.max_length, keep=keep)
+
+    def _refuse_long(self, row: EncodedRow) -> None:
+        why = f"the row has {len(row.tokens)} tokens, data.max_length is "
+        why += str(self._job.recipe.data.max_length)
+        if self.bad.limit is None:
+            self.bad.add(row.line, why)
+            return
+        raise DataError(
+            why,
+            where=self.source.where(row.line),
+            remedy="raise data.max_length, or set data.truncation to end, start or drop",
+        )
+
+    def _label_is_known(self, row: EncodedRow) -> bool:
+        names = self._job.label_names
+        if names is None or row.label in names:
+            return True
+        self.bad.add(row.line, f"label {row.label!r} is not in data.train: {', '.join(names)}")
+        return False
+
+
+def _has_predictions(row: EncodedRow) -> bool:
+    return len(row.tokens) > 0 if row.label is not None else bool(row.trained[1:].any())

@@ -1,0 +1,138 @@
+"""Frozen experts in 4 bits: two tensors hold all experts of a layer, and those hit are used.
+
+transformers keeps the experts of a layer as 3-D parameters and lets their forward be chosen by
+name (`integrations/moe.py`). Ours is one of those names. The bytes are those of `nf4.py`, one
+dimension up, and are sharded on the experts.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from peft_dist.model.nf4 import dequantize
+
+NF4_EXPERTS = "peft_dist_nf4"
+"""The name it has in transformers."""
+PACKED, ABSMAX = "_packed", "_absmax"
+"""Behind a parameter's name: its codes, uint8 [E, rows, columns / 2], and its scales as bytes."""
+
+
+def expert_parameters(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the 3-D parameters of experts whose forward can be chosen, with their modules."""
+    return {
+        f"{module_name}.{name}": module
+        for module_name, module in model.named_modules()
+        if hasattr(module, "is_transposed") and hasattr(module, "_is_expert_parallel")
+        for name, parameter in module.named_parameters(recurse=False)
+        if name in ("gate_up_proj", "up_proj", "down_proj") and parameter.dim() == 3
+    }
+
+
+def swap_experts(model: PreTrainedModel, name: str, module: nn.Module, block_size: int) -> None:
+    """Put 4-bit tensors in the place of a 3-D parameter, on `meta`."""
+    attribute = name.rpartition(".")[2]
+    count, rows, columns = module.get_parameter(attribute).shape
+    del module._parameters[attribute]
+    for end, width in ((PACKED, columns // 2), (ABSMAX, columns // block_size * 4)):
+        empty = torch.empty(count, rows, width, dtype=torch.uint8, device="meta")
+        module.register_parameter(attribute + end, nn.Parameter(empty, requires_grad=False))
+    module.__dict__[f"{attribute}_block_size"] = block_size
+    ALL_EXPERTS_FUNCTIONS.register(NF4_EXPERTS, nf4_experts_forward)
+    model.set_experts_implementation(NF4_EXPERTS)
+
+
+class _FrozenExpertMatmul(torch.autograd.Function):
+    """x @ the weight of one expert, or its transpose, with a gradient for x alone.
+
+    As in `nf4._FrozenMatmul` the parameters themselves are saved: an engine frees and gathers them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        expert: int,
+        block_size: int,
+        turned: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(packed, absmax)
+        ctx.facts = expert, block_size, turned
+        weight = expert_weight(packed, absmax, expert, block_size=block_size, dtype=x.dtype)
+        return x @ (weight if turned else weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        expert, block_size, turned = ctx.facts
+        packed, absmax = ctx.saved_tensors
+        weight = expert_weight(packed, absmax, expert, block_size=block_size, dtype=grad.dtype)
+        return grad @ (weight.t() if turned else weight), None, None, None, None, None
+
+
+def expert_weight(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    expert: int,
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return the float weight [rows, columns] of one expert."""
+    return dequantize(packed[expert], absmax[expert], block_size=block_size, dtype=dtype)
+
+
+def _project(module: Any, attribute: str, x: torch.Tensor, expert: int) -> torch.Tensor:
+    """Multiply x [n, in] with one expert's weight, and add its bias where it has one."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    y: torch.Tensor = _FrozenExpertMatmul.apply(  # type: ignore[no-untyped-call]  # it is torch's
+        x,
+        getattr(module, attribute + PACKED),
+        getattr(module, attribute + ABSMAX),
+        expert,
+        getattr(module, f"{attribute}_block_size"),
+        module.is_transposed,
+    )
+    if module.has_bias:
+        y = y + getattr(module, f"{attribute}_bias")[expert].to(y.dtype)
+    return y
+
+
+def nf4_experts_forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Send each token through its experts; see `batched_mm_experts_forward` of transformers.
+
+    Args:
+        self: The module that holds the experts of a layer.
+        hidden_states: [T, H].
+        top_k_index: int64 [T, k], the experts of each token.
+        top_k_weights: [T, k], what each counts.
+
+    Returns:
+        [T, H], the weighted sum of a token's experts, in an order that does not depend on a device.
+    """
+    top_k = top_k_index.shape[-1]
+    experts = top_k_index.reshape(-1)
+    order = torch.sort(experts, stable=True).indices
+    counts = torch.bincount(experts, minlength=self.num_experts).tolist()
+    first = "gate_up_proj" if self.has_gate else "up_proj"
+    outputs = []
+    for expert, places in enumerate(order.split(counts)):
+        if not len(places):
+            continue
+        y = _project(self, first, hidden_states[places // top_k], expert)
+        y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
+        y = _project(self, "down_proj", y, expert)
+        outputs.append(self.post_expert_norm(y) if self.has_post_expert_norm else y)
+    joined = torch.cat(outputs)[torch.argsort(order)]
+    weighted = joined * top_k_weights.reshape(-1, 1)
+    summed = weighted.view(len(hidden_states), top_k, -1).sum(dim=1)
+    return summed.to(hidden_states.dtype)

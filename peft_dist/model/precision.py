@@ -1,0 +1,24 @@
+"""The dtype that a recipe computes in on a device, and what is to be said of it."""
+
+import torch
+
+from peft_dist.config.recipe import Model
+
+
+def compute_dtype(model: Model, device: torch.device) -> tuple[torch.dtype, str]:
+    """Return the dtype, and what a person should know of it; that is empty mostly.
+
+    torch counts bfloat16 as supported on GPUs older than compute capability 8.0 (V100, T4), which
+    emulate it: slower than float32, and less exact. float16 would need its losses scaled.
+    """
+    on_gpu = device.type == "cuda"
+    native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if model.dtype == "float32":
+        return torch.float32, ""
+    if model.dtype == "bfloat16":
+        slow = on_gpu and not native
+        return torch.bfloat16, ": this GPU only emulates it; try model.dtype: float32" * slow
+    if native:
+        return torch.bfloat16, ""
+    # Without matrix units for it, bfloat16 is slower than float32 on a CPU.
+    return torch.float32, ": this GPU has no bfloat16 of its own" * on_gpu

@@ -1,0 +1,32 @@
+"""What has to be known of single model types by name, each with the upstream line that it answers.
+
+Everything else about a model is found by its structure, or proven at the start.
+"""
+
+from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+
+PLAIN_LINEARS = ("FalconLinear",)
+"""Classes that compute what `nn.Linear` does in a forward of their own.
+
+FalconLinear (transformers/models/falcon/modeling_falcon.py) multiplies and adds in two steps."""
+_STATE_SPACE = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+
+
+def no_lora_on(model: PreTrainedModel) -> dict[str, str]:
+    """Return the names of linears that PEFT's LoRA cannot be put on, each with the reason."""
+    kind = model.config.model_type
+    found: dict[str, str] = {}
+    if kind in _STATE_SPACE:
+        # peft/tuners/tuners_utils.py, _check_lora_target_modules_mamba: the model's kernel reads
+        # the weights of these and never calls the modules.
+        reason = "its kernel reads the weight and never calls the layer"
+        found |= dict.fromkeys(("conv1d", "out_proj"), reason)
+    # peft/utils/transformers_weight_conversion.py, _convert_peft_config_moe: a target of one of
+    # these names becomes a LoRA on the experts, which stay frozen here.
+    family = _MODEL_TO_CONVERSION_PATTERN.get(kind)
+    if family in _MOE_TARGET_MODULE_MAPPING:
+        reason = "PEFT takes the name for that of the experts, which stay frozen"
+        found |= dict.fromkeys(_MOE_TARGET_MODULE_MAPPING[family], reason)
+    return found

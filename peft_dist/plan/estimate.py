@@ -1,0 +1,331 @@
+"""What one way to run a recipe takes: bytes by kind, seconds by kind, hours."""
+
+from dataclasses import dataclass, replace
+
+from peft_dist.config import Recipe
+from peft_dist.config.batch_shape import DEFAULT_GLOBAL_ROWS
+from peft_dist.metrics.mfu import FLOPS_PER_TOKEN_AND_PARAMETER
+from peft_dist.plan.adapter import AdapterShape
+from peft_dist.plan.hardware import GIB, Hardware
+from peft_dist.plan.memory import (
+    FLOAT,
+    Bytes,
+    Setting,
+    base_bytes,
+    block_bytes,
+    kept_by_block,
+    outer_bytes,
+    peak_bytes,
+)
+from peft_dist.plan.shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a recipe."""
+
+    strategy: str
+    nodes: int
+    processes: int
+    shard_size: int
+    """Processes that hold one copy of the base together; 1 under ddp and zero2."""
+    micro_batch: int
+    recompute: bool
+    offload: bool
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one optimizer step, on one GPU; they add up."""
+
+    products: float
+    """Matrix products of base, head and adapter."""
+    attention: float
+    other_kernels: float
+    """Norms, activations, the loss: what is bound by memory."""
+    dequantize: float
+    waits_for_gathers: float
+    """What of gathers, or of copies from the host, no computation hides."""
+    reduce: float
+    """The sum of gradients over all processes."""
+
+    @property
+    def total(self) -> float:
+        """Return all of them."""
+        return (
+            self.products
+            + self.attention
+            + self.other_kernels
+            + self.dequantize
+            + self.waits_for_gathers
+            + self.reduce
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a candidate takes."""
+
+    candidate: Candidate
+    bytes: Bytes
+    reserved_bytes: int
+    """Allocated, and what the allocator holds back besides."""
+    device_bytes: int
+    """Reserved, CUDA's and NCCL's own."""
+    limit_bytes: int
+    """What a GPU has."""
+    host_bytes: int
+    """Of a node."""
+    host_limit_bytes: int | None
+    accumulation: int
+    seconds: Seconds
+    sent_inside_bytes: int
+    """That a GPU receives in a step from others of its node."""
+    sent_between_bytes: int
+    """From other nodes."""
+    rows_per_step: int
+    tokens_per_step: int
+    tokens_per_s: float
+    """Of all GPUs, each row of `data.max_length` tokens."""
+    mfu: float
+    hours: float | None
+    """Of all steps; None where the number of steps is not known."""
+    gpu_hours: float | None
+    first_start_s: float
+    """To read and quantize the model."""
+    requeue_s: float
+    """To read what the first start has packed."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits, the assumed parts counted."""
+        return self.fits_host and self.device_bytes <= self.limit_bytes
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether the host's memory is enough, where it is known."""
+        return self.host_limit_bytes is None or self.host_bytes <= self.host_limit_bytes
+
+    @property
+    def cannot_fit(self) -> bool:
+        """Whether its tensors alone are more than the GPU has, whatever the assumptions."""
+        return self.bytes.allocated > self.limit_bytes
+
+
+def setting_of(recipe: Recipe, candidate: Candidate, hardware: Hardware) -> Setting:
+    """Return a candidate as the formulas of memory take it."""
+    sharded = candidate.strategy in ("fsdp", "hsdp", "zero3")
+    wide = recipe.model.dtype == "float32" or not hardware.gpu.bfloat16
+    zero = candidate.strategy.startswith("zero")
+    return Setting(
+        sharded=sharded,
+        shards=candidate.shard_size if sharded else 1,
+        micro_batch=candidate.micro_batch,
+        length=recipe.data.max_length,
+        recompute=candidate.recompute,
+        offload=candidate.offload,
+        quantized=recipe.quantization == "nf4",
+        compute_bytes=4 if wide else 2,
+        moments_shared_by=candidate.processes if zero else 1,
+    )
+
+
+def estimate(
+    recipe: Recipe,
+    shape: ModelShape,
+    adapter: AdapterShape,
+    candidate: Candidate,
+    hardware: Hardware,
+    *,
+    steps: int | None,
+) -> Estimate:
+    """Return what a candidate takes.
+
+    Args:
+        recipe: What to train.
+        shape: Of its base.
+        adapter: Of its adapter.
+        candidate: How.
+        hardware: Where.
+        steps: Optimizer steps of the run; None where nobody knows.
+    """
+    setting = setting_of(recipe, candidate, hardware)
+    assumed, gpu = hardware.assumed, hardware.gpu
+    per_process = -(-rows_of_step(recipe) // candidate.processes)
+    micro = min(candidate.micro_batch, per_process)
+    setting = replace(setting, micro_batch=micro)
+    found = peak_bytes(shape, adapter, setting)
+    largest = shape.largest_linear
+    weight = largest.out_features * largest.in_features * setting.compute_bytes
+    gathers = setting.sharded and setting.shards > 1
+    margin = (assumed.margin if gathers else 0.01) * found.allocated
+    if setting.quantized or gathers:
+        margin += assumed.margin_weights * weight
+    reserved = found.allocated + int(margin)
+    own = assumed.context_gib + (assumed.nccl_gib if candidate.processes > 1 else 0.0)
+
+    accumulation = -(-per_process // micro)
+    seconds = _seconds(shape, adapter, setting, candidate, hardware, accumulation)
+    inside, between = _received(shape, adapter, setting, candidate, accumulation)
+    rows = rows_of_step(recipe)
+    tokens = rows * setting.length
+    tokens_per_s = tokens / seconds.total
+    hours = None if steps is None else steps * seconds.total / 3600
+    work = FLOPS_PER_TOKEN_AND_PARAMETER * shape.parameters * tokens_per_s
+    on_node = candidate.processes // candidate.nodes
+    first_s, again_s = _start_seconds(shape, setting, candidate, hardware)
+    limit = hardware.memory_per_node_gib
+    return Estimate(
+        candidate=candidate,
+        bytes=found,
+        reserved_bytes=reserved,
+        device_bytes=reserved + int(own * GIB),
+        limit_bytes=int(gpu.memory_gib * GIB),
+        host_bytes=on_node
+        * int(
+            assumed.host_process_gib * GIB
+            # Page-locked memory is given in powers of two.
+            + (2 * base_bytes(shape, setting) if candidate.offload else 0)
+        ),
+        host_limit_bytes=None if limit is None else int(limit * GIB),
+        accumulation=accumulation,
+        seconds=seconds,
+        sent_inside_bytes=inside,
+        sent_between_bytes=between,
+        rows_per_step=rows,
+        tokens_per_step=tokens,
+        tokens_per_s=tokens_per_s,
+        mfu=work / (gpu.flops * candidate.processes),
+        hours=hours,
+        gpu_hours=None if hours is None else hours * candidate.processes,
+        first_start_s=first_s,
+        requeue_s=again_s,
+    )
+
+
+def rows_of_step(recipe: Recipe) -> int:
+    """Return the rows of an optimizer step, each as long as `data.max_length`."""
+    if recipe.train.global_batch_tokens is not None:
+        return max(1, recipe.train.global_batch_tokens // recipe.data.max_length)
+    return recipe.train.global_batch_size or DEFAULT_GLOBAL_ROWS
+
+
+def block_flops(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> tuple[int, int, int]:
+    """Return operations of one forward through one block: products, adapter's, attention's."""
+    tokens = setting.micro_batch * (setting.length + adapter.virtual_tokens)
+    products = 2 * tokens * shape.active_block_weights
+    low_rank = (
+        2 * tokens * adapter.rank * sum(t.in_features + t.out_features for t in adapter.targets)
+    )
+    # A token sees half of its row on average; scores and values take a product each.
+    attention = 2 * tokens * setting.length * shape.query_width
+    return products, low_rank, attention
+
+
+def _seconds(
+    shape: ModelShape,
+    adapter: AdapterShape,
+    setting: Setting,
+    candidate: Candidate,
+    hardware: Hardware,
+    accumulation: int,
+) -> Seconds:
+    assumed, gpu = hardware.assumed, hardware.gpu
+    peak = gpu.flops / (1 if setting.compute_bytes == 2 else 2)
+    memory = gpu.memory_gb_s * 1e9 * assumed.memory_efficiency
+    passes = 3 if setting.recompute else 2  # forward, backward, and forward again
+    products, low_rank, attention = block_flops(shape, adapter, setting)
+    # Backward of a frozen weight is one product, of a trained one two.
+    product_s = (passes * products + (passes + 1) * low_rank) / (peak * assumed.gemm_efficiency)
+    attention_s = (passes + 1.5) * attention / (peak * assumed.attention_efficiency)
+    kept = kept_by_block(shape, adapter, setting)
+    other_s = assumed.passes_over_kept * kept * (passes / 2) ** 0.5 / memory
+    written = 2.6 if setting.quantized else 0.0  # bytes per weight: codes and scales, and values
+    dequantize_s = passes * shape.block_weights * written / memory
+    per_block = product_s + attention_s + other_s + dequantize_s
+
+    # A block is gathered for forward and for backward; in backward also its recomputation runs.
+    halves = per_block / passes, per_block * (passes - 1) / passes
+    block = block_bytes(shape, setting)
+    waits = 0.0
+    rate = _gather_rate(candidate, hardware)
+    if setting.sharded and setting.shards > 1:
+        share = (setting.shards - 1) / setting.shards
+        gather_s = block * share / rate
+        waits = shape.layers * sum(max(0.0, gather_s - own_s) for own_s in halves)
+        waits += outer_bytes(shape, setting) * share / rate
+    if candidate.offload:
+        copy_s = block / setting.shards / (assumed.host_gb_s * 1e9)
+        waits += shape.layers * sum(max(0.0, copy_s - own_s) for own_s in halves)
+
+    predicted = setting.micro_batch * (setting.length - 1)
+    logits = predicted * shape.vocabulary
+    head_s = 4 * logits * shape.hidden / (peak * assumed.gemm_efficiency)
+    loss_s = 13 * logits * FLOAT / memory  # passes over the logits, which nothing fuses
+
+    summed = adapter.parameters * FLOAT
+    others = (candidate.processes - 1) / candidate.processes
+    link = hardware.between_gb_s if candidate.nodes > 1 else hardware.inside_gb_s
+    update_s = 7 * summed / memory
+    layers = shape.layers * accumulation
+    return Seconds(
+        products=layers * product_s + accumulation * head_s,
+        attention=layers * attention_s,
+        other_kernels=layers * other_s + accumulation * loss_s + update_s,
+        dequantize=layers * dequantize_s,
+        waits_for_gathers=accumulation * waits,
+        reduce=2 * others * summed / (link * 1e9),
+    )
+
+
+def _gather_rate(candidate: Candidate, hardware: Hardware) -> float:
+    """Return bytes per second that a GPU receives when the base is gathered."""
+    on_node = candidate.processes // candidate.nodes
+    inside = candidate.shard_size <= on_node
+    return (hardware.inside_gb_s if inside else hardware.between_gb_s) * 1e9
+
+
+def gathered_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Return the bytes of whole tensors that are gathered for one micro-batch."""
+    return 2 * shape.layers * block_bytes(shape, setting) + outer_bytes(shape, setting)
+
+
+def _received(
+    shape: ModelShape,
+    adapter: AdapterShape,
+    setting: Setting,
+    candidate: Candidate,
+    accumulation: int,
+) -> tuple[int, int]:
+    """Return the bytes that a GPU receives in a step: inside its node, and from others."""
+    inside = between = 0
+    on_node = candidate.processes // candidate.nodes
+    if setting.sharded and setting.shards > 1:
+        whole = accumulation * gathered_bytes(shape, setting)
+        near = min(setting.shards, on_node)
+        inside = whole * (near - 1) // setting.shards
+        between = whole * (setting.shards - near) // setting.shards
+    summed = 2 * adapter.parameters * FLOAT
+    if candidate.nodes > 1:
+        between += summed * (candidate.nodes - 1) // candidate.nodes
+    inside += summed * (on_node - 1) // on_node
+    return inside, between
+
+
+def _start_seconds(
+    shape: ModelShape, setting: Setting, candidate: Candidate, hardware: Hardware
+) -> tuple[float, float]:
+    """Return the seconds in which the base is there: at first, and once it is packed."""
+    released = shape.parameters * setting.stored_bytes
+    whole = replace(setting, sharded=False)
+    packed = base_bytes(shape, whole)
+    on_node = candidate.processes // candidate.nodes
+    # Replicas read the whole base each; under ddp all read a share and exchange them.
+    copies = 1 if candidate.shard_size == 1 else candidate.processes // candidate.shard_size
+    rate = hardware.assumed.disk_gb_s * 1e9
+    first = released * copies / candidate.nodes / rate
+    if setting.quantized:
+        quantized = released * copies / candidate.processes
+        first += quantized / (hardware.assumed.quantize_gb_s * 1e9)
+    assert on_node >= 1
+    return first, packed * copies / candidate.nodes / rate

@@ -1,0 +1,199 @@
+"""Bytes of one GPU at the fullest moment of a step, by what they are for.
+
+The formulas follow what the code keeps alive; a test holds them against the simulation, which
+runs that code. Counted is a micro-batch of the longest rows.
+"""
+
+from dataclasses import dataclass, fields
+
+from peft_dist.plan.adapter import AdapterShape
+from peft_dist.plan.shapes import Linear, ModelShape
+
+LOGIT_BYTES_PER_CHUNK = 256 << 20
+"""As in `model.loss`, which cannot be imported without torch; a test compares them."""
+FLOAT = 4
+"""Bytes of what is trained, and of copies that norms and losses compute on."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a run is placed and what it keeps, as far as memory goes."""
+
+    sharded: bool
+    """Whether the base is; then gathered blocks come and go."""
+    shards: int
+    """Processes that hold one copy of the base."""
+    micro_batch: int
+    """Rows."""
+    length: int
+    """Tokens of a row."""
+    recompute: bool
+    offload: bool = False
+    quantized: bool = True
+    compute_bytes: int = 2
+    """Of a value as it is computed: 2 for bfloat16, 4 for float32."""
+    stored_bytes: int = 2
+    """Of a value of embedding and head, as stored in the model's files."""
+    mask_bytes: int = 1
+    """Of a value's place in the mask of a dropout; a CPU keeps a factor in its stead."""
+    moments_shared_by: int = 1
+    """Processes among which AdamW's moments are divided (DeepSpeed)."""
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of tensors on one GPU."""
+
+    base: int
+    """This process's part of the base."""
+    gathered_blocks: int
+    """Blocks that are whole for the moment."""
+    gathered_vocabulary: int
+    """Embedding and head, which stay whole for a step."""
+    adapter: int
+    gradients: int
+    moments: int
+    activations: int
+    """What forward keeps for backward, and the largest pair of products besides."""
+    logits: int
+
+    @property
+    def allocated(self) -> int:
+        """All of them."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def base_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Return the bytes of the base that the first process holds."""
+    shards = setting.shards if setting.sharded else 1
+    return outer_bytes(shape, setting, shards) + shape.layers * block_bytes(shape, setting, shards)
+
+
+def outer_bytes(shape: ModelShape, setting: Setting, shards: int = 1) -> int:
+    """Return the bytes of embedding, head and last norm, of one of so many shards."""
+    width = min(setting.compute_bytes, setting.stored_bytes)
+    rows = -(-shape.vocabulary // shards) * shape.vocabulary_matrices
+    return rows * shape.hidden * width + _share(shape.outer_parameters, shards, setting)
+
+
+def block_bytes(shape: ModelShape, setting: Setting, shards: int = 1) -> int:
+    """Return the bytes of one block of the base, of one of so many shards."""
+    linears = sum(_linear_bytes(linear, setting, shards) for linear in shape.linears)
+    vectors = shape.vector_parameters + shape.block_biases
+    return linears + _share(vectors, shards, setting)
+
+
+def _share(parameters: int, shards: int, setting: Setting) -> int:
+    return -(-parameters // shards) * setting.compute_bytes
+
+
+def _linear_bytes(linear: Linear, setting: Setting, shards: int) -> int:
+    pieces = linear.copies if linear.copies > 1 else linear.out_features
+    row = linear.weights // pieces
+    return -(-pieces // shards) * _stored(row, linear.in_features, setting)
+
+
+def _stored(weights: int, in_features: int, setting: Setting) -> int:
+    """Return the bytes of weights whose rows have so many columns: codes and scales, or values."""
+    block = 64 if in_features % 64 == 0 else 32
+    if not setting.quantized or in_features % block:
+        return weights * setting.compute_bytes
+    return weights // 2 + weights // block * FLOAT
+
+
+def kept_by_block(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> int:
+    """Return the bytes that forward through one block keeps for backward."""
+    e, tokens = setting.compute_bytes, setting.micro_batch * setting.length
+    targets = adapter.targets
+    query, key, inner, hidden = (
+        shape.query_width, shape.key_width, shape.intermediate, shape.hidden
+    )  # fmt: skip
+    active = max(shape.experts_per_token, 1)
+    values = 2 * query + 2 * key  # rotated queries, keys and values, and attention's output
+    if shape.joined_qkv:
+        values += query + key  # a part of the joined product keeps all of it alive
+    values += active * inner * (3 if shape.gated else 1)
+    values += adapter.kept_per_token + adapter.rank * len(targets)
+    if adapter.weighs:  # DoRA scales what the base and LoRA make
+        values += 2 * sum(one.out_features for one in targets)
+    floats = shape.heads + 2 * shape.norms + (shape.norms * hidden if shape.float32_norms else 0)
+    if not shape.float32_norms:
+        values += shape.norms * hidden
+    if shape.head_norms:
+        floats += query + key
+    if shape.attention_softcap:  # scores stand in memory: capped, as softmax, and as weights
+        floats += shape.heads * setting.length
+        values += 2 * shape.heads * setting.length
+    masks = 0
+    if adapter.drops:  # each target keeps what it was given after dropout, and the mask
+        values += sum(one.in_features for one in targets)
+        masks = sum(one.in_features for one in targets) * setting.mask_bytes
+    else:
+        values += sum({_reads(one): one.in_features for one in targets}.values())
+    casts = (adapter.parameters // shape.layers) * e if e < FLOAT else 0
+    return tokens * (values * e + floats * FLOAT + masks) + casts
+
+
+def _reads(linear: Linear) -> str:
+    """Return which tensor a linear reads; those that read the same one keep it once."""
+    name = linear.name
+    if name in ("q_proj", "k_proj", "v_proj"):
+        return "attention"
+    if name in ("gate_proj", "up_proj"):
+        return "feed-forward"
+    return f"{name} {linear.in_features}"
+
+
+def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> Bytes:
+    """Return the bytes of the fullest moment of a step.
+
+    There are four that can be it: the gather of embedding and head, the loss, the start of backward
+    in the last norm, and backward through the feed-forward of a block.
+    """
+    e = setting.compute_bytes
+    rows, length = setting.micro_batch, setting.length + adapter.virtual_tokens
+    tokens, predicted = rows * length, rows * (setting.length - 1)
+    wide = tokens * shape.hidden
+    one_block = kept_by_block(shape, adapter, setting)
+    inputs = 8 * tokens * 3 + 2 * tokens * (shape.query_width // shape.heads) * e
+    if setting.recompute:
+        casts = adapter.input_parameters * e if e < FLOAT else 0
+        kept = shape.layers * wide * e + inputs
+        at_loss, at_norm, at_block = kept + casts, kept, kept + one_block
+    else:
+        # The first norm of a frozen embedding's output keeps nothing; the last one keeps its own.
+        at_loss = at_norm = at_block = shape.layers * one_block + inputs
+    last = wide * (e + (FLOAT if setting.recompute else 0)) + 2 * predicted * shape.hidden * e
+
+    chunk = min(max(1, LOGIT_BYTES_PER_CHUNK // (FLOAT * shape.vocabulary)), predicted)
+    copies = (4 if shape.head_softcap else 3) + (1 if chunk < predicted else 0)
+    logits = copies * chunk * shape.vocabulary * FLOAT
+
+    largest = shape.largest_linear
+    product = tokens * shape.intermediate * max(shape.experts_per_token, 1) * e
+    weight = largest.out_features * largest.in_features * e if setting.quantized else 0
+    backward = wide * e + product + max(product, weight)
+    norm = 5 * wide * FLOAT
+
+    gathers = setting.sharded and setting.shards > 1
+    block = block_bytes(shape, setting)
+    vocabulary = outer_bytes(shape, setting) if gathers else 0
+    # The buffer that a gather is received in lives until the next one.
+    buffer = block if gathers else 0
+    moments = [
+        (inputs, 0, vocabulary + 2 * buffer),
+        (at_loss + last, logits, buffer),
+        (at_norm + norm, 0, buffer),
+        (at_block + backward, 0, 2 * buffer),
+    ]
+    activations, logits, gathered = max(moments, key=sum)
+    return Bytes(
+        base=0 if setting.offload else base_bytes(shape, setting),
+        gathered_blocks=gathered,
+        gathered_vocabulary=vocabulary,
+        adapter=adapter.parameters * FLOAT,
+        gradients=adapter.parameters * FLOAT,
+        moments=2 * adapter.parameters * FLOAT // setting.moments_shared_by,
+        activations=activations,
+        logits=logits,
+    )

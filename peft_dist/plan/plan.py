@@ -1,0 +1,300 @@
+"""Which ways there are to run a recipe on some nodes, what each takes, and which is best."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peft_dist.common import paths
+from peft_dist.common.errors import ModelError, PeftDistError
+from peft_dist.config import Recipe
+from peft_dist.plan.adapter import AdapterShape, adapter_shape
+from peft_dist.plan.estimate import Candidate, Estimate, estimate, rows_of_step
+from peft_dist.plan.hardware import Hardware
+from peft_dist.plan.shapes import ModelShape, read_shape
+
+COUNTED_ROW_BYTES = 256 << 20
+"""Largest file whose rows are counted to know how long a run takes."""
+MOST_NODES = 64
+"""Up to which it is looked for nodes on which something would fit."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned: a recipe, and what its model and adapter are made of."""
+
+    recipe: Recipe
+    shape: ModelShape
+    adapter: AdapterShape
+    steps: int | None
+    """Optimizer steps of the run; None where nobody knows."""
+
+    def estimate(self, candidate: Candidate, hardware: Hardware) -> Estimate:
+        """Return what a candidate takes."""
+        return estimate(
+            self.recipe, self.shape, self.adapter, candidate, hardware, steps=self.steps
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy on so many nodes."""
+
+    estimate: Estimate
+    remedy: str
+    """What would make it fit; empty where it does."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every way that was looked at."""
+
+    subject: Subject
+    hardware: Hardware
+    rows: tuple[Row, ...]
+    best: Row | None
+    """None where nothing fits."""
+    reason: str
+    """Why that one."""
+
+    def figures(self) -> dict[str, Any]:
+        """Return every figure, as JSON takes it."""
+        return {
+            "model": self.subject.recipe.model.name,
+            "parameters": self.subject.shape.parameters,
+            "trained_parameters": self.subject.adapter.parameters,
+            "gpu": asdict(self.hardware.gpu),
+            "inside_gb_s": self.hardware.inside_gb_s,
+            "between_gb_s": self.hardware.between_gb_s,
+            "assumed": asdict(self.hardware.assumed),
+            "rows": [_as_json(row) for row in self.rows],
+            "best": None if self.best is None else _as_json(self.best),
+            "reason": self.reason,
+        }
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    found = row.estimate
+    values = asdict(found)
+    values["bytes"]["allocated"] = found.bytes.allocated
+    values["seconds"]["total"] = found.seconds.total
+    return {**values, "fits": found.fits, "remedy": row.remedy}
+
+
+def read_config(name: str, revision: str | None, *, network: bool = True) -> dict[str, Any]:
+    """Return a model's config.json: of a folder, this machine's hub cache, or the hub.
+
+    Raises:
+        ModelError: Where there is none, or no JSON object in it.
+    """
+    folder = paths.staged(name) or Path(name).expanduser()
+    file = folder / "config.json"
+    if not folder.is_dir():
+        file = _from_hub(name, revision, network=network)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{file} cannot be read ({error})",
+            where="model.name",
+            remedy="give a folder with a Hugging Face config.json",
+        ) from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} holds no object", where="model.name", remedy="download it again")
+    return config
+
+
+def _from_hub(name: str, revision: str | None, *, network: bool) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        faults = (HFValidationError, HfHubHTTPError, OSError)
+    except ImportError:
+        raise ModelError(
+            f"{name!r} is no folder, and huggingface_hub is not installed",
+            where="model.name",
+            remedy="give a folder with the model's config.json",
+        ) from None
+    try:
+        return Path(
+            hf_hub_download(name, "config.json", revision=revision, local_files_only=not network)
+        )
+    except faults as error:
+        raise ModelError(
+            f"{name!r} is neither a folder nor a hub model that can be reached "
+            f"({type(error).__name__})",
+            where="model.name",
+            remedy="give a folder with the model's config.json",
+        ) from None
+
+
+def subject_of(recipe: Recipe, config: dict[str, Any]) -> Subject:
+    """Return what a recipe trains.
+
+    Raises:
+        PeftDistError: For a model or method that there are no formulas for.
+    """
+    shape = read_shape(config, where="model.name")
+    adapter = adapter_shape(recipe.method, shape)
+    if adapter is None:
+        raise PeftDistError(
+            f"no formula for the sizes of method {recipe.method.kind} as it is set",
+            where="method",
+            remedy="plan it with --simulate",
+        )
+    return Subject(recipe, shape, adapter, _steps(recipe))
+
+
+def _steps(recipe: Recipe) -> int | None:
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    sources = recipe.data.sources("train")
+    rows = _count_rows(Path(sources[0].path)) if len(sources) == 1 else None
+    if rows is None:
+        return None
+    return max(1, int(rows * (recipe.train.epochs or 1)) // rows_of_step(recipe))
+
+
+def _count_rows(file: Path) -> int | None:
+    """Count the lines of a JSONL file; None for any other, or a large one."""
+    try:
+        if file.suffix != ".jsonl" or file.stat().st_size > COUNTED_ROW_BYTES:
+            return None
+        with file.open("rb") as stream:
+            return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b""))
+    except OSError:
+        return None
+
+
+def make_plan(subject: Subject, hardware: Hardware, nodes: Sequence[int]) -> Plan:
+    """Look at every strategy on every number of nodes."""
+    rows = []
+    for count in nodes:
+        for strategy in _strategies(subject.recipe, count):
+            found = best_setting(subject, hardware, strategy, count)
+            rows.append(Row(found, "" if found.fits else remedy_for(subject, hardware, found)))
+    best, reason = _best(rows)
+    return Plan(subject, hardware, tuple(rows), best, reason)
+
+
+def choose(
+    subject: Subject, hardware: Hardware, nodes: int, *, strategies: Sequence[str] = ()
+) -> Estimate:
+    """Return what a run on these nodes should do, where a recipe leaves it open.
+
+    Of what fits the fastest; where nothing does, what comes nearest.
+    """
+    found = [
+        best_setting(subject, hardware, strategy, nodes)
+        for strategy in strategies or _strategies(subject.recipe, nodes, only_its_own=True)
+    ]
+    return min(found, key=_order)
+
+
+def _strategies(recipe: Recipe, nodes: int, *, only_its_own: bool = False) -> list[str]:
+    own = recipe.parallel.strategy
+    if only_its_own and own != "auto":
+        return [own]
+    offers = ["ddp"] if recipe.parallel.offload == "none" else []
+    offers += ["fsdp", *(["hsdp"] if nodes > 1 else [])]
+    return offers if own == "auto" or own in offers else [*offers, own]
+
+
+def best_setting(subject: Subject, hardware: Hardware, strategy: str, nodes: int) -> Estimate:
+    """Return the best of the settings that the recipe leaves open, under one strategy."""
+    candidates = _candidates(subject.recipe, hardware, strategy, nodes)
+    return min((subject.estimate(one, hardware) for one in candidates), key=_order)
+
+
+def _order(found: Estimate) -> tuple[bool, float, int]:
+    """What fits comes first, then what is faster; of what does not, what is smaller."""
+    worth = -round(found.tokens_per_s, -1) if found.fits else found.device_bytes
+    return not found.fits, worth, found.sent_inside_bytes + found.sent_between_bytes
+
+
+def processes_on(recipe: Recipe, hardware: Hardware, nodes: int) -> int:
+    """Return how many processes a recipe has on so many nodes."""
+    return recipe.parallel.processes or nodes * hardware.gpus_per_node
+
+
+def _candidates(
+    recipe: Recipe, hardware: Hardware, strategy: str, nodes: int
+) -> Iterator[Candidate]:
+    processes = processes_on(recipe, hardware, nodes)
+    on_node = max(1, processes // nodes)
+    shards = {"ddp": 1, "zero2": 1, "hsdp": recipe.parallel.shard_size or on_node}
+    micro, recompute = recipe.train.micro_batch_size, recipe.train.activation_checkpointing
+    for rows in [micro] if micro != "auto" else _powers(-(-rows_of_step(recipe) // processes)):
+        for again in [recompute] if recompute != "auto" else [False, True]:
+            yield Candidate(
+                strategy=strategy,
+                nodes=nodes,
+                processes=processes,
+                shard_size=shards.get(strategy, processes),
+                micro_batch=rows,
+                recompute=again,
+                offload=recipe.parallel.offload == "cpu" and strategy not in ("ddp", "zero2"),
+            )
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << power for power in range(most.bit_length())]
+
+
+def remedy_for(subject: Subject, hardware: Hardware, found: Estimate) -> str:
+    """Return in a few words what would make a candidate fit: least change first."""
+    own = found.candidate
+    smaller = [rows for rows in _powers(own.micro_batch) if rows < own.micro_batch][::-1]
+    changes: list[tuple[str, Candidate]] = []
+    for rows in smaller:
+        changes.append((f"train.micro_batch_size: {rows}", replace(own, micro_batch=rows)))
+    for rows in [own.micro_batch, *smaller]:
+        words = "train.activation_checkpointing: true"
+        if rows != own.micro_batch:
+            words += f" and train.micro_batch_size: {rows}"
+        changes.append((words, replace(own, micro_batch=rows, recompute=True)))
+    if own.strategy == "fsdp":
+        nodes = own.nodes * 2
+        while nodes <= MOST_NODES and subject.recipe.parallel.processes is None:
+            more = own.processes // own.nodes * nodes
+            wider = replace(
+                own, nodes=nodes, processes=more, shard_size=more, recompute=True, micro_batch=1
+            )
+            words = f"{nodes} nodes, train.activation_checkpointing: true, micro_batch_size: 1"
+            changes.append((words, wider))
+            nodes *= 2
+    if own.strategy not in ("ddp", "zero2"):
+        least = replace(own, offload=True, recompute=True, micro_batch=1)
+        words = "parallel.offload: cpu, train.activation_checkpointing: true, micro_batch_size: 1"
+        changes.append((words, least))
+    for words, candidate in changes:
+        if candidate != own and subject.estimate(candidate, hardware).fits:
+            return f"fits with {words}"
+    if own.strategy in ("ddp", "zero2"):
+        return "the base is whole on every GPU; shard it (fsdp)"
+    return "fits with nothing that was tried; shorten data.max_length, or take larger GPUs"
+
+
+def _best(rows: Sequence[Row]) -> tuple[Row | None, str]:
+    fitting = [row for row in rows if row.estimate.fits]
+    if not fitting:
+        return None, "nothing fits"
+
+    def per_gpu(row: Row) -> float:
+        return row.estimate.tokens_per_s / row.estimate.candidate.processes
+
+    best = max(fitting, key=lambda row: (round(per_gpu(row), -1), -row.estimate.device_bytes))
+    found = best.estimate
+    spare = (found.limit_bytes - found.device_bytes) / (1 << 30)
+    return best, (
+        f"most tokens per second and GPU of what fits ({per_gpu(best):,.0f}), "
+        f"{spare:.1f} GiB to spare"
+    )
+
+
+def hub_is_off() -> bool:
+    """Whether the environment keeps Hugging Face's libraries from the network."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")

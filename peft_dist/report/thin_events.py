@@ -1,0 +1,66 @@
+"""Keep so many events of a long ledger as a report can hold: of its steps a sample and extremes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from peft_dist.ledger.events import LedgerEvent, StepEvent
+
+MOST_STEPS = 100_000
+"""Steps that are kept at most; each takes about 2 kB, and a report needs a thousand points."""
+FIRST_GROUP = 16
+"""Steps of a group once there are too many; a group keeps its first step and its extremes."""
+EXTREMES = ("loss", "grad_norm", "tokens_per_s")
+"""Fields whose lowest and highest step of each group is kept."""
+
+
+class ThinnedEvents:
+    """The events of a ledger in order, with at most `MOST_STEPS` of its steps."""
+
+    def __init__(self) -> None:
+        """Hold none."""
+        self.kept: list[LedgerEvent] = []
+        self.steps = 0
+        """Steps that came."""
+        self._group: list[LedgerEvent] = []
+        self._group_size = 1
+        self._kept_steps = 0
+
+    def add(self, event: LedgerEvent) -> None:
+        """Take the next event."""
+        self._group.append(event)
+        self.steps += isinstance(event, StepEvent)
+        if len(self._group) >= self._group_size:
+            self._close_group()
+
+    def finish(self) -> list[LedgerEvent]:
+        """Return what is kept of all events."""
+        self._close_group()
+        return self.kept
+
+    def _close_group(self) -> None:
+        kept = list(_thinned(self._group))
+        self._kept_steps += sum(isinstance(event, StepEvent) for event in kept)
+        self.kept += kept
+        self._group = []
+        if self._kept_steps > MOST_STEPS:
+            self._group_size = max(FIRST_GROUP, 2 * self._group_size)
+            self.kept = [
+                event
+                for begin in range(0, len(self.kept), FIRST_GROUP)
+                for event in _thinned(self.kept[begin : begin + FIRST_GROUP])
+            ]
+            self._kept_steps = sum(isinstance(event, StepEvent) for event in self.kept)
+
+
+def _thinned(group: Sequence[LedgerEvent]) -> Iterator[LedgerEvent]:
+    """Return what a group keeps: its first and extreme steps, and all that is no step."""
+    steps = [event for event in group if isinstance(event, StepEvent)]
+    if len(steps) < FIRST_GROUP // 2:
+        return iter(group)
+    wanted = {steps[0].step}
+    for name in EXTREMES:
+        known: Iterable[tuple[float, int]] = [
+            (value, event.step) for event in steps if (value := getattr(event, name)) is not None
+        ]
+        if known:
+            wanted |= {min(known)[1], max(known)[1]}
+    return (e for e in group if not isinstance(e, StepEvent) or e.step in wanted)

@@ -1,0 +1,237 @@
+"""Run one rank's start and its first steps on fake tensors: exact bytes, without having them.
+
+One CPU process stands for a rank of any world, in a process group that carries nothing. What runs
+is the product's own `set_up_model` and `Trainer`; only what reads values is left out.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from peft_dist.common.errors import LaunchError
+from peft_dist.config import Recipe
+from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.distributed.world import World
+from peft_dist.metrics.step import StepMetricsReader
+from peft_dist.model import architectures
+from peft_dist.model.source import BaseSource
+from peft_dist.model.weights import Stored, WeightFiles
+from peft_dist.model_setup import set_up_model
+from peft_dist.sharding import ENGINES, Engine
+from peft_dist.simulation.meter import Meter
+from peft_dist.trainer import Trainer
+
+STEPS = 2
+"""AdamW makes its moments in the first update, so that the second step is as full as any."""
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What one rank does in a step, once everything is there."""
+
+    peak_bytes: int
+    """Most bytes of tensors at once."""
+    start_peak_bytes: int
+    """Most of them while the model is set up; reading and quantizing not counted."""
+    base_bytes: int
+    """Of the base, on this rank."""
+    base_parameters: int
+    trained_parameters: int
+    flops: int
+    carried_bytes: dict[str, int]
+    """By collective: bytes of whole gathered tensors, and of summed vectors."""
+    collectives: dict[str, int]
+    """By collective: how many."""
+
+
+class ShapeFiles(WeightFiles):
+    """Stands where a model's files would: names, shapes and a dtype from its config alone."""
+
+    def __init__(self, folder: Path, skeleton: nn.Module, dtype: str) -> None:
+        """Take every parameter of a model on `meta` for a tensor that is stored."""
+        self.folder, self.files = folder, ()
+        self.tensors = {
+            name: Stored(folder, tuple(parameter.shape), dtype)
+            for name, parameter in skeleton.named_parameters()
+        }
+
+
+class _NoSource(BaseSource):
+    """Fills nothing."""
+
+    def fill(self, *_args: Any, **_kwargs: Any) -> None:
+        """Leave the parameters as they are."""
+
+
+class _SilentReader(StepMetricsReader):
+    def put(self, *_args: Any) -> None:
+        """Keep nothing: metrics of fake tensors have no values."""
+
+
+class _Trainer(Trainer):
+    """A trainer whose metrics nobody reads."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reader = _SilentReader(self.world.device)
+
+    def steps(self, count: int) -> Iterator[int]:
+        """Do the first steps of a run, and yield after each."""
+        self.setup.model.train()
+        for step, cursor, ids in self.plan.steps(step=0, cursor=0):
+            self._step(step, self.plan.total_steps, ids, cursor)
+            yield step
+            if step == count:
+                return
+
+
+def simulate(recipe: Recipe, folder: Path, world: World) -> Simulated:
+    """Run the start and two steps of one rank, every row as long as `data.max_length` allows.
+
+    Args:
+        recipe: What to train.
+        folder: Has the model's config.json; its weights are not read.
+        world: The rank to stand for; its device is the CPU.
+
+    Raises:
+        LaunchError: For DeepSpeed's engines, which do not run on fake tensors.
+    """
+    if recipe.parallel.strategy.startswith("zero"):
+        raise LaunchError(
+            f"{recipe.parallel.strategy} cannot be simulated",
+            where="parallel.strategy",
+            remedy="plan it without --simulate",
+        )
+    torch_dist.init_process_group("fake", store=FakeStore(), rank=world.rank, world_size=world.size)
+    try:
+        return measure(recipe, folder, world, mode=FakeTensorMode(allow_non_fake_inputs=True))
+    finally:
+        torch_dist.destroy_process_group()
+
+
+def measure(
+    recipe: Recipe,
+    folder: Path,
+    world: World,
+    *,
+    mode: AbstractContextManager[object],
+) -> Simulated:
+    """Run a start and two steps with a base that is not read; return what was counted. Collective.
+
+    Args:
+        recipe: What to train.
+        folder: Has the model's config.json; its weights are not read.
+        world: This process's rank and world; the process group has been started.
+        mode: What the steps run in: fake tensors, or nothing to use real ones.
+    """
+    recipe, meter = _settled(recipe, world), Meter()
+    with ExitStack() as stack, _one_thread():
+        engines = _engines(stack, meter, mode)
+        setup = set_up_model(recipe, world, _source(recipe, folder), engines=engines)
+        trainer = _Trainer(setup, _rows(recipe, world.size), None)
+        meter.phase = "step 1"
+        for step in trainer.steps(STEPS):
+            meter.phase = f"step {step + 1}"
+    last = f"step {STEPS}"
+    return Simulated(
+        peak_bytes=meter.peak_bytes[last],
+        start_peak_bytes=meter.peak_bytes["start"],
+        base_bytes=setup.base_bytes_by_rank[world.rank],
+        base_parameters=setup.base_parameters,
+        trained_parameters=sum(p.numel() for p in setup.adapter.values()),
+        flops=meter.flops[last],
+        carried_bytes={
+            name: carried for (phase, name), carried in meter.carried_bytes.items() if phase == last
+        },
+        collectives={name: n for (phase, name), n in meter.collectives.items() if phase == last},
+    )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _settled(recipe: Recipe, world: World) -> Recipe:
+    """Return the recipe with what a start would find out on the nodes, and few steps."""
+    train = recipe.train.model_copy(update={"steps": STEPS, "epochs": None})
+    method = recipe.method
+    if hasattr(
+        method, "virtual_tokens"
+    ):  # words to start from need a tokenizer, and change no size
+        method = method.model_copy(update={"init": "random", "text": None})
+    return recipe.model_copy(update={"train": train, "method": method})
+
+
+def _source(recipe: Recipe, folder: Path) -> BaseSource:
+    if any(folder.glob("*.safetensors")):
+        return _NoSource(WeightFiles(folder), None, folder)
+    config = architectures.read_config(folder, task=recipe.model.task)
+    stored = "F32" if getattr(config, "dtype", None) in (None, torch.float32) else "BF16"
+    skeleton = architectures.build_skeleton(
+        config, task=recipe.model.task, dtype=torch.bfloat16, attention="auto"
+    )
+    return _NoSource(ShapeFiles(folder, skeleton, stored), None, folder)
+
+
+def _engines(
+    stack: ExitStack, meter: Meter, mode: AbstractContextManager[object]
+) -> dict[str, type[Engine]]:
+    """Return engines that enter the mode, and begin to count, where parameters get memory.
+
+    The model is built and wrapped on `meta` as ever: PEFT cannot move modules of fake tensors.
+    """
+
+    def measured(engine: type[Engine]) -> type[Engine]:
+        class Measured(engine):  # type: ignore[valid-type, misc]
+            def materialize(self, model: nn.Module) -> None:
+                stack.enter_context(mode)
+                stack.enter_context(meter)
+                meter.phase = "start"
+                super().materialize(model)
+
+            def fingerprint(self, parameters: dict[str, nn.Parameter]) -> dict[str, int]:
+                return dict.fromkeys(parameters, 0)  # there are no values
+
+            def adapters_agree(self) -> bool:
+                return True
+
+        return Measured
+
+    return {name: measured(engine) for name, engine in ENGINES.items()}
+
+
+def _rows(recipe: Recipe, processes: int) -> TokenizedRows:
+    """Return rows of the longest length that the recipe allows, enough for every step."""
+    length = recipe.data.max_length
+    per_step = recipe.train.global_batch_size or max(
+        1, (recipe.train.global_batch_tokens or 16 * length) // length
+    )
+    count = STEPS * max(per_step, processes)
+    tokens = np.zeros(count * length, dtype=np.int32)
+    return TokenizedRows(
+        tokens=tokens,
+        trained=np.ones(len(tokens), dtype=bool),
+        offsets=np.arange(count + 1, dtype=np.int64) * length,
+        class_ids=np.zeros(count, dtype=np.int32)
+        if recipe.model.task == "sequence-classification"
+        else None,
+        label_names=(),
+        pad_id=0,
+        sources=(),
+        fingerprint="",
+    )

@@ -1,0 +1,109 @@
+"""`peft-dist doctor`: one line per finding, with its remedy, and exit code 2 where one is bad."""
+
+from pathlib import Path
+
+import pytest
+
+from peft_dist.cli.main import main
+from peft_dist.launch.placement import Machine
+from peft_dist.plan import doctor
+from tests.configs import model_folder
+from tests.unit.run_folders import slurm_commands
+from tests.unit.slurm_desk import Capture
+
+
+@pytest.fixture(autouse=True)
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in a shell without leftovers, with a cache of its own."""
+    for name in doctor.STALE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PEFT_DIST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(doctor, "this_machine", lambda: Machine(gpus=0, cores=1))
+    (tmp_path / "cache").mkdir(mode=0o700)
+
+
+def findings(capsys: Capture, *words: str) -> tuple[int, dict[str, list[str]]]:
+    code = main(["doctor", *words])
+    found: dict[str, list[str]] = {"ok": [], "note": [], "bad": []}
+    for line in capsys.readouterr().out.splitlines():
+        level, text = line.split(maxsplit=1)
+        found[level].append(text)
+    return code, found
+
+
+def test_a_sound_machine_has_nothing_bad(capsys: Capture, tmp_path: Path) -> None:
+    code, found = findings(capsys)
+    assert (code, found["bad"]) == (0, [])
+    assert any(text.startswith("installed: ") and "torch 2." in text for text in found["ok"])
+    assert any(str(tmp_path / "cache") in text for text in found["ok"] + found["note"])
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == []
+
+
+def test_what_a_launcher_left_behind_is_bad(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    code, found = findings(capsys)
+    assert code == 2
+    assert found["bad"] == ["WORLD_SIZE of a launcher is set in this shell; unset WORLD_SIZE"]
+
+
+def test_a_version_that_we_are_not_made_for_is_bad(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = doctor.importlib.metadata.version
+    monkeypatch.setattr(
+        doctor.importlib.metadata, "version", lambda name: "1.0" if name == "peft" else real(name)
+    )
+    code, found = findings(capsys)
+    assert code == 2
+    assert found["bad"][0].startswith("peft 1.0 is not ")
+
+
+@pytest.mark.parametrize(
+    ("version", "limit", "kept"),
+    [
+        ("2.13.0+cpu", ">=2.11", True),
+        ("2.14.1", "<2.14", False),
+        ("6", "<6", False),
+        ("5.23.0", ">=5.17", True),
+        ("0.50.2", "==0.50.1", False),
+    ],
+)
+def test_limits_of_versions(version: str, limit: str, kept: bool) -> None:
+    assert doctor._keeps(version, limit) is kept
+
+
+def test_gpus_are_read_and_a_build_without_them_is_bad(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = "echo '0, NVIDIA H100 80GB HBM3, 81559, 5000, 570.86'"
+    slurm_commands(tmp_path / "bin", **{"nvidia-smi": answer})
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(doctor, "this_machine", lambda: Machine(gpus=1, cores=1))
+    real = doctor.importlib.metadata.version
+    monkeypatch.setattr(
+        doctor.importlib.metadata,
+        "version",
+        lambda name: "2.13.0+cpu" if name == "torch" else real(name),
+    )
+    code, found = findings(capsys)
+    assert code == 2
+    assert any("torch is built for the CPU" in text for text in found["bad"])
+    assert any("5000 in use" in text and "end what uses it" in text for text in found["note"])
+
+
+def test_a_recipe_is_looked_at_too(recipe_file: Path, tmp_path: Path, capsys: Capture) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("gpus_per_node: 1\ngpu: l4-24gb\n")
+    code, found = findings(capsys, str(recipe_file))
+    assert code == 2
+    assert "config.json cannot be read" in found["bad"][0]
+    model_folder(tmp_path / "model", "llama-3.1-405b")
+    code, found = findings(capsys, str(recipe_file), "--cluster", str(cluster))
+    assert code == 2
+    assert found["bad"][0].startswith("does not fit on one node: ")
+    model_folder(tmp_path / "model", "llama-3.1-8b")
+    code, found = findings(capsys, str(recipe_file))
+    assert (code, found["bad"]) == (0, [])

@@ -1,0 +1,61 @@
+"""The shipped recipes of real size: each says what the plan says of it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_dist.cli.main import main
+from tests.configs import CONFIGS, model_folder
+from tests.processes import ROOT
+from tests.unit.slurm_desk import Capture
+
+HEADER = re.compile(r"# Plan, (\d+) x (\d+) ([a-z0-9-]+): .*")
+RECIPES = {
+    path.stem: path
+    for path in sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+    if HEADER.search(path.read_text(encoding="utf-8"))
+}
+
+
+def plan_line(found: dict[str, Any], nodes: int, gpus: int, gpu: str, strategy: str) -> str:
+    """Return what a recipe says of its plan."""
+    (row,) = [row for row in found["rows"] if row["candidate"]["strategy"] == strategy]
+    assert row["fits"]
+    tensors, in_all, limit = (
+        size / 2**30
+        for size in (row["bytes"]["allocated"], row["device_bytes"], row["limit_bytes"])
+    )
+    step_s, speed = row["seconds"]["total"], row["tokens_per_s"]
+    return (
+        f"# Plan, {nodes} x {gpus} {gpu}: {tensors:.1f} GiB of tensors, "
+        f"{in_all:.1f} of {limit:.1f} in all; {step_s:.1f} s a step, {speed:,.0f} tokens/s."
+    )
+
+
+def test_the_recipes_of_real_size_are_these() -> None:
+    assert set(RECIPES) == {
+        "gemma-2-27b-qlora", "llama-2-7b-lora", "llama-3.1-405b-qlora", "llama-3.1-8b-qlora",
+        "llama-3.3-70b-qlora", "mistral-small-24b-qlora", "phi-4-qlora", "qwen3-32b-qlora",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_what_its_plan_says(name: str, tmp_path: Path, capsys: Capture) -> None:
+    text = RECIPES[name].read_text(encoding="utf-8")
+    stated = HEADER.search(text)
+    assert stated is not None
+    nodes, gpus, gpu = int(stated[1]), int(stated[2]), stated[3]
+    config = next(key for key in CONFIGS if name.startswith(key))
+    model = model_folder(tmp_path / "model", config)
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(f"gpus_per_node: {gpus}\ngpu: {gpu}\n")
+    code = main(["plan", str(RECIPES[name]), f"model.name={model}", "--cluster", str(cluster),
+                 "--nodes", str(nodes), "--json"])  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    assert code == 0
+    strategy = re.search(r"strategy: (\w+)", text)
+    assert strategy is not None
+    assert stated[0] == plan_line(found, nodes, gpus, gpu, strategy[1])

@@ -1,0 +1,130 @@
+"""What is trained has the losses of transformers, whatever the architecture, or is not trained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peft_dist.common.errors import ModelError
+from peft_dist.config.models import known_to_transformers
+from peft_dist.distributed.world import World
+from peft_dist.entrypoints.check_models import build_tiny, check
+from peft_dist.model import attention
+from peft_dist.model import experts as experts_module
+from peft_dist.model.head import Head
+from peft_dist.model.source import find_base
+from peft_dist.model_setup import ModelSetup, set_up_model
+from tests.faults.long import only_long
+from tests.tiny import tiny_recipe
+
+WAYS = {
+    "cohere": "packed, peft_dist_rows",  # scales its logits
+    "granite": "packed, peft_dist_rows",  # divides them
+    "gpt_oss": "padded, eager",  # learned sinks; mixes packed rows
+    "bloom": "padded, eager",  # a bias by distance in place of positions
+    "qwen3_moe": "packed, peft_dist_rows",  # stores experts one by one
+    "phi3": "packed, peft_dist_rows",
+}
+"""Types whose losses, gradients or weights were other than transformers', and how they are computed
+now."""
+
+
+@pytest.mark.parametrize("model_type", WAYS)
+def test_losses_and_gradients_are_those_of_transformers(
+    tmp_path: Path, alone: World, model_type: str
+) -> None:
+    found = check(model_type, tmp_path, alone)
+    assert (found.kind, found.detail) == ("equal", WAYS[model_type])
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "mixtral"])
+def test_experts_in_4_bits_compute_what_their_values_do_in_full(
+    tmp_path: Path, alone: World, model_type: str
+) -> None:
+    found = check(model_type, tmp_path, alone, quantization="nf4")
+    assert found.kind == "equal", found.detail
+
+
+def test_experts_are_sharded_as_they_are_quantized_and_only_those_hit_are_dequantized(
+    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ddp = {"strategy": "ddp"}
+    setup = set_up(tmp_path, alone, "mixtral", quantization="nf4", parallel=ddp)
+    name = next(n for n in setup.base if n.endswith("gate_up_proj_packed"))
+    assert setup.base[name].shape == (4, 256, 32)
+    experts = setup.peft.get_submodule(name.rpartition(".")[0])
+    used: list[int] = []
+    weight_of = experts_module.expert_weight
+
+    def noted(packed: torch.Tensor, absmax: torch.Tensor, expert: int, **more: Any) -> torch.Tensor:
+        used.append(expert)
+        return weight_of(packed, absmax, expert, **more)
+
+    monkeypatch.setattr(experts_module, "expert_weight", noted)
+    hidden, index = torch.randn(3, 64), torch.tensor([[1, 3], [3, 1], [1, 3]])
+    experts_module.nf4_experts_forward(experts, hidden, index, torch.ones(3, 2))
+    assert used == [1, 1, 3, 3]
+
+
+def set_up(folder: Path, world: World, model_type: str, **sections: Any) -> ModelSetup:
+    build_tiny(model_type).save_pretrained(folder / "model")
+    sections = {"quantization": "none"} | sections
+    recipe = tiny_recipe(folder / "model", folder / "none.jsonl", **sections)
+    return set_up_model(recipe, world, find_base(recipe, folder / "cache"))
+
+
+def test_a_head_that_drops_what_the_model_does_to_its_logits_is_refused(
+    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Head.__init__
+
+    def broken(head: Head, model: Any) -> None:
+        whole(head, model)
+        head.after = None
+
+    monkeypatch.setattr(Head, "__init__", broken)
+    with pytest.raises(ModelError, match="the head is the first to differ") as caught:
+        set_up(tmp_path, alone, "cohere")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_attention_that_is_wrong_in_one_layer_is_not_used_and_the_layer_is_named(
+    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = attention._row_attention
+
+    def wrong(module: Any, query: torch.Tensor, *args: Any, **more: Any) -> Any:
+        return right(module, query * (1.5 if module.layer_idx == 1 else 1.0), *args, **more)
+
+    monkeypatch.setattr(attention, "_row_attention", wrong)
+    with caplog.at_level("INFO"):
+        setup = set_up(tmp_path, alone, "llama")
+    assert setup.packing
+    assert "not used: packed rows and attention peft_dist_rows" in caplog.text
+    assert "model.layers.1 is the first to differ" in caplog.text
+
+
+def test_rows_that_a_model_mixes_are_not_packed_and_asking_for_it_is_refused(
+    tmp_path: Path, alone: World
+) -> None:
+    assert not set_up(tmp_path, alone, "rwkv").packing
+    with pytest.raises(
+        ModelError, match="rwkv is not computed as transformers computes it: packed"
+    ):
+        set_up(tmp_path, alone, "rwkv", data={"packing": True})
+
+
+def test_a_model_that_looks_ahead_is_no_causal_one(tmp_path: Path, alone: World) -> None:
+    with pytest.raises(ModelError, match="bert is no causal language model as it is configured"):
+        set_up(tmp_path, alone, "bert")
+
+
+@only_long
+def test_no_decoder_of_transformers_is_silently_different(tmp_path: Path, alone: World) -> None:
+    names = known_to_transformers()
+    found = {name: check(name, tmp_path / name, alone) for name in names}
+    kinds = [result.kind for result in found.values()]
+    wrong = {n: r for n, r in found.items() if r.kind not in ("equal", "refused", "not built")}
+    assert not wrong
+    assert kinds.count("equal") > len(kinds) / 2

@@ -1,0 +1,166 @@
+"""`auto` in a recipe: what the control plane chooses is written down, and what cannot fit waits."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peft_dist.cli.main import main
+from peft_dist.common.errors import RecipeError
+from peft_dist.config import load_recipe
+from peft_dist.config.batch_shape import require_settled
+from peft_dist.launch.placement import Machine
+from peft_dist.ledger.events import from_fields
+from peft_dist.plan.hardware import find_gpu, hardware_of, recognise_gpu
+from peft_dist.plan.settle import settle
+from peft_dist.run.directory import RunDir
+from peft_dist.run.prediction import planned_facts
+from tests.configs import model_folder
+from tests.unit.run_folders import slurm_commands
+from tests.unit.slurm_desk import Capture, Desk, told
+
+OPEN = ("train.micro_batch_size=auto", "train.activation_checkpointing=auto",
+        "data.max_length=2048", "train.global_batch_size=64")  # fmt: skip
+
+
+@pytest.fixture
+def gpus(desk: Desk) -> Desk:
+    """Return a login node whose cluster has GPUs of a known kind, and a model of 8 billion."""
+    model_folder(desk.folder / "model", "llama-3.1-8b")
+    desk.cluster({"gpu": "a100-40gb"})
+    return desk
+
+
+def test_a_submitted_run_holds_what_was_chosen(gpus: Desk, capsys: Capture) -> None:
+    assert gpus.submit(*OPEN) == 0
+    recipe = load_recipe(gpus.run / "recipe.yaml", check_paths=False)
+    assert recipe.parallel.strategy in ("ddp", "fsdp")
+    assert isinstance(recipe.train.micro_batch_size, int)
+    assert isinstance(recipe.train.activation_checkpointing, bool)
+    require_settled(recipe)
+    foreseen = json.loads((gpus.run / "plan.json").read_text())
+    assert foreseen["micro_batch_size"] == recipe.train.micro_batch_size
+    assert foreseen["strategy"] == recipe.parallel.strategy
+    assert 5 * 2**30 < foreseen["bytes_per_rank"] < foreseen["reserved_bytes_per_rank"] < 40 * 2**30
+    assert f"strategies/{recipe.parallel.strategy}.yaml" in (gpus.run / "node.sh").read_text()
+
+
+def test_what_is_given_is_kept(gpus: Desk) -> None:
+    given = ("train.micro_batch_size=1", "train.activation_checkpointing=true")
+    assert gpus.submit(*given, "parallel.strategy=fsdp") == 0
+    recipe = load_recipe(gpus.run / "recipe.yaml", check_paths=False)
+    assert (recipe.train.micro_batch_size, recipe.train.activation_checkpointing) == (1, True)
+    assert recipe.parallel.strategy == "fsdp"
+
+
+def test_what_cannot_fit_is_not_queued(gpus: Desk, capsys: Capture) -> None:
+    too_long = ("data.max_length=8192", "train.micro_batch_size=4")
+    assert gpus.submit(*too_long) == 2
+    line = told(capsys)
+    assert line.startswith("train.micro_batch_size: ")
+    assert "GiB of tensors do not fit into a GPU's 39.4 GiB" in line
+    assert "fits with train.micro_batch_size: 1" in line or "activation_checkpointing" in line
+    assert (gpus.made(), gpus.calls()) == ([], [])
+    assert gpus.submit(*too_long, "--anyway") == 0
+    assert "may run out of memory" in capsys.readouterr().err
+    assert gpus.run.is_dir()
+
+
+def test_the_runs_of_an_array_share_a_strategy_that_suits_all(gpus: Desk) -> None:
+    gpus.cluster({"gpu": "a100-40gb", "gpus_per_node": 8})
+    hardware = hardware_of(None, find_gpu("a100-40gb", where="gpu"), gpus_per_node=8)
+    short = "data.max_length=256"
+    chosen = {
+        rank: settle(load_recipe(gpus.recipe, [short, f"method.rank={rank}"]), hardware, 1)
+        for rank in range(8, 1000, 16)
+    }
+    fitting = {rank: one.recipe.parallel.strategy for rank, one in chosen.items() if one.fits}
+    sharded = next(rank for rank, strategy in fitting.items() if strategy == "fsdp")
+    assert fitting[8] == "ddp"
+    assert gpus.submit(short, "--array", f"method.rank=8,{sharded}") == 0
+    recipes = [load_recipe(gpus.run / n / "recipe.yaml", check_paths=False) for n in ("000", "001")]
+    assert [recipe.parallel.strategy for recipe in recipes] == ["fsdp", "fsdp"]
+
+
+def test_without_a_kind_of_gpu_nothing_is_refused_or_said(desk: Desk, capsys: Capture) -> None:
+    assert desk.submit(*OPEN) == 0
+    assert capsys.readouterr().err == ""
+    recipe = load_recipe(desk.run / "recipe.yaml", check_paths=False)
+    assert (recipe.train.micro_batch_size, recipe.train.activation_checkpointing) == (4, False)
+    assert recipe.parallel.strategy == "auto"
+    assert not (desk.run / "plan.json").exists()
+
+
+def test_a_model_that_cannot_be_looked_at_is_said(gpus: Desk, capsys: Capture) -> None:
+    model_folder(gpus.folder / "model", "llama-3.1-8b", model_type="mamba")
+    assert gpus.submit() == 0
+    assert "memory was not checked: model.name: no plan for" in capsys.readouterr().err
+    assert gpus.submit("train.micro_batch_size=auto", "--fresh") == 2
+    assert told(capsys).startswith("model.name: no plan for architecture 'mamba'")
+
+
+def test_a_local_training_takes_what_suits_its_gpus(
+    desk: Desk, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_folder(desk.folder / "model", "llama-3.1-8b")
+    slurm_commands(desk.slurm, **{"nvidia-smi": "echo 'NVIDIA H100 80GB HBM3, 81559'"})
+    machine = Machine(gpus=4, cores=8)
+    monkeypatch.setattr("peft_dist.plan.settle.this_machine", lambda: machine)
+    monkeypatch.setattr("peft_dist.launch.here.this_machine", lambda: machine)
+    assert main(["train", str(desk.recipe), *OPEN, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "micro_batch_size: auto" not in printed
+    assert "activation_checkpointing: auto" not in printed
+    assert "strategy: ddp" in printed
+
+
+def test_a_rank_refuses_what_is_still_open(recipe_file: Path) -> None:
+    for field in ("micro_batch_size", "activation_checkpointing"):
+        recipe = load_recipe(recipe_file, [f"train.{field}=auto"])
+        with pytest.raises(RecipeError, match=f"train.{field}: got 'auto'"):
+            require_settled(recipe)
+
+
+def test_a_large_base_is_sharded_and_recomputed(recipe_file: Path, tmp_path: Path) -> None:
+    model_folder(tmp_path / "model", "llama-3.1-405b")
+    recipe = load_recipe(recipe_file, [*OPEN, "train.global_batch_size=8"])
+    hardware = hardware_of(None, find_gpu("h100-80gb", where="gpu"), gpus_per_node=8)
+    settled = settle(recipe, hardware, 1)
+    assert settled.estimate is not None and settled.estimate.fits
+    assert settled.recipe.parallel.strategy == "fsdp"
+    assert settled.recipe.train.activation_checkpointing is True
+    assert settled.recipe.train.micro_batch_size == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_gib", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.6, "NVIDIA H100 80GB HBM3"),
+        ("NVIDIA H100 PCIe", 79.6, "NVIDIA H100 PCIe"),
+        ("NVIDIA A100-SXM4-40GB", 40.0, "NVIDIA A100-SXM4-40GB"),
+        ("NVIDIA A100-SXM4-80GB", 80.0, "NVIDIA A100-SXM4-80GB"),
+        ("NVIDIA L4", 22.5, "NVIDIA L4"),
+        ("NVIDIA L40S", 45.0, "NVIDIA L40S"),
+        ("Quadro P400", 2.0, None),
+    ],
+)
+def test_a_gpu_is_known_by_its_drivers_words(
+    name: str, memory_gib: float, expected: str | None
+) -> None:
+    found = recognise_gpu(name, memory_gib)
+    assert (None if found is None else found.name) == expected
+
+
+def test_the_ledger_notes_what_was_foreseen_and_no_nonsense(gpus: Desk) -> None:
+    assert gpus.submit(*OPEN) == 0
+    run = RunDir(gpus.run)
+    facts = planned_facts(run)
+    foreseen = json.loads(run.plan.read_text())
+    assert facts == {
+        "planned_bytes_per_rank": foreseen["bytes_per_rank"],
+        "planned_step_s": foreseen["step_s"],
+    }
+    assert from_fields({"event": "start", "step": 0, **facts}).step == 0
+    for nonsense in ("[]", "{", '{"bytes_per_rank": "many", "step_s": NaN}'):
+        run.plan.write_text(nonsense)
+        assert planned_facts(run) == {}
