@@ -190,7 +190,7 @@ def _refuse_two_forms(value: dict[str, Any], whole: Sequence[tuple[str, ...]]) -
     if has_chat and others:
         both = f"has messages and also {' and '.join(others)}; keep one of them"
         raise BadRow(f"{both}, or say which to read, as data.columns: {{messages: messages}}")
-    if len(whole) > 1:
+    if len(whole) > 1 and value.get("label") is None:  # else the text is what a classifier reads
         raise BadRow(f"has {' and '.join(others)}; keep prompt and completion, or text")
     beside = [key for key in ROW_OPTIONS if not has_chat and value.get(key)]
     if beside:
