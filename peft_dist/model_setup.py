@@ -341,10 +341,12 @@ def _prove(
     Raises:
         ModelError: Where there is none.
     """
-    started = time.monotonic()
     bare = architectures.bare_model(setup.peft)
     learned = setup.peft.active_peft_config.is_prompt_learning
-    with setup.peft.disable_adapter() if learned else nullcontext():
+    with (
+        stage("comparing losses with those of transformers", log) as told,
+        setup.peft.disable_adapter() if learned else nullcontext(),
+    ):
         way, problems = prove(
             model,
             ways,
@@ -354,15 +356,9 @@ def _prove(
             dtype=setup.compute_dtype,
             autocast=setup.autocast,
         )
-    if setup.world.is_main:
-        for problem in problems:
-            log.info("not used: %s", problem)
-        log.info(
-            "%s: losses are those of transformers, with %s (%.1f s)",
-            bare.config.model_type,
-            way,
-            time.monotonic() - started,
-        )
+        told.append(f"{bare.config.model_type}: losses are those of transformers, with {way}")
+    for problem in problems:
+        log.info("not used: %s", problem)
     return way
 
 
