@@ -228,6 +228,7 @@ def set_up_model(
     engine = ENGINES[launched.strategy](
         world, shard_size=launched.shard_size, offload=launched.offload
     )
+    engine.extras += len(recipe.objective.metrics)
     engine.wrap(model, blocks, [p for p in model.parameters() if p.requires_grad])
     engine.materialize(model)
 

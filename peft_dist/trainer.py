@@ -35,6 +35,7 @@ from peft_dist.metrics.memory import peak_memory_bytes
 from peft_dist.metrics.mfu import Utilisation
 from peft_dist.metrics.step import StepInputs, StepMetrics, StepMetricsReader, make_extras
 from peft_dist.model_setup import ModelSetup
+from peft_dist.objective.passes import Scores, make_pass
 from peft_dist.optim.lr_schedule import learning_rate, peak_learning_rate
 from peft_dist.sharding.optimizer import AdapterOptimizer
 
@@ -66,6 +67,7 @@ class Trainer:
         rows: TokenizedRows,
         eval_set: EvalSet | None,
         *,
+        reference: Scores | None = None,
         checkpointer: Checkpointer | None = None,
         hooks: TrainerHooks | None = None,
     ) -> None:
@@ -75,6 +77,8 @@ class Trainer:
             setup: The loaded model.
             rows: Training rows.
             eval_set: Held-out rows, if any.
+            reference: [n_rows] scores of the training rows at the start, where the objective has
+                them.
             checkpointer: Makes checkpoints. Default: none are made.
             hooks: The process it runs in. Default: one that is never asked to stop.
         """
@@ -84,11 +88,12 @@ class Trainer:
         self.hooks = hooks or NoHooks()
         self.trackers: list[Tracker] = []
         """Views of the run; stays empty on every rank but 0."""
-        self.plan = StepPlan.of(self.recipe.train, rows.lengths)
+        self.objective = make_pass(setup, rows, reference)
+        self.plan = StepPlan.of(self.recipe.train, rows.example_lengths)
         self.peak_rate = peak_learning_rate(self.recipe)
         self.optimizer: AdapterOptimizer = setup.engine.share_optimizer(make_optimizer(setup))
         self.progress = Progress()
-        self._reader = StepMetricsReader(self.world.device)
+        self._reader = StepMetricsReader(self.world.device, self.objective.metrics)
         self._stop = self._save_due = self._give_up = False
         self._saved_step = -1
         self._saved_at = self._mark = time.monotonic()
@@ -137,35 +142,38 @@ class Trainer:
         engine, device = self.setup.engine, self.world.device
         groups = assign(
             ids,
-            self.rows.lengths,
+            self.rows.example_lengths,
             world_size=self.world.size,
             micro_batch_size=self.recipe.train.micro_batch_size,
         )[self.world.rank]
         # Every rank knows all rows, so the divisor of the whole global batch needs no exchange.
-        predictions = int(self.rows.predicted_counts[ids].sum())
+        divisor = self.objective.begin(ids, groups)
         loss = torch.zeros((), dtype=torch.float32, device=device)
+        figures = torch.zeros(len(self.objective.metrics), device=device)
         for index, micro in enumerate(groups):
-            batch = self.setup.pack(self.rows, micro)
+            batch = self.setup.pack(self.rows, self.objective.rows(micro))
             if device.type == "cuda":
                 batch = batch.pin_memory()
             batch = batch.to(device)
             self._seed_dropout(step, index)
             with self.setup.autocast():
-                nll_sum: torch.Tensor = self.setup.model(batch).nll.sum()
-            (nll_sum / predictions).backward()
-            loss += nll_sum.detach()
+                share = self.objective.share(self.setup.model(batch), batch, micro)
+            (share.loss / divisor).backward()
+            loss += share.loss.detach()
+            figures += share.metrics
         engine.compute_timer.end()
         # Flags and metrics of all processes are carried by the gradient all-reduce.
         extras = make_extras(
             self.world,
             loss,
+            figures,
             flags=self._flags(),
             step_s=engine.compute_timer.latest_s(),
             memory_bytes=peak_memory_bytes(device),
         )
         summed = engine.reduce(extras)
         norm = engine.clip(self.recipe.train.max_grad_norm)
-        metrics = torch.cat([torch.stack([summed[0] / predictions, norm.float()]), summed[1:]])
+        metrics = torch.cat([torch.stack([summed[0] / divisor, norm.float()]), summed[1:]])
         rate = learning_rate(self.recipe.train, step, total, peak=self.peak_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
@@ -173,7 +181,7 @@ class Trainer:
         engine.zero_gradients()
         engine.compute_timer.begin()
         self.progress.step, self.progress.cursor = step, cursor
-        tokens = int(self.rows.lengths[ids].sum())
+        tokens = int(self.rows.example_lengths[ids].sum())
         self._reader.put(StepInputs(step, rate, len(ids), cursor, tokens), metrics)
         # To roll back a step later would undo one that was sound, and is in the ledger.
         waits = not self._reader.is_late or self.recipe.train.non_finite == "rollback"
@@ -227,7 +235,7 @@ class Trainer:
         started = time.monotonic()
         self.hooks.phase("save", step)
         if self._saved_step != step:
-            facts = {**asdict(self.progress), "epoch": self.progress.cursor // self.rows.n_rows}
+            facts = {**asdict(self.progress), "epoch": self.progress.cursor // self.rows.n_examples}
             self.checkpointer.take(facts, self.optimizer)
             self._saved_step = step
             stall = time.monotonic() - started
@@ -353,12 +361,14 @@ class Trainer:
         if step == 0:
             self.progress.first = result
         self._go_on()
+        figures: dict[str, Any] = {f"eval_{k}": v for k, v in result.figures().items()}
         self.write(
             EvaluationEvent(
                 step=step,
                 eval_loss=result.loss,
                 eval_accuracy=result.accuracy,
                 eval_seconds=seconds,
+                **figures,
             )
         )
         for sample in samples:

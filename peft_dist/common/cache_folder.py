@@ -32,8 +32,8 @@ def usable_cache_dir() -> Path:
     return folder
 
 
-_PARTS = ("packed", "rows", "sha256")
-"""Folders in the cache: bases, rows, and what is remembered of files."""
+_PARTS = ("packed", "reference", "rows", "sha256")
+"""Folders in the cache: bases, their scores of answers, rows, and what is remembered of files."""
 
 
 def _require_own(folder: Path) -> None:

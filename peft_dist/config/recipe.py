@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from peft_dist.config.method import Lora, Method
+from peft_dist.config.objective import Objective, Sft
 from peft_dist.config.section import Fraction, NonNegativeFloat, PositiveFloat, Section, Text
 
 
@@ -235,6 +236,8 @@ class Recipe(Section):
     """Storage of the linears inside the blocks: 4-bit NormalFloat, or as in the model file."""
     method: Method = Lora()
     """The adapter."""
+    objective: Objective = Sft()
+    """What is learned from the rows."""
     data: Data
     """The rows."""
     train: Train = Train()
@@ -260,6 +263,15 @@ class Recipe(Section):
         if self.quantization != "none" and getattr(self.method, "init", None) == "pissa":
             raise ValueError(
                 "method.init pissa splits the full weights; set quantization: none, or another init"
+            )
+        if classify and self.objective.kind != "sft":
+            raise ValueError(
+                f"objective {self.objective.kind} is for causal-lm; set objective: {{kind: sft}}"
+            )
+        if self.objective.kind != "sft" and self.evaluate.choices:
+            raise ValueError(
+                f"evaluate.choices is for objective sft; {self.objective.kind} compares the answers"
+                " of its rows"
             )
         if classify and self.evaluate.choices:
             raise ValueError("evaluate.choices is for causal-lm; classification has its labels")

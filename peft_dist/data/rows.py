@@ -5,9 +5,9 @@ reported with its file and line. Nothing is tokenised here, and neither torch no
 imported.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, assert_never
+from typing import Any, Literal, TypeVar, assert_never
 
 from peft_dist.common.errors import DataError
 from peft_dist.data.sources import Broken, Source
@@ -50,6 +50,7 @@ class LabelledRow:
 
 
 Row = TextRow | CompletionRow | ChatRow | LabelledRow
+Parsed = TypeVar("Parsed")
 
 
 class BadRow(Exception):
@@ -87,10 +88,21 @@ def read_rows(source: Source, *, task: Task, bad: BadRows) -> Iterator[Row]:
     Raises:
         DataError: The source cannot be read, has no rows, or has too many bad ones.
     """
+    return read_records(source, lambda line, value: parse_row(line, value, task), bad)
+
+
+def read_records(
+    source: Source, parse: Callable[[int, Any], Parsed], bad: BadRows
+) -> Iterator[Parsed]:
+    """Yield what `parse` makes of each record, in file order, and put those it refuses into `bad`.
+
+    Raises:
+        DataError: As `read_rows`.
+    """
     line = 0
     for line, value in source.records():
         try:
-            row = parse_row(line, value, task)
+            row = parse(line, value)
         except BadRow as error:
             bad.add(line, str(error))
         else:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow
 
-COLUMNS = ("messages", "prompt", "completion", "text", "label")
+COLUMNS = ("messages", "prompt", "completion", "text", "label", "chosen", "rejected")
 """The only columns read from Parquet files and `datasets`."""
 ROWS_PER_READ = 1000
 

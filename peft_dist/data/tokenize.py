@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +22,10 @@ from peft_dist.common.errors import DataError, RecipeError
 from peft_dist.common.locks import lock_file
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.encode import EncodedRow, Encoder, load_tokenizer
-from peft_dist.data.rows import BadRows, read_rows
+from peft_dist.data.pairs import PARSE, Group, encode_judged, encode_pairs, with_mismatched
+from peft_dist.data.rows import BadRows, read_records, read_rows
 from peft_dist.data.sources import Source, open_source
+from peft_dist.data.tokenized_rows import TokenizedRows as TokenizedRows
 
 FORMAT = 1
 """Raise this whenever the same rows would become other tokens or other files."""
@@ -36,51 +37,8 @@ FILES = {
     "trained": np.dtype("?"),
     "offsets": np.dtype("<i8"),
     "class_ids": np.dtype("<i8"),
+    "desirable": np.dtype("?"),
 }
-
-
-@dataclass(frozen=True)
-class TokenizedRows:
-    """All rows of one source, end to end. Arrays may be memory maps and cannot be written."""
-
-    tokens: NDArray[np.int32]
-    """[n_tokens]"""
-    trained: NDArray[np.bool_]
-    """[n_tokens] which tokens are targets."""
-    offsets: NDArray[np.int64]
-    """[n_rows + 1] row i is tokens[offsets[i]:offsets[i + 1]]."""
-    class_ids: NDArray[np.int64] | None
-    """[n_rows] index into `label_names`; None for causal-lm."""
-    label_names: tuple[str, ...]
-    """Sorted names of the classes in the training rows; empty for causal-lm."""
-    pad_id: int
-    """What to fill padded batches with."""
-    bad_rows: tuple[str, ...]
-    """`file:line: why` of each malformed row that was left out."""
-    truncated_rows: int
-    """Rows that lost tokens to `data.max_length`."""
-    dropped_rows: int
-    """Rows left out because they were too long (truncation: drop) or had nothing to train."""
-    fingerprint: str
-    """Hash of the content: equal rows, equal fingerprint."""
-
-    @property
-    def n_rows(self) -> int:
-        """Rows that can be trained."""
-        return len(self.offsets) - 1
-
-    @cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """[n_rows] tokens of each row."""
-        return np.diff(self.offsets)
-
-    @cached_property
-    def predicted_counts(self) -> NDArray[np.int64]:
-        """[n_rows] trained predictions of each row: targets with a token before them, or 1."""
-        if self.class_ids is not None:
-            return np.ones(self.n_rows, dtype=np.int64)
-        starts = self.offsets[:-1]
-        return np.add.reduceat(self.trained, starts, dtype=np.int64) - self.trained[starts]
 
 
 def tokenize_rows(
@@ -150,7 +108,7 @@ def _job(recipe: Recipe, which: Literal["train", "eval"], cache_dir: Path) -> _J
         source = open_source(data.eval, split=data.eval_split, field="data.eval")
         if recipe.model.task == "sequence-classification":
             names = tokenize_rows(recipe, "train", cache_dir).label_names
-    facts = {
+    facts: dict[str, Any] = {
         "format": FORMAT,
         "source": [source.kind, source.split, source.fingerprint],
         "tokenizer": encoder.fingerprint(),
@@ -158,6 +116,8 @@ def _job(recipe: Recipe, which: Literal["train", "eval"], cache_dir: Path) -> _J
         "options": [data.max_length, data.truncation, data.max_bad_rows],
         "label_names": names,
     }
+    if recipe.objective.rows != "single":
+        facts["rows"] = recipe.objective.rows
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     return _Job(source, encoder, recipe, names, key)
 
@@ -198,7 +158,9 @@ def _write(job: _Job, folder: Path) -> None:
         index = {name: class_id for class_id, name in enumerate(names)}
         class_ids = np.array([index[label] for label in labels], dtype=FILES["class_ids"])
         (folder / "class_ids").write_bytes(class_ids.tobytes())
-    content = {
+    if job.recipe.objective.rows == "judged":
+        (folder / "desirable").write_bytes(np.array(rows.verdicts, FILES["desirable"]).tobytes())
+    content: dict[str, Any] = {
         "format": FORMAT,
         "files": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
         "label_names": names or (),
@@ -207,6 +169,8 @@ def _write(job: _Job, folder: Path) -> None:
         "truncated_rows": rows.truncated,
         "dropped_rows": rows.dropped,
     }
+    if job.recipe.objective.rows != "single":
+        content["rows_per_example"] = 2
     sealed = {"fingerprint": _fingerprint(content), "content": content}
     (folder / "rows.json").write_text(json.dumps(sealed, indent=1), encoding="utf-8")
 
@@ -217,25 +181,52 @@ class _Fitted:
     def __init__(self, job: _Job, bad: BadRows) -> None:
         self._job, self._bad = job, bad
         self.truncated = self.dropped = 0
+        self.verdicts: list[bool] = []
+        """Of the judged answers that fit."""
 
     def __iter__(self) -> Iterator[EncodedRow]:
-        job, data = self._job, self._job.recipe.data
-        rows = read_rows(job.source, task=job.recipe.model.task, bad=self._bad)
-        while batch := list(islice(rows, ROWS_PER_BATCH)):
-            for row in job.encoder.encode(batch, self._bad):
-                if not self._label_is_known(row):
-                    continue
-                too_long = len(row.tokens) > data.max_length
-                fitted = self._fit(row) if too_long else row
-                if fitted is None or not _has_predictions(fitted):
-                    self.dropped += 1
-                    continue
-                self.truncated += too_long
-                yield fitted
+        max_length = self._job.recipe.data.max_length
+        for group, verdict in self._groups():
+            too_long = [len(row.tokens) > max_length for row in group]
+            fitted = [
+                self._fit(row, is_own=number == 0 or verdict is None) if long else row
+                for number, (row, long) in enumerate(zip(group, too_long, strict=True))
+            ]
+            whole = [row for row in fitted if row is not None and _has_predictions(row)]
+            if len(whole) < len(group):
+                self.dropped += 1
+                continue
+            self.truncated += any(too_long)
+            if verdict is not None:
+                self.verdicts.append(verdict)
+            yield from whole
 
-    def _fit(self, row: EncodedRow) -> EncodedRow | None:
+    def _groups(self) -> Iterator[tuple[Group, bool | None]]:
+        """Yield the rows of each example, and the verdict on it where there is one."""
+        job, bad = self._job, self._bad
+        form = job.recipe.objective.rows
+        if form == "single":
+            rows = read_rows(job.source, task=job.recipe.model.task, bad=bad)
+            while batch := list(islice(rows, ROWS_PER_BATCH)):
+                for row in job.encoder.encode(batch, bad):
+                    if self._label_is_known(row):
+                        yield (row,), None
+            return
+        examples = read_records(job.source, PARSE[form], bad)
+        batches = iter(lambda: list(islice(examples, ROWS_PER_BATCH)), [])
+        if form == "pair":
+            for pairs in batches:
+                yield from ((group, None) for group in encode_pairs(job.encoder, pairs, bad))
+            return
+        judged = (row for batch in batches for row in encode_judged(job.encoder, batch, bad))
+        yield from with_mismatched(judged, job.source.name)
+
+    def _fit(self, row: EncodedRow, *, is_own: bool) -> EncodedRow | None:
+        """Return a longer row as `data.truncation` says; one that is nobody's own is always cut."""
         data = self._job.recipe.data
         match data.truncation:
+            case "drop" | "error" if not is_own:
+                return row.cut(max_length=data.max_length, keep="start")
             case "end":
                 return row.cut(max_length=data.max_length, keep="start")
             case "start":
@@ -295,6 +286,8 @@ def _opened(folder: Path, source: Source) -> TokenizedRows | None:
         truncated_rows=content["truncated_rows"],
         dropped_rows=content["dropped_rows"],
         fingerprint=sealed["fingerprint"],
+        rows_per_example=content.get("rows_per_example", 1),
+        desirable=arrays.get("desirable"),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from peft_dist.distributed.world import World
+from peft_dist.objective.passes import with_margin
 from peft_dist.sharding.engine import RANK_EXTRAS, SHARED_EXTRAS
 
 
@@ -38,10 +39,13 @@ class StepMetrics(NamedTuple):
     """Each process's own part of the step; 0: not known yet."""
     rank_memory_bytes: tuple[float, ...]
     """Peak memory of each process: its GPU's, or the host's where it has none."""
+    objective: dict[str, float]
+    """What the objective reports besides its loss, by name."""
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of the step's event; times that are not known yet are left out."""
         found: dict[str, Any] = {"loss": self.loss, "grad_norm": self.norm}
+        found |= with_margin(self.objective)
         if all(self.rank_step_s):
             found["rank_step_s"] = [round(value, 6) for value in self.rank_step_s]
         return found | {"rank_memory_bytes": [int(value) for value in self.rank_memory_bytes]}
@@ -50,6 +54,7 @@ class StepMetrics(NamedTuple):
 def make_extras(
     world: World,
     loss: torch.Tensor,
+    objective: torch.Tensor,
     *,
     flags: Sequence[bool],
     step_s: float | None,
@@ -63,11 +68,14 @@ def make_extras(
     Args:
         world: This process's rank and device.
         loss: Its share of the loss.
+        objective: Its share of what the objective reports, float32 [metrics].
         flags: Its flags for all processes: stop, save, give up.
         step_s: The time of its own part of a step, if it is known.
         memory_bytes: Its peak memory.
     """
-    extras = torch.zeros(SHARED_EXTRAS + RANK_EXTRAS * world.size, device=world.device)
+    per_rank = SHARED_EXTRAS + RANK_EXTRAS * world.size
+    extras = torch.zeros(per_rank + len(objective), device=world.device)
+    extras[per_rank:] = objective
     extras[0] = loss
     # Fills on the device; a copy of the whole to it would wait for it.
     for index, flag in enumerate(flags, start=1):
@@ -85,8 +93,9 @@ class StepMetricsReader:
     The host then prepares a step while the device computes the one before it.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        """Start with nothing to read."""
+    def __init__(self, device: torch.device, objective: Sequence[str] = ()) -> None:
+        """Start with nothing to read; `objective` names the figures that stand last."""
+        self._objective = tuple(objective)
         self.is_late = device.type == "cuda"
         self._unread: deque[tuple[StepInputs, torch.Tensor, torch.cuda.Event | None]] = deque()
 
@@ -108,6 +117,8 @@ class StepMetricsReader:
             if event is not None:
                 event.synchronize()
             loss, norm, stop, save, give_up, *own = host.tolist()
-            size = len(own) // RANK_EXTRAS
-            by_rank = tuple(own[:size]), tuple(own[size:])
-            yield inputs, StepMetrics(loss, norm, stop, save, give_up, *by_rank)
+            ranks = len(own) - len(self._objective)
+            size = ranks // RANK_EXTRAS
+            by_rank = tuple(own[:size]), tuple(own[size:ranks])
+            figures = dict(zip(self._objective, own[ranks:], strict=True))
+            yield inputs, StepMetrics(loss, norm, stop, save, give_up, *by_rank, figures)

@@ -41,7 +41,8 @@ class Engine(ABC):
     Attributes:
         shard: Which rows of every base tensor this process reads.
         sharded: Whether it keeps those rows alone.
-        extras: Number of flags and metrics carried by the gradient all-reduce.
+        extras: Number of flags and metrics carried by the gradient all-reduce; an objective with
+            metrics of its own raises it before the adapter is made flat.
         compute_timer: Times this process's own part of a step.
     """
 
