@@ -85,7 +85,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ours]:
     setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"))
     for kind in rows:
         reference[kind] = reference_scores(setup, rows[kind], folder / "reference")
-    noise = torch.Generator().manual_seed(0)
+    noise = torch.Generator().manual_seed(3)
     state = {
         name: tensor + 0.1 * torch.randn(tensor.shape, generator=noise)
         for name, tensor in setup.engine.adapter_state().items()
