@@ -11,6 +11,7 @@ from pathlib import Path
 from peft_dist.checkpoint import directory
 from peft_dist.checkpoint.checkpointer import Checkpointer, read_state
 from peft_dist.checkpoint.run_identity import describe_run, refuse_another_run
+from peft_dist.checkpoint.start import load_start
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.errors import RunDirError
@@ -62,6 +63,7 @@ def fine_tune(
     attempt.share_run()
 
     setup = set_up_model(recipe, world, base, label_names=rows.label_names)
+    load_start(setup)
     for some in (rows, *([] if eval_set is None else [eval_set.rows])):
         setup.check_lengths(some)
     saver = AdapterSaver(setup, rows)

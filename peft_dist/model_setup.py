@@ -63,6 +63,8 @@ class ModelSetup:
     base_fingerprint: dict[str, int]
     packed_base: Path | None
     load_seconds: float
+    start_sha256: str | None = None
+    """Of the file of the adapter that training starts from; None for a new one."""
 
     @property
     def packing(self) -> bool:

@@ -21,6 +21,7 @@ def describe_run(
     recipe = setup.recipe
     settings = learning_settings(recipe)
     base = json.dumps(setup.released_fingerprint, sort_keys=True).encode()
+    start = {} if setup.start_sha256 is None else {"method.start_from": setup.start_sha256[:16]}
     return {
         "recipe": settings,
         "recipe_sha256": _sha256(json.dumps(settings, sort_keys=True).encode()),
@@ -30,6 +31,7 @@ def describe_run(
             if eval_set is None
             else f"{eval_set.rows.n_rows} rows, fingerprint {eval_set.rows.fingerprint[:16]}",
             "model.name": f"weights with fingerprint {_sha256(base)[:16]}",
+            **start,
         },
         "rng": {"seed": recipe.train.seed, "rule": RNG_RULE},
         "schedule": {

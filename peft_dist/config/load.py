@@ -18,8 +18,9 @@ from peft_dist.config.explain import describe_failure, quote, refuse_booleans_as
 from peft_dist.config.recipe import Recipe
 from peft_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml
 
-PATH_FIELDS = (("model", "name"), ("data", "train"), ("data", "eval"))
+PATH_FIELDS = (("model", "name"), ("data", "train"), ("data", "eval"), ("method", "start_from"))
 """Fields that hold a local path or, where no such path exists, a hub name."""
+_NEVER_ON_THE_HUB = (("method", "start_from"),)
 
 _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -163,7 +164,7 @@ def _resolve_paths(
             )
         if found is not None:
             changed.setdefault(section, {})[field] = str(found)
-        elif _looks_local(name) and check_paths:
+        elif (_looks_local(name) or path in _NEVER_ON_THE_HUB) and check_paths:
             raise RecipeError(
                 f"{quote(name)} does not exist",
                 where=f"{recipe_path}: {section}.{field}",

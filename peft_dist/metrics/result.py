@@ -32,6 +32,9 @@ def make_result(
         classes = {"labels": list(labels.values())}
     return classes | {
         "method": setup.recipe.method.kind,
+        "objective": setup.recipe.objective.kind,
+        "start_from": setup.recipe.method.start_from,
+        "start_sha256": setup.start_sha256,
         "world_size": setup.world.size,
         "strategy": setup.strategy,
         "quantization": setup.recipe.quantization,

@@ -121,7 +121,7 @@ def _key(setup: ModelSetup, rows: TokenizedRows) -> str:
         "rows": [rows.fingerprint, rows.n_rows],
         "base": setup.base_fingerprint,
         "config": {name: value for name, value in config.items() if name not in _NO_MATTER},
-        "method": setup.recipe.method.model_dump(mode="json"),
+        "method": setup.recipe.method.model_dump(mode="json", exclude={"start_from"}),
         "adapter": adapter.hexdigest(),
         "dtype": str(setup.compute_dtype),
     }
