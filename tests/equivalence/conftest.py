@@ -16,6 +16,7 @@ from tests.tiny import (
     ARCHITECTURES,
     completion_rows,
     labelled_rows,
+    preference_rows,
     tiny_model,
     tiny_tokenizer,
     write_jsonl,
@@ -53,6 +54,9 @@ def make_inputs(folder: Path) -> None:
         tiny_tokenizer(models / name)
     write_jsonl(folder / "completion.jsonl", completion_rows(48))
     write_jsonl(folder / "completion-eval.jsonl", completion_rows(13, seed=1))
+    for form in ("pair", "judged"):
+        write_jsonl(folder / f"{form}.jsonl", preference_rows(24, form))
+        write_jsonl(folder / f"{form}-eval.jsonl", preference_rows(7, form, seed=1))
     write_jsonl(folder / "labelled.jsonl", labelled_rows(48))
     write_jsonl(folder / "labelled-eval.jsonl", labelled_rows(13, seed=1))
 

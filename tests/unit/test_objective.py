@@ -14,23 +14,10 @@ from peft_dist.model.source import find_base
 from peft_dist.model_setup import set_up_model
 from peft_dist.objective.reference import reference_scores
 from peft_dist.trainer import Trainer
-from tests.tiny import completion_rows, tiny_model, tiny_recipe, write_jsonl
+from tests.tiny import preference_rows, tiny_model, tiny_recipe, write_jsonl
 
 REFERENCED = ("dpo", "ipo", "kto")
 PAIRED = ("dpo", "ipo", "orpo", "simpo")
-
-
-def preference_rows(count: int, kind: str, seed: int = 0) -> list[dict[str, Any]]:
-    """Return rows that prefer the animal which the prompt names to the other one."""
-    rows: list[dict[str, Any]] = []
-    for row in completion_rows(count, seed):
-        wrong = " dog" if row["completion"] == " cat" else " cat and the log"
-        if kind != "kto":
-            rows.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": wrong})
-            continue
-        rows.append({**row, "label": True})
-        rows.append({"prompt": row["prompt"], "completion": wrong, "label": False})
-    return rows
 
 
 class Records(list[dict[str, Any]]):
@@ -54,8 +41,9 @@ def trainer(folder: Path, world: World, kind: str, **sections: Any) -> Trainer:
         tiny_model(folder / "llama", "llama")
     sections["objective"] = {"kind": kind, **sections.get("objective", {})}
     sections.setdefault("train", {"steps": 20, "global_batch_size": 8, "learning_rate": 5e-3})
-    held = write_jsonl(folder / f"{kind}-eval.jsonl", preference_rows(7, kind, seed=1))
-    rows_file = write_jsonl(folder / f"{kind}.jsonl", preference_rows(24, kind))
+    form = "judged" if kind == "kto" else "pair"
+    held = write_jsonl(folder / f"{form}-eval.jsonl", preference_rows(7, form, seed=1))
+    rows_file = write_jsonl(folder / f"{form}.jsonl", preference_rows(24, form))
     recipe = tiny_recipe(folder / "llama", rows_file, data={"eval": str(held)}, **sections)
     setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"))
     rows = tokenize_rows(recipe, "train", folder / "cache" / "rows")
