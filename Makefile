@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINNED := $(PIP) install --quiet -c configs/constraints.txt
 
-.PHONY: help install quickstart methods check test test-fast faults cluster audit clean
+.PHONY: help install quickstart dpo methods check test test-fast faults cluster audit clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -20,6 +20,11 @@ install: $(VENV)/.installed-all ## .venv with everything pinned: training, tests
 quickstart: $(VENV)/.installed-train ## train and score a small real model on two processes, and make a report
 	$(BIN)/python -m peft_dist.entrypoints.quickstart $(RECIPE)
 	$(BIN)/peft-dist train $(RECIPE) --run-dir $(RUN)
+	$(BIN)/peft-dist report $(RUN)
+
+dpo: $(VENV)/.installed-train ## train the same model to prefer right answers to wrong ones, and make a report
+	$(BIN)/python -m peft_dist.entrypoints.quickstart configs/recipes/dpo.yaml
+	$(BIN)/peft-dist train configs/recipes/dpo.yaml --run-dir $(RUN)
 	$(BIN)/peft-dist report $(RUN)
 
 methods: $(VENV)/.installed-train ## train every adapter family on a real task and print a table

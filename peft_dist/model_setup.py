@@ -30,7 +30,7 @@ from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
 from peft_dist.model import architectures, attention, base
 from peft_dist.model.base import BasePlan
-from peft_dist.model.loss import CausalLM, SequenceClassifier
+from peft_dist.model.loss import CausalLM, RewardModel, SequenceClassifier
 from peft_dist.model.nf4 import WEIGHTS_PER_BYTE
 from peft_dist.model.source import BaseSource
 from peft_dist.sharding import ENGINES, Engine, Group
@@ -39,7 +39,11 @@ from peft_dist.sharding.verify import verify_sharded
 
 log = logging.getLogger(__name__)
 
-_HEADS = {"causal-lm": CausalLM, "sequence-classification": SequenceClassifier}
+_HEADS = {
+    "causal-lm": CausalLM,
+    "sequence-classification": SequenceClassifier,
+    "reward": RewardModel,
+}
 
 
 @dataclass
@@ -203,10 +207,10 @@ def set_up_model(
     config = architectures.read_config(source.files.folder, task=recipe.model.task)
     skeleton = architectures.build_skeleton(
         config,
-        task=recipe.model.task,
+        task=recipe.head,
         dtype=dtype,
         attention=_attention(recipe, world.device, dtype),
-        label_names=label_names,
+        label_names=("reward",) if recipe.head == "reward" else label_names,
     )
     method = METHODS[recipe.method.kind](recipe.method, seed=recipe.train.seed)
     if recipe.model.task == "causal-lm":
@@ -219,14 +223,14 @@ def set_up_model(
     blocks = list(architectures.transformer_blocks(skeleton).values())
     peft = method.attach(
         skeleton,
-        task=recipe.model.task,
+        task=recipe.head,
         base_name=recipe.model.name,
         has_conv1d=has_conv1d,
     )
     if recipe.train.activation_checkpointing:
         # After the adapter: PEFT refuses a prefix on a model that has it on already.
         skeleton.gradient_checkpointing_enable({"use_reentrant": False})
-    model = _HEADS[recipe.model.task](peft)
+    model = _HEADS[recipe.head](peft)
     engine = ENGINES[launched.strategy](
         world, shard_size=launched.shard_size, offload=launched.offload
     )

@@ -109,6 +109,19 @@ class Simpo(Section):
     has_reference: ClassVar[bool] = False
 
 
+class Reward(Section):
+    """A reward model: a new head of one number (Bradley-Terry, as in arXiv 2203.02155)."""
+
+    kind: Literal["reward"]
+    """What is learned."""
+    center: NonNegativeFloat = 0.0
+    """Weight of the squared sum of a pair's rewards, which holds them around 0. 0: off."""
+
+    rows: ClassVar[RowForm] = "pair"
+    metrics: ClassVar[tuple[str, ...]] = PAIR_METRICS
+    has_reference: ClassVar[bool] = False
+
+
 def _kind(section: Any) -> Any:
     if isinstance(section, dict):
         return section.get("kind", "sft")
@@ -125,10 +138,11 @@ _Sections: TypeAlias = Annotated[
     | Annotated[Ipo, Tag("ipo")]
     | Annotated[Kto, Tag("kto")]
     | Annotated[Orpo, Tag("orpo")]
-    | Annotated[Simpo, Tag("simpo")],
+    | Annotated[Simpo, Tag("simpo")]
+    | Annotated[Reward, Tag("reward")],
     Discriminator(_kind),
 ]
-Kind = Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo"]
+Kind = Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward"]
 Objective: TypeAlias = Annotated[
     _Sections, BeforeValidator(_spelled_out, json_schema_input_type=Kind | _Sections)
 ]

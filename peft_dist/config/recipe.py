@@ -253,6 +253,11 @@ class Recipe(Section):
     tracking: Tracking = Tracking()
     """Where progress is shown."""
 
+    @property
+    def head(self) -> Literal["causal-lm", "sequence-classification", "reward"]:
+        """What stands on the model's blocks: `model.task`, or what gives rewards instead."""
+        return "reward" if self.objective.kind == "reward" else self.model.task
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         classify = self.model.task == "sequence-classification"
@@ -267,6 +272,11 @@ class Recipe(Section):
         if classify and self.objective.kind != "sft":
             raise ValueError(
                 f"objective {self.objective.kind} is for causal-lm; set objective: {{kind: sft}}"
+            )
+        if self.objective.kind == "reward" and self.method.kind in ("prompt", "prefix"):
+            raise ValueError(
+                f"objective reward is not for method {self.method.kind}, with which transformers"
+                " reads the reward at another token; set another method"
             )
         if self.objective.kind != "sft" and self.evaluate.choices:
             raise ValueError(

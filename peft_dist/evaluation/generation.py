@@ -41,7 +41,8 @@ class Sampler:
         rows = eval_set.rows
         # The first row of an example is its good answer, but of one that was judged to be bad.
         good = np.arange(rows.n_examples) if rows.desirable is None else rows.desirable.nonzero()[0]
-        count = min(setup.recipe.evaluate.samples, len(good))
+        writes = setup.recipe.head != "reward"
+        count = min(setup.recipe.evaluate.samples, len(good)) if writes else 0
         chosen = np.unique(np.linspace(0, len(good) - 1, count).astype(np.int64))
         self.rows = good[chosen] * rows.rows_per_example
 

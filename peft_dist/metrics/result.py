@@ -26,7 +26,7 @@ def make_result(
     """Return `result.json`; times in seconds, sizes in bytes, lists in rank order."""
     trained = setup.adapter.values()
     classes = {}
-    if setup.recipe.model.task == "sequence-classification":
+    if setup.recipe.head != "causal-lm":
         labels = bare_model(setup.peft).config.id2label
         assert labels is not None
         classes = {"labels": list(labels.values())}

@@ -44,6 +44,7 @@ LEARNED_POSITIONS = ("bert", "gpt2", "opt")
 _TASKS = {
     "causal-lm": (AutoModelForCausalLM, CAUSAL_LM),
     "sequence-classification": (AutoModelForSequenceClassification, SEQUENCE_CLASSIFICATION),
+    "reward": (AutoModelForSequenceClassification, CAUSAL_LM),
 }
 
 

@@ -28,7 +28,8 @@ class Losses(NamedTuple):
     """What one pass gives.
 
     Attributes:
-        nll: float32 [N], negative log-likelihood of each target.
+        nll: float32 [N], negative log-likelihood of each target; of a reward model [n_rows], each
+            row's reward with its sign turned.
         choice_logits: float32 [n_rows, n_choices], scores at each row's first target; or None.
     """
 
@@ -141,23 +142,21 @@ def _prefix(peft: PeftModel, device: torch.device) -> tuple[torch.Tensor, ...] |
     return parts.permute(1, 2, 3, 0, 4).unbind(0)
 
 
-class CausalLM(nn.Module):
-    """A causal language model with its adapters, as a function from a batch to its losses.
+class _Decoder(nn.Module):
+    """A decoder with its adapters, without its head.
 
-    The one module an engine wraps: the output head is used inside its forward, where a sharding
-    engine has gathered it.
+    The one module an engine wraps: a head is used inside its forward, where a sharding engine has
+    gathered it.
     """
 
     def __init__(self, peft_model: PeftModel) -> None:
         """Take a model that has its adapters already."""
         super().__init__()
         self.peft = peft_model
-        config = bare_model(peft_model).config
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        self._attention = config._attn_implementation
+        self._attention = bare_model(peft_model).config._attn_implementation
 
-    def forward(self, batch: Batch, choice_ids: torch.Tensor | slice | None = None) -> Losses:
-        """Score a `Batch`, and its rows' first targets against single-token choices [C]."""
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        """Return the last hidden states, [B, T, H]."""
         model = bare_model(self.peft)
         prefix = _prefix(self.peft, batch.position_ids.device)
         hidden: torch.Tensor = model.base_model(
@@ -169,23 +168,7 @@ class CausalLM(nn.Module):
             **self._row_arguments(batch),
             **({} if prefix is None else {"prefix": prefix}),
         ).last_hidden_state
-        head = model.get_output_embeddings()
-        picked = hidden.flatten(0, 1)[batch.label_positions]
-        if batch.label_positions.numel() == 0:
-            # Every process must take part in the same collectives, with work or without.
-            return Losses(hidden.float().sum()[None] * 0.0, None)
-        if torch.is_autocast_enabled(picked.device.type):
-            picked = picked.to(torch.get_autocast_dtype(picked.device.type))
-        nll: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # it is torch's
-            picked, head.weight, head.bias, batch.targets, self.softcap
-        )
-        choice_logits = None
-        if choice_ids is not None:
-            rows = torch.arange(batch.n_rows, device=picked.device)
-            first = picked[torch.searchsorted(batch.target_rows, rows)]
-            bias = None if head.bias is None else head.bias[choice_ids]
-            choice_logits = _logits(first, head.weight[choice_ids], bias)
-        return Losses(nll, choice_logits)
+        return hidden
 
     def _row_arguments(self, batch: Batch) -> dict[str, Any]:
         """Return how this kernel gets to know where packed rows begin.
@@ -205,6 +188,36 @@ class CausalLM(nn.Module):
         return {}
 
 
+class CausalLM(_Decoder):
+    """A causal language model with its adapters, as a function from a batch to its losses."""
+
+    def __init__(self, peft_model: PeftModel) -> None:
+        """Take a model that has its adapters already."""
+        super().__init__(peft_model)
+        self.softcap = getattr(bare_model(peft_model).config, "final_logit_softcapping", None)
+
+    def forward(self, batch: Batch, choice_ids: torch.Tensor | slice | None = None) -> Losses:
+        """Score a `Batch`, and its rows' first targets against single-token choices [C]."""
+        hidden = self._hidden(batch)
+        head = bare_model(self.peft).get_output_embeddings()
+        picked = hidden.flatten(0, 1)[batch.label_positions]
+        if batch.label_positions.numel() == 0:
+            # Every process must take part in the same collectives, with work or without.
+            return Losses(hidden.float().sum()[None] * 0.0, None)
+        if torch.is_autocast_enabled(picked.device.type):
+            picked = picked.to(torch.get_autocast_dtype(picked.device.type))
+        nll: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # it is torch's
+            picked, head.weight, head.bias, batch.targets, self.softcap
+        )
+        choice_logits = None
+        if choice_ids is not None:
+            rows = torch.arange(batch.n_rows, device=picked.device)
+            first = picked[torch.searchsorted(batch.target_rows, rows)]
+            bias = None if head.bias is None else head.bias[choice_ids]
+            choice_logits = _logits(first, head.weight[choice_ids], bias)
+        return Losses(nll, choice_logits)
+
+
 class SequenceClassifier(nn.Module):
     """An encoder with a classification head, as a function from a batch to its losses."""
 
@@ -221,3 +234,36 @@ class SequenceClassifier(nn.Module):
         if batch.targets.numel() == 0:
             return Losses(logits.sum()[None] * 0.0, None)
         return Losses(functional.cross_entropy(logits, batch.targets, reduction="none"), logits)
+
+
+class RewardModel(_Decoder):
+    """A decoder with a head of one number, as a function from a batch to its rows' rewards.
+
+    The reward is read where transformers reads it: at the last token that is not the pad token of
+    the model's configuration.
+    """
+
+    def forward(self, batch: Batch, choice_ids: torch.Tensor | slice | None = None) -> Losses:
+        """Return each row's reward as `choice_logits` [n_rows, 1], and turned as `nll`."""
+        hidden = self._hidden(batch).flatten(0, 1)
+        score: Any = bare_model(self.peft).score
+        rewards = score(hidden[self._ends(batch)]).float()
+        if not batch.n_rows:
+            return Losses(rewards.sum()[None] * 0.0, None)
+        return Losses(-rewards[:, 0], rewards)
+
+    def _ends(self, batch: Batch) -> torch.Tensor:
+        """Return where in [B * T] each row's reward is read."""
+        ids = batch.input_ids.flatten()
+        at = torch.arange(len(ids), device=ids.device)
+        if batch.row_bounds is None:
+            rows, count = at // batch.input_ids.shape[1], len(batch.input_ids)
+        else:
+            rows = torch.bucketize(at, batch.row_bounds[1:], right=True)
+            count = len(batch.row_bounds) - 1
+        pad = bare_model(self.peft).config.pad_token_id
+        real = torch.ones_like(ids, dtype=torch.bool) if pad is None else ids != pad
+        if pad is None and batch.attention_mask is not None:
+            real = batch.attention_mask.flatten()
+        none = torch.zeros(count, dtype=at.dtype, device=at.device)
+        return none.scatter_reduce(0, rows, at * real, "amax")

@@ -9,7 +9,7 @@ from typing import assert_never
 import torch
 from torch.nn import functional
 
-from peft_dist.config.objective import Dpo, Ipo, Kto, Orpo, Preference, Simpo
+from peft_dist.config.objective import Dpo, Ipo, Kto, Orpo, Preference, Reward, Simpo
 
 _NEARLY_CERTAIN = -1e-6
 """Mean log-likelihood past which the odds of an answer would be infinite."""
@@ -87,6 +87,12 @@ def judged_losses(
     good = objective.desirable_weight * torch.sigmoid(-gap)
     bad = objective.undesirable_weight * torch.sigmoid(gap)
     return torch.where(desirable, good, bad)
+
+
+def reward_losses(objective: Reward, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Return the loss of each pair of rewards, [n]."""
+    losses = -functional.logsigmoid(chosen - rejected)
+    return losses + objective.center * (chosen + rejected) ** 2 if objective.center else losses
 
 
 def _likely_right(gap: torch.Tensor, smoothing: float) -> torch.Tensor:

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from peft_dist.config.objective import Dpo, Ipo, Kto, Orpo, Preference, Sft, Simpo
+from peft_dist.config.objective import Dpo, Ipo, Kto, Orpo, Preference, Reward, Sft, Simpo
 from peft_dist.data.order import RowIds
 from peft_dist.data.pack import Batch
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import sum_over
 from peft_dist.model.loss import Losses
 from peft_dist.model_setup import ModelSetup
-from peft_dist.objective.losses import Scored, judged_losses, pair_losses, rewards
+from peft_dist.objective.losses import Scored, judged_losses, pair_losses, reward_losses, rewards
 
 Scores = NDArray[np.float32]
 
@@ -63,6 +63,11 @@ class ObjectivePass(ABC):
     def share(self, losses: Losses, batch: Batch, examples: RowIds) -> Share:
         """Return what these examples add, given what the model made of their rows."""
 
+    def _nothing(self, losses: Losses) -> Share:
+        """Return the share of a micro-batch without rows: its passes are for the others."""
+        zeros = torch.zeros(len(self.metrics), device=losses.nll.device)
+        return Share(losses.nll.sum(), zeros)
+
 
 class SftPass(ObjectivePass):
     """The mean loss of all trained tokens of the batch; or of all rows, for classes."""
@@ -104,11 +109,6 @@ class _Preferences(ObjectivePass):
         counts, reference = self._to_device(self._known[:, rows])
         return Scored(row_scores(losses, batch), counts, reference)
 
-    def _nothing(self, losses: Losses) -> Share:
-        """Return the share of a micro-batch without rows: its passes are for the others."""
-        zeros = torch.zeros(len(self.metrics), device=losses.nll.device)
-        return Share(losses.nll.sum(), zeros)
-
 
 class PairPass(_Preferences):
     """Chosen and rejected answers side by side in one pass; the mean over all pairs."""
@@ -147,10 +147,33 @@ class PairPass(_Preferences):
             loss = loss + self._nll_weight * self._pairs * mean_nll
         with torch.no_grad():
             good, bad = rewards(self.objective, chosen), rewards(self.objective, rejected)
-            # A tie is half right, so that a model which cannot tell the two apart has 0.5.
-            right = ((good > bad).float() + (good >= bad).float()) / 2
-            means = torch.stack([good.sum(), bad.sum(), right.sum()]) / self._pairs
-        return Share(loss, means)
+        return Share(loss, _mean_rewards(good, bad, self._pairs))
+
+
+class RewardPass(ObjectivePass):
+    """The rewards of chosen and rejected answers; the mean over all pairs."""
+
+    def __init__(self, setup: ModelSetup, rows: TokenizedRows, objective: Reward) -> None:
+        """Take the objective besides; see `ObjectivePass`."""
+        super().__init__(setup, rows)
+        self.objective, self.metrics = objective, objective.metrics
+
+    def begin(self, examples: RowIds, groups: Sequence[RowIds]) -> float:
+        """Count the pairs of the batch."""
+        self._pairs = len(examples)
+        return self._pairs
+
+    def rows(self, examples: RowIds) -> RowIds:
+        """Return both rows of each pair."""
+        return self.data.rows_of(examples)
+
+    def share(self, losses: Losses, batch: Batch, examples: RowIds) -> Share:
+        """Return the sum of the pairs' losses, and their part in the batch's mean rewards."""
+        if not len(examples):
+            return self._nothing(losses)
+        chosen, rejected = (-losses.nll).view(-1, 2).unbind(1)
+        loss = reward_losses(self.objective, chosen, rejected).sum()
+        return Share(loss, _mean_rewards(chosen.detach(), rejected.detach(), self._pairs))
 
 
 class JudgedPass(_Preferences):
@@ -214,6 +237,13 @@ class JudgedPass(_Preferences):
         return Share(loss, means)
 
 
+def _mean_rewards(chosen: torch.Tensor, rejected: torch.Tensor, pairs: int) -> torch.Tensor:
+    """Return what a micro-batch adds to the `PAIR_METRICS` of so many pairs, float32 [3]."""
+    # A tie is half right, so that a model which cannot tell the two apart has 0.5.
+    right = ((chosen > rejected).float() + (chosen >= rejected).float()) / 2
+    return torch.stack([chosen.sum(), rejected.sum(), right.sum()]) / pairs
+
+
 def row_scores(losses: Losses, batch: Batch) -> torch.Tensor:
     """Return the log-likelihood of each row's trained tokens, float32 [rows]."""
     sums = torch.zeros(batch.n_rows, device=losses.nll.device)
@@ -238,7 +268,7 @@ def make_pass(
         rows: What it is trained or scored on.
         reference: [n_rows] the rows' scores at the start, for an objective that has them.
     """
-    objective: Sft | Preference = setup.recipe.objective
+    objective: Sft | Preference | Reward = setup.recipe.objective
     if objective.has_reference:
         assert reference is not None, f"{objective.kind} needs a reference"
     match objective:
@@ -247,5 +277,7 @@ def make_pass(
         case Kto():
             assert reference is not None
             return JudgedPass(setup, rows, objective, reference)
+        case Reward():
+            return RewardPass(setup, rows, objective)
         case _:
             return PairPass(setup, rows, objective, reference)

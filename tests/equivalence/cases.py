@@ -155,6 +155,9 @@ def objective_cases() -> dict[str, Case]:
         "objective-kto-lora-nf4": Case(
             "llama", (SINGLE, FSDP, ZERO3), lora | {"objective": "kto"}, steps=10
         ),
+        "objective-reward-lora-nf4": Case(
+            "llama", (SINGLE, FSDP, ZERO3), lora | {"objective": "reward"}, steps=10
+        ),
     }
     if IS_LONG:
         cases |= {
@@ -164,9 +167,10 @@ def objective_cases() -> dict[str, Case]:
                 {"objective": kind, "method": method, "quantization": quantization},
                 steps=10,
             )
-            for kind in ("dpo", "ipo", "kto", "orpo", "simpo")
+            for kind in ("dpo", "ipo", "kto", "orpo", "simpo", "reward")
             for name, method in MATRIX_METHODS.items()
             for quantization in ("none", "nf4")
+            if not (kind == "reward" and name in ("prefix", "prompt"))
         }
     return cases
 

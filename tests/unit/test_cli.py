@@ -61,9 +61,9 @@ def test_every_shipped_recipe_is_valid(
     assert out.startswith(f"{recipe}: valid\n")
 
 
-def test_the_shipped_recipes_are_two_uses_and_the_methods() -> None:
+def test_the_shipped_recipes_are_three_uses_and_the_methods() -> None:
     methods = ["bitfit", "bottleneck", "prefix", "prompt", "quickstart"]
-    assert [path.stem for path in RECIPES] == sorted(["chat", "classify", *methods])
+    assert [path.stem for path in RECIPES] == sorted(["chat", "classify", "dpo", *methods])
 
 
 def test_validate_tells_how_a_step_is_made(

@@ -2,11 +2,15 @@
 
 import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
 
 from peft_dist.checkpoint.checkpointer import Checkpointer
 from peft_dist.checkpoint.start import load_start
@@ -22,7 +26,7 @@ from peft_dist.trainer import Trainer
 from tests.tiny import preference_rows, save_adapter, tiny_model, tiny_recipe, write_jsonl
 
 REFERENCED = ("dpo", "ipo", "kto")
-PAIRED = ("dpo", "ipo", "orpo", "simpo")
+PAIRED = ("dpo", "ipo", "orpo", "simpo", "reward")
 
 
 class Records(list[dict[str, Any]]):
@@ -40,7 +44,9 @@ class Records(list[dict[str, Any]]):
         return [record for record in self if record["event"] == event]
 
 
-def trainer(folder: Path, world: World, kind: str, **sections: Any) -> Trainer:
+def trainer(
+    folder: Path, world: World, kind: str, *, packing: bool | None = None, **sections: Any
+) -> Trainer:
     """Return a trainer of an objective, its reference scored."""
     if not (folder / "llama").is_dir():
         tiny_model(folder / "llama", "llama")
@@ -49,7 +55,9 @@ def trainer(folder: Path, world: World, kind: str, **sections: Any) -> Trainer:
     form = "judged" if kind == "kto" else "pair"
     held = write_jsonl(folder / f"{form}-eval.jsonl", preference_rows(7, form, seed=1))
     rows_file = write_jsonl(folder / f"{form}.jsonl", preference_rows(24, form))
-    recipe = tiny_recipe(folder / "llama", rows_file, data={"eval": str(held)}, **sections)
+    recipe = tiny_recipe(
+        folder / "llama", rows_file, data={"eval": str(held), "packing": packing}, **sections
+    )
     setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"))
     rows = tokenize_rows(recipe, "train", folder / "cache" / "rows")
     eval_set = make_eval_set(recipe, tokenize_rows(recipe, "eval", folder / "cache" / "rows"))
@@ -98,6 +106,42 @@ def test_the_reference_is_the_model_as_training_starts_it(
     start = {"dpo": math.log(2), "ipo": (1 / 0.2) ** 2, "kto": 0.5}[kind]
     assert step["loss"] == pytest.approx(start, abs=1e-4)
     assert step["reward_chosen"] == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"kind": "lora"}, {"kind": "bottleneck"}, {"kind": "bitfit", "add_bias": True}],
+    ids=lambda method: str(method["kind"]),
+)
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_reward_model_is_read_by_plain_peft_to_the_same_rewards(
+    tmp_path: Path, alone: World, method: dict[str, Any], packing: bool
+) -> None:
+    found = trainer(
+        tmp_path, alone, "reward", method=method, quantization="none", packing=packing,
+        train={"steps": 4, "learning_rate": 1e-2},
+    )  # fmt: skip
+    saver = AdapterSaver(found.setup, found.rows)
+    saver.prove()
+    found.run()
+    saver.save(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the head that the base lacks
+        plain = PeftModel.from_pretrained(
+            AutoModelForSequenceClassification.from_pretrained(tmp_path / "llama", num_labels=1),
+            str(tmp_path / "adapter"),
+        ).eval()
+    rows, setup = found.rows, found.setup
+    setup.model.eval()
+    with torch.no_grad():
+        batch = setup.pack(rows, np.arange(6))
+        ours = -setup.model(batch).nll
+        for row in range(6):
+            tokens = torch.tensor(rows.tokens[rows.offsets[row] : rows.offsets[row + 1]])
+            assert plain(input_ids=tokens[None].long()).logits.item() == pytest.approx(
+                float(ours[row]), abs=1e-5
+            )
+    assert ours.std() > 0.01
 
 
 def test_training_that_starts_from_an_adapter_has_it_for_reference(

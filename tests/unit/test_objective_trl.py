@@ -10,18 +10,29 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from peft_dist.config.objective import Dpo, Ipo, Kto, Orpo, Simpo
+from peft_dist.config.objective import Dpo, Ipo, Kto, Orpo, Reward, Simpo
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import read_world
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import ModelSetup, set_up_model
-from peft_dist.objective.passes import JudgedPass, PairPass, Scores, row_scores, with_margin
+from peft_dist.objective.passes import (
+    JudgedPass,
+    PairPass,
+    RewardPass,
+    Scores,
+    row_scores,
+    with_margin,
+)
 from peft_dist.objective.reference import reference_scores
 from tests.tiny import save_adapter, tiny_model, tiny_recipe, write_jsonl
 
@@ -94,6 +105,44 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ours]:
     save_adapter(folder / "adapter", setup.method, setup.peft, state)
     yield Ours(folder, setup, rows, reference)
     process_group.stop()
+
+
+def test_a_reward_model_has_trls_loss(ours: Ours) -> None:
+    folder, world = ours.folder, ours.setup.world
+    recipe = tiny_recipe(
+        folder / "llama", folder / "dpo.jsonl", objective="reward", quantization="none"
+    )
+    rows = tokenize_rows(recipe, "train", folder / "rows")
+    setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"))
+    noise = torch.Generator().manual_seed(3)
+    state = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=noise)
+        for name, tensor in setup.engine.adapter_state().items()
+    }
+    setup.engine.load_adapter_state(state)
+    save_adapter(folder / "reward", setup.method, setup.peft, state)
+    passes, examples = RewardPass(setup, rows, Reward(kind="reward", center=0.3)), np.arange(3)
+    passes.begin(examples, [examples])
+    batch = setup.pack(rows, passes.rows(examples))
+    share = passes.share(setup.model(batch), batch, examples)
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "llama", num_labels=1)
+    trainer = RewardTrainer(
+        model=PeftModel.from_pretrained(base, str(folder / "reward"), is_trainable=True),
+        args=RewardConfig(
+            output_dir=str(folder / "out"), report_to="none", use_cpu=True, bf16=False,
+            gradient_checkpointing=False, center_rewards_coefficient=0.3,
+        ),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=AutoTokenizer.from_pretrained(folder / "llama"),
+    )  # fmt: skip
+    inputs = trainer.data_collator([trainer.train_dataset[row] for row in range(3)])
+    loss = trainer.compute_loss(trainer.model, dict(inputs))
+    assert float(share.loss.detach()) / 3 == pytest.approx(float(loss.detach()), abs=TOLERANCE)
+    figures = with_margin(dict(zip(passes.metrics, share.metrics.tolist(), strict=True)))
+    kept = trainer._metrics["train"]
+    assert figures["reward_margin"] == pytest.approx(kept["margin"][-1], abs=TOLERANCE)
+    assert figures["reward_accuracy"] == pytest.approx(kept["accuracy"][-1], abs=1e-6)
+    assert abs(figures["reward_margin"]) > 0.01
 
 
 def theirs(
