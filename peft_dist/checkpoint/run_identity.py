@@ -57,5 +57,6 @@ def refuse_another_run(
         RunDirError: With the difference.
     """
     changes = differences(saved["content"], now["content"])
-    changes |= differences(saved["recipe"], now["recipe"])
+    # Checkpoints of earlier versions have no field for it, and knew no other.
+    changes |= differences({"objective.kind": "sft", **saved["recipe"]}, now["recipe"])
     refuse_changes(changes, allowed, where=where)

@@ -255,7 +255,7 @@ class RewardModel(_Decoder):
     def _ends(self, batch: Batch) -> torch.Tensor:
         """Return where in [B * T] each row's reward is read."""
         ids = batch.input_ids.flatten()
-        at = torch.arange(len(ids), device=ids.device)
+        at = torch.arange(len(ids), device=ids.device, dtype=torch.int32)
         if batch.row_bounds is None:
             rows, count = at // batch.input_ids.shape[1], len(batch.input_ids)
         else:
@@ -266,4 +266,4 @@ class RewardModel(_Decoder):
         if pad is None and batch.attention_mask is not None:
             real = batch.attention_mask.flatten()
         none = torch.zeros(count, dtype=at.dtype, device=at.device)
-        return none.scatter_reduce(0, rows, at * real, "amax")
+        return none.scatter_reduce(0, rows.long(), at * real, "amax").long()

@@ -202,7 +202,10 @@ class JudgedPass(_Preferences):
             with torch.no_grad(), setup.autocast():
                 for micro in groups:
                     rows = self.rows(micro) + 1
-                    batch = setup.pack(self.data, rows).to(device)
+                    batch = setup.pack(self.data, rows)
+                    if device.type == "cuda":
+                        batch = batch.pin_memory()
+                    batch = batch.to(device)
                     losses: Losses = setup.model(batch)
                     if len(micro):
                         total += self._scored(losses, batch, rows).log_ratios.sum()
