@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.equivalence import cases
+from tests.faults.long import IS_LONG
 from tests.processes import ROOT, environment, run, torchrun
 from tests.tiny import (
     ARCHITECTURES,
@@ -73,7 +74,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             [*start, script, str(folder)],
             environment=environment(folder / "cache"),
             cwd=folder,
-            timeout_s=550,
+            timeout_s=3000 if IS_LONG else 550,
         )
         assert done.returncode == 0, done.stderr[-20000:]
     return folder
