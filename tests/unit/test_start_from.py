@@ -43,8 +43,9 @@ def moved(setup: ModelSetup) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: "-".join(map(str, method.values())))
-@pytest.mark.parametrize("named", ["adapter", "."])
+@pytest.mark.parametrize(
+    ("method", "named"), [*((method, "adapter") for method in METHODS), (METHODS[0], ".")]
+)
 def test_every_method_starts_from_its_own_adapter_to_the_bit(
     tmp_path: Path, alone: World, method: dict[str, Any], named: str
 ) -> None:
