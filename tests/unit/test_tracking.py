@@ -300,6 +300,17 @@ def test_a_killed_writer_leaves_whole_lines_only(tmp_path: Path) -> None:
     assert steps == list(range(len(steps)))
 
 
+def test_what_compares_answers_shows_margin_and_accuracy() -> None:
+    stream = io.StringIO()
+    terminal = Terminal(2, stream)
+    rewards = {"reward_margin": 0.25, "reward_accuracy": 0.75}
+    terminal.write(STEP.model_copy(update=rewards))
+    terminal.write(EVALUATION.model_copy(update={"eval_reward_margin": 0.5}))
+    first, second = stream.getvalue().splitlines()
+    assert first == "step 1/2  loss 2.5000  margin 0.250  accuracy 0.75  1,234 tok/s"
+    assert second == "step 1  held-out loss 1.2500  accuracy 0.500  margin 0.500"
+
+
 def test_a_pipe_gets_plain_lines_without_control_characters() -> None:
     stream = io.StringIO()
     terminal = Terminal(2, stream)
