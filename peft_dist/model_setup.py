@@ -1,4 +1,4 @@
-"""CopyInto a run's model together on one process: base, adapter and engine, proven to be sharded.
+"""Put a run's model together on one process: base, adapter and engine, proven to be sharded.
 
 The order is what makes it right: build on `meta`, swap linears, attach adapters, shard, and only
 then read the rows that belong here. Trains nothing.
@@ -19,6 +19,8 @@ from torch import nn
 
 from peft_dist.common.errors import DataError, RecipeError, TrainingError
 from peft_dist.common.paths import TOKENIZER_FILES
+from peft_dist.common.screen import stage
+from peft_dist.common.sizes import megabytes
 from peft_dist.config import Recipe
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.order import RowIds
@@ -284,19 +286,27 @@ def set_up_model(
     engine.materialize(model)
 
     frozen, trained = _split(peft)
+    log.info("built: %s with %s adapters", type(skeleton).__name__, recipe.method.kind)
     packed = _load_base(peft, frozen, trained, plan, source, engine)
     _fill_fresh_heads({**frozen, **trained}, plan, peft, engine, seed=recipe.train.seed)
     as_released = engine.fingerprint(frozen)
     verify_one_base(as_released)
+    log.info("base: %s, built and loaded  %.1f s", recipe.quantization, time.monotonic() - started)
     by_name = {base_name_in(peft, name): parameter for name, parameter in frozen.items()}
     start = _start(recipe, source, plan, by_name, engine, model)
-    method.initialise(peft, start)
-    engine.flatten_adapter(
-        trained,
-        lambda n: Group(trained[n].dim() > 1, method.rate_factor(n)),
-        figures=len(recipe.objective.metrics) + recipe.source_losses,
-    )
-    total, by_rank = verify_sharded(engine, frozen, trained, launched.strategy)
+    with stage("filling and sharding the adapters", log) as told:
+        method.initialise(peft, start)
+        rate = method.rate_factor
+        engine.flatten_adapter(
+            trained,
+            lambda n: Group(trained[n].dim() > 1, rate(n)),
+            figures=len(recipe.objective.metrics) + recipe.source_losses,
+        )
+        total, by_rank = verify_sharded(engine, frozen, trained, launched.strategy)
+        told.append(
+            f"shards: {megabytes(by_rank[world.rank])} of {megabytes(total)} of the base here "
+            f"({launched.strategy}), {sum(map(torch.numel, trained.values())):,} trained parameters"
+        )
     setup = ModelSetup(
         recipe=recipe,
         world=world,

@@ -16,6 +16,7 @@ import torch
 from peft_dist.checkpoint.checkpointer import Checkpointer
 from peft_dist.checkpoint.progress import NoHooks, Progress, TrainerHooks
 from peft_dist.common.errors import Interrupted, TrainingError
+from peft_dist.common.screen import wait
 from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.mixture import source_shares
 from peft_dist.data.order import RowIds, StepPlan, assign
@@ -213,7 +214,9 @@ class Trainer:
         evaluate, save = self.recipe.evaluate.every_steps, self.recipe.checkpoint.every_steps
         total = self.plan.total_steps
         evaluate_due = self.progress.evaluated != step and (
-            step in (0, total) or bool(evaluate and step % evaluate == 0)
+            step == total
+            or bool(step and evaluate and step % evaluate == 0)
+            or (step == 0 and self.recipe.evaluate.at_start)
         )
         may_be_best = evaluate_due and self.recipe.checkpoint.keep_best > 0
         save_due = may_be_best or bool(save and step % save == 0)
@@ -248,7 +251,8 @@ class Trainer:
         self.hooks.phase("save", step)
         if self._saved_step != step:
             facts = {**asdict(self.progress), "epoch": self.plan.epoch_of(self.progress.cursor)}
-            self.checkpointer.take(facts, self.optimizer)
+            with wait(f"saving step {step}"):
+                self.checkpointer.take(facts, self.optimizer)
             self._saved_step = step
             stall = time.monotonic() - started
             self.write(CheckpointEvent(step=step, stall_s=stall))
@@ -261,7 +265,8 @@ class Trainer:
     def finish_saves(self) -> None:
         """Wait for the checkpoint that is being written, if there is one, and record it."""
         if self.checkpointer is not None:
-            self.checkpointer.wait()
+            with wait("writing the last checkpoint"):
+                self.checkpointer.wait()
             self._write_saves()
 
     def _write_saves(self) -> None:

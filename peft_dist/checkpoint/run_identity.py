@@ -31,7 +31,7 @@ def describe_run(
             "data.train": _describe_rows(recipe, rows),
             "data.eval": None
             if eval_set is None
-            else f"{eval_set.rows.n_rows} rows, fingerprint {eval_set.rows.fingerprint[:16]}",
+            else f"rows with fingerprint {eval_set.rows.fingerprint[:16]}",  # scored or not
             "model.name": f"weights with fingerprint {_sha256(base)[:16]}",
             **start,
         },

@@ -13,8 +13,14 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from peft_dist.common.errors import RecipeError, nearest
-from peft_dist.config.explain import describe_failure, quote, refuse_booleans_as_numbers, section_at
+from peft_dist.common.errors import RecipeError
+from peft_dist.config.explain import (
+    describe_failure,
+    quote,
+    refuse_booleans_as_numbers,
+    remedy_for_unknown,
+    section_at,
+)
 from peft_dist.config.meaning import refuse_meaningless
 from peft_dist.config.recipe import Recipe
 from peft_dist.config.row_sources import held_out
@@ -112,6 +118,20 @@ def _read_text(path: Path) -> str:
         raise RecipeError(f"cannot be read: {reason}", where=where) from error
 
 
+def given_twice(overrides: Sequence[str]) -> list[str]:
+    """Return a line about each key that a person gave several values: the last one counts."""
+    given: dict[str, list[str]] = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        given.setdefault(key.strip(), []).append(value)
+    return [
+        f"{key} is given {len(values)} times; the last one counts: {quote(values[-1])} "
+        f"(to train each: --array {key}={','.join(dict.fromkeys(values))})"
+        for key, values in given.items()
+        if len(set(values)) > 1
+    ]
+
+
 def _apply_override(raw: dict[str, Any], override: str, where: str) -> tuple[str, ...]:
     """Set `a.b=value` in `raw`, and return its path."""
     key, equals, text = override.partition("=")
@@ -131,7 +151,9 @@ def _apply_override(raw: dict[str, Any], override: str, where: str) -> tuple[str
             )
         if name not in model.model_fields and model.model_config.get("extra") != "allow":
             raise RecipeError(
-                "no such key", where=key.strip(), remedy=nearest(name, model.model_fields)
+                "no such key",
+                where=key.strip(),
+                remedy=remedy_for_unknown(path[: depth + 1], model),
             )
         if depth == len(path) - 1:
             section[name] = value

@@ -168,10 +168,13 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """Scoring on `data.eval`, always done before the first and after the last step."""
+    """Scoring on `data.eval`, done after the last step, and before the first one."""
 
+    at_start: bool = True
+    """Whether to score the base before the first step, for the comparison with what training made
+    of it; that takes as long as the scoring at the end."""
     every_steps: PositiveInt | None = None
-    """Steps between evaluations. Off: only before and after training."""
+    """Steps between evaluations. Off: only before (`at_start`) and after training."""
     choices: Annotated[tuple[Text, ...], Field(max_length=1024)] = ()
     """Completions to choose from, such as [" animal", " plant"]; accuracy is the share of rows
     whose own completion is the most likely of them. Empty: loss only."""

@@ -11,8 +11,8 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from peft_dist.common.console import say
 from peft_dist.common.errors import DataError
+from peft_dist.common.screen import Bar, wait
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.counts import SourceRows
 from peft_dist.data.encode import EncodedRow, Encoder
@@ -26,8 +26,6 @@ from peft_dist.data.sources import Source
 ROWS_PER_BATCH = 1000
 ROWS_BEFORE_PROCESSES = 20_000
 """Rows of chats after which it pays to start processes that encode the rest."""
-TELL_EVERY_S = 10.0
-"""Seconds between two lines about a long tokenising."""
 
 
 @dataclass(frozen=True)
@@ -68,25 +66,8 @@ class RowJob:
         if size is None:
             return None
         rows = (row for source in self.sources for row in self.rows(source, BadRows(source, None)))
-        return HoldOut.of(rows, size=size, seed=self.recipe.train.seed)
-
-
-class Progress:
-    """Says now and then how far a long tokenising has come."""
-
-    def __init__(self, name: str) -> None:
-        """Begin to count."""
-        self._name, self._rows = name, 0
-        self._started = self._told = time.monotonic()
-
-    def add(self, rows: int) -> None:
-        """Count rows, and tell where it is time."""
-        self._rows += rows
-        now = time.monotonic()
-        if now - self._told >= TELL_EVERY_S:
-            self._told = now
-            rate = self._rows / (now - self._started)
-            say(f"tokenising {self._name}: {self._rows:,} rows, {rate:,.0f} rows/s")
+        with wait("choosing the rows that are held out"):
+            return HoldOut.of(rows, size=size, seed=self.recipe.train.seed)
 
 
 class FittedRows:
@@ -112,20 +93,22 @@ class FittedRows:
 
     def __iter__(self) -> Iterator[EncodedRow]:
         rows = self.read()
-        progress = Progress(self.source.name)
         batches = iter(lambda: list(islice(rows, ROWS_PER_BATCH)), [])
-        for example in self._examples(batches, progress):
-            fitted = self.fit(example)
-            if fitted is not None:
-                yield from fitted.rows
+        with wait(f"tokenising {self.source.name}") as bar:
+            for example in self._examples(batches, bar):
+                fitted = self.fit(example)
+                if fitted is not None:
+                    yield from fitted.rows
         self.bad.refuse_too_many()
 
-    def _examples(self, batches: Iterator[list[AnyRow]], progress: "Progress") -> Iterator[Example]:
+    def _examples(self, batches: Iterator[list[AnyRow]], bar: Bar) -> Iterator[Example]:
         """Yield what is trained together, of every batch."""
 
         def one_by_one(encoded: Iterator[list[Example]]) -> Iterator[Example]:
             for examples in encoded:
-                progress.add(len(examples))
+                done = bar.done + len(examples)
+                rate = done / max(1e-3, time.monotonic() - bar.began_s)
+                bar.update(done, text=bar.text, detail=f"{done:,} rows, {rate:,.0f} rows/s")
                 yield from examples
 
         match self._job.recipe.objective.rows:

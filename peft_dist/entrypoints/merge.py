@@ -135,6 +135,12 @@ def merge(run: RunDir, out: Path) -> None:
         f"{out}  {len(changes) + len(added)} of {len(files.tensors) + len(added)} tensors merged  "
         f"{size / 1e6:,.1f} MB  {time.monotonic() - started:.1f} s"
     )
+    task = "CausalLM" if recipe.model.task == "causal-lm" else "SequenceClassification"
+    show(
+        f"  load it:\n    from transformers import AutoModelFor{task} as Auto, AutoTokenizer\n"
+        f"    model = Auto.from_pretrained({str(out)!r})\n"
+        f"    tokenizer = AutoTokenizer.from_pretrained({str(out)!r})"
+    )
 
 
 def _read_adapter(run: RunDir) -> tuple[LoraConfig, dict[str, torch.Tensor]]:

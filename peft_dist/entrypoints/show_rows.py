@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 
+from peft_dist.common import logs
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE, EXIT_USER_ERROR
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--show-mask", action="store_true", help="show long rows whole")
     parser.add_argument("--json", action="store_true", help="print tokens and mask as JSON")
     options = parser.parse_args(argv)
+    logs.begin(on_screen=False)  # standard output holds the rows alone
     codes: list[int] = []
     code = run_worker(lambda _: codes.append(show_rows(options)))
     return code or codes[0]

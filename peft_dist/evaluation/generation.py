@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from peft_dist.common.screen import wait
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import any_of, first_of_all
@@ -24,6 +25,8 @@ from peft_dist.model_setup import ModelSetup
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+CUT = "\N{HORIZONTAL ELLIPSIS}"
+"""Behind an answer that was not at its end when the model had to stop."""
 SHOWN_CHARACTERS = 500
 """Longest text in an event."""
 ENDED = -1
@@ -74,7 +77,10 @@ class Sampler:
         events = []
         for index, (row, (prompt, expected)) in enumerate(zip(self.rows, pairs, strict=True)):
             if predicted is None:
-                texts = self._text(expected), self._text(answers[index])
+                written = answers[index]
+                cut = "" if ENDED in written else CUT
+                own = self._text([token for token in written if token != ENDED])
+                texts = self._text(expected), own + cut
             else:
                 assert self._held.truth is not None
                 texts = names[self._held.truth[row]], names[predicted[row]]
@@ -92,25 +98,27 @@ class Sampler:
     def _write_on(
         self, prompts: Sequence[Ids], wants_stop: Callable[[], bool] | None
     ) -> list[list[int]]:
-        """Return what the model writes after each prompt, without a special token at its end."""
+        """Return what the model writes after each prompt; `ENDED` where it came to an end."""
         setup = self._session
         answers: list[list[int]] = [[] for _ in prompts]
         was_training = setup.model.training
         setup.model.eval()
         try:
-            with torch.no_grad(), setup.autocast():
-                for _ in range(setup.recipe.evaluate.sample_tokens):
+            most, what = setup.recipe.evaluate.sample_tokens, f"writing {len(prompts)} samples"
+            with torch.no_grad(), setup.autocast(), wait(what, total=most, unit="tokens") as bar:
+                for _ in range(most):
                     if wants_stop is not None and any_of(wants_stop(), setup.world.device):
                         raise ScoringStopped
                     found = self._next_tokens(prompts, answers)
-                    if all(token == ENDED for token in found):
-                        break
                     for answer, token in zip(answers, found, strict=True):
                         # A row that has ended stays: without it the others' batch would change.
                         answer.append(token)
+                    bar.advance()
+                    if all(token == ENDED for token in found):
+                        break
         finally:
             setup.model.train(was_training)
-        return [[token for token in answer if token != ENDED] for answer in answers]
+        return answers
 
     def _next_tokens(self, prompts: Sequence[Ids], answers: Sequence[list[int]]) -> list[int]:
         """Return each row's likeliest next token as rank 0 finds it, or `ENDED`. Collective."""

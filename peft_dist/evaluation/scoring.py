@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from peft_dist.common.errors import DataError
+from peft_dist.common.screen import wait
 from peft_dist.config import Recipe
 from peft_dist.data.order import RowIds, assign
 from peft_dist.data.pack import Batch
@@ -163,7 +164,7 @@ def _score(setup: ModelSetup, eval_set: EvalSet, wants_stop: Callable[[], bool] 
     choice_ids = torch.tensor(np.concatenate(choices), device=device) if choices else None
     total = torch.zeros(1, dtype=torch.float64, device=device)
     predicted = torch.zeros(eval_set.rows.n_rows, dtype=torch.int64, device=device)
-    for ids, batch in _batches(setup, eval_set.rows, wants_stop):
+    for ids, batch in _batches(setup, eval_set.rows, wants_stop, "held-out rows"):
         losses: Losses = setup.model(batch, choice_ids)
         if not len(ids):
             continue
@@ -191,12 +192,14 @@ def _preferences(
     groups = _own_groups(setup, rows)
     divisor = objective.begin(np.arange(rows.n_examples), groups)
     total = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=device)
-    for examples in groups:
-        _stop_if_asked(setup, wants_stop)
-        batch = setup.pack(rows, objective.rows(examples)).to(device)
-        share = objective.share(setup.model(batch), batch, examples)
-        total[0] += share.loss
-        total[1:] += share.metrics
+    with wait("evaluating answers", total=sum(map(len, groups)), unit="rows here") as bar:
+        for examples in groups:
+            _stop_if_asked(setup, wants_stop)
+            batch = setup.pack(rows, objective.rows(examples)).to(device)
+            share = objective.share(setup.model(batch), batch, examples)
+            total[0] += share.loss
+            total[1:] += share.metrics
+            bar.advance(len(examples))
     loss, *figures = sum_over(total).tolist()
     named = dict(zip(objective.metrics, figures, strict=True))
     found = {name: None if isnan(value) else value for name, value in named.items()}
@@ -220,11 +223,14 @@ def _stop_if_asked(setup: ModelSetup, wants_stop: Callable[[], bool] | None) -> 
 
 
 def _batches(
-    setup: ModelSetup, rows: TokenizedRows, wants_stop: Callable[[], bool] | None
+    setup: ModelSetup, rows: TokenizedRows, wants_stop: Callable[[], bool] | None, doing: str
 ) -> Iterator[tuple[RowIds, Batch]]:
-    for ids in _own_groups(setup, rows):
-        _stop_if_asked(setup, wants_stop)
-        yield ids, setup.pack(rows, ids).to(setup.world.device)
+    mine = _own_groups(setup, rows)
+    with wait(f"evaluating {doing}", total=sum(map(len, mine)), unit="rows here") as bar:
+        for ids in mine:
+            _stop_if_asked(setup, wants_stop)
+            yield ids, setup.pack(rows, ids).to(setup.world.device)
+            bar.advance(len(ids))
 
 
 def _likeliest(
@@ -233,7 +239,7 @@ def _likeliest(
     """Return the likeliest choice of each row, each choice scored as a row."""
     crossed = _every_choice(eval_set)
     scores = torch.zeros(crossed.n_rows, dtype=torch.float64, device=setup.world.device)
-    for ids, batch in _batches(setup, crossed, wants_stop):
+    for ids, batch in _batches(setup, crossed, wants_stop, "every choice"):
         losses: Losses = setup.model(batch)
         if len(ids):
             rows = torch.from_numpy(ids).to(scores.device)[batch.target_rows]

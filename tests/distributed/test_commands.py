@@ -174,7 +174,12 @@ def test_the_run_directory_holds_what_is_promised(runs: Path, way: str) -> None:
 def test_progress_into_a_pipe_is_plain_lines_with_the_ledgers_figures(runs: Path, way: str) -> None:
     text = (runs / f"{way}.out").read_text(encoding="utf-8")
     assert all(character.isprintable() or character == "\n" for character in text)
-    shown = [line for line in text.splitlines() if line.startswith("step ") and "tok/s" in line]
+    lines = [line.partition("] ")[2] for line in text.splitlines()]
+    stages = ("libraries loaded  ", "rows: ", "model: ", "base: ", "shards: ", "saving and reading",
+              "training: ", "step 1/")  # fmt: skip
+    at = [next(n for n, line in enumerate(lines) if line.startswith(stage)) for stage in stages]
+    assert at == sorted(at), "every stage of a start has its line, in order"
+    shown = [line for line in lines if line.startswith("step ") and "tok/s" in line]
     steps = ledger(runs / "runs" / way, "step")
     expected = [
         f"step {r['step']}/{STEPS}  loss {r['loss']:.4f}  {r['tokens_per_s']:,.0f} tok/s"

@@ -13,6 +13,7 @@ from peft_dist.config import load_recipe, render_recipe
 from peft_dist.config.explain import _sections
 from peft_dist.config.meaning import CONDITIONS
 from peft_dist.config.recipe import Recipe
+from peft_dist.config.yaml_text import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 Write = Callable[[str], Path]
@@ -67,6 +68,7 @@ EXAMPLES: dict[str, tuple[str, list[str], list[str]]] = {
     "data.eval_split": ("dev", [], [HELD]),
     "train.weight_decay": ("0.1", ["method.kind=bitfit"], []),
     "train.max_skipped_steps": ("3", ["train.non_finite=stop"], []),
+    "evaluate.at_start": ("false", [], [HELD]),
     "evaluate.max_rows": ("5", [], [HELD]),
     "evaluate.samples": ("2", [], [HELD]),
     "evaluate.sample_tokens": ("5", [HELD, "evaluate.samples=0"], [HELD]),
@@ -124,7 +126,7 @@ def test_a_setting_without_effect_is_refused_and_one_with_effect_is_not(
     )
     recipe = load_recipe(recipe_file, [*useful, f"{field}={value}"])
     owner: Any = getattr(recipe, parts[0])
-    assert getattr(owner, parts[-1]) == type(getattr(owner, parts[-1]))(value)
+    assert getattr(owner, parts[-1]) == parse_yaml(value, where=key)
 
 
 def test_defaults_that_a_run_directory_writes_out_are_no_fault(
