@@ -7,6 +7,7 @@ The process around it stands in `entrypoints/train.py`, what follows and guards 
 import logging
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from peft_dist.checkpoint.checkpointer import Checkpointer, read_state
 from peft_dist.checkpoint.room import require_room
 from peft_dist.checkpoint.run_identity import describe_run, refuse_another_run
 from peft_dist.checkpoint.same_inputs import describe_inputs, refuse_different_inputs
+from peft_dist.checkpoint.start import load_start
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.errors import RunDirError
@@ -32,7 +34,9 @@ from peft_dist.evaluation.scoring import EvalSet, make_eval_set
 from peft_dist.model.source import find_base
 from peft_dist.model.vocabulary import refuse_unknown_ids
 from peft_dist.model.weights import model_folder
-from peft_dist.model_setup import set_up_model
+from peft_dist.model_setup import ModelSetup, set_up_model
+from peft_dist.objective.passes import Scores
+from peft_dist.objective.reference import reference_scores
 from peft_dist.run.saving import being_saved
 from peft_dist.tracking.attempt import TrainingAttempt
 from peft_dist.trainer import Trainer
@@ -92,6 +96,7 @@ def fine_tune(
         refuse_different_inputs(inputs)
 
     setup = set_up_model(recipe, world, base, label_names=rows.label_names)
+    load_start(setup)
     for some in (rows, *([] if eval_set is None else [eval_set.rows])):
         setup.check_lengths(some)
     saver = AdapterSaver(setup, rows)
@@ -99,7 +104,10 @@ def fine_tune(
         saver.prove()
         told.append("saving and reading back a changed adapter: proven")
     require_room(setup, attempt.run)
-    trainer = _trainer(saver, rows, eval_set, attempt, allow_changed)
+    reference = _reference(setup, rows, cache, attempt)
+    if eval_set is not None:
+        eval_set = replace(eval_set, reference=_reference(setup, eval_set.rows, cache, attempt))
+    trainer = _trainer(saver, rows, eval_set, reference, attempt, allow_changed)
 
     with attempt.follow(trainer):
         trainer.run()
@@ -131,6 +139,19 @@ def _read_rows(recipe: Recipe, cache: Path) -> tuple[TokenizedRows, EvalSet | No
     return rows, make_eval_set(recipe, tokenize_rows(recipe, "eval", cache))
 
 
+def _reference(
+    setup: ModelSetup, rows: TokenizedRows, cache: Path, attempt: TrainingAttempt
+) -> Scores | None:
+    """Score rows before anything is learned, where the objective asks for it. Collective."""
+    if not setup.recipe.objective.has_reference:
+        return None
+    scores = reference_scores(
+        setup, rows, cache / "reference", on_batch=lambda: attempt.phase("evaluation", 0)
+    )
+    attempt.phase("setup", 0)
+    return scores
+
+
 def _described(rows: TokenizedRows, eval_set: EvalSet | None) -> list[str]:
     """Log what became of the rows of each source, and return a line about all of them.
 
@@ -144,14 +165,15 @@ def _described(rows: TokenizedRows, eval_set: EvalSet | None) -> list[str]:
             for report in source.reports:
                 log.warning("left out %s", report)
             log.info("%s", source.line(what))
-    kept = f"rows: {rows.n_rows:,} to train on, {len(rows.tokens):,} tokens"
-    return [kept + ("" if eval_set is None else f", {eval_set.rows.n_rows:,} held out")]
+    kept = f"rows: {rows.n_examples:,} to train on, {len(rows.tokens):,} tokens"
+    return [kept + ("" if eval_set is None else f", {eval_set.rows.n_examples:,} held out")]
 
 
 def _trainer(
     saver: AdapterSaver,
     rows: TokenizedRows,
     eval_set: EvalSet | None,
+    reference: Scores | None,
     attempt: TrainingAttempt,
     allow_changed: Collection[str],
 ) -> Trainer:
@@ -169,7 +191,9 @@ def _trainer(
         may_publish=attempt.require_lease,
         sync_ledger=attempt.sync_ledger,
     )
-    trainer = Trainer(setup, rows, eval_set, checkpointer=checkpointer, hooks=attempt)
+    trainer = Trainer(
+        setup, rows, eval_set, reference=reference, checkpointer=checkpointer, hooks=attempt
+    )
     newest = checkpointer.newest()
     if newest is not None:
         try:

@@ -32,7 +32,7 @@ from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
 from peft_dist.model import architectures, attention, base, precision
 from peft_dist.model.base import BasePlan
-from peft_dist.model.loss import CausalLM, SequenceClassifier
+from peft_dist.model.loss import CausalLM, Decoder, RewardModel, SequenceClassifier
 from peft_dist.model.nf4 import WEIGHTS_PER_BYTE
 from peft_dist.model.proof import Way, prove
 from peft_dist.model.source import BaseSource, Released
@@ -42,7 +42,11 @@ from peft_dist.sharding.verify import verify_one_base, verify_sharded
 
 log = logging.getLogger(__name__)
 
-_HEADS = {"causal-lm": CausalLM, "sequence-classification": SequenceClassifier}
+_HEADS = {
+    "causal-lm": CausalLM,
+    "sequence-classification": SequenceClassifier,
+    "reward": RewardModel,
+}
 
 
 @dataclass
@@ -74,6 +78,8 @@ class ModelSetup:
     """What the adapter names as its base."""
     tokenizer_files: list[Path]
     """What is saved beside the adapter: the tokenizer and its chat template."""
+    start_sha256: str | None = None
+    """Of the file of the adapter that training starts from; None for a new one."""
 
     @property
     def base_parameters(self) -> int:
@@ -242,10 +248,10 @@ def set_up_model(
         architectures.turn_dropout_off(config)
     skeleton = architectures.build_skeleton(
         config,
-        task=recipe.model.task,
+        task=recipe.head,
         dtype=dtype,
         attention=_attention(recipe, world.device, dtype),
-        label_names=label_names,
+        label_names=("reward",) if recipe.head == "reward" else label_names,
     )
     released = source.released(recipe)
     method = METHODS[recipe.method.kind](recipe.method, seed=recipe.train.seed)
@@ -264,7 +270,7 @@ def set_up_model(
     position_table = architectures.position_table(skeleton)
     peft = method.attach(
         skeleton,
-        task=recipe.model.task,
+        task=recipe.head,
         base_name=released.name,
         has_conv1d=has_conv1d,
     )
@@ -272,7 +278,7 @@ def set_up_model(
     if recipe.train.activation_checkpointing is True:
         # After the adapter: PEFT refuses a prefix on a model that has it on already.
         skeleton.gradient_checkpointing_enable({"use_reentrant": False})
-    model = _HEADS[recipe.model.task](peft)
+    model = _HEADS[recipe.head](peft)
     engine = engines[launched.strategy](
         world, shard_size=launched.shard_size, offload=launched.offload
     )
@@ -294,7 +300,7 @@ def set_up_model(
         engine.flatten_adapter(
             trained,
             lambda n: Group(trained[n].dim() > 1, rate(n)),
-            sources=recipe.data.mixed_sources,
+            figures=len(recipe.objective.metrics) + recipe.source_losses,
         )
         total, by_rank = verify_sharded(engine, frozen, trained, launched.strategy)
         told.append(
@@ -324,14 +330,14 @@ def set_up_model(
         tokenizer_files=source.files.others(TOKENIZER_FILES),
     )
     setup.check_adapters_agree()
-    if isinstance(model, CausalLM):
+    if isinstance(model, Decoder):
         setup.packing = _prove(setup, model, ways, blocks, source.cache_dir).packing
     return setup
 
 
 def _prove(
     setup: ModelSetup,
-    model: CausalLM,
+    model: Decoder,
     ways: list[Way],
     blocks: dict[str, nn.Module],
     cache_dir: Path,

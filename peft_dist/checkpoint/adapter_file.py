@@ -192,7 +192,7 @@ def check_with_peft(folder: Path, config: PeftConfig, bare: PreTrainedModel) -> 
     Raises:
         TrainingError: Naming the first tensor, or field of the configuration, that is wrong.
     """
-    wanted, written = _facts(config), _facts(PeftConfig.from_pretrained(str(folder)))
+    wanted, written = config_facts(config), config_facts(PeftConfig.from_pretrained(str(folder)))
     for field in sorted(wanted.keys() | written.keys()):
         if wanted.get(field) != written.get(field):
             raise unsafe(
@@ -233,7 +233,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(*raw)
 
 
-def _facts(config: PeftConfig) -> dict[str, Any]:
+def config_facts(config: PeftConfig) -> dict[str, Any]:
     """Return a configuration as its file holds it, with sets in order."""
 
     def plain(value: object) -> Any:

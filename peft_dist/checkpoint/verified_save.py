@@ -136,7 +136,7 @@ class AdapterSaver:
     def _bare(self) -> PreTrainedModel:
         return architectures.build_skeleton(
             copy.deepcopy(architectures.bare_model(self.setup.peft).config),
-            task=self.setup.recipe.model.task,
+            task=self.setup.recipe.head,
             dtype=torch.float32,
             attention="eager",
         )

@@ -26,8 +26,9 @@ from peft_dist.config.recipe import Recipe
 from peft_dist.config.row_sources import held_out
 from peft_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml
 
-PATH_FIELDS = (("model", "name"), ("data", "train"), ("data", "eval"))
+PATH_FIELDS = (("model", "name"), ("data", "train"), ("data", "eval"), ("method", "start_from"))
 """Fields that hold a local path or, where no such path exists, a hub name; or a list of sources."""
+_NEVER_ON_THE_HUB = (("method", "start_from"),)
 
 _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -193,7 +194,9 @@ def _resolve_paths(
                 for at, source in enumerate(value)
             )
         elif value is not None and not (section == "data" and held_out(value) is not None):
-            found = _resolved(value, bases, where, check=check_paths)
+            found = _resolved(
+                value, bases, where, check=check_paths, is_local=path in _NEVER_ON_THE_HUB
+            )
             if section == "model" and Path(found).is_absolute() and Path(found).is_file():
                 raise RecipeError(
                     f"{quote(value)} is a file",
@@ -205,12 +208,14 @@ def _resolve_paths(
     return recipe.model_copy(update=parts)
 
 
-def _resolved(name: str, bases: Sequence[Path], where: str, *, check: bool) -> str:
+def _resolved(
+    name: str, bases: Sequence[Path], where: str, *, check: bool, is_local: bool = False
+) -> str:
     """Return a path as an absolute one, and a hub name as it is."""
     found = _find(name, bases)
     if found is not None:
         return str(found)
-    if _looks_local(name) and check:
+    if (is_local or _looks_local(name)) and check:
         raise RecipeError(
             f"{quote(name)} does not exist",
             where=where,

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from peft_dist.config.method import Lora, Method
+from peft_dist.config.objective import Objective, Sft
 from peft_dist.config.row_sources import (
     AMOUNTS,
     Columns,
@@ -304,6 +305,8 @@ class Recipe(Section):
     """Storage of the linears inside the blocks: 4-bit NormalFloat, or as in the model file."""
     method: Method = Lora()
     """The adapter."""
+    objective: Objective = Sft()
+    """What is learned from the rows."""
     data: Data
     """The rows."""
     train: Train = Train()
@@ -319,6 +322,16 @@ class Recipe(Section):
     tracking: Tracking = Tracking()
     """Where progress is shown."""
 
+    @property
+    def source_losses(self) -> int:
+        """How many training sources have a loss of their own in every step; 0: none."""
+        return self.data.mixed_sources if self.objective.kind == "sft" else 0
+
+    @property
+    def head(self) -> Literal["causal-lm", "sequence-classification", "reward"]:
+        """What stands on the model's blocks: `model.task`, or what gives rewards instead."""
+        return "reward" if self.objective.kind == "reward" else self.model.task
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         classify = self.model.task == "sequence-classification"
@@ -331,6 +344,20 @@ class Recipe(Section):
             raise ValueError(
                 f"method.init {init} splits the full weights; "
                 "set quantization: none, or another init"
+            )
+        if classify and self.objective.kind != "sft":
+            raise ValueError(
+                f"objective {self.objective.kind} is for causal-lm; set objective: {{kind: sft}}"
+            )
+        if self.objective.kind == "reward" and self.method.kind in ("prompt", "prefix"):
+            raise ValueError(
+                f"objective reward is not for method {self.method.kind}, with which transformers"
+                " reads the reward at another token; set another method"
+            )
+        if self.objective.kind != "sft" and self.evaluate.choices:
+            raise ValueError(
+                f"evaluate.choices is for objective sft; {self.objective.kind} compares the answers"
+                " of its rows"
             )
         if classify and self.evaluate.choices:
             raise ValueError("evaluate.choices is for causal-lm; classification has its labels")

@@ -102,6 +102,12 @@ def merge(run: RunDir, out: Path) -> None:
             where="method.kind",
             remedy="load it with PEFT",
         )
+    if recipe.head == "reward":
+        raise RecipeError(
+            "a reward model is not merged: its head is its own",
+            where="objective.kind",
+            remedy="load it with PEFT",
+        )
     config, tensors = _read_adapter(run)
     _require_room(out)
     files = WeightFiles(model_folder(recipe.model.name, recipe.model.revision))

@@ -41,8 +41,13 @@ class Sampler:
     def __init__(self, setup: ModelSetup, eval_set: EvalSet) -> None:
         """Choose the rows: evenly spaced, for neighbours are often of one kind."""
         self._session, self._held = setup, eval_set
-        count = min(setup.recipe.evaluate.samples, eval_set.rows.n_rows)
-        self.rows = np.unique(np.linspace(0, eval_set.rows.n_rows - 1, count).astype(np.int64))
+        rows = eval_set.rows
+        # The first row of an example is its good answer, but of one that was judged to be bad.
+        good = np.arange(rows.n_examples) if rows.desirable is None else rows.desirable.nonzero()[0]
+        writes = setup.recipe.head != "reward"
+        count = min(setup.recipe.evaluate.samples, len(good)) if writes else 0
+        chosen = np.unique(np.linspace(0, len(good) - 1, count).astype(np.int64))
+        self.rows = good[chosen] * rows.rows_per_example
 
     def events(
         self,
@@ -82,7 +87,7 @@ class Sampler:
             events.append(
                 SampleEvent(
                     step=step,
-                    row=int(row) + 1,
+                    row=int(row) // self._held.rows.rows_per_example + 1,
                     prompt=shortened(self._text(prompt)),
                     expected=shortened(texts[0]),
                     predicted=shortened(texts[1]),

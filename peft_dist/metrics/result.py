@@ -33,12 +33,15 @@ def make_result(
     """Return `result.json`; times in seconds, sizes in bytes, lists in rank order."""
     trained = setup.adapter.values()
     classes = {}
-    if setup.recipe.model.task == "sequence-classification":
+    if setup.recipe.head != "causal-lm":
         labels = bare_model(setup.peft).config.id2label
         assert labels is not None
         classes = {"labels": list(labels.values())}
     return classes | {
         "method": setup.recipe.method.kind,
+        "objective": setup.recipe.objective.kind,
+        "start_from": setup.recipe.method.start_from,
+        "start_sha256": setup.start_sha256,
         "world_size": setup.world.size,
         "strategy": setup.strategy,
         "quantization": setup.recipe.quantization,

@@ -53,7 +53,12 @@ class Terminal:
 
     def _step(self, event: events.StepEvent) -> None:
         where = f"step {event.step}/{self._total}"
-        metrics = f"loss {event.loss:.4f}  {event.tokens_per_s:,.0f} tok/s"
+        metrics = f"loss {event.loss:.4f}  "
+        if event.reward_margin is not None:
+            metrics += f"margin {event.reward_margin:.3f}  "
+        if event.reward_accuracy is not None:
+            metrics += f"accuracy {event.reward_accuracy:.2f}  "
+        metrics += f"{event.tokens_per_s:,.0f} tok/s"
         left = self._left(event)
         is_last = event.step == self._total
         if self._bar is not None:
@@ -94,4 +99,6 @@ def _evaluation(event: events.EvaluationEvent) -> str:
     text = f"step {event.step}  held-out loss {event.eval_loss:.4f}"
     if event.eval_accuracy is not None:
         text += f"  accuracy {event.eval_accuracy:.3f}"
+    if event.eval_reward_margin is not None:
+        text += f"  margin {event.eval_reward_margin:.3f}"
     return f"{text}  {event.eval_seconds:.1f} s"

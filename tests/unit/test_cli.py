@@ -62,10 +62,10 @@ def test_every_shipped_recipe_is_valid(
     assert out.startswith(f"{recipe}: valid\n")
 
 
-def test_the_small_shipped_recipes_are_two_uses_and_the_methods() -> None:
+def test_the_small_shipped_recipes_are_three_uses_and_the_methods() -> None:
     methods = ["bitfit", "bottleneck", "prefix", "prompt", "quickstart"]
     small = [path.stem for path in RECIPES if not re.search(r"-\d|\dk?b-", path.stem)]
-    assert small == sorted(["chat", "classify", *methods])
+    assert small == sorted(["chat", "classify", "dpo", *methods])
 
 
 def test_validate_tells_how_a_step_is_made(

@@ -37,12 +37,19 @@ method.bottleneck.dropout method.prefix.kind method.prefix.virtual_tokens method
 method.prompt.kind method.prompt.virtual_tokens method.prompt.init method.prompt.text
 method.bitfit.kind method.bitfit.targets method.bitfit.add_bias method.peft.kind method.peft.type
 data.train data.eval data.train_split data.max_length data.truncation data.packing
-data.max_bad_rows data.date data.columns.messages data.columns.prompt data.columns.completion
-data.columns.text data.columns.label train.steps train.epochs train.global_batch_size
-train.global_batch_tokens train.micro_batch_size train.learning_rate train.warmup_fraction
-train.schedule train.betas train.epsilon train.max_grad_norm
-train.activation_checkpointing
-train.non_finite train.seed
+data.max_bad_rows data.date data.columns.prompt data.columns.completion data.columns.text
+data.columns.messages data.columns.chosen data.columns.rejected data.columns.label
+objective.sft.kind objective.dpo.kind objective.dpo.beta objective.dpo.label_smoothing
+objective.dpo.sft_weight objective.ipo.kind objective.ipo.beta objective.ipo.sft_weight
+objective.kto.kind objective.kto.beta objective.kto.desirable_weight
+objective.kto.undesirable_weight objective.orpo.kind objective.orpo.beta objective.simpo.kind
+objective.simpo.beta objective.simpo.gamma objective.simpo.label_smoothing
+objective.simpo.sft_weight objective.reward.kind objective.reward.center
+method.lora.start_from method.bottleneck.start_from method.prefix.start_from
+method.prompt.start_from method.bitfit.start_from method.peft.start_from
+train.steps train.epochs train.global_batch_size train.global_batch_tokens
+train.micro_batch_size train.learning_rate train.warmup_fraction train.schedule train.betas
+train.epsilon train.max_grad_norm train.activation_checkpointing train.non_finite train.seed
 evaluate.every_steps evaluate.choices parallel.strategy parallel.processes parallel.shard_size
 parallel.max_restarts parallel.offload checkpoint.every_steps checkpoint.every_seconds
 checkpoint.keep_last checkpoint.keep_best checkpoint.background checkpoint.max_failed_saves

@@ -167,7 +167,6 @@ def test_a_cell_longer_than_csv_allows_by_default_is_read(tmp_path: Path) -> Non
         ),
         (b'{"messages": [], "text": "a"}', "has messages and also text; keep one of them"),
         (b'{"messages": [{}], "prompt": "a"}', "has messages and also prompt; keep one of them"),
-        (b'{"prompt": "a", "completion": "b", "text": "c"}', "keep prompt and completion, or text"),
         (b'{"text": "a", "tools": [{}]}', "has tools but no messages"),
     ],
 )

@@ -197,6 +197,19 @@ def test_a_pipe_gets_a_line_every_few_seconds_and_one_at_the_end(
     assert shown == [["step", f"{n}/100", "loss", f"{100.0 - n:.4f}"] for n in steps]
 
 
+def test_what_compares_answers_shows_margin_and_accuracy(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    progress = Terminal(2, Screen(io.StringIO()))
+    rewards = {"reward_margin": 0.25, "reward_accuracy": 0.75}
+    progress.write(step(1).model_copy(update=rewards))
+    progress.write(EVALUATION.model_copy(update={"eval_reward_margin": 0.5}))
+    assert caplog.messages == [
+        "step 1/2  loss 2.5000  margin 0.250  accuracy 0.75  320 tok/s",
+        "step 1  held-out loss 1.2500  accuracy 0.500  margin 0.500  3.0 s",
+    ]
+
+
 def test_on_a_pipe_a_wait_is_told_once_it_lasts_and_a_short_one_is_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
