@@ -1,9 +1,8 @@
 """The rows a recipe names, each checked: text, prompt and completion, messages, or text and label.
 
-The form of a row follows from its keys; keys without a meaning are ignored (a conversation's are
-read in `chat_rows.py`). A row that cannot be used is
-reported with its file and line. Nothing is tokenised here, and neither torch nor transformers is
-imported.
+The form of a row follows from its keys; keys without a meaning are ignored (those of a conversation
+are read in `chat_rows.py`). A row that cannot be used is reported with its file and line. Nothing
+is tokenised here, and neither torch nor transformers is imported.
 """
 
 from collections.abc import Iterator, Sequence
