@@ -5,7 +5,6 @@ only ever imported by the processes it starts.
 """
 
 import argparse
-import importlib.util
 import os
 import shutil
 import sys
@@ -13,19 +12,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from peft_dist.cli import models, wandb
 from peft_dist.cli import slurm as slurm_commands
-from peft_dist.cli import wandb
+from peft_dist.cli.packages import require_training_packages
 from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import show
 from peft_dist.common.errors import (
     ERROR_PREFIX,
     EXIT_CRASHED,
     EXIT_DONE,
-    LaunchError,
     PeftDistError,
 )
-
-TRAIN_PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "safetensors")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,6 +141,7 @@ def _build_parser() -> _Parser:
     )
     slurm_commands.add_commands(command, count=_count)
     wandb.add_commands(command)
+    models.add_commands(command)
     init = command("init", _init, "copy recipes and strategies into a folder of your own")
     init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
     return parser
@@ -209,7 +207,7 @@ def _start(
         show(render_recipe(recipe))
         show(shell_line(start.command, start.environment))
         return EXIT_DONE
-    _require_training_packages(start.strategy)
+    require_training_packages(start.strategy)
     os.umask(0o077)
     return train_here(start, fresh=fresh)
 
@@ -257,7 +255,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     processes = [] if arguments.nproc is None else [f"parallel.processes={arguments.nproc}"]
     recipe = load_recipe(run.recipe, [*arguments.overrides, *processes])
     placement = plan_processes(recipe, this_machine())
-    _require_training_packages(placement.strategy)
+    require_training_packages(placement.strategy)
     command = worker_command(placement, "score.py", [str(run.path), *arguments.overrides])
     run.evaluation_log.unlink(missing_ok=True)
     environment = launch_environment(placement, os.environ)
@@ -268,7 +266,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.command import quantize_command, worker_environment
     from peft_dist.launch.local import run_tool
 
-    _require_training_packages()
+    require_training_packages()
     return run_tool(quantize_command(arguments.passed_on), environment=worker_environment())
 
 
@@ -278,7 +276,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     from peft_dist.run.directory import RunDir
 
     run = RunDir.open(arguments.run_dir)
-    _require_training_packages()
+    require_training_packages()
     command = merge_command(run.path, Path(arguments.out).absolute())
     return run_tool(command, environment=worker_environment())
 
@@ -324,20 +322,6 @@ def _init(arguments: argparse.Namespace) -> int:
         ) from error
     show(f"{len(copies)} files in {', '.join(str(target / source.name) for source in sources)}")
     return EXIT_DONE
-
-
-def _require_training_packages(strategy: str = "") -> None:
-    if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        raise LaunchError(
-            f"{strategy} needs deepspeed, which is not installed",
-            where="parallel.strategy",
-            remedy="pip install 'peft-dist[deepspeed]', or strategy: ddp or fsdp",
-        )
-    missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise LaunchError(
-            f"{' and '.join(missing)} not installed", remedy="pip install 'peft-dist[train]'"
-        )
 
 
 def _complain(line: str, code: int) -> int:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_dist.common.console import show
-from peft_dist.common.errors import PeftDistError
+from peft_dist.common.errors import PeftDistError, TrainingError
 from peft_dist.config import Recipe
 from peft_dist.config.models import known_to_transformers
 from peft_dist.distributed import process_group
@@ -175,7 +175,7 @@ def _line(error: Exception) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Try decoders and print a table; exit code 1 where one is different or fails."""
+    """Try decoders and print a table; exit code 3 where one is different or fails."""
     parser = argparse.ArgumentParser(prog="peft-dist models --check", description=main.__doc__)
     parser.add_argument("types", nargs="*", help="model types (default: all)")
     parser.add_argument("--nf4", action="store_true", help="with a base in 4 bits")
@@ -199,6 +199,9 @@ def _check_all(options: argparse.Namespace) -> None:
         show(f"{name:28} {result.kind:10} {result.detail}")
     show(", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))
     process_group.stop()
+    wrong = counts.get("different", 0) + counts.get("failed", 0)
+    if wrong:
+        raise TrainingError(f"{wrong} of these are wrong", remedy="please report this")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ way of ours that gives other losses is never trained with.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -20,7 +21,9 @@ from transformers import PreTrainedModel
 from peft_dist.common.errors import ModelError
 from peft_dist.data.pack import Batch, pack
 from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.distributed.world import World
 from peft_dist.model import attention
+from peft_dist.model.architectures import bare_model
 from peft_dist.model.head import with_wide_matrix
 from peft_dist.model.loss import CausalLM, Losses
 
@@ -55,16 +58,27 @@ class _Expected(NamedTuple):
     allowed: float
 
 
-def prove(
-    model: CausalLM,
-    ways: Sequence[Way],
-    *,
-    bare: PreTrainedModel,
-    blocks: dict[str, nn.Module],
-    device: torch.device,
-    dtype: torch.dtype,
-    autocast: Callable[[], AbstractContextManager[object]],
-) -> tuple[Way, list[str]]:
+class ProofRun(NamedTuple):
+    """What the proof runs.
+
+    Attributes:
+        model: The model as an engine wraps it.
+        peft: The model with its adapters.
+        blocks: Its layers by name.
+        world: Where it runs.
+        dtype: What it computes in.
+        autocast: Returns the context of every pass.
+    """
+
+    model: CausalLM
+    peft: PeftModel
+    blocks: dict[str, nn.Module]
+    world: World
+    dtype: torch.dtype
+    autocast: Callable[[], AbstractContextManager[object]]
+
+
+def prove(run: ProofRun, ways: Sequence[Way]) -> tuple[Way, list[str]]:
     """Return the first of some ways that is proven, and what is wrong with those before it.
 
     Collective; the model is left in eval mode and with that way's attention.
@@ -73,10 +87,15 @@ def prove(
         ModelError: Where no way is, with the first layer that differs; where the model fails in
             transformers itself, sees tokens that come later, or has a loss of another kind.
     """
+    model, blocks, dtype, device = run.model, run.blocks, run.dtype, run.world.device
+    bare = bare_model(run.peft)
+    # Learned tokens stand in front of rows and are not the model's.
+    learned = run.peft.active_peft_config.is_prompt_learning
+    alone = run.peft.disable_adapter() if learned else nullcontext()
     rows = probe_rows(bare)
     problems: list[str] = []
     model.eval()
-    with torch.no_grad(), autocast(), _short_windows(bare):
+    with alone, torch.no_grad(), run.autocast(), _short_windows(bare):
         expected = _by_transformers(model, bare, blocks, rows, device, dtype)
         for way in ways:
             problem = _problem(model, bare, blocks, rows, device, way, expected)
@@ -173,7 +192,14 @@ def _released(model: PreTrainedModel, batch: Batch) -> Losses:
     out = with_wide_matrix(model)(input_ids=batch.input_ids, labels=batch.input_ids)
     logits = out.logits[0, :-1].float()
     nll = cross_entropy(logits, batch.input_ids[0, 1:], reduction="none")
-    own = float(out.loss) - _auxiliary(model, out)
+    if getattr(out, "aux_loss", None) is not None:
+        raise ModelError(
+            f"{model.config.model_type} adds a loss for its router, which differs with the rows "
+            "that are computed together",
+            where="model.name",
+            remedy="set output_router_logits: false in its config.json; the router stays frozen",
+        )
+    own = float(out.loss)
     if abs(own - float(nll.mean())) > 1e-2 * (1.0 + abs(own)):
         raise ModelError(
             f"{model.config.model_type} has a loss of its own, {own:.4f} where the cross-entropy "
@@ -182,13 +208,6 @@ def _released(model: PreTrainedModel, batch: Batch) -> Losses:
             remedy="choose another model",
         )
     return Losses(nll, None)
-
-
-def _auxiliary(model: PreTrainedModel, out: Any) -> float:
-    """Return what the model adds to its loss for its router, as its config says."""
-    loss = getattr(out, "aux_loss", None)
-    factor = getattr(model, "router_aux_loss_coef", 0.0)
-    return 0.0 if loss is None else float(loss) * factor
 
 
 def _problem(

@@ -14,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from peft_dist.common.errors import ModelError
 from peft_dist.distributed.collectives import Shard
 from peft_dist.model import architectures
-from peft_dist.model.base import BasePlan, fill_base, materialize, plan_base, read_rows
+from peft_dist.model.base import fill_base, materialize, read_rows
 from peft_dist.model.nf4 import FrozenLinear4bit
+from peft_dist.model.plan import BasePlan, plan_base
 from peft_dist.model.weights import WeightFiles, model_folder
 from tests.tiny import ARCHITECTURES, tiny_model
 
@@ -229,6 +230,8 @@ def test_an_index_that_is_none_is_named(llama: Path) -> None:
 
 def test_a_folder_without_safetensors_is_refused(llama: Path) -> None:
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
+    refused(llama, "holds .bin files, which are programs to whoever loads them; where you trust")
+    (llama / "pytorch_model.bin").unlink()
     refused(llama, "the model must be stored as safetensors")
 
 

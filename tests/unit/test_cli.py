@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_dist.cli import main as cli
+from peft_dist.cli import packages
 from peft_dist.cli.main import main
 from peft_dist.common import paths
 from peft_dist.config import load_recipe
@@ -141,7 +141,7 @@ def test_a_dry_run_prints_recipe_and_command_and_makes_nothing(
 def test_missing_training_packages_are_named_with_the_extra(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "TRAIN_PACKAGES", ("torch_is_absent", "sys"))
+    monkeypatch.setattr(packages, "TRAIN_PACKAGES", ("torch_is_absent", "sys"))
     for argv in (["train", str(recipe_file), "--run-dir", "never"], ["quantize", "model"]):
         code, _, err = outcome(capsys, *argv)
         assert code == 2
