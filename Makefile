@@ -40,7 +40,7 @@ test-fast: $(VENV)/.installed-all ## tests that take seconds
 
 faults: $(VENV)/.installed-all ## the tests of faults with many more cases; more than an hour
 	PEFT_DIST_FAULTS=long $(BIN)/python -m pytest --timeout 3600 tests/faults \
-		tests/unit/test_script_fuzz.py tests/unit/test_wandb.py tests/cluster
+		tests/unit/test_proof.py tests/unit/test_script_fuzz.py tests/unit/test_wandb.py tests/cluster
 
 cluster: $(VENV)/.installed-all ## a shell in a real Slurm of four nodes; CMD=... runs that instead
 	$(BIN)/python -m tests.cluster $(CMD)

@@ -34,6 +34,8 @@ def _models(arguments: argparse.Namespace) -> int:
         )
     if arguments.check:
         return _check(arguments)
+    if arguments.types or arguments.nf4:
+        raise PeftDistError("TYPE and --nf4 are for --check", remedy="add --check")
     show("tested: trained by the tests, on every engine")
     _show_names(TESTED)
     show("proven at start: trained where the losses are those of transformers, else refused")

@@ -126,9 +126,10 @@ def _difference(setup: ModelSetup, plain: PreTrainedModel) -> str | None:
     bare = architectures.bare_model(setup.peft)
     rows = probe_rows(bare)
     batch = setup.pack(rows, np.arange(rows.n_rows))
-    setup.model.eval()
+    setup.model.train()
     ours = setup.model(batch).nll
     ours.sum().backward()
+    setup.model.eval()
     found = {name: p.grad.clone() for name, p in setup.adapter.items() if p.grad is not None}
     setup.engine.zero_gradients()
     theirs = []

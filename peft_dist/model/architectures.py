@@ -90,6 +90,7 @@ def build_skeleton(
     if hasattr(config, "quantization_config"):
         _require_bitsandbytes(config.quantization_config)
         del config.quantization_config
+    special_cases.leave_weights_alone(config)
     config.use_cache = False
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False):

@@ -6,6 +6,7 @@ that base, shards and adapters are the same; what differs is attention, packing,
 way of ours that gives other losses is never trained with.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -35,6 +36,7 @@ _WINDOWS = ("attention_chunk_size", "local_attention", "sliding_window", "slidin
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Difference of the losses of one token that passes for rounding."""
 _MOST_TOKENS = 4096
+_MOST_OF = 0.75
 NOISE = 4.0
 """Times the difference that transformers' own losses have between two lengths of a row."""
 
@@ -98,7 +100,7 @@ def prove(run: ProofRun, ways: Sequence[Way]) -> tuple[Way, list[str]]:
     with alone, torch.no_grad(), run.autocast(), _short_windows(bare):
         expected = _by_transformers(model, bare, blocks, rows, device, dtype)
         for way in ways:
-            problem = _problem(model, bare, blocks, rows, device, way, expected)
+            problem = _problem(model, bare, blocks, rows, device, dtype, way, expected)
             if problem is None:
                 return way, problems
             problems.append(f"{way}: {problem}")
@@ -155,7 +157,7 @@ def _by_transformers(
             half = rows.lengths[row] // 2 + 1
             cut = pack(_cut(rows, row, half), np.array([0]), packing=False).to(device)
             shorter = model(cut, None, _released).nll
-            noise = max(noise, _difference(found[: half - 1], shorter))
+            noise = max(noise, _difference(found[: half - 1], shorter, dtype))
             losses.append(found)
     except ModelError:
         raise
@@ -216,6 +218,7 @@ def _problem(
     blocks: dict[str, nn.Module],
     rows: TokenizedRows,
     device: torch.device,
+    dtype: torch.dtype,
     way: Way,
     expected: _Expected,
 ) -> str | None:
@@ -233,7 +236,7 @@ def _problem(
         return gap
     counts = [len(losses) for losses in expected.losses]
     differences = [
-        _difference(found, theirs)
+        _difference(found, theirs, dtype)
         for found, theirs in zip(nll.split(counts), expected.losses, strict=True)
     ]
     worst = int(np.argmax(differences))
@@ -245,10 +248,17 @@ def _problem(
     )
 
 
-def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the largest difference of two losses, infinite where one is no number."""
-    largest = float((one - other).abs().max()) if one.numel() else 0.0
-    return largest if np.isfinite(largest) else float("inf")
+def _difference(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> float:
+    """Return by how much the losses of a row differ, infinite where one is no number.
+
+    In float32 the largest difference counts. In less, a router sends the odd token to another
+    expert by rounding alone, so up to a quarter of a row's tokens may differ by more.
+    """
+    differences = (one - other).abs().float().sort().values
+    if not differences.isfinite().all():
+        return float("inf")
+    last = len(differences) - 1
+    return float(differences[last if dtype == torch.float32 else math.ceil(_MOST_OF * last)])
 
 
 def _first_difference(batch: Batch, layers: dict[str, torch.Tensor], expected: _Expected) -> str:
@@ -258,7 +268,9 @@ def _first_difference(batch: Batch, layers: dict[str, torch.Tensor], expected: _
         if batch.attention_mask is not None:
             ours = ours[batch.attention_mask.flatten()]
         scale = float(theirs.abs().max()) + 1e-6
-        if ours.shape != theirs.shape or _difference(ours, theirs) > expected.allowed * scale:
+        if ours.shape != theirs.shape or not torch.allclose(
+            ours, theirs, rtol=0, atol=expected.allowed * scale
+        ):
             return name
     return "the head"
 

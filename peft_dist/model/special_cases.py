@@ -23,6 +23,14 @@ def refusal(config: PretrainedConfig) -> str | None:
     return None
 
 
+def leave_weights_alone(config: PretrainedConfig) -> None:
+    """Turn off what would change frozen weights in place."""
+    if config.model_type == "rwkv":
+        # transformers/models/rwkv/modeling_rwkv.py, RwkvModel._rescale_layers: in eval mode some
+        # weights are halved, and hidden states with them, against an overflow of float16.
+        config.rescale_every = 0
+
+
 def no_lora_on(model: PreTrainedModel) -> dict[str, str]:
     """Return the names of linears that PEFT's LoRA cannot be put on, each with the reason."""
     kind = model.config.model_type
