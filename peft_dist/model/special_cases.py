@@ -29,6 +29,11 @@ def leave_weights_alone(config: PretrainedConfig) -> None:
         # transformers/models/rwkv/modeling_rwkv.py, RwkvModel._rescale_layers: in eval mode some
         # weights are halved, and hidden states with them, against an overflow of float16.
         config.rescale_every = 0
+    text = config.get_text_config()
+    if getattr(text, "altup_coef_clip", None) is not None:
+        # transformers/models/gemma3n/modeling_gemma3n.py, Gemma3nTextAltUp.predict and correct: in
+        # train mode weights are clamped, which released ones are already, and a layer is passed by.
+        text.__dict__["altup_coef_clip"] = None  # its setter takes numbers alone
 
 
 def no_lora_on(model: PreTrainedModel) -> dict[str, str]:
