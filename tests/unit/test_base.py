@@ -276,3 +276,17 @@ def test_the_vocabulary_size_in_config_must_be_the_stored_one(llama: Path) -> No
     config = json.loads((llama / "config.json").read_text(encoding="utf-8"))
     (llama / "config.json").write_text(json.dumps(config | {"vocab_size": 7}), encoding="utf-8")
     refused(llama, "model.embed_tokens.weight has shape [320, 64] in the file")
+
+
+def test_a_model_that_another_quantizer_computes_is_refused(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "bitnet", "quantization_mode": "online"}
+    (llama / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    refused(llama, "the model is stored for the quantizer bitnet; use its full-precision version")
+
+
+def test_rows_up_to_a_length_have_rotary_positions_of_their_own() -> None:
+    changing = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = AutoConfig.for_model("llama", max_position_embeddings=64, rope_parameters=changing)
+    assert architectures.rope_limit(config) == 64
+    assert architectures.rope_limit(AutoConfig.for_model("llama")) is None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_dist.common.errors import ModelError
+from peft_dist.common.errors import ModelError, RecipeError
 from peft_dist.config.models import known_to_transformers
 from peft_dist.distributed.world import World
 from peft_dist.entrypoints.check_models import build_tiny, check
@@ -175,3 +175,12 @@ def test_no_decoder_of_transformers_is_silently_different(tmp_path: Path, alone:
     wrong = {n: r for n, r in found.items() if r.kind not in ("equal", "refused", "not built")}
     assert not wrong
     assert kinds.count("equal") > len(kinds) / 2
+
+
+def test_layers_that_share_weights_are_not_sharded_each_by_itself(
+    tmp_path: Path, alone: World
+) -> None:
+    with pytest.raises(RecipeError, match="of zamba2 shares weights with .* set it to ddp"):
+        set_up(tmp_path, alone, "zamba2", parallel={"strategy": "fsdp"})
+    ddp = {"strategy": "ddp"}
+    assert set_up(tmp_path, alone, "zamba2", parallel=ddp).adapter
