@@ -29,7 +29,7 @@ from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
 from peft_dist.model import architectures, attention, base
 from peft_dist.model.loss import CausalLM, SequenceClassifier
-from peft_dist.model.nf4 import WEIGHTS_PER_BYTE
+from peft_dist.model.nf4 import weights_per_element
 from peft_dist.model.plan import BasePlan, plan_base
 from peft_dist.model.proof import ProofRun
 from peft_dist.model.source import BaseSource
@@ -73,7 +73,7 @@ class ModelSetup:
     def base_parameters(self) -> int:
         """Return how many parameters the base has, however they are stored."""
         return sum(
-            self.engine.shape(parameter).numel() * _weights_per_element(name)
+            self.engine.shape(parameter).numel() * weights_per_element(name)
             for name, parameter in self.base.items()
         )
 
@@ -147,11 +147,6 @@ class ModelSetup:
             raise TrainingError(
                 "the processes hold different adapters", remedy="please report this"
             )
-
-
-def _weights_per_element(name: str) -> int:
-    """Return how many weights of the model an element of a parameter holds."""
-    return WEIGHTS_PER_BYTE.get(name.replace(".", "_").rpartition("_")[2], 1)
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
