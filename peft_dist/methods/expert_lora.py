@@ -15,7 +15,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_dist.common.errors import RecipeError, nearest
-from peft_dist.model.architectures import transformer_blocks
 from peft_dist.model.experts import PACKED, LowRank, expert_parameters, use_own_experts
 
 
@@ -33,22 +32,17 @@ class ParamWrapper(PeftParamWrapper):
         self.get_base_layer().__dict__[f"{self.parameter_name}_lora"] = self
 
     def low_rank(self) -> LowRank | None:
-        """Return what is added to the weights now; None where the adapter is off.
-
-        The layout is that of PEFT's `get_delta_weight`: A is [E * r, in], B is [out, r * E].
-        """
+        """Return what is added to the weights now; None where the adapter is off."""
         if self.disable_adapters:
             return None
         (name,) = self.active_adapters
-        rows = self.lora_A[name].get_parameter("weight")
-        columns = self.lora_B[name].get_parameter("weight")
-        a = rows.reshape(self.num_experts, -1, rows.shape[-1])
-        b = columns.reshape(len(columns), -1, self.num_experts)
+        left, right = of_each_expert(
+            self.lora_A[name].get_parameter("weight"),
+            self.lora_B[name].get_parameter("weight"),
+            self.num_experts,
+            turned=not self._did_swap_in_out_features,
+        )
         # All experts at once: a gradient of one alone would be as large as that of all.
-        if self._did_swap_in_out_features:
-            left, right = b.permute(2, 0, 1), a
-        else:
-            left, right = a.transpose(1, 2), b.permute(2, 1, 0)
         return LowRank(left.unbind(0), right.unbind(0), self.scaling[name])
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -57,16 +51,33 @@ class ParamWrapper(PeftParamWrapper):
         return result
 
 
-def expert_targets(
-    model: PreTrainedModel, wanted: tuple[str, ...], layers: tuple[int, ...]
-) -> list[str]:
-    """Return the whole names of the parameters of experts to adapt, in some blocks or all.
+def of_each_expert(
+    a: torch.Tensor, b: torch.Tensor, experts: int, *, turned: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factors [E, rows, r] and [E, r, columns] of what is added to each expert's weight.
+
+    The layout is that of PEFT's `get_delta_weight`.
+
+    Args:
+        a: [E * r, in].
+        b: [out, r * E].
+        experts: E.
+        turned: Whether weights are stored as [in, out], and PEFT knows it.
+    """
+    a = a.reshape(experts, -1, a.shape[-1])
+    b = b.reshape(len(b), -1, experts)
+    if turned:
+        return a.transpose(1, 2), b.permute(2, 1, 0)
+    return b.permute(2, 0, 1), a
+
+
+def expert_targets(model: PreTrainedModel, wanted: tuple[str, ...], blocks: list[str]) -> list[str]:
+    """Return the whole names of the parameters of experts to adapt, in some blocks.
 
     Raises:
         RecipeError: For one that no expert has.
     """
-    blocks = list(transformer_blocks(model))
-    chosen = tuple(f"{blocks[number]}." for number in layers or range(len(blocks)))
+    chosen = tuple(f"{block}." for block in blocks)
     names = [name.removesuffix(PACKED) for name in expert_parameters(model)]
     for target in wanted:
         if not any(f".{name}".endswith(f".{target}") for name in names):

@@ -18,7 +18,7 @@ from peft_dist.common.errors import RecipeError
 from peft_dist.config.method import Lora
 from peft_dist.methods.expert_lora import expert_targets, prepare, stand_ins, wrappers_for
 from peft_dist.methods.init import assign, generator_for
-from peft_dist.methods.lora_targets import check_choice, has_bias, linear_targets
+from peft_dist.methods.lora_targets import check_choice, chosen_blocks, has_bias, linear_targets
 from peft_dist.methods.method import TASKS, BaseAccess, Method, inject
 from peft_dist.model.nf4 import FrozenLinear4bit, dequantize
 
@@ -71,7 +71,7 @@ class LoraMethod(Method[Lora]):
         settings = self.settings
         targets, parameters = linear_targets(model, settings)
         parameters += expert_targets(
-            model, settings.target_parameters, settings.layers_to_transform
+            model, settings.target_parameters, chosen_blocks(model, settings)
         )
         if settings.bias != "none" and not has_bias(model, settings.bias, targets):
             raise RecipeError(

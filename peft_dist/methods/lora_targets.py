@@ -53,10 +53,32 @@ def linear_targets(model: PreTrainedModel, settings: Lora) -> tuple[list[str], l
         if target not in taken
         for name in (names[target] if target in others else [target])
     ]
+    chosen = tuple(f"{block}." for block in chosen_blocks(model, settings))
     parameters = [
-        f"{name}.weight" for target in wanted if target in taken for name in names[target]
+        f"{name}.weight"
+        for target in wanted
+        if target in taken
+        for name in names[target]
+        if name.startswith(chosen)
     ]
     return sorted(modules), sorted(parameters)
+
+
+def chosen_blocks(model: PreTrainedModel, settings: Lora) -> list[str]:
+    """Return the names of the blocks to adapt.
+
+    Raises:
+        RecipeError: For a block that the model has not.
+    """
+    blocks = list(transformer_blocks(model))
+    for number in settings.layers_to_transform:
+        if number >= len(blocks):
+            raise RecipeError(
+                f"the model has no block {number}",
+                where="method.layers_to_transform",
+                remedy=f"choose from 0 to {len(blocks) - 1}",
+            )
+    return [blocks[number] for number in settings.layers_to_transform] or blocks
 
 
 def check_choice(model: PreTrainedModel, settings: Lora, targets: list[str]) -> None:
@@ -65,21 +87,11 @@ def check_choice(model: PreTrainedModel, settings: Lora, targets: list[str]) -> 
     Raises:
         RecipeError: Naming the pattern.
     """
-    blocks = list(transformer_blocks(model).items())
-    for number in settings.layers_to_transform:
-        if number >= len(blocks):
-            raise RecipeError(
-                f"the model has no block {number}",
-                where="method.layers_to_transform",
-                remedy=f"choose from 0 to {len(blocks) - 1}",
-            )
-    layers = set(settings.layers_to_transform) or set(range(len(blocks)))
     names = [
         f"{block_name}.{name}"
-        for number, (block_name, block) in enumerate(blocks)
-        for name, module in block.named_modules()
-        if number in layers
-        and (isinstance(module, FrozenLinear4bit) or is_linear(module))
+        for block_name in chosen_blocks(model, settings)
+        for name, module in model.get_submodule(block_name).named_modules()
+        if (isinstance(module, FrozenLinear4bit) or is_linear(module))
         and name.split(".")[-1] in targets
     ]
     for field in ("exclude_modules", "rank_pattern", "alpha_pattern"):
