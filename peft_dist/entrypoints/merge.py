@@ -8,8 +8,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +25,8 @@ from peft_dist.common.atomic import whole_folder
 from peft_dist.common.console import show
 from peft_dist.common.errors import ModelError, RecipeError, RunDirError
 from peft_dist.config import Recipe, load_recipe
+from peft_dist.entrypoints.merge_updates import Change, Update, changes_of, weight_of
+from peft_dist.methods.expert_lora import of_each_expert
 from peft_dist.model import architectures
 from peft_dist.model.plan import plan_base
 from peft_dist.model.weights import FLOATS, WeightFiles, model_folder
@@ -45,37 +46,6 @@ WEIGHT_SUFFIXES = {
 }  # fmt: skip
 """Files that would still hold the base's own weights beside the merged ones."""
 INDEX = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class Update:
-    """What LoRA does to one weight.
-
-    Attributes:
-        a: float32 [r, in].
-        b: float32 [out, r].
-        scaling: Factor of B @ A.
-        magnitude: float32 [out], the norm of every row with DoRA; None without.
-        transposed: Whether the weight is kept [in, out], as GPT-2's are.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float
-    magnitude: torch.Tensor | None
-    transposed: bool
-
-    def applied(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the merged weight, in float32 and as the given one is laid out."""
-        rows = weight.float().t() if self.transposed else weight.float()
-        rows = torch.addmm(rows, self.b, self.a, alpha=self.scaling)
-        if self.magnitude is not None:
-            rows *= (self.magnitude / rows.norm(dim=1))[:, None]  # DoRA, arXiv 2402.09353, eq. 5
-        return rows.t() if self.transposed else rows
-
-
-Change = Callable[[torch.Tensor], torch.Tensor]
-"""Returns what stands in a tensor's place, given the base's."""
 
 
 def main(argv: list[str]) -> int:
@@ -203,40 +173,54 @@ def _plan(
     """Return what happens to which tensor of the files, and the heads that they lack."""
     plan = plan_base(skeleton, files, quantization="none")
     keys = {tensor.name: tensor.key for tensor in plan.tensors if tensor.key is not None}
-    made = {tensor.name for tensor in plan.tensors if tensor.key is None}
+    sources = {tensor.name: tensor.source for tensor in plan.tensors}
     parts: dict[str, dict[str, torch.Tensor]] = {}
     changes: dict[str, Change] = {}
     added: dict[str, torch.Tensor] = {}
     for saved, tensor in tensors.items():
-        name = saved.removeprefix("base_model.model.").replace("base_layer.", "")
+        name = saved.removeprefix("base_model.model.")
         module, _, part = name.partition(".lora_")
+        name = name.replace("base_layer.", "")
         if part:
-            parts.setdefault(module, {})[part.removesuffix(".weight")] = tensor.float()
+            weight = weight_of(module, config, skeleton)
+            parts.setdefault(weight, {})[part.removesuffix(".weight")] = tensor.float()
         elif name in plan.fresh:
             added[name] = tensor.to(FLOATS[plan.tensors[0].source.dtype])
         elif name in keys:
             changes[keys[name]] = _replaced_by(tensor)
         else:
             raise _foreign(saved, run)
-    for module, found in parts.items():
-        if f"{module}.weight" in made:
-            raise ModelError(
-                f"{module} is made of other tensors of the files, into which nothing can be merged",
-                where="model.name",
-                remedy="use the adapter beside its base",
-            )
-        key = keys.get(f"{module}.weight")
-        if key is None or not {"A", "B"} <= found.keys() <= {"A", "B", "magnitude_vector"}:
-            raise _foreign(f"{module}.lora_{sorted(found)[0]}", run)
+    for weight, found in parts.items():
+        source = sources.get(weight)
+        if source is None or not {"A", "B"} <= found.keys() <= {"A", "B", "magnitude_vector"}:
+            raise _foreign(f"{weight}: lora_{sorted(found)[0]}", run)
+        whole = weight in (config.target_parameters or ())
+        module = weight if whole else weight.removesuffix(".weight")
         rank = _of_module(config.rank_pattern, module, config.r)
         alpha = _of_module(config.alpha_pattern, module, config.lora_alpha)
-        changes[key] = Update(
-            a=found["A"],
-            b=found["B"],
-            scaling=alpha / (rank**0.5 if config.use_rslora else rank),
-            magnitude=found.get("magnitude_vector"),
-            transposed=isinstance(skeleton.get_submodule(module), Conv1D),
-        ).applied
+        scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+        owner = skeleton.get_submodule(weight.rpartition(".")[0])
+        key = keys.get(weight)
+        if len(source.shape) == 3:
+            turned = bool(getattr(owner, "is_transposed", False))
+            left, right = of_each_expert(found["A"], found["B"], source.shape[0], turned=turned)
+            changes |= changes_of(weight, source, left * scaling, right)
+        elif key is None and len(found) == 2:
+            changes |= changes_of(weight, source, found["B"] * scaling, found["A"])
+        elif key is None:
+            raise ModelError(
+                f"{weight} has DoRA, and is made of other tensors of the files",
+                where="method.dora",
+                remedy="use the adapter beside its base",
+            )
+        else:
+            changes[key] = Update(
+                a=found["A"],
+                b=found["B"],
+                scaling=scaling,
+                magnitude=found.get("magnitude_vector"),
+                transposed=isinstance(owner, Conv1D),
+            ).applied
     return changes, added
 
 
