@@ -97,9 +97,9 @@ class Method(ABC, Generic[Settings]):
         Raises:
             TrainingError: Where PEFT's format would lose one.
         """
-        if self._saved_names.keys() != state.keys():  # PEFT looks through the whole model for them
+        if set(self._saved_names.values()) != state.keys():  # PEFT searches the whole model
             self._saved_names = saved_names(peft, state)
-        return {saved: state[name] for name, saved in self._saved_names.items()}
+        return {saved: state[name] for saved, name in self._saved_names.items()}
 
     def restored(
         self, peft: PeftModel, found: Mapping[str, torch.Tensor], names: Mapping[str, torch.Tensor]
@@ -113,7 +113,7 @@ class Method(ABC, Generic[Settings]):
             found: The adapter file's tensors.
             names: The model's trained tensors, of which only names and shapes count.
         """
-        return {name: found[saved] for name, saved in saved_names(peft, names).items()}
+        return {name: found[saved] for saved, name in saved_names(peft, names).items()}
 
     def saved_config(self, peft: PeftModel) -> PeftConfig:
         """Return the configuration that stands beside the saved tensors."""
@@ -136,7 +136,9 @@ def inject(model: PreTrainedModel, config: PeftConfig, *, base_name: str) -> Pef
 
 
 def saved_names(peft: PeftModel, state: Mapping[str, Any]) -> dict[str, str]:
-    """Return the name each trained tensor has in PEFT's file, by its name in the model.
+    """Return the name each trained tensor has in the model, by its name in PEFT's file.
+
+    One that the model ties has several in the file, as PEFT writes it.
 
     Raises:
         TrainingError: Where PEFT's format would lose one.
@@ -144,9 +146,13 @@ def saved_names(peft: PeftModel, state: Mapping[str, Any]) -> dict[str, str]:
     # PEFT's own function decides; our tensors are recognised again by identity.
     stand_ins = {name: torch.empty(0) for name in state}
     name_of = {id(tensor): name for name, tensor in stand_ins.items()}
+    own = {id(p): name for name, p in peft.named_parameters() if name in stand_ins}
+    for name, parameter in peft.named_parameters(remove_duplicate=False):
+        if id(parameter) in own:
+            stand_ins[name] = stand_ins[own[id(parameter)]]
     kept = get_peft_model_state_dict(peft, state_dict=stand_ins, save_embedding_layers=False)
-    names = {name_of[id(tensor)]: saved for saved, tensor in kept.items() if id(tensor) in name_of}
-    lost = [name for name in state if name not in names]
+    names = {saved: name_of[id(tensor)] for saved, tensor in kept.items() if id(tensor) in name_of}
+    lost = [name for name in state if name not in names.values()]
     if lost:
         raise TrainingError(
             f"{lost[0]} is trained, but PEFT would not save it",
@@ -163,6 +169,7 @@ def base_name_in(peft: PeftModel, name: str) -> str:
     """
     for inserted in (
         "base_layer.",
+        "token_adapter.",
         "original_module.",
         "modules_to_save.default.",
         "ln_tuning_layers.default.",
