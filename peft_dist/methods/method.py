@@ -144,14 +144,14 @@ def saved_names(peft: PeftModel, state: Mapping[str, Any]) -> dict[str, str]:
         TrainingError: Where PEFT's format would lose one.
     """
     # PEFT's own function decides; our tensors are recognised again by identity.
-    stand_ins = {name: torch.empty(0) for name in state}
+    own = {id(parameter): name for name, parameter in peft.named_parameters() if name in state}
+    everything = peft.named_parameters(remove_duplicate=False)
+    first_name = {name: own[id(one)] for name, one in everything if id(one) in own}
+    stand_ins = {name: torch.empty(0) for name in {**state, **first_name}}
     name_of = {id(tensor): name for name, tensor in stand_ins.items()}
-    own = {id(p): name for name, p in peft.named_parameters() if name in stand_ins}
-    for name, parameter in peft.named_parameters(remove_duplicate=False):
-        if id(parameter) in own:
-            stand_ins[name] = stand_ins[own[id(parameter)]]
     kept = get_peft_model_state_dict(peft, state_dict=stand_ins, save_embedding_layers=False)
-    names = {saved: name_of[id(tensor)] for saved, tensor in kept.items() if id(tensor) in name_of}
+    saved_as = {name_of[id(one)]: saved for saved, one in kept.items() if id(one) in name_of}
+    names = {saved: first_name.get(name, name) for name, saved in saved_as.items()}
     lost = [name for name in state if name not in names.values()]
     if lost:
         raise TrainingError(
