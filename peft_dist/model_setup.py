@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from peft_dist.common.errors import DataError, RecipeError, TrainingError
@@ -37,6 +39,7 @@ from peft_dist.model.nf4 import weights_per_element
 from peft_dist.model.plan import BasePlan, plan_base
 from peft_dist.model.proof import ProofRun, Way
 from peft_dist.model.source import BaseSource, Released
+from peft_dist.model.vocabulary import untrained_rows, with_token_ids
 from peft_dist.model.ways import prove_once, ways_of
 from peft_dist.sharding import ENGINES, Engine, Group
 from peft_dist.sharding.launcher_env import resolve
@@ -128,6 +131,26 @@ class ModelSetup:
                 remedy=f"set it to {max_positions}",
             )
 
+    def warn_of_untrained_rows(self, rows: TokenizedRows) -> None:
+        """Say which tokens of the rows stand for nothing yet and stay so. Collective."""
+        embedding: Any = architectures.bare_model(self.peft).get_input_embeddings()
+        used = np.unique(rows.tokens).astype(np.int64)
+        if isinstance(embedding, ModulesToSaveWrapper):
+            return
+        if isinstance(embedding, TrainableTokensWrapper):
+            layer: Any = embedding.token_adapter
+            used = np.setdiff1d(used, layer.token_ids.cpu().numpy())
+            embedding = layer.get_base_layer()
+        odd = untrained_rows(self.engine.full_tensor(embedding.weight), used)
+        if odd and self.world.is_main:
+            words = load_tokenizer(self.recipe).convert_ids_to_tokens(odd[:3])
+            log.warning(
+                "%d tokens of the rows have an embedding that nobody has trained, %s first; "
+                "method.trainable_tokens trains them",
+                len(odd),
+                ", ".join(map(repr, words)),
+            )
+
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context every pass runs in: adapters are float32, the base may be less."""
         device = self.world.device.type
@@ -212,7 +235,8 @@ def set_up_model(
         label_names=("reward",) if recipe.head == "reward" else label_names,
     )
     released = source.released(recipe)
-    method = METHODS[recipe.method.kind](recipe.method, seed=recipe.train.seed)
+    settings = with_token_ids(recipe, config.get_text_config().vocab_size)
+    method = METHODS[recipe.method.kind](settings, seed=recipe.train.seed)
     ways = ways_of(
         recipe,
         picked=skeleton.config._attn_implementation,

@@ -116,6 +116,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_overrides(resume, "such as parallel.strategy=ddp")
     _add_nproc(resume)
     add_allow_changed(resume)
+    resume.add_argument(
+        "--more-epochs",
+        type=_count,
+        metavar="N",
+        help="train a finished run's adapter for N epochs more, as a run RUN_DIR-plus-N-epochs",
+    )
     resume.add_argument("--nodes", type=_count, metavar="N", help="nodes of the Slurm job")
     resume.add_argument("--time", metavar="HH:MM:SS", help="time limit of the Slurm job")
     resume.add_argument("--cluster", metavar="FILE", help="submit it to this cluster")
