@@ -62,7 +62,7 @@ def test_rows_are_shown_with_the_trained_parts_marked_and_a_summary(
     on, tokens = trained.trained.sum(), len(trained.tokens)
     assert text.splitlines()[-1] == (
         f"{project}/rows.jsonl: 5 lines, 4 examples, {on} of {tokens} tokens trained; "
-        "1 cut to data.max_length (1 without their end token), 1 dropped with nothing to train, "
+        "1 cut to data.max_length (1 without a stop token), 1 dropped with nothing to train, "
         "0 bad"
     )
 
