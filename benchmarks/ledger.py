@@ -44,8 +44,8 @@ def lines(steps: int) -> Iterator[str]:
         loss = 2.0 + 1.0 / (1.0 + step / steps) + (step * 7919 % 1000) / 5000.0
         yield line(
             "step", step, loss=loss, grad_norm=loss / 3.0, lr=1e-4, rows=16, cursor=16 * step,
-            tokens=4096, tokens_per_s=2731.0 + step % 97, step_s=STEP_S, data_s=0.01,
-            compute_s_per_rank=[1.31, 1.32], peak_bytes_per_rank=[12_000_000_000, 12_100_000_000],
+            tokens=4096, tokens_per_s=2731.0 + step % 97, mfu=0.31, rank_step_s=[1.31, 1.32],
+            rank_memory_bytes=[12_000_000_000, 12_100_000_000], peak_memory_bytes=12_000_000_000,
         )  # fmt: skip
         if step % SAVE_EVERY == 0:
             now += 0.2
