@@ -6,13 +6,11 @@ only ever imported by the processes it starts.
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
-from peft_dist.cli import models, plan, slurm, training, validate, wandb
+from peft_dist.cli import models, plan, recipes, slurm, training, validate, wandb
 from peft_dist.cli.options import SHELLS, add_verbosity, begin_logs, completion
 from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import show
@@ -148,8 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     slurm.add_commands(command, count=_count)
     wandb.add_commands(command)
     plan.add_commands(command)
-    init = command("init", _init, "copy recipes and strategies into a folder of your own")
-    init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
+    recipes.add_commands(command)
     complete = command(
         "completion", _completion, "print a script that completes commands: source it in your shell"
     )
@@ -210,33 +207,6 @@ def _report(arguments: argparse.Namespace) -> int:
     from peft_dist.report.command import write_report
 
     return write_report(arguments.run_dirs, out=arguments.out, show=arguments.open == "yes")
-
-
-def _init(arguments: argparse.Namespace) -> int:
-    from peft_dist.common.paths import SHARED_FOLDERS, root
-
-    target = Path(arguments.folder)
-    sources = [root() / name for name in SHARED_FOLDERS if (root() / name).is_dir()]
-    files = [
-        file
-        for source in sources
-        for file in sorted(source.rglob("*"))
-        if file.is_file() and "__pycache__" not in file.parts
-    ]
-    copies = {file: target / file.relative_to(root()) for file in files}
-    try:
-        taken = [copy for copy in copies.values() if copy.exists() or copy.is_symlink()]
-        if taken:
-            raise PeftDistError("already there", where=str(taken[0]), remedy="choose a new folder")
-        for file, copy in copies.items():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
-    except (OSError, ValueError) as error:
-        raise PeftDistError(
-            f"cannot be written: {error}", where=str(target), remedy="choose another folder"
-        ) from error
-    show(f"{len(copies)} files in {', '.join(str(target / source.name) for source in sources)}")
-    return EXIT_DONE
 
 
 def _completion(arguments: argparse.Namespace) -> int:
