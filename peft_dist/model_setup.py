@@ -7,7 +7,7 @@ then read the rows that belong here. Trains nothing.
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,6 +224,7 @@ def set_up_model(
     *,
     label_names: tuple[str, ...] = (),
     engines: Mapping[str, type[Engine]] = ENGINES,
+    prover: Callable[..., tuple[Way, list[str]]] = prove,
 ) -> ModelSetup:
     """Build, shard and load the model. Collective.
 
@@ -233,6 +234,7 @@ def set_up_model(
         source: What `find_base` found.
         label_names: Class names, for sequence classification.
         engines: By strategy, what shards.
+        prover: Compares losses with those of transformers; see `prove`.
 
     Raises:
         PeftDistError: For a model, launcher or option that cannot work; before weights are read
@@ -331,7 +333,7 @@ def set_up_model(
     )
     setup.check_adapters_agree()
     if isinstance(model, Decoder):
-        setup.packing = _prove(setup, model, ways, blocks, source.cache_dir).packing
+        setup.packing = _prove(setup, model, ways, blocks, prover).packing
     return setup
 
 
@@ -340,18 +342,20 @@ def _prove(
     model: Decoder,
     ways: list[Way],
     blocks: dict[str, nn.Module],
-    cache_dir: Path,
+    prover: Callable[..., tuple[Way, list[str]]],
 ) -> Way:
     """Return a way to compute micro-batches that is proven right, and use its kernel. Collective.
 
     Raises:
         ModelError: Where there is none.
     """
-    started = time.monotonic()
     bare = architectures.bare_model(setup.peft)
     learned = setup.peft.active_peft_config.is_prompt_learning
-    with setup.peft.disable_adapter() if learned else nullcontext():
-        way, problems = prove(
+    with (
+        stage("comparing losses with those of transformers", log) as told,
+        setup.peft.disable_adapter() if learned else nullcontext(),
+    ):
+        way, problems = prover(
             model,
             ways,
             bare=bare,
@@ -360,15 +364,9 @@ def _prove(
             dtype=setup.compute_dtype,
             autocast=setup.autocast,
         )
-    if setup.world.is_main:
-        for problem in problems:
-            log.info("not used: %s", problem)
-        log.info(
-            "%s: losses are those of transformers, with %s (%.1f s)",
-            bare.config.model_type,
-            way,
-            time.monotonic() - started,
-        )
+        told.append(f"{bare.config.model_type}: losses are those of transformers, with {way}")
+    for problem in problems:
+        log.info("not used: %s", problem)
     return way
 
 

@@ -199,7 +199,7 @@ def _introduce(start: LocalLaunch) -> None:
     log.info("run directory: %s", run.path)
     log.info(
         "model: %s (%s), %s adapters; rows: %s", recipe.model.name, recipe.quantization,
-        recipe.method.kind, recipe.data.train,
+        recipe.method.kind, ", ".join(source.path for source in recipe.data.sources("train")),
     )  # fmt: skip
     where = "a GPU each" if placement.on_gpu else "the CPU"
     many = "1 process" if placement.processes == 1 else f"{placement.processes} processes"

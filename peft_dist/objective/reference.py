@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from peft_dist.common.atomic import replace_file
-from peft_dist.common.console import say
+from peft_dist.common.screen import wait
 from peft_dist.data.order import assign
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import broadcast_object, first_of_all, sum_over
@@ -66,15 +66,16 @@ def reference_scores(
         else:
             scores[start:stop] = torch.tensor(found, dtype=torch.float64)
     missing = broadcast_object(missing)
-    for start in missing:
-        ids = np.arange(start, min(start + ROWS_PER_FILE, rows.n_rows))
-        part = _score(setup, rows, ids, on_batch)
-        scores[start : start + len(ids)] = part
-        if main:
-            _write(cache / key / f"{start}.json", part.tolist())
-    if main:
-        how = f"scored in {time.monotonic() - started:.0f} s" if missing else "read from the cache"
-        say(f"reference: {rows.n_rows} answers {how}")
+    todo = [np.arange(start, min(start + ROWS_PER_FILE, rows.n_rows)) for start in missing]
+    with wait("scoring the reference", total=sum(map(len, todo)), unit="answers") as bar:
+        for ids in todo:
+            part = _score(setup, rows, ids, on_batch)
+            scores[ids[0] : ids[-1] + 1] = part
+            if main:
+                _write(cache / key / f"{ids[0]}.json", part.tolist())
+            bar.advance(len(ids))
+    how = "scored" if missing else "read from the cache"
+    log.info("reference: %d answers %s  %.1f s", rows.n_rows, how, time.monotonic() - started)
     result: Scores = first_of_all(scores).cpu().numpy().astype(np.float32)
     return result
 

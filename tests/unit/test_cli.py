@@ -212,9 +212,12 @@ def test_a_start_says_what_it_is_about_before_any_process_is_started(
 
     monkeypatch.setattr(here, "run_launcher", launched)
     run = tmp_path / "run"
-    main(["train", str(recipe_file), "--run-dir", str(run), "--nproc", "2"])
+    one, two = (recipe_file.parent / name for name in ("train.jsonl", "two.jsonl"))
+    two.write_bytes(one.read_bytes())
+    mixture = "data.train=[{path: train.jsonl, weight: 3}, {path: two.jsonl, weight: 1}]"
+    main(["train", str(recipe_file), mixture, "--run-dir", str(run), "--nproc", "2"])
     assert seen[0] == f"run directory: {run}"
-    assert "(nf4), lora adapters; rows: " in seen[1]
+    assert f"(nf4), lora adapters; rows: {one}, {two}" in seen[1]
     assert seen[2] == "starting 2 processes (fsdp) on the CPU; loading torch and transformers"
 
 

@@ -12,7 +12,7 @@ RESULT: dict[str, Any] = {
     "steps": 3, "final_loss": 1.0, "base_bytes_per_rank": [1], "base_bytes_total": 1,
     "strategy": "ddp", "quantization": "nf4", "peak_rss_bytes_per_rank": [1], "method": "lora",
     "trainable_parameters": 1, "tokens_per_second": 1.0, "load_seconds": 1.0,
-    "train_seconds": 1.0, "device": "cpu",
+    "train_seconds": 1.0, "device": "cpu", "serving": "LoRA of rank 8",
 }  # fmt: skip
 AFTER = {"loss": 2.0, "accuracy": 0.75, "rows": 32}
 
