@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from peft_dist.cli import models, plan, recipes, slurm, training, validate, wandb
 from peft_dist.cli.options import SHELLS, add_verbosity, begin_logs, completion
@@ -19,6 +19,7 @@ from peft_dist.common.errors import (
     EXIT_CRASHED,
     EXIT_DONE,
     PeftDistError,
+    nearest,
 )
 
 
@@ -42,6 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, like every other error."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse what is no choice, with the nearest one."""
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(
+                action, f"there is no {value!r}; {nearest(str(value), action.choices)}"
+            )
 
     def error(self, message: str) -> NoReturn:
         if self.prog.endswith((" train", " validate", " submit")):  # key=value may be left out

@@ -167,6 +167,8 @@ def _jsonl(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:  # bytes, so that one broken line does not hide the rest
         for line, raw in enumerate(file, start=1):
             if line == 1:
+                if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise DataError("is UTF-16", where=str(path), remedy="save it as UTF-8 text")
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if raw.startswith(b"["):
                     raise DataError(

@@ -18,7 +18,9 @@ NAMES = [path.stem for path in sorted((ROOT / "configs" / "recipes").glob("*.yam
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "home/.cache/peft-dist/models/smollm2-135m-instruct").mkdir(parents=True)
+    model = tmp_path / "home/.cache/peft-dist/models/smollm2-135m-instruct"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
 
 
@@ -87,8 +89,8 @@ def test_a_name_that_no_recipe_has_is_one_line_with_the_nearest(
         assert main(["recipes", "cp", name, "here"]) == 2
         assert told in capsys.readouterr().err
     assert not Path("here").exists()
-    assert main(["init", "here", "--preset", "qlora"]) == 2
-    assert "'qlora-1gpu'" in capsys.readouterr().err
+    assert main(["init", "here", "--preset", "qlora1gpu"]) == 2
+    assert "there is no 'qlora1gpu'; did you mean 'qlora-1gpu'?" in capsys.readouterr().err
 
 
 def test_the_list_has_every_recipe_with_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
