@@ -10,8 +10,18 @@ from pathlib import Path
 
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE
-from peft_dist.config.presets import PRESETS
 
+PRESETS = {
+    "qlora-1gpu": "llama-3.1-8b-qlora",
+    "qlora-node": "llama-3.3-70b-qlora",
+    "qlora-slurm": "llama-3.1-405b-qlora",
+    "qlora-cpu": "quickstart",
+    "lora-1gpu": "llama-2-7b-lora",
+    "chat": "chat",
+    "classify": "classify",
+    "dpo-cpu": "dpo",
+}
+"""What one wants to do, and the recipe to begin with."""
 Run = Callable[[argparse.Namespace], int]
 
 
@@ -51,7 +61,8 @@ def _init(arguments: argparse.Namespace) -> int:
         show(f"made {', '.join(map(str, made))}")
         show(f"next: peft-dist validate {made[1] / 'recipes' / 'quickstart.yaml'}")
         return EXIT_DONE
-    _introduce(copy_recipe(arguments.preset, folder, called="recipe"))
+    name, for_slurm = PRESETS[arguments.preset], "slurm" in arguments.preset
+    _introduce(copy_recipe(name, folder, called="recipe", for_slurm=for_slurm))
     return EXIT_DONE
 
 
@@ -93,11 +104,12 @@ def _ls(arguments: argparse.Namespace) -> int:
     from peft_dist.config.shipped import shipped_recipes
 
     found = list(shipped_recipes())
+    presets = {name: preset for preset, name in PRESETS.items()}
     if arguments.json:
         facts = [
             {
                 "name": one.name,
-                "preset": one.preset or None,
+                "preset": presets.get(one.name),
                 "purpose": one.purpose,
                 "path": str(one.path),
                 "model": one.recipe.model.name,
@@ -121,7 +133,7 @@ def _ls(arguments: argparse.Namespace) -> int:
     rows = [
         [
             one.name,
-            one.preset or "-",
+            presets.get(one.name, "-"),
             one.recipe.method.kind,
             one.recipe.quantization,
             one.recipe.parallel.strategy,

@@ -8,7 +8,6 @@ from pathlib import Path
 from peft_dist.common.errors import PeftDistError, nearest
 from peft_dist.common.paths import SHARED_FOLDERS, root
 from peft_dist.config.load import load_recipe
-from peft_dist.config.presets import PRESETS
 from peft_dist.config.recipe import Recipe
 
 CLUSTER_FILE = "slurm/clusters/example.yaml"
@@ -35,11 +34,6 @@ class Shipped:
             text += line.removeprefix("#")
         return re.split(r"\.\s", text.strip() + " ")[0]
 
-    @property
-    def preset(self) -> str:
-        """Return the preset that begins with it, or nothing."""
-        return next((preset for preset, name in PRESETS.items() if name == self.name), "")
-
 
 def shipped_recipes() -> Iterator[Shipped]:
     """Return all of them, by name."""
@@ -47,25 +41,27 @@ def shipped_recipes() -> Iterator[Shipped]:
         yield Shipped(path.stem, path, load_recipe(path, check_paths=False))
 
 
-def copy_recipe(name: str, folder: Path, *, called: str | None = None) -> list[Path]:
+def copy_recipe(
+    name: str, folder: Path, *, called: str | None = None, for_slurm: bool = False
+) -> list[Path]:
     """Copy a recipe and its rows into a folder, and return the files, the recipe first.
 
     Args:
-        name: Of the recipe, or a preset. One for Slurm brings a cluster file.
+        name: Of the recipe.
         folder: Made where it is not there.
         called: Name of the copy, without its ending (default: the recipe's own).
+        for_slurm: Whether a cluster file goes with it.
 
     Raises:
         PeftDistError: For a name that none has, a file that is there, or a folder that cannot be
             written to.
     """
-    preset = name
-    name = PRESETS.get(name, name.removesuffix(".yaml"))
+    name = name.removesuffix(".yaml")
     recipes = {path.stem: path for path in _files()}
     if name not in recipes:
-        near = nearest(preset, {*PRESETS, *recipes})
+        near = nearest(name, recipes)
         remedy = near if near.startswith("did you mean") else "see `peft-dist recipes ls`"
-        raise PeftDistError(f"there is no recipe {preset!r}", remedy=remedy)
+        raise PeftDistError(f"there is no recipe {name!r}", remedy=remedy)
     text = recipes[name].read_text(encoding="utf-8")
     rows = sorted(set(ROWS.findall(text)))
     if any(file.startswith("wordnet") for file in rows):
@@ -75,7 +71,7 @@ def copy_recipe(name: str, folder: Path, *, called: str | None = None) -> list[P
     contents |= {
         folder / "data" / row: (root() / "configs/data" / row).read_bytes() for row in rows
     }
-    if "slurm" in preset:
+    if for_slurm:
         contents[folder / "cluster.yaml"] = (root() / CLUSTER_FILE).read_bytes()
     _write(folder, contents)
     return list(contents)

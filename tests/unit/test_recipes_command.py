@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from peft_dist.cli.main import main
+from peft_dist.cli.recipes import PRESETS
 from peft_dist.config import load_recipe
-from peft_dist.config.presets import PRESETS
 from peft_dist.config.shipped import shipped_recipes
 from tests.processes import ROOT
 
