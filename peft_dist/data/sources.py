@@ -172,6 +172,8 @@ def _jsonl(path: Path) -> Iterator[Record]:
                 yield line, Broken(TOO_LONG)
                 continue
             if line == 1:
+                if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise DataError("is UTF-16", where=str(path), remedy="save it as UTF-8 text")
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if raw.startswith(b"["):
                     raise DataError(

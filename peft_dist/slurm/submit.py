@@ -23,6 +23,7 @@ from peft_dist.common.sharing import GROUP, folder_mode, set_run_umask
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, render_cluster
 from peft_dist.data.first_rows import check_first_rows
+from peft_dist.launch.model_folder import check_model_folder
 from peft_dist.launch.placement import Machine, plan_processes
 from peft_dist.plan.settle import check_memory, cluster_hardware, settle_alike
 from peft_dist.run import job_events
@@ -143,6 +144,8 @@ def prepare(request: Request) -> Submission:
         warnings += validate.check_batch(run.recipe, placement.processes)
     for recipe in {recipe.data: recipe for recipe in recipes}.values():
         check_first_rows(recipe)
+    for recipe in recipes:
+        check_model_folder(recipe)
     files = scripts(job, [(run.folder, validate.local_model(run.recipe)) for run in runs])
     return Submission(job, runs, files, list(dict.fromkeys(warnings)), request.chain)
 
