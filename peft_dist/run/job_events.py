@@ -15,7 +15,8 @@ from peft_dist.common.errors import RunDirError
 from peft_dist.common.sharing import file_mode, folder_mode
 
 Event = dict[str, Any]
-"""`event` (submitted, started, decided, ended), `job` as `squeue -r` prints it, `time` and more."""
+"""`event` (submitted, started, decided, ended), `job` as `squeue -r` prints it, `time` and more;
+`cluster` where Slurm has several."""
 SUBMISSION = ("submitting", "queued", "refused")
 """Events that say how one submission goes, and nothing of a job: `submitting` has the `token` by
 which Slurm knows the job where nobody learned its id."""
@@ -83,6 +84,8 @@ def events(run_path: Path) -> list[Event]:
 def others(run_path: Path) -> list[str]:
     """Return jobs that began before the newest one and have not said that they ended.
 
+    Named as `candidates` does.
+
     A script that is submitted by hand while another job trains the run gives up, and is the newest.
 
     Raises:
@@ -90,7 +93,19 @@ def others(run_path: Path) -> list[str]:
     """
     told = [event for event in _all_events(run_path) if event["event"] not in SUBMISSION]
     last = {event["job"]: event["event"] for event in told}
-    return [job for job, event in list(last.items())[:-1] if event in ("submitted", "started")]
+    names = [job for job, event in list(last.items())[:-1] if event in ("submitted", "started")]
+    return [job + _at_cluster(told) for job in names]
+
+
+def bare(job: str) -> str:
+    """Return a job as Slurm's own cluster knows it, of a name such as `12_3@cluster`."""
+    return job.partition("@")[0]
+
+
+def _at_cluster(told: Sequence[Event]) -> str:
+    """Return what a job's name ends with where it is of one of several clusters."""
+    named = [event["cluster"] for event in told if event.get("cluster")]
+    return f"@{named[-1]}" if named else ""
 
 
 def open_submission(run_path: Path) -> Event | None:
@@ -137,6 +152,8 @@ def newest_of(history: Sequence[Event]) -> str | None:
 def candidates(run_path: Path, history: Sequence[Event]) -> list[str]:
     """Return the jobs that may be live: the newest, and those queued to take over from it.
 
+    A name ends with `@cluster` where the run was submitted to one of several.
+
     Args:
         run_path: The run directory.
         history: Its `events`.
@@ -144,14 +161,15 @@ def candidates(run_path: Path, history: Sequence[Event]) -> list[str]:
     newest = newest_of(history)
     if newest is None:
         return []
+    cluster = _at_cluster(history)
     with suppress(OSError, UnicodeDecodeError):
         queued = (run_path / "slurm" / "successor").read_text(encoding="utf-8").split()
         # sbatch prints no element: a successor has one where its run is one of an array.
         _, underscore, element = newest.partition("_")
         jobs = [successor + underscore + element for successor in queued]
         known = {event["job"] for event in history}
-        return [newest, *(job for job in jobs if job not in known)]
-    return [newest]
+        return [name + cluster for name in (newest, *(job for job in jobs if job not in known))]
+    return [newest + cluster]
 
 
 def _parse(line: bytes) -> Event | None:

@@ -113,6 +113,7 @@ def prepare(request: Request) -> Submission:
     """
     cluster, folder = request.cluster, request.folder.absolute()
     _check_numbers(request)
+    validate.check_account(cluster)
     validate.check_folder(folder)
     runs, warnings = _settled(request, _runs(request, folder))
     recipes = [run.recipe for run in runs]
@@ -226,6 +227,9 @@ def _submit(
         "time_limit": None if job.time_s is None else duration_text(job.time_s),
         "singleton": job.singleton,
     }
+    clusters = str(job.cluster.sbatch.get("clusters", ""))
+    if clusters:
+        facts["cluster"] = clusters
     token = new_token()
     for index, run in wanted.items():
         element = {"element": index} if job.array else {}
@@ -236,6 +240,7 @@ def _submit(
             submission.argv(wanted, f"--comment={token}"),
             token=token,
             script=submission.files[script],
+            clusters=clusters,
         )
     except SubmissionUnknown:  # the next command asks again
         raise
@@ -243,10 +248,13 @@ def _submit(
         for run in wanted.values():
             job_events.record(run.folder, {"event": "refused", "job": ""})
         raise
+    own_id, _, cluster = job_id.partition("@")
+    if cluster:
+        facts["cluster"] = cluster
     for index, run in wanted.items():
-        name = f"{job_id}_{index}" if job.array else job_id
+        name = f"{own_id}_{index}" if job.array else own_id
         job_events.record(run.folder, {"event": "submitted", "job": name, **facts})
-    _queue_chain(submission, job_id)
+    _queue_chain(submission, own_id)
     return job_id
 
 
@@ -259,7 +267,9 @@ def _queue_chain(submission: Submission, first: str) -> None:
         dependency = f"--dependency=afterany:{after}{',singleton' if job.singleton else ''}"
         argv = submission.argv([], f"--comment={token}", dependency)
         try:
-            after = sbatch(argv, token=token, script=script, after=after)
+            clusters = str(job.cluster.sbatch.get("clusters", ""))
+            queued = sbatch(argv, token=token, script=script, after=after, clusters=clusters)
+            after = job_events.bare(queued)
         except SlurmError as error:
             show(
                 f"peft-dist: warning: --chain: {number - 1} of {submission.chain} jobs are queued: "

@@ -215,4 +215,4 @@ def test_a_name_that_no_script_can_hold_is_refused(
 ) -> None:
     (tmp_path / "nodes").write_text("a$(touch canary)*|up|node1|4|4000|(null)|(null)\n")
     assert main(["cluster", "probe"]) == 2
-    assert "must be letters, digits and _ . , + -" in capsys.readouterr().err
+    assert "must be letters, digits and _ . , : @ / + = -" in capsys.readouterr().err

@@ -147,6 +147,7 @@ def test_every_node_runs_the_launcher_as_it_was_written(tmp_path: Path) -> None:
         assert own == [
             "-m", "peft_dist.slurm.supervisor", "--run-dir", str(folder), "--max-starts", "100",
             "--max-starts-without-progress", "5", "--secrets", f"{tmp_path}/se cr'ets",
+            "--interface=ib0",
             "--devices", "4", "--preflight-timeout-s", "90", "--arrival-s", "1800",
             "--min-free-gb", "20.5", "--max-clock-offset-s", "60",
         ]  # fmt: skip
@@ -163,8 +164,7 @@ def test_every_node_runs_the_launcher_as_it_was_written(tmp_path: Path) -> None:
         ]  # fmt: skip
         variables = machines.variables(node)
         expected = {name: str(value) for name, value in environment.items()}
-        expected |= {"FROM_SETUP": "1", "PYTHONSAFEPATH": "1", "GLOO_SOCKET_IFNAME": "ib0",
-                     "NCCL_SOCKET_IFNAME": "ib0", "PEFT_DIST_STAGED": '{"a": "b"}',
+        expected |= {"FROM_SETUP": "1", "PYTHONSAFEPATH": "1", "PEFT_DIST_STAGED": '{"a": "b"}',
                      "PEFT_DIST_HOSTS": "node1,node2", "SRUN_CPUS_PER_TASK": "8"}  # fmt: skip
         assert {name: variables.get(name) for name in expected} == expected
         assert variables["PET_RDZV_ID"].startswith("12-0-")
