@@ -27,6 +27,7 @@ from peft_dist.config.cluster_values import (
     Memory,
     Name,
     NodeFolder,
+    NodeProgram,
     SetUp,
     Variables,
 )
@@ -153,8 +154,9 @@ class Cluster(Section):
     made in as well. Secrets stay yours."""
     setup: SetUp = ""
     """Shell lines that run on each node before Python: modules, conda, a virtual environment."""
-    python: AbsolutePath | None = None
-    """Interpreter on the nodes. Default: the one that submits; in a container python3."""
+    python: NodeProgram | None = None
+    """Interpreter on the nodes; one that `setup` makes there may begin with $SLURM_TMPDIR/.
+    Default: the one that submits; in a container python3."""
     container: Container | None = None
     """Image that everything runs in."""
     shared: tuple[AbsolutePath, ...] = ()

@@ -127,6 +127,15 @@ NodeFolder = Annotated[
     ),
     AfterValidator(check_printable),
 ]
+NodeProgram = Annotated[
+    str,
+    Matches(
+        r"(~?/|\$(SLURM_TMPDIR|TMPDIR|LOCAL_SCRATCH)/)[^\x00-\x1f]{0,4095}",
+        "an absolute path, or one that begins with ~/, $SLURM_TMPDIR/, $TMPDIR/ or $LOCAL_SCRATCH/",
+    ),
+    AfterValidator(check_printable),
+]
+"""A path, literal but for a variable that it begins with, which each node knows."""
 SetUp = Annotated[str, AfterValidator(_check_set_up)]
 VariableName = Annotated[str, Matches(r"[A-Za-z_][A-Za-z0-9_]{0,127}", "a variable's name")]
 Variables = Annotated[

@@ -3,6 +3,7 @@
 The batch script appends its own lines to the same file.
 """
 
+import fcntl
 import json
 import os
 import time
@@ -20,6 +21,9 @@ Event = dict[str, Any]
 SUBMISSION = ("submitting", "queued", "refused")
 """Events that say how one submission goes, and nothing of a job: `submitting` has the `token` by
 which Slurm knows the job where nobody learned its id."""
+
+LOCK_WAIT_S = 5.0
+"""How long a writer waits for another one; one that is cut off may never let go."""
 
 
 def jobs_file(run_path: Path) -> Path:
@@ -43,6 +47,7 @@ def record(run_path: Path, event: Event) -> None:
         path.parent.mkdir(mode=folder_mode(), exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, file_mode())
         try:
+            _wait_for_others(file)
             size = os.fstat(file).st_size
             if size and os.pread(file, 1, size - 1) != b"\n":  # of a writer that was killed
                 line = b"\n" + line
@@ -57,6 +62,19 @@ def record(run_path: Path, event: Event) -> None:
             where=str(path),
             remedy="free space or set its permissions",
         ) from error
+
+
+def _wait_for_others(file: int) -> None:
+    """Have the file for ourselves: NFS finds its end for two writers at once only under a lock."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    with suppress(OSError):  # no locks here
+        while True:
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(0.05)
 
 
 def events(run_path: Path) -> list[Event]:

@@ -73,11 +73,18 @@ def mounts(container: Container, own: Mapping[str, str | None]) -> list[str]:
                     remedy="have the environment definition file mount it, and name it there",
                 )
             continue
-        if re.search("[:,;]", path):
+        if re.search("[:,]", path):
             raise ClusterError(
                 f"{path!r} cannot be seen in a container",
                 where=where,
-                remedy="choose a name without : , and ;",
+                remedy="choose a name without : and ,",
             )
         found.append(f"{path}:{path}")
+    split = [mount for mount in found if ";" in mount]
+    if container.runtime == "shifter" and split:
+        raise ClusterError(
+            f"shifter would take {split[0]!r} for several mounts",
+            where="container.mounts or --run-dir",
+            remedy="choose a name without ;",
+        )
     return found

@@ -110,6 +110,8 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
         **({} if cluster.container is None else {"PYTHONNOUSERSITE": "1"}),
         **{name: str(value) for name, value in cluster.environment.items()},
     }
+    # On a node's own disk only the node knows where.
+    interpreter = "$interpreter" if cluster.interpreter.startswith("$") else cluster.interpreter
     launcher = worker_command(
         placement,
         "train.py",
@@ -117,7 +119,7 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
             str(run_dir / "recipe.yaml"),
             *(word for name in job.allow_changed for word in ("--allow-changed", name)),
         ],
-        python=cluster.interpreter,
+        python=interpreter,
         root=SHARE,
         max_restarts=job.max_restarts,
         meeting=MEETING if placement.nodes > 1 else None,
@@ -138,8 +140,9 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
         several_nodes=placement.nodes > 1,
         python=[
             *node_command(cluster.container, _mounts(job), on_gpu=placement.on_gpu),
-            cluster.interpreter,
+            interpreter,
         ],
+        interpreter=cluster.interpreter if interpreter == "$interpreter" else None,
         find_share=FIND_SHARE,
         stage=stage,
         supervisor=_supervisor(job, run_dir),

@@ -50,6 +50,19 @@ LOOK_EVERY_S = 5.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run this node's share of a job; return its exit code."""
     own, launcher = _split(list(sys.argv[1:] if argv is None else argv))
+    options = parser().parse_args(own)
+    set_run_umask()
+    node = Node(options, launcher)
+    try:
+        ending = node.work() if options.after is None else node.look_back()
+    except PeftDistError as error:
+        say(f"{ERROR_PREFIX}{error}", sys.stderr)
+        ending = Ending(Kind.USER_ERROR, str(error))
+    return EXIT_DONE if ending is None else node.finish(ending)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of what `node.sh` gives."""
     parser = argparse.ArgumentParser(prog="peft_dist.slurm.supervisor", description=main.__doc__)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--max-starts", type=int, required=True)
@@ -65,15 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arrival-s", type=float, default=1800.0)
     parser.add_argument("--min-free-gb", type=float, default=1.0)
     parser.add_argument("--max-clock-offset-s", type=float, default=60.0)
-    options = parser.parse_args(own)
-    set_run_umask()
-    node = Node(options, launcher)
-    try:
-        ending = node.work() if options.after is None else node.look_back()
-    except PeftDistError as error:
-        say(f"{ERROR_PREFIX}{error}", sys.stderr)
-        ending = Ending(Kind.USER_ERROR, str(error))
-    return EXIT_DONE if ending is None else node.finish(ending)
+    return parser
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:

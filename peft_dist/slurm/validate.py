@@ -207,6 +207,10 @@ def try_set_up(cluster: Cluster) -> None:
         raise ClusterError(
             "needs an image that only nodes can run", where="--try", remedy="submit without it"
         )
+    if cluster.interpreter.startswith("$"):
+        raise ClusterError(
+            "needs a disk that only nodes have", where="--try", remedy="submit without it"
+        )
     inside = "" if container is None else f'set -eo pipefail\n{container.setup}\nexec "$@"'
     words = [*node_command(container, [], on_gpu=False), cluster.interpreter, "-c", IMPORTS]
     line = shlex.join([inside if word == "$inside" else word for word in words])

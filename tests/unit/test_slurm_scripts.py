@@ -265,9 +265,10 @@ def test_a_set_up_that_fails_ends_the_node_before_python(tmp_path: Path) -> None
     assert not (machines.seen / "argv-0").exists()
 
 
-def job_of(machines: Machines, tmp_path: Path, **cluster: Any) -> Path:
+def job_of(machines: Machines, tmp_path: Path, *, nodes: int = 1, **cluster: Any) -> Path:
     """Write both scripts of a job whose folder is real; return the batch script."""
-    made = job({**CPUS, "python": str(machines.interpreter), **cluster}, folder=tmp_path / "run")
+    values = {**CPUS, "python": str(machines.interpreter), **cluster}
+    made = job(values, nodes=nodes, folder=tmp_path / "run")
     node_of(machines, made)
     script: Path = made.folder / "job.sbatch"
     script.write_text(render_job(made), encoding="utf-8")
