@@ -13,6 +13,7 @@ import pytest
 
 from peft_dist import __version__
 from peft_dist.common.errors import ClusterError
+from peft_dist.slurm.examples import examples
 from peft_dist.slurm.scripts import Array, render_job, render_node
 from peft_dist.slurm.template import _templates
 from tests.unit.slurm_jobs import (
@@ -341,3 +342,20 @@ def test_the_scripts_of_an_earlier_version_are_refused_in_one_line(
     (line,) = done.stderr.splitlines()
     assert "were made by another version" in line and "`peft-dist resume RUN`" in line
     assert (tmp_path / "decision").read_text(encoding="utf-8").startswith("stop job.sbatch and")
+
+
+def test_the_examples_are_what_would_be_submitted() -> None:
+    """`make examples` writes them anew."""
+    folder = ROOT / "slurm" / "examples"
+    found = {
+        str(file.relative_to(folder)): without_version(file.read_text(encoding="utf-8"))
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+    assert found == {name: without_version(text) for name, text in examples().items()}
+    assert len(found) == 9
+    for name, text in found.items():
+        if not name.endswith(".md"):
+            check = ["bash", "-n"]
+            done = subprocess.run(check, input=text, text=True, capture_output=True, check=False)
+            assert (done.returncode, done.stderr) == (0, ""), name
