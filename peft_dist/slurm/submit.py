@@ -4,21 +4,18 @@ Decides what is submitted; `refusals` says what cannot be, `render` writes it, `
 Slurm. Runs nothing itself.
 """
 
-import hashlib
 import os
 import re
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peft_dist.common import env, paths
+from peft_dist.common import env
 from peft_dist.common.console import show
 from peft_dist.common.durations import duration_s, duration_text
 from peft_dist.common.errors import LaunchError, RecipeError, RunDirError, SlurmError
-from peft_dist.common.locks import lock_file
 from peft_dist.common.sharing import GROUP, folder_mode, set_run_umask
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, render_cluster
@@ -38,7 +35,13 @@ from peft_dist.slurm import validate
 from peft_dist.slurm.ensure_not_running import ensure_not_running
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.scripts import JOB_SCRIPT, Array, Job, scripts
-from peft_dist.slurm.submitting import SubmissionUnknown, check_script, new_token, sbatch
+from peft_dist.slurm.submitting import (
+    SubmissionUnknown,
+    alone,
+    check_script,
+    new_token,
+    sbatch,
+)
 
 
 @dataclass(frozen=True)
@@ -148,18 +151,6 @@ def prepare(request: Request) -> Submission:
     return Submission(job, runs, files, list(dict.fromkeys(warnings)), request.chain)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let one command of a user at a time submit what is beside a folder."""
-    name = hashlib.sha256(str(folder.parent).encode()).hexdigest()
-    with ExitStack() as stack:
-        with suppress(OSError):  # a cache that cannot be written
-            locks = paths.cache_dir() / "submit"
-            locks.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock_file(locks / f"{name[:32]}.lock"))
-        yield
-
-
 def submit(
     submission: Submission,
     *,
@@ -188,7 +179,7 @@ def submit(
     if job.cluster.sharing == GROUP:
         os.environ[env.SHARING] = GROUP
     set_run_umask()
-    with _alone(job.folder):
+    with alone(job.folder):
         return _submit(submission, wanted, command=command, by=by, fresh=fresh)
 
 
@@ -261,13 +252,13 @@ def _submit(
 def _queue_chain(submission: Submission, first: str) -> None:
     """Queue the jobs that go on for one another, as far as Slurm takes them."""
     job, after = submission.job, first
+    clusters = str(job.cluster.sbatch.get("clusters", ""))
     script = submission.files[job.folder / JOB_SCRIPT]
     for number in range(1, submission.chain + 1):
         token = new_token()
         dependency = f"--dependency=afterany:{after}{',singleton' if job.singleton else ''}"
         argv = submission.argv([], f"--comment={token}", dependency)
         try:
-            clusters = str(job.cluster.sbatch.get("clusters", ""))
             queued = sbatch(argv, token=token, script=script, after=after, clusters=clusters)
             after = job_events.bare(queued)
         except SlurmError as error:
