@@ -58,7 +58,8 @@ examples: $(VENV)/.installed-all ## write slurm/examples/ anew: what would be su
 faults: $(VENV)/.installed-all ## the tests of faults with many more cases; more than an hour
 	PEFT_DIST_FAULTS=long $(BIN)/python -m pytest --timeout 3600 tests/faults tests/distributed \
 		tests/unit/test_script_fuzz.py tests/unit/test_wandb.py tests/unit/test_plan.py \
-		tests/unit/test_plan_formulas.py tests/equivalence/test_equivalence.py tests/cluster
+		tests/unit/test_plan_formulas.py tests/unit/test_proof.py tests/equivalence/test_equivalence.py \
+		tests/cluster
 
 cluster: $(VENV)/.installed-all ## a shell in a real Slurm of four nodes; CMD=... runs that instead
 	$(BIN)/python -m tests.cluster $(CMD)

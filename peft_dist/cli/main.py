@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from peft_dist.cli import models, plan, slurm, training, validate, wandb
+from peft_dist.cli import decoders, models, plan, slurm, training, validate, wandb
 from peft_dist.cli.options import SHELLS, add_verbosity, begin_logs, completion
 from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import show
@@ -148,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     slurm.add_commands(command, count=_count)
     wandb.add_commands(command)
     plan.add_commands(command)
+    decoders.add_commands(command)
     init = command("init", _init, "copy recipes and strategies into a folder of your own")
     init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
     complete = command(
@@ -192,12 +193,17 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 
 def _goodput(arguments: argparse.Namespace) -> int:
+    from peft_dist.common.table import print_lines, stdout_form
     from peft_dist.ledger.goodput import goodput, render
     from peft_dist.ledger.reader import LedgerReader
     from peft_dist.run.directory import RunDir
 
     found = goodput(LedgerReader(RunDir.open(arguments.run_dir).ledger).all())
-    show(found.to_json() if arguments.json else render(found))
+    if arguments.json:
+        show(found.to_json())
+    else:
+        width, colour = stdout_form()
+        print_lines(render(found, width=width, colour=colour))
     return EXIT_DONE
 
 

@@ -26,7 +26,8 @@ from peft_dist.common.atomic import whole_folder
 from peft_dist.common.console import show
 from peft_dist.common.errors import ModelError, RecipeError, RunDirError
 from peft_dist.config import Recipe, load_recipe
-from peft_dist.model import architectures, base
+from peft_dist.model import architectures
+from peft_dist.model.plan import plan_base
 from peft_dist.model.weights import FLOATS, WeightFiles, model_folder
 from peft_dist.run.directory import RunDir
 from peft_dist.worker.process import run_worker
@@ -200,7 +201,7 @@ def _plan(
     run: RunDir,
 ) -> tuple[dict[str, Change], dict[str, torch.Tensor]]:
     """Return what happens to which tensor of the files, and the heads that they lack."""
-    plan = base.plan_base(skeleton, files, quantization="none")
+    plan = plan_base(skeleton, files, quantization="none")
     keys = {tensor.name: tensor.key for tensor in plan.tensors if tensor.key is not None}
     made = {tensor.name for tensor in plan.tensors if tensor.key is None}
     parts: dict[str, dict[str, torch.Tensor]] = {}
