@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from peft_dist.cli import plan, slurm, validate, wandb
+from peft_dist.cli import plan, slurm, submit_command, validate, wandb
 from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import show
 from peft_dist.common.errors import (
@@ -49,6 +49,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
+    argv = submit_command.join_words(argv)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "quantize":
         arguments.passed_on = argv[argv.index("quantize") + 1 :]
@@ -139,6 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--open", choices=("yes", "no"), default="no", help="show it in a browser (default: no)"
     )
     slurm.add_commands(command, count=_count)
+    submit_command.add_commands(command, count=_count)
     wandb.add_commands(command)
     plan.add_commands(command)
     init = command("init", _init, "copy recipes and strategies into a folder of your own")

@@ -60,6 +60,7 @@ def add_commands(
     submit.add_argument(
         "--anyway", action="store_true", help="submit what cannot fit into the GPUs' memory too"
     )
+    add_after(submit)
     submit.add_argument("--singleton", action="store_true", help="wait for other jobs of this name")
     submit.add_argument(
         "--fresh", action="store_true", help="start anew; a run that is there is renamed"
@@ -100,6 +101,18 @@ def add_commands(
     )
 
 
+def add_after(parser: argparse.ArgumentParser) -> None:
+    """Add what a job waits for."""
+    parser.add_argument(
+        "--after",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="wait until this run, array or command's job has ended well, over all its restarts; "
+        "may be given again",
+    )
+
+
 def _add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes of the job")
     parser.add_argument("--time", metavar="HH:MM:SS", help="time limit of the job, or D-HH:MM:SS")
@@ -120,6 +133,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         singleton=arguments.singleton,
         chain=arguments.chain,
+        after=arguments.after,
         anyway=arguments.anyway,
     )
     if arguments.try_here:
@@ -155,8 +169,8 @@ def _hand_over(request: Any, *, by: str, dry_run: bool = False, fresh: bool = Fa
             show(f"==> {path} <==\n{text}")
         show(shlex.join(submission.argv(submission.wanted(fresh=fresh))))
         return EXIT_DONE
-    job = submit(submission, command=sys.argv, by=by, fresh=fresh)
-    show(f"job {job}: {request.folder}; `peft-dist status {request.folder}` shows how it is")
+    queued = submit(submission, command=sys.argv, by=by, fresh=fresh)
+    show(queued.describe(request.folder))
     return EXIT_DONE
 
 
@@ -187,7 +201,7 @@ def _logs(arguments: argparse.Namespace) -> int:
 
 
 def _cancel(arguments: argparse.Namespace) -> int:
-    from peft_dist.run.directory import RunDir
+    from peft_dist.run.command_folder import find_folder
     from peft_dist.run.sweep import array_elements
     from peft_dist.slurm.job_control import cancel
 
@@ -195,7 +209,7 @@ def _cancel(arguments: argparse.Namespace) -> int:
     for name in arguments.run_dirs:
         folder = Path(name).absolute()
         elements = array_elements(folder)
-        runs = [folder / element["run_dir"] for element in elements] or [RunDir.open(folder).path]
+        runs = [folder / element["run_dir"] for element in elements] or [find_folder(folder)]
         folders += runs
     cancel(folders, now=arguments.now, report=print)
     return EXIT_DONE

@@ -58,6 +58,13 @@ class Job:
     """Whether to wait until no other job of this name runs."""
     allow_changed: tuple[str, ...] = ()
     """Settings that may differ from those a run was trained with."""
+    command: tuple[str, ...] = ()
+    """What each node runs where this job does not train: its folder is that of a command."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that it has in all."""
+        return self.placement.nodes * self.cluster.gpus_per_node
 
 
 def render_job(job: Job) -> str:
@@ -110,17 +117,13 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
         **({} if cluster.container is None else {"PYTHONNOUSERSITE": "1"}),
         **{name: str(value) for name, value in cluster.environment.items()},
     }
-    launcher = worker_command(
+    changed = [word for name in job.allow_changed for word in ("--allow-changed", name)]
+    launcher = job.command or workers(
+        cluster,
         placement,
         "train.py",
-        [
-            str(run_dir / "recipe.yaml"),
-            *(word for name in job.allow_changed for word in ("--allow-changed", name)),
-        ],
-        python=cluster.interpreter,
-        root=SHARE,
+        [str(run_dir / "recipe.yaml"), *changed],
         max_restarts=job.max_restarts,
-        meeting=MEETING if placement.nodes > 1 else None,
     )
     stage = None
     if cluster.stage is not None and model is not None:
@@ -137,6 +140,34 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
         stage=stage,
         supervisor=_supervisor(job, run_dir),
         launcher=launcher,
+    )
+
+
+def workers(
+    cluster: Cluster,
+    placement: Placement,
+    script: str,
+    arguments: Sequence[str],
+    *,
+    max_restarts: int = 0,
+) -> list[str]:
+    """Return the command by which a node starts its share of the workers.
+
+    Args:
+        cluster: Where.
+        placement: How many there are.
+        script: `train.py` or `score.py`.
+        arguments: What every worker gets.
+        max_restarts: How often all are started again in place.
+    """
+    return worker_command(
+        placement,
+        script,
+        arguments,
+        python=cluster.interpreter,
+        root=SHARE,
+        max_restarts=max_restarts,
+        meeting=MEETING if placement.nodes > 1 else None,
     )
 
 
@@ -222,13 +253,14 @@ def _mounts(job: Job, container: Container) -> list[str]:
 
 def _supervisor(job: Job, run_dir: Path) -> list[str]:
     cluster = job.cluster
-    words = ["-m", "peft_dist.slurm.supervisor", "--run-dir", str(run_dir)]
+    module = "command_supervisor" if job.command else "supervisor"
+    words = ["-m", f"peft_dist.slurm.{module}", "--run-dir", str(run_dir)]
     words += ["--max-starts", str(cluster.requeue.max_starts)]
     limit = cluster.requeue.max_starts_without_progress
     words += ["--max-starts-without-progress", str(limit)]
     if cluster.secrets_file is not None:
         words += ["--secrets", cluster.secrets_file]
-    if cluster.preflight.enabled:
+    if cluster.preflight.enabled and not job.command:
         words += ["--devices", str(cluster.gpus_per_node)]
         words += ["--preflight-timeout-s", f"{cluster.preflight.timeout_s:.12g}"]
         words += ["--arrival-s", f"{cluster.preflight.arrival_s:.12g}"]

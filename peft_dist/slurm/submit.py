@@ -4,28 +4,22 @@ Decides what is submitted; `refusals` says what cannot be, `render` writes it, `
 Slurm. Runs nothing itself.
 """
 
-import hashlib
 import os
-import re
 import sys
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peft_dist.common import env, paths
+from peft_dist.common import env
 from peft_dist.common.console import show
 from peft_dist.common.durations import duration_s, duration_text
 from peft_dist.common.errors import LaunchError, RecipeError, RunDirError, SlurmError
-from peft_dist.common.locks import lock_file
 from peft_dist.common.sharing import GROUP, folder_mode, set_run_umask
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, render_cluster
 from peft_dist.data.first_rows import check_first_rows
 from peft_dist.launch.placement import Machine, plan_processes
 from peft_dist.plan.settle import check_memory, cluster_hardware, settle_alike
-from peft_dist.run import job_events
 from peft_dist.run.directory import RunDir, write_text_atomic
 from peft_dist.run.prediction import Prediction, write_prediction
 from peft_dist.run.sweep import (
@@ -35,10 +29,12 @@ from peft_dist.run.sweep import (
     write_array,
 )
 from peft_dist.slurm import validate
+from peft_dist.slurm.after import wait_for
 from peft_dist.slurm.ensure_not_running import ensure_not_running
+from peft_dist.slurm.queue_job import Queued, alone, queue_job
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.scripts import JOB_SCRIPT, Array, Job, scripts
-from peft_dist.slurm.submitting import SubmissionUnknown, check_script, new_token, sbatch
+from peft_dist.slurm.submitting import check_script, new_token, sbatch
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,8 @@ class Request:
     """An array that has been submitted before; each of its runs has a recipe of its own."""
     allow_changed: Sequence[str] = ()
     """Settings that may differ from those a run was trained with."""
+    after: Sequence[str] = ()
+    """Folders of runs and of other commands' jobs that must have ended well before."""
     anyway: bool = False
     """Whether to submit what cannot fit into memory all the same."""
 
@@ -87,6 +85,7 @@ class Submission:
     """Every script, by where it belongs."""
     warnings: Sequence[str]
     chain: int = 0
+    after: Sequence[str] = ()
 
     def wanted(self, *, fresh: bool) -> dict[int, Run]:
         """Return the runs that have not finished, by their index; all of them with `fresh`."""
@@ -121,10 +120,10 @@ def prepare(request: Request) -> Submission:
     machine = Machine(gpus=cluster.gpus_per_node, cores=cluster.cpus_of_a_node or 1)
     per_node = cluster.processes_per_node or 0
     placement = plan_processes(recipes[0], machine, request.nodes, per_node=per_node)
-    time_limit, time_from = _time_limit(request)
+    time_limit, time_from = validate.time_limit(cluster, request.time)
     time_s = None if time_limit is None else duration_s(time_limit, where=time_from)
     job = Job(
-        name=_job_name(folder.name),
+        name=validate.job_name(folder.name),
         folder=folder,
         cluster=cluster,
         placement=placement,
@@ -144,19 +143,8 @@ def prepare(request: Request) -> Submission:
     for recipe in {recipe.data: recipe for recipe in recipes}.values():
         check_first_rows(recipe)
     files = scripts(job, [(run.folder, validate.local_model(run.recipe)) for run in runs])
-    return Submission(job, runs, files, list(dict.fromkeys(warnings)), request.chain)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let one command of a user at a time submit what is beside a folder."""
-    name = hashlib.sha256(str(folder.parent).encode()).hexdigest()
-    with ExitStack() as stack:
-        with suppress(OSError):  # a cache that cannot be written
-            locks = paths.cache_dir() / "submit"
-            locks.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock_file(locks / f"{name[:32]}.lock"))
-        yield
+    warnings = list(dict.fromkeys(warnings))
+    return Submission(job, runs, files, warnings, request.chain, request.after)
 
 
 def submit(
@@ -165,8 +153,8 @@ def submit(
     command: Sequence[str],
     by: str = "submit",
     fresh: bool = False,
-) -> str:
-    """Submit, and return the job's id.
+) -> Queued:
+    """Submit, and return the job.
 
     Args:
         submission: What `prepare` returned.
@@ -187,7 +175,7 @@ def submit(
     if job.cluster.sharing == GROUP:
         os.environ[env.SHARING] = GROUP
     set_run_umask()
-    with _alone(job.folder):
+    with alone(job.folder):
         return _submit(submission, wanted, command=command, by=by, fresh=fresh)
 
 
@@ -198,7 +186,7 @@ def _submit(
     command: Sequence[str],
     by: str,
     fresh: bool,
-) -> str:
+) -> Queued:
     job = submission.job
     elements = [
         {"run_dir": run.folder.name, "settings": [*run.settings]} for run in submission.runs
@@ -207,7 +195,8 @@ def _submit(
     if job.array:
         refuse_another_array(job.folder, elements)
     ensure_not_running([run.folder for run in wanted.values()], script)
-    check_script(submission.files[script])
+    waiting = wait_for(submission.after, singleton=job.singleton)
+    start = check_script(submission.files[script])
     for run in wanted.values():
         made = RunDir.claim(
             run.folder, run.recipe, command=command, fresh=fresh, allow_changed=job.allow_changed
@@ -220,34 +209,21 @@ def _submit(
     for path, text in submission.files.items():
         write_text_atomic(path, text)
     facts = {
-        "time": int(time.time()),
         "by": by,
         "nodes": job.placement.nodes,
+        "gpus": job.gpus,
         "time_limit": None if job.time_s is None else duration_text(job.time_s),
         "singleton": job.singleton,
     }
-    token = new_token()
-    for index, run in wanted.items():
-        element = {"element": index} if job.array else {}
-        event = {"event": "submitting", "job": "", "token": token, **element, **facts}
-        job_events.record(run.folder, event)
-    try:
-        job_id = sbatch(
-            submission.argv(wanted, f"--comment={token}"),
-            token=token,
-            script=submission.files[script],
-        )
-    except SubmissionUnknown:  # the next command asks again
-        raise
-    except SlurmError:
-        for run in wanted.values():
-            job_events.record(run.folder, {"event": "refused", "job": ""})
-        raise
-    for index, run in wanted.items():
-        name = f"{job_id}_{index}" if job.array else job_id
-        job_events.record(run.folder, {"event": "submitted", "job": name, **facts})
+    job_id = queue_job(
+        submission.argv(wanted, *waiting.options),
+        {run.folder: index if job.array else None for index, run in wanted.items()},
+        script=submission.files[script],
+        facts=facts,
+        waiting=waiting,
+    )
     _queue_chain(submission, job_id)
-    return job_id
+    return Queued(job_id, "" if waiting.jobs else start)
 
 
 def _queue_chain(submission: Submission, first: str) -> None:
@@ -323,20 +299,6 @@ def _settled(request: Request, runs: Sequence[Run]) -> tuple[list[Run], list[str
         replace(run, recipe=found.recipe, prediction=found.prediction())
         for run, found in zip(runs, settled, strict=True)
     ], warnings
-
-
-def _time_limit(request: Request) -> tuple[str | None, str]:
-    """Return the time limit, and where it was given."""
-    if request.time is not None:
-        return request.time, "--time"
-    if request.cluster.default_time is not None:
-        return request.cluster.default_time, "default_time"
-    return request.cluster.max_time, "max_time"
-
-
-def _job_name(name: str) -> str:
-    """Return a name that is safe in a path, in a table and in a script."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-")[:64] or "run"
 
 
 def _make_slurm_folder(run: RunDir, cluster: Cluster) -> None:

@@ -81,14 +81,20 @@ def find_job(token: str) -> str | None:
     return next((job for job, _, comment in rows if comment == token and job.isdecimal()), None)
 
 
-def check_script(script: str) -> None:
-    """Have Slurm check a batch script without submitting it.
+def check_script(script: str) -> str:
+    """Have Slurm check a batch script without submitting it; return when it would start.
+
+    Returns:
+        Date and time on Slurm's clock; empty where it does not say.
 
     Raises:
         SlurmError: Where Slurm would refuse it.
     """
     environment = submitting_environment(script)
-    run_slurm(["sbatch", "--test-only"], environment=environment, text=script)
+    argv = ["sbatch", "--test-only"]
+    told = run_slurm(argv, environment=environment, text=script, with_errors=True)
+    found = re.search(r"\bto start at (\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)", told)
+    return "" if found is None else f"{found[1]} {found[2]}"
 
 
 def kept_variables(options: Iterable[str]) -> list[str]:

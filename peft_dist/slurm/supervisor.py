@@ -46,10 +46,15 @@ LOOK_EVERY_S = 5.0
 """Seconds between two looks at how much time is left, and whether the run is cancelled."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run this node's share of a job; return its exit code."""
+def main(argv: Sequence[str] | None = None, kind: "type[Node] | None" = None) -> int:
+    """Run this node's share of a job; return its exit code.
+
+    Args:
+        argv: The arguments.
+        kind: What works on the node. Default: `Node`, which trains.
+    """
     own, launcher = _split(list(sys.argv[1:] if argv is None else argv))
-    parser = argparse.ArgumentParser(prog="peft_dist.slurm.supervisor", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="peft_dist.slurm.supervisor", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--max-starts", type=int, required=True)
     parser.add_argument("--max-starts-without-progress", type=int, required=True)
@@ -65,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-clock-offset-s", type=float, default=60.0)
     options = parser.parse_args(own)
     set_run_umask()
-    node = Node(options, launcher)
+    node = (kind or Node)(options, launcher)
     try:
         ending = node.work() if options.after is None else node.look_back()
     except PeftDistError as error:
@@ -148,7 +153,7 @@ class Node:
         # A launcher ends with 0 also where a signal has ended its processes.
         otherwise = Ending(Kind.INTERRUPTED, "stopped by a signal")
         if ended.signal_name is None and ended.code != EXIT_DONE:
-            otherwise = self.failed_nodes.ending or self._failure()
+            otherwise = self.failed_nodes.ending or self.failure()
             self.failed_nodes.add_own(otherwise)
         if ended.signal_name is not None and self.is_head and not run.is_finished:
             end_for(run.attempts, "interrupted", signal=ended.signal_name)
@@ -288,7 +293,7 @@ class Node:
             time.sleep(LOOK_EVERY_S)
         self.finish(Ending(Kind.INTERRUPTED, "its processes had not ended at the time limit"))
 
-    def _failure(self) -> Ending:
+    def failure(self) -> Ending:
         """Return how this node's launcher has failed."""
         if memory_kills.kills():
             return Ending(

@@ -6,7 +6,7 @@ reasons share a column as in squeue, and what is too long still ends in a `+`.
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft_dist.common.console import printable
@@ -70,9 +70,9 @@ WHO = (Column("run", cut=2), Column("job"), Column("state"))
 PLACE = (Column("reason"), Column("nodes"))
 NARROW_PLACE = (Column("nodes/reason", cut=1),)
 HOW_FAR = tuple(
-    Column(title, right=True) for title in ("try", "step", "loss", "tok/s", "eta", "beat")
+    Column(title, right=True) for title in ("try", "step", "loss", "tok/s", "gpu-h", "eta", "beat")
 )
-NARROW_HOW_FAR = tuple(column for column in HOW_FAR if column.title != "tok/s")
+NARROW_HOW_FAR = tuple(column for column in HOW_FAR if column.title not in ("tok/s", "gpu-h"))
 
 
 def render(views: Sequence[RunView | ArrayView], width: int | None) -> list[str]:
@@ -156,8 +156,11 @@ def _rows(views: Sequence[RunView | ArrayView], *, narrow: bool = False) -> list
             rows += _run_rows(entry, narrow=narrow)
         else:
             rows.append(Span(_summary(entry)))
+            # Elements that wait do so alike.
+            waits = [element.waits for element in entry.elements if element.waits]
+            rows += [Span(f"  ^ {text}") for text in waits[:1]]
             for element in entry.elements:
-                rows += _run_rows(element, narrow=narrow, indent="  ")
+                rows += _run_rows(replace(element, waits=""), narrow=narrow, indent="  ")
     return rows
 
 
@@ -167,6 +170,7 @@ def _run_rows(view: RunView, *, narrow: bool, indent: str = "") -> list[Cells | 
         reason = f"({view.reason})" if view.reason else ""
         columns = [" ".join(filter(None, (view.nodes, reason))) or NO_VALUE]
     speed = NO_VALUE if view.tokens_per_s is None else f"{view.tokens_per_s:,.0f}"
+    hours = NO_VALUE if view.gpu_hours is None else f"{view.gpu_hours:,.1f}"
     row = [
         indent + view.run,
         view.job or NO_VALUE,
@@ -175,11 +179,14 @@ def _run_rows(view: RunView, *, narrow: bool, indent: str = "") -> list[Cells | 
         str(view.attempt) if view.attempt else NO_VALUE,
         _progress(view),
         NO_VALUE if view.loss is None else f"{view.loss:.4f}",
-        *([] if narrow else [speed]),
+        *([] if narrow else [speed, hours]),
         NO_VALUE if view.eta_s is None else duration(view.eta_s),
         NO_VALUE if view.heartbeat_s is None else duration(view.heartbeat_s),
     ]
-    return [row, *(Span(f"{indent}  ^ {text}") for text in (view.cause, view.gap) if text)]
+    return [
+        row,
+        *(Span(f"{indent}  ^ {text}") for text in (view.cause, view.gap, view.waits) if text),
+    ]
 
 
 def _progress(view: RunView) -> str:
