@@ -70,6 +70,19 @@ def add_commands(
         action="store_true",
         help="print the scripts and the command; make and submit nothing",
     )
+    fetch = command(
+        "fetch",
+        _fetch,
+        "bring a recipe's model, tokenizer and rows here, for nodes without network",
+    )
+    fetch.add_argument("recipe", metavar="RECIPE", help="recipe file (YAML)")
+    fetch.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
+    )
+    fetch.add_argument(
+        "--cluster", metavar="FILE", help="fetch into the caches that its environment: names"
+    )
+    fetch.add_argument("--pack", action="store_true", help="fill the cache of packed bases as well")
     cluster = command("cluster", _probe, "write a first cluster file from what Slurm says")
     actions = cluster.add_subparsers(metavar="probe", required=True)
     text = "ask sinfo and scontrol, and print a cluster file"
@@ -172,6 +185,30 @@ def _hand_over(request: Any, *, by: str, dry_run: bool = False, fresh: bool = Fa
     queued = submit(submission, command=sys.argv, by=by, fresh=fresh)
     show(queued.describe(request.folder))
     return EXIT_DONE
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from peft_dist.config import load_recipe
+    from peft_dist.config.cluster import load_cluster
+    from peft_dist.launch.command import fetch_command, quantize_command, worker_environment
+    from peft_dist.launch.local import run_tool
+    from peft_dist.launch.packages import require_training_packages
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    environment = worker_environment()
+    if arguments.cluster is not None:
+        given = load_cluster(arguments.cluster).environment
+        # What keeps nodes off the network must not keep us off it.
+        kept = {name: str(given[name]) for name in given if not name.endswith("_OFFLINE")}
+        environment |= kept
+    require_training_packages()
+    words = [str(Path(arguments.recipe).absolute()), *arguments.overrides]
+    code = run_tool(fetch_command(words), environment=environment)
+    if code != EXIT_DONE or not arguments.pack or recipe.quantization == "none":
+        return code
+    revision = [] if recipe.model.revision is None else ["--revision", recipe.model.revision]
+    pack = quantize_command([recipe.model.name, *revision, "--task", recipe.model.task])
+    return run_tool(pack, environment=environment)
 
 
 def _probe(arguments: argparse.Namespace) -> int:

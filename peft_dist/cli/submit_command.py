@@ -84,7 +84,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from peft_dist.slurm.submit_command import quantize_job
 
     given = {"--revision": arguments.revision, "--task": arguments.task}
-    options = [word for pair in given.items() if pair[1] is not None for word in pair]
+    options = {name: value for name, value in given.items() if value is not None}
     made = quantize_job(_where(arguments), arguments.model, options)
     return _hand_over(made, dry_run=arguments.dry_run)
 

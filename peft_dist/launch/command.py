@@ -85,6 +85,11 @@ def quantize_command(arguments: Sequence[str], *, python: str = sys.executable) 
     return [python, "-m", "peft_dist.entrypoints.quantize", *arguments]
 
 
+def fetch_command(arguments: Sequence[str], *, python: str = sys.executable) -> list[str]:
+    """Return the argv that brings a recipe's model, tokenizer and rows to this machine."""
+    return [python, "-m", "peft_dist.entrypoints.fetch", *arguments]
+
+
 def show_rows_command(arguments: Sequence[str], *, python: str = sys.executable) -> list[str]:
     """Return the argv that tokenises the first rows of a recipe and prints them."""
     return [python, "-m", "peft_dist.entrypoints.show_rows", *arguments]

@@ -17,6 +17,7 @@ from peft_dist.common.sharing import GROUP
 from peft_dist.config.cluster import Cluster, Container
 from peft_dist.launch.command import Meeting, launch_environment, worker_command
 from peft_dist.launch.placement import Placement
+from peft_dist.slurm.offline import VARIABLES as OFFLINE
 from peft_dist.slurm.submitting import kept_variables
 from peft_dist.slurm.template import fill
 
@@ -88,6 +89,8 @@ def render_job(job: Job) -> str:
         run=str(job.folder),
         script=str(job.folder / JOB_SCRIPT),
         nodes=job.placement.nodes,
+        gpus=job.gpus,
+        limit=job.array.limit if job.array else None,
         umask="007" if job.cluster.sharing == GROUP else "077",
         requeue=job.cluster.requeue.allowed,
         usual="requeue" if job.cluster.requeue.allowed else "submit",
@@ -112,6 +115,7 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
     environment = {
         **launch_environment(placement, {"OMP_NUM_THREADS": ""}),  # each node counts its CPUs
         **_interfaces(cluster),
+        **(OFFLINE if cluster.offline else {}),
         **({SHARING: GROUP} if cluster.sharing == GROUP else {}),
         # What is installed in a home must not hide what is in the image.
         **({} if cluster.container is None else {"PYTHONNOUSERSITE": "1"}),

@@ -28,13 +28,14 @@ from peft_dist.run.sweep import (
     refuse_another_array,
     write_array,
 )
-from peft_dist.slurm import validate
+from peft_dist.slurm import offline, validate
 from peft_dist.slurm.after import wait_for
 from peft_dist.slurm.ensure_not_running import ensure_not_running
 from peft_dist.slurm.queue_job import Queued, alone, queue_job
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.scripts import JOB_SCRIPT, Array, Job, scripts
 from peft_dist.slurm.submitting import check_script, new_token, sbatch
+from peft_dist.slurm.waves import queue_in_waves
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,10 @@ def prepare(request: Request) -> Submission:
     for run in runs:
         warnings += validate.check_paths(cluster, request.nodes, run.folder, run.recipe)
         warnings += validate.check_batch(run.recipe, placement.processes)
+    offline.check_image(cluster)
     for recipe in {recipe.data: recipe for recipe in recipes}.values():
         check_first_rows(recipe)
+        warnings += offline.check_recipe(cluster, recipe, request.recipe)
     files = scripts(job, [(run.folder, validate.local_model(run.recipe)) for run in runs])
     warnings = list(dict.fromkeys(warnings))
     return Submission(job, runs, files, warnings, request.chain, request.after)
@@ -196,7 +199,9 @@ def _submit(
         refuse_another_array(job.folder, elements)
     ensure_not_running([run.folder for run in wanted.values()], script)
     waiting = wait_for(submission.after, singleton=job.singleton)
-    start = check_script(submission.files[script])
+    # The whole array may be more than Slurm takes at once.
+    alone_first = ["--array=0"] if job.array else []
+    start = check_script(submission.files[script], alone_first)
     for run in wanted.values():
         made = RunDir.claim(
             run.folder, run.recipe, command=command, fresh=fresh, allow_changed=job.allow_changed
@@ -215,13 +220,20 @@ def _submit(
         "time_limit": None if job.time_s is None else duration_text(job.time_s),
         "singleton": job.singleton,
     }
-    job_id = queue_job(
-        submission.argv(wanted, *waiting.options),
-        {run.folder: index if job.array else None for index, run in wanted.items()},
-        script=submission.files[script],
-        facts=facts,
-        waiting=waiting,
-    )
+
+    def queue(indexes: Collection[int]) -> str:
+        return queue_job(
+            submission.argv(indexes, *waiting.options),
+            {wanted[index].folder: index if job.array else None for index in indexes},
+            script=submission.files[script],
+            facts=facts,
+            waiting=waiting,
+        )
+
+    if job.array:
+        job_id = queue_in_waves(queue, [*wanted], job.folder, job.array.limit)
+    else:
+        job_id = queue([*wanted])
     _queue_chain(submission, job_id)
     return Queued(job_id, "" if waiting.jobs else start)
 

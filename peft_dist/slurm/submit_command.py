@@ -19,7 +19,7 @@ from peft_dist.launch.command import merge_command, quantize_command
 from peft_dist.launch.placement import Machine, Placement, plan_processes
 from peft_dist.run.command_folder import check_command_folder, make_command_folder
 from peft_dist.run.directory import RunDir, write_text_atomic
-from peft_dist.slurm import validate
+from peft_dist.slurm import offline, validate
 from peft_dist.slurm.after import wait_for
 from peft_dist.slurm.ensure_not_running import ensure_not_running
 from peft_dist.slurm.queue_job import Queued, alone, queue_job
@@ -90,6 +90,7 @@ def evaluate_job(
     parallel = Parallel(strategy=recipe.parallel.strategy, processes=processes)
     recipe = recipe.model_copy(update={"parallel": parallel})
     placement = _place(recipe, where)
+    offline.check_recipe(where.cluster, recipe, str(run.recipe))
     arguments = [str(run.path), *overrides]
     command = workers(where.cluster, placement, "score.py", arguments)
     folder = Path(where.job_dir or run.path / "evaluate").absolute()
@@ -110,6 +111,7 @@ def merge_job(where: Where, run_dir: str, out: str) -> CommandJob:
     """
     run, target = RunDir.open(run_dir), Path(out).absolute()
     recipe = load_recipe(run.recipe)
+    _check_model(where, recipe.model.name, recipe.model.revision)
     where, placement = _one_process(where)
     command = merge_command(run.path, target, python=where.cluster.interpreter)
     words = ["merge", str(run.path), "--out", str(target)]
@@ -118,23 +120,24 @@ def merge_job(where: Where, run_dir: str, out: str) -> CommandJob:
     return _job(where, folder, placement, words, command, paths)
 
 
-def quantize_job(where: Where, model: str, options: Sequence[str]) -> CommandJob:
+def quantize_job(where: Where, model: str, options: Mapping[str, str]) -> CommandJob:
     """Return the job that fills the cache with the packed form of a model.
 
     Args:
         where: On what; one process works, with at most one GPU.
         model: Folder or hub id.
-        options: Those of `quantize`.
+        options: Those of `quantize`, with their values.
 
     Raises:
         PeftDistError: For what cannot run there.
     """
     name = str(Path(model).absolute()) if Path(model).is_dir() else model
+    _check_model(where, name, options.get("--revision"))
     where, placement = _one_process(where)
-    command = quantize_command([name, *options], python=where.cluster.interpreter)
+    words = [name, *(word for pair in options.items() for word in pair)]
+    command = quantize_command(words, python=where.cluster.interpreter)
     folder = Path(where.job_dir or Path("runs") / f"quantize-{Path(name).name}").absolute()
-    words = ["quantize", name, *options]
-    return _job(where, folder, placement, words, command, {"MODEL": name})
+    return _job(where, folder, placement, ["quantize", *words], command, {"MODEL": name})
 
 
 def submit_command(made: CommandJob) -> Queued:
@@ -185,6 +188,7 @@ def _job(
     cluster = where.cluster
     check_command_folder(folder, words[0])
     validate.check_cluster_files(cluster)
+    offline.check_image(cluster)
     limit, limit_from = validate.time_limit(cluster, where.time)
     job = Job(
         name=validate.job_name(f"{words[0]}-{Path(words[1]).name}"),
@@ -200,6 +204,11 @@ def _job(
     paths = {"--job-dir": str(folder), **paths}
     warnings = validate.check_cpus(cluster) + validate.check_shared(cluster, where.nodes, paths)
     return CommandJob(job, words, warnings, where.after)
+
+
+def _check_model(where: Where, name: str, revision: str | None) -> None:
+    remedy = "`peft-dist fetch RECIPE --cluster FILE` on a login node, of a recipe with this model"
+    offline.check_model(where.cluster, name, revision, remedy=remedy)
 
 
 def _place(recipe: Recipe, where: Where) -> Placement:

@@ -81,8 +81,12 @@ def find_job(token: str) -> str | None:
     return next((job for job, _, comment in rows if comment == token and job.isdecimal()), None)
 
 
-def check_script(script: str) -> str:
+def check_script(script: str, options: Sequence[str] = ()) -> str:
     """Have Slurm check a batch script without submitting it; return when it would start.
+
+    Args:
+        script: Its text.
+        options: What counts more than what the script says.
 
     Returns:
         Date and time on Slurm's clock; empty where it does not say.
@@ -91,7 +95,7 @@ def check_script(script: str) -> str:
         SlurmError: Where Slurm would refuse it.
     """
     environment = submitting_environment(script)
-    argv = ["sbatch", "--test-only"]
+    argv = ["sbatch", "--test-only", *options]
     told = run_slurm(argv, environment=environment, text=script, with_errors=True)
     found = re.search(r"\bto start at (\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)", told)
     return "" if found is None else f"{found[1]} {found[2]}"
