@@ -61,6 +61,16 @@ def add_commands(
         "--anyway", action="store_true", help="submit what cannot fit into the GPUs' memory too"
     )
     add_after(submit)
+    submit.add_argument(
+        "--frozen",
+        action="store_true",
+        help="end where packages or checkouts are others than now; else a start only says so",
+    )
+    submit.add_argument(
+        "--snapshot",
+        action="store_true",
+        help="copy the checkouts that code is imported from beside the run, and run the copies",
+    )
     submit.add_argument("--singleton", action="store_true", help="wait for other jobs of this name")
     submit.add_argument(
         "--fresh", action="store_true", help="start anew; a run that is there is renamed"
@@ -147,6 +157,8 @@ def _submit(arguments: argparse.Namespace) -> int:
         singleton=arguments.singleton,
         chain=arguments.chain,
         after=arguments.after,
+        frozen=arguments.frozen,
+        snapshot=arguments.snapshot,
         anyway=arguments.anyway,
     )
     if arguments.try_here:

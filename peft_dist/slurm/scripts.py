@@ -59,6 +59,10 @@ class Job:
     """Whether to wait until no other job of this name runs."""
     allow_changed: tuple[str, ...] = ()
     """Settings that may differ from those a run was trained with."""
+    frozen: bool = False
+    """Whether a start refuses an environment that is not that of the submission."""
+    import_paths: tuple[str, ...] = ()
+    """Where Python finds code before it looks at what is installed."""
     command: tuple[str, ...] = ()
     """What each node runs where this job does not train: its folder is that of a command."""
 
@@ -137,6 +141,7 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
         version=__version__,
         setup=cluster.setup,
         environment=sorted(environment.items()),
+        import_paths=":".join(job.import_paths),
         processes_per_node=placement.processes_per_node,
         several_nodes=placement.nodes > 1,
         python=[*_container(job), cluster.interpreter],
@@ -264,6 +269,8 @@ def _supervisor(job: Job, run_dir: Path) -> list[str]:
     words += ["--max-starts-without-progress", str(limit)]
     if cluster.secrets_file is not None:
         words += ["--secrets", cluster.secrets_file]
+    if job.frozen:
+        words += ["--frozen"]
     if cluster.preflight.enabled and not job.command:
         words += ["--devices", str(cluster.gpus_per_node)]
         words += ["--preflight-timeout-s", f"{cluster.preflight.timeout_s:.12g}"]

@@ -7,7 +7,7 @@ Slurm. Runs nothing itself.
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peft_dist.common import env
@@ -21,6 +21,7 @@ from peft_dist.data.first_rows import check_first_rows
 from peft_dist.launch.placement import Machine, plan_processes
 from peft_dist.plan.settle import check_memory, cluster_hardware, settle_alike
 from peft_dist.run.directory import RunDir, write_text_atomic
+from peft_dist.run.environment import FILE, write_environment
 from peft_dist.run.prediction import Prediction, write_prediction
 from peft_dist.run.sweep import (
     Element,
@@ -34,6 +35,7 @@ from peft_dist.slurm.ensure_not_running import ensure_not_running
 from peft_dist.slurm.queue_job import Queued, alone, queue_job
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.scripts import JOB_SCRIPT, Array, Job, scripts
+from peft_dist.slurm.snapshot import copy_trees, environment_of, import_paths, trees_to_copy
 from peft_dist.slurm.submitting import check_script, new_token, sbatch
 from peft_dist.slurm.waves import queue_in_waves
 
@@ -60,6 +62,10 @@ class Request:
     """Settings that may differ from those a run was trained with."""
     after: Sequence[str] = ()
     """Folders of runs and of other commands' jobs that must have ended well before."""
+    frozen: bool = False
+    """Whether a start refuses packages or checkouts that differ from those of now."""
+    snapshot: bool = False
+    """Whether to copy the checkouts that code is imported from, and run the copies."""
     anyway: bool = False
     """Whether to submit what cannot fit into memory all the same."""
 
@@ -87,6 +93,8 @@ class Submission:
     warnings: Sequence[str]
     chain: int = 0
     after: Sequence[str] = ()
+    trees: Mapping[str, Path] = field(default_factory=dict)
+    """Checkouts to copy."""
 
     def wanted(self, *, fresh: bool) -> dict[int, Run]:
         """Return the runs that have not finished, by their index; all of them with `fresh`."""
@@ -123,6 +131,7 @@ def prepare(request: Request) -> Submission:
     placement = plan_processes(recipes[0], machine, request.nodes, per_node=per_node)
     time_limit, time_from = validate.time_limit(cluster, request.time)
     time_s = None if time_limit is None else duration_s(time_limit, where=time_from)
+    trees = trees_to_copy() if request.snapshot else {}
     job = Job(
         name=validate.job_name(folder.name),
         folder=folder,
@@ -134,6 +143,8 @@ def prepare(request: Request) -> Submission:
         array=Array(len(runs), request.limit) if _is_array(request) else None,
         singleton=request.singleton,
         allow_changed=tuple(request.allow_changed),
+        frozen=request.frozen,
+        import_paths=import_paths(folder, trees if request.snapshot else None),
     )
     validate.check_limits(job, time_from=time_from)
     validate.check_cluster_files(cluster)
@@ -147,7 +158,7 @@ def prepare(request: Request) -> Submission:
         warnings += offline.check_recipe(cluster, recipe, request.recipe)
     files = scripts(job, [(run.folder, validate.local_model(run.recipe)) for run in runs])
     warnings = list(dict.fromkeys(warnings))
-    return Submission(job, runs, files, warnings, request.chain, request.after)
+    return Submission(job, runs, files, warnings, request.chain, request.after, trees)
 
 
 def submit(
@@ -208,6 +219,7 @@ def _submit(
         )
         write_prediction(made, run.prediction)
         _make_slurm_folder(made, job.cluster)
+    _freeze(submission, [run.folder for run in wanted.values()])
     if job.array:
         write_array(job.folder, elements, job.array.limit)
     job.folder.joinpath("logs").mkdir(mode=folder_mode(), exist_ok=True)
@@ -219,6 +231,7 @@ def _submit(
         "gpus": job.gpus,
         "time_limit": None if job.time_s is None else duration_text(job.time_s),
         "singleton": job.singleton,
+        "frozen": job.frozen,
     }
 
     def queue(indexes: Collection[int]) -> str:
@@ -236,6 +249,18 @@ def _submit(
         job_id = queue([*wanted])
     _queue_chain(submission, job_id)
     return Queued(job_id, "" if waiting.jobs else start)
+
+
+def _freeze(submission: Submission, folders: Sequence[Path]) -> None:
+    """Note with what the runs are submitted, and copy what would change."""
+    job = submission.job
+    if submission.trees:
+        copy_trees(submission.trees, job.folder)
+    found = environment_of(job.cluster, with_checkouts=not job.import_paths)
+    for folder in folders:
+        (folder / FILE).unlink(missing_ok=True)
+        if found is not None:
+            write_environment(folder, found)
 
 
 def _queue_chain(submission: Submission, first: str) -> None:

@@ -27,6 +27,7 @@ from peft_dist.preflight.verdict import PORT_TAKEN, Report
 from peft_dist.run import job_events
 from peft_dist.run.attempt_records import latest, records
 from peft_dist.run.directory import RunDir
+from peft_dist.run.environment import changes_since_submit
 from peft_dist.run.history import ending_of_launch, mark_launch, read_history
 from peft_dist.run.lease import end_for
 from peft_dist.run.restart_policy import STOPS, Decision, Ending, Kind, RestartLimits, decide
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None, kind: "type[Node] | None" = None) ->
         "--after", type=int, metavar="CODE", help="only decide: the start is over, and srun's code"
     )
     parser.add_argument("--secrets", type=Path, help="file of mode 0600 with NAME=value lines")
+    parser.add_argument("--frozen", action="store_true", help="refuse another environment")
     parser.add_argument("--no-preflight", action="store_true")
     parser.add_argument("--devices", type=int, default=0, help="GPUs that the node must have")
     parser.add_argument("--preflight-timeout-s", type=float, default=60.0)
@@ -134,6 +136,11 @@ class Node:
         before = mark_launch(run)
         if self.is_head and len(self.hosts) > 1 and not _is_free(self.port):
             return self._port_taken(self.port)
+        changed = changes_since_submit(run.path) if self.is_head else ""
+        if changed and self.options.frozen:
+            return Ending(Kind.USER_ERROR, f"{changed}; `peft-dist resume` accepts that")
+        if changed:
+            say(f"peft-dist: warning: {changed}", sys.stderr)
         if not self.options.no_preflight:
             failed = self._preflight(run)
             if failed is not None:

@@ -31,7 +31,7 @@ def test_a_run_is_made_submitted_and_remembered(desk: Desk, capsys: Capture) -> 
     (event,) = job_events.events(desk.run)
     assert event.pop("time") > 1e9
     assert event == {"event": "submitted", "job": "4711", "by": "submit", "nodes": 2,
-                     "gpus": 4, "time_limit": "02:00:00", "singleton": False}  # fmt: skip
+                     "gpus": 4, "time_limit": "02:00:00", "singleton": False, "frozen": False}  # fmt: skip
     assert "seed: 7" in (desk.run / "recipe.yaml").read_text()
     assert "--num_processes 4" in (desk.run / "node.sh").read_text()
     assert "#SBATCH --time=02:00:00\n" in (desk.run / "job.sbatch").read_text()
@@ -192,7 +192,7 @@ def test_an_array_goes_on_with_the_runs_that_have_not_finished(desk: Desk, capsy
         desk.answer(squeue=f"cat <<'END'\n{over.replace('4711_', '4800_')}\nEND")
     assert job_events.events(runs[1])[1] | {"time": 0} == {
         "event": "submitted", "job": "4800_1", "time": 0, "by": "resume", "nodes": 2, "gpus": 4,
-        "time_limit": "08:00:00", "singleton": True,
+        "time_limit": "08:00:00", "singleton": True, "frozen": False,
     }  # fmt: skip
     capsys.readouterr()
     for run in (runs[1], runs[3]):
