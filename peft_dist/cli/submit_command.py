@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peft_dist.cli.slurm import Run, add_after
+from peft_dist.cli.slurm import Run, add_after, add_cluster
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE
 
@@ -59,7 +59,7 @@ def add_commands(
 
 
 def _add_place(parser: argparse.ArgumentParser, folder: str) -> None:
-    parser.add_argument("--cluster", metavar="FILE", required=True, help="cluster file (YAML)")
+    add_cluster(parser)
     parser.add_argument("--time", metavar="HH:MM:SS", help="time limit of the job, or D-HH:MM:SS")
     add_after(parser)
     parser.add_argument(
@@ -101,7 +101,7 @@ def _where(arguments: argparse.Namespace) -> Any:
     from peft_dist.slurm.submit_command import Where
 
     return Where(
-        cluster=load_cluster(arguments.cluster),
+        cluster=load_cluster(arguments.cluster, options=arguments.sbatch),
         nodes=getattr(arguments, "nodes", 1),
         time=arguments.time,
         after=arguments.after,

@@ -64,7 +64,7 @@ def wait_for(names: Sequence[str | Path], *, singleton: bool = False) -> Waiting
         live = [job for job in found if is_live(states[job].state)]
         unknown = [states[job] for job in found if not is_over(states[job].state)]
         if live:
-            waited[folder] = live[0]
+            waited[folder] = job_events.bare(live[0])
         elif unknown:
             raise SlurmError(
                 f"cannot tell whether job {unknown[0].job} is over: {unknown[0].reason}",

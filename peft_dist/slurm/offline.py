@@ -55,8 +55,11 @@ def check_image(cluster: Cluster) -> None:
     Raises:
         ClusterError: Naming it.
     """
-    image = "" if cluster.container is None else cluster.container.image
-    if cluster.offline and image and not image.startswith(("/", "./")):
+    container = cluster.container
+    if not cluster.offline or container is None or container.runtime in ("shifter", "edf"):
+        return
+    image = container.image
+    if "://" in image or (container.runtime == "pyxis" and not image.startswith(("/", "."))):
         raise ClusterError(
             f"{image} is pulled from a registry, and nodes reach no network",
             where="container.image",

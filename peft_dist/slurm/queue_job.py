@@ -56,8 +56,9 @@ def queue_job(
     script: str,
     facts: Mapping[str, Any],
     waiting: Waiting,
+    clusters: str = "",
 ) -> str:
-    """Submit a job; return its id.
+    """Submit a job; return its id, which ends with `@cluster` where Slurm has several.
 
     Args:
         argv: The command, with the path of the script as its last word.
@@ -65,26 +66,32 @@ def queue_job(
         script: The text of the script.
         facts: What else the notes say.
         waiting: What the job waits for.
+        clusters: Where it may be queued, where that is not Slurm's own.
 
     Raises:
         SlurmError: Where Slurm refuses it.
     """
     token, facts = new_token(), {"time": int(time.time()), **facts}
+    if clusters:
+        facts["cluster"] = clusters
     for folder, element in folders.items():
         of_array = {} if element is None else {"element": element}
         event = {"event": "submitting", "job": "", "token": token, **of_array, **facts}
         job_events.record(folder, event)
     *command, file = argv
     try:
-        job = sbatch([*command, f"--comment={token}", file], token=token, script=script)
+        argv = [*command, f"--comment={token}", file]
+        job, _, cluster = sbatch(argv, token=token, script=script, clusters=clusters).partition("@")
     except SubmissionUnknown:  # the next command asks again
         raise
     except SlurmError:
         for folder in folders:
             job_events.record(folder, {"event": "refused", "job": ""})
         raise
+    if cluster:
+        facts["cluster"] = cluster
     for folder, element in folders.items():
         name = job if element is None else f"{job}_{element}"
         job_events.record(folder, {"event": "submitted", "job": name, **facts})
     waiting.note(job)
-    return job
+    return f"{job}@{cluster}" if cluster else job

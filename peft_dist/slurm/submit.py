@@ -5,15 +5,13 @@ Slurm. Runs nothing itself.
 """
 
 import os
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peft_dist.common import env
-from peft_dist.common.console import show
 from peft_dist.common.durations import duration_s, duration_text
-from peft_dist.common.errors import LaunchError, RecipeError, RunDirError, SlurmError
+from peft_dist.common.errors import LaunchError, RecipeError, RunDirError
 from peft_dist.common.sharing import GROUP, folder_mode, set_run_umask
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, render_cluster
@@ -31,12 +29,13 @@ from peft_dist.run.sweep import (
 )
 from peft_dist.slurm import offline, validate
 from peft_dist.slurm.after import wait_for
+from peft_dist.slurm.chain import queue_chain
 from peft_dist.slurm.ensure_not_running import ensure_not_running
 from peft_dist.slurm.queue_job import Queued, alone, queue_job
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.scripts import JOB_SCRIPT, Array, Job, scripts
 from peft_dist.slurm.snapshot import copy_trees, environment_of, import_paths, trees_to_copy
-from peft_dist.slurm.submitting import check_script, new_token, sbatch
+from peft_dist.slurm.submitting import check_script
 from peft_dist.slurm.waves import queue_in_waves
 
 
@@ -121,6 +120,7 @@ def prepare(request: Request) -> Submission:
     """
     cluster, folder = request.cluster, request.folder.absolute()
     _check_numbers(request)
+    validate.check_account(cluster)
     validate.check_folder(folder)
     runs, warnings = _settled(request, _runs(request, folder))
     recipes = [run.recipe for run in runs]
@@ -241,13 +241,15 @@ def _submit(
             script=submission.files[script],
             facts=facts,
             waiting=waiting,
+            clusters=str(job.cluster.sbatch.get("clusters", "")),
         )
 
     if job.array:
         job_id = queue_in_waves(queue, [*wanted], job.folder, job.array.limit)
     else:
         job_id = queue([*wanted])
-    _queue_chain(submission, job_id)
+    base, text = ["sbatch", "--parsable"], submission.files[script]
+    queue_chain(job, submission.chain, base, script=text, first=job_id)
     return Queued(job_id, "" if waiting.jobs else start)
 
 
@@ -261,27 +263,6 @@ def _freeze(submission: Submission, folders: Sequence[Path]) -> None:
         (folder / FILE).unlink(missing_ok=True)
         if found is not None:
             write_environment(folder, found)
-
-
-def _queue_chain(submission: Submission, first: str) -> None:
-    """Queue the jobs that go on for one another, as far as Slurm takes them."""
-    job, after = submission.job, first
-    script = submission.files[job.folder / JOB_SCRIPT]
-    for number in range(1, submission.chain + 1):
-        token = new_token()
-        dependency = f"--dependency=afterany:{after}{',singleton' if job.singleton else ''}"
-        argv = submission.argv([], f"--comment={token}", dependency)
-        try:
-            after = sbatch(argv, token=token, script=script, after=after)
-        except SlurmError as error:
-            show(
-                f"peft-dist: warning: --chain: {number - 1} of {submission.chain} jobs are queued: "
-                f"{error}",
-                sys.stderr,
-            )
-            return
-        with (job.folder / "slurm" / "successor").open("a", encoding="utf-8") as file:
-            file.write(f"{after}\n")
 
 
 def _check_numbers(request: Request) -> None:

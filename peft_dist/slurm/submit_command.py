@@ -23,7 +23,7 @@ from peft_dist.slurm import offline, validate
 from peft_dist.slurm.after import wait_for
 from peft_dist.slurm.ensure_not_running import ensure_not_running
 from peft_dist.slurm.queue_job import Queued, alone, queue_job
-from peft_dist.slurm.scripts import JOB_SCRIPT, Job, scripts, workers
+from peft_dist.slurm.scripts import JOB_SCRIPT, Job, interpreter_of, scripts, workers
 from peft_dist.slurm.submitting import check_script
 
 LEAD_S = 30
@@ -113,7 +113,7 @@ def merge_job(where: Where, run_dir: str, out: str) -> CommandJob:
     recipe = load_recipe(run.recipe)
     _check_model(where, recipe.model.name, recipe.model.revision)
     where, placement = _one_process(where)
-    command = merge_command(run.path, target, python=where.cluster.interpreter)
+    command = merge_command(run.path, target, python=interpreter_of(where.cluster))
     words = ["merge", str(run.path), "--out", str(target)]
     folder = Path(where.job_dir or run.path / "merge").absolute()
     paths = {"RUN_DIR": str(run.path), "model.name": recipe.model.name, "--out": str(target)}
@@ -135,7 +135,7 @@ def quantize_job(where: Where, model: str, options: Mapping[str, str]) -> Comman
     _check_model(where, name, options.get("--revision"))
     where, placement = _one_process(where)
     words = [name, *(word for pair in options.items() for word in pair)]
-    command = quantize_command(words, python=where.cluster.interpreter)
+    command = quantize_command(words, python=interpreter_of(where.cluster))
     folder = Path(where.job_dir or Path("runs") / f"quantize-{Path(name).name}").absolute()
     return _job(where, folder, placement, ["quantize", *words], command, {"MODEL": name})
 
@@ -173,6 +173,7 @@ def submit_command(made: CommandJob) -> Queued:
             script=made.files[script],
             facts=facts,
             waiting=waiting,
+            clusters=str(job.cluster.sbatch.get("clusters", "")),
         )
         return Queued(job_id, "" if waiting.jobs else start)
 
@@ -186,6 +187,7 @@ def _job(
     paths: Mapping[str, str],
 ) -> CommandJob:
     cluster = where.cluster
+    validate.check_account(cluster)
     check_command_folder(folder, words[0])
     validate.check_cluster_files(cluster)
     offline.check_image(cluster)

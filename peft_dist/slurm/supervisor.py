@@ -19,7 +19,7 @@ from pathlib import Path
 from peft_dist.common import env, process_identity
 from peft_dist.common.atomic import replace_file
 from peft_dist.common.console import say
-from peft_dist.common.errors import ERROR_PREFIX, EXIT_DONE, PeftDistError
+from peft_dist.common.errors import ERROR_PREFIX, EXIT_DONE, PeftDistError, SlurmError
 from peft_dist.common.job_end import job_end_s
 from peft_dist.common.sharing import set_run_umask
 from peft_dist.launch.local import PASSED_ON, run_launcher
@@ -34,10 +34,12 @@ from peft_dist.run.restart_policy import STOPS, Decision, Ending, Kind, RestartL
 from peft_dist.slurm import memory_kills
 from peft_dist.slurm.excluded_nodes import exclude
 from peft_dist.slurm.failed_nodes import FailedNodes
+from peft_dist.slurm.interfaces import interface_variables
 from peft_dist.slurm.look_back import ending_of_start
 from peft_dist.slurm.old_logs import pack_old_logs
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.secrets import read_secrets
+from peft_dist.slurm.supervisor_options import parser
 
 DECISION_WAIT_S = 60.0
 """How long other nodes wait for the head's decision before they end on their own."""
@@ -55,22 +57,7 @@ def main(argv: Sequence[str] | None = None, kind: "type[Node] | None" = None) ->
         kind: What works on the node. Default: `Node`, which trains.
     """
     own, launcher = _split(list(sys.argv[1:] if argv is None else argv))
-    parser = argparse.ArgumentParser(prog="peft_dist.slurm.supervisor", description=__doc__)
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--max-starts", type=int, required=True)
-    parser.add_argument("--max-starts-without-progress", type=int, required=True)
-    parser.add_argument(
-        "--after", type=int, metavar="CODE", help="only decide: the start is over, and srun's code"
-    )
-    parser.add_argument("--secrets", type=Path, help="file of mode 0600 with NAME=value lines")
-    parser.add_argument("--frozen", action="store_true", help="refuse another environment")
-    parser.add_argument("--no-preflight", action="store_true")
-    parser.add_argument("--devices", type=int, default=0, help="GPUs that the node must have")
-    parser.add_argument("--preflight-timeout-s", type=float, default=60.0)
-    parser.add_argument("--arrival-s", type=float, default=1800.0)
-    parser.add_argument("--min-free-gb", type=float, default=1.0)
-    parser.add_argument("--max-clock-offset-s", type=float, default=60.0)
-    options = parser.parse_args(own)
+    options = parser().parse_args(own)
     set_run_umask()
     node = (kind or Node)(options, launcher)
     try:
@@ -121,6 +108,13 @@ class Node:
     def work(self) -> Ending:
         """Check the node and train; return how that ended, as far as this node knows."""
         run = RunDir.open(self.options.run_dir)
+        if self.hosts[self.index] != self.name:
+            raise SlurmError(
+                f"node {self.index} of the step is {self.name}, and {self.hosts[self.index]} in "
+                "the list of the job's nodes",
+                where="srun",
+                remedy="remove what orders nodes from srun: in the cluster file",
+            )
         if run.is_finished:
             return Ending(Kind.DONE)
         if self.cancelled.exists():
@@ -133,6 +127,8 @@ class Node:
             env.RANK_LOGS: str(self.log.with_suffix("")),
             **({} if self.options.secrets is None else read_secrets(self.options.secrets)),
         }
+        if self.options.interface is not None:
+            os.environ.update(interface_variables(self.options.interface, os.environ[env.HEAD]))
         before = mark_launch(run)
         if self.is_head and len(self.hosts) > 1 and not _is_free(self.port):
             return self._port_taken(self.port)
@@ -247,6 +243,7 @@ class Node:
         command = [
             *(sys.executable, "-m", "peft_dist.preflight.main", "--run-dir", str(run.path)),
             *("--hosts", ",".join(self.hosts), "--index", str(self.index), "--host", self.name),
+            *("--head", os.environ.get(env.HEAD, self.hosts[0])),
             *("--port", str(self.port + 1), "--devices", str(options.devices)),
             *("--timeout-s", str(options.preflight_timeout_s)),
             *("--arrival-s", str(options.arrival_s)),

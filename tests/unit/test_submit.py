@@ -31,7 +31,8 @@ def test_a_run_is_made_submitted_and_remembered(desk: Desk, capsys: Capture) -> 
     (event,) = job_events.events(desk.run)
     assert event.pop("time") > 1e9
     assert event == {"event": "submitted", "job": "4711", "by": "submit", "nodes": 2,
-                     "gpus": 4, "time_limit": "02:00:00", "singleton": False, "frozen": False}  # fmt: skip
+                     "gpus": 4, "time_limit": "02:00:00", "singleton": False,
+                     "frozen": False}  # fmt: skip
     assert "seed: 7" in (desk.run / "recipe.yaml").read_text()
     assert "--num_processes 4" in (desk.run / "node.sh").read_text()
     assert "#SBATCH --time=02:00:00\n" in (desk.run / "job.sbatch").read_text()
