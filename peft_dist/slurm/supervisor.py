@@ -36,6 +36,7 @@ from peft_dist.slurm.excluded_nodes import exclude
 from peft_dist.slurm.failed_nodes import FailedNodes
 from peft_dist.slurm.interfaces import interface_variables
 from peft_dist.slurm.look_back import ending_of_start
+from peft_dist.slurm.notice import notify
 from peft_dist.slurm.old_logs import pack_old_logs
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.secrets import read_secrets
@@ -208,6 +209,8 @@ class Node:
                 job_events.record(self.run.path, _event(decision, ending))
             replace_file(self.decision_file, f"{decision}\n")
             say(f"peft-dist: {decision}")
+            job = job_events.this_job()
+            notify(self.run.path, job, ending, decision, self.options.secrets)
             return decision.exit_code
         # Whoever ends first with another code than 0 has srun kill the others, the head among them.
         deadline = time.monotonic() + DECISION_WAIT_S
