@@ -24,6 +24,7 @@ from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group, rendezvous
 from peft_dist.distributed.world import World
 from peft_dist.evaluation.scoring import EvalSet, make_eval_set
+from peft_dist.model.device_settings import export_determinism
 from peft_dist.model.source import find_base
 from peft_dist.model.vocabulary import refuse_unknown_ids
 from peft_dist.model_setup import set_up_model
@@ -68,6 +69,8 @@ def fine_tune(
     texts = {"data.train": rows.tokens, **({} if eval_set is None else eval_set.texts())}
     refuse_unknown_ids(recipe, base.files.folder, texts)
     inputs = describe_inputs(recipe, {"data.train": rows, "data.eval": held}, base.files)
+    if recipe.train.deterministic:
+        export_determinism()  # before NCCL and cuBLAS are used
     process_group.start(world, meeting)
     attempt.share_run()
     refuse_different_inputs(inputs)

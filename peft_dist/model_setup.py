@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PretrainedConfig
 
 from peft_dist.common.errors import DataError, RecipeError, TrainingError
 from peft_dist.common.paths import TOKENIZER_FILES
@@ -28,8 +29,9 @@ from peft_dist.distributed.world import World
 from peft_dist.methods import METHODS, BaseAccess, Method
 from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
-from peft_dist.model import architectures, attention, base, precision
+from peft_dist.model import architectures, attention, base, precision, varlen
 from peft_dist.model.base import BasePlan
+from peft_dist.model.device_settings import set_up_device
 from peft_dist.model.loss import CausalLM, SequenceClassifier
 from peft_dist.model.nf4 import WEIGHTS_PER_BYTE
 from peft_dist.model.proof import Way, prove
@@ -150,15 +152,21 @@ def _weights_per_element(name: str) -> int:
     return WEIGHTS_PER_BYTE.get(name.replace(".", "_").rpartition("_")[2], 1)
 
 
-def _attention(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
+def _attention(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, config: PretrainedConfig
+) -> str:
+    """Return the kernel to build the model with, which ours may take the place of."""
     if recipe.model.attention != "auto" or device.type != "cuda" or dtype == torch.float32:
         return recipe.model.attention
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if varlen.has_kernel(device, dtype) and not capped:
+        return "auto"  # torch's own kernels do the same, and need no package
     from transformers.utils import is_flash_attn_2_available
 
     return "flash_attention_2" if is_flash_attn_2_available() else "auto"
 
 
-def _ways(recipe: Recipe, method: Method[Any], picked: str) -> list[Way]:
+def _ways(recipe: Recipe, method: Method[Any], picked: str, ours: list[str]) -> list[Way]:
     """Return the ways to compute a micro-batch, best first.
 
     Our attention does the same as transformers' with less work; where it does not, the kernel that
@@ -168,6 +176,7 @@ def _ways(recipe: Recipe, method: Method[Any], picked: str) -> list[Way]:
         recipe: The recipe.
         method: What is trained.
         picked: The kernel that the model was built with.
+        ours: Those of our own that the device has.
 
     Raises:
         RecipeError: Where the recipe wants another kernel, and the method works through ours.
@@ -181,14 +190,16 @@ def _ways(recipe: Recipe, method: Method[Any], picked: str) -> list[Way]:
         )
     kernels = [picked]
     if method.own_attention:
-        kernels = [attention.ROW_ATTENTION]
+        kernels = ours
     elif picked == "sdpa" or (chosen == "auto" and picked == "eager"):
-        kernels = [attention.ROW_ATTENTION, picked]
+        kernels = [*ours, picked]
     if chosen == "auto" and not method.own_attention and "eager" not in kernels:
         kernels.append("eager")
     packing = recipe.data.packing
     layouts = [True, False] if packing is None else [packing]
-    return [Way(kernel, layout) for layout in layouts for kernel in kernels]
+    ways = [Way(kernel, layout) for layout in layouts for kernel in kernels]
+    # Padded rows are one call as it is.
+    return [way for way in ways if way.packing or way.attention != attention.VARLEN_ATTENTION]
 
 
 def _require_own_weights(blocks: dict[str, nn.Module], model_type: str) -> None:
@@ -232,6 +243,7 @@ def set_up_model(
     """
     started = time.monotonic()
     launched = resolve(recipe.parallel, world, os.environ)
+    set_up_device(world.device, deterministic=recipe.train.deterministic)
     dtype, why = precision.compute_dtype(recipe.model, world.device)
     if world.is_main:
         log.log(logging.WARNING if why else logging.INFO, "computing in %s%s", dtype, why)
@@ -242,12 +254,14 @@ def set_up_model(
         config,
         task=recipe.model.task,
         dtype=dtype,
-        attention=_attention(recipe, world.device, dtype),
+        attention=_attention(recipe, world.device, dtype, config),
         label_names=label_names,
     )
     released = source.released(recipe)
     method = METHODS[recipe.method.kind](recipe.method, seed=recipe.train.seed)
-    ways = _ways(recipe, method, skeleton.config._attn_implementation)
+    ours = [attention.VARLEN_ATTENTION] if varlen.has_kernel(world.device, dtype) else []
+    ours.append(attention.ROW_ATTENTION)
+    ways = _ways(recipe, method, skeleton.config._attn_implementation, ours)
     if recipe.model.task == "causal-lm":
         attention.register()
         attention.use_kernel(skeleton, ways[0].attention)

@@ -151,10 +151,7 @@ class Trainer:
         predictions = int(self.rows.predicted_counts[ids].sum())
         loss = torch.zeros((), dtype=torch.float32, device=device)
         for index, micro in enumerate(groups):
-            batch = self.setup.pack(self.rows, micro)
-            if device.type == "cuda":
-                batch = batch.pin_memory()
-            batch = batch.to(device)
+            batch = self.setup.pack(self.rows, micro).to(device)
             self._seed_dropout(step, index)
             with self.setup.autocast():
                 nll: torch.Tensor = self.setup.model(batch).nll

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from peft_dist.common.errors import DataError
 from peft_dist.config import Recipe
 from peft_dist.data.order import RowIds, assign
-from peft_dist.data.pack import Batch
+from peft_dist.data.pack import Batch, to_device
 from peft_dist.data.tokenize import TokenizedRows, encode_completions
-from peft_dist.distributed.collectives import any_of, sum_over
+from peft_dist.distributed.collectives import sum_over
+from peft_dist.distributed.stop_vote import StopVote
 from peft_dist.model.loss import Losses
 from peft_dist.model_setup import ModelSetup
 
@@ -124,7 +125,8 @@ def score_rows(
     Args:
         setup: The model.
         eval_set: The rows.
-        wants_stop: Asked before every micro-batch; may differ from process to process.
+        wants_stop: Asked before every micro-batch; may differ from process to process. On a GPU
+            a yes counts a few micro-batches later, or not where these are the last.
 
     Raises:
         ScoringStopped: On every process, where it said yes on any.
@@ -141,7 +143,9 @@ def score_rows(
 def _score(setup: ModelSetup, eval_set: EvalSet, wants_stop: Callable[[], bool] | None) -> Scoring:
     device = setup.world.device
     choices = eval_set.choices if eval_set.single_token else ()
-    choice_ids = torch.tensor(np.concatenate(choices), device=device) if choices else None
+    choice_ids = None
+    if choices:
+        choice_ids = to_device(torch.from_numpy(np.concatenate(choices)), device)
     total = torch.zeros(1, dtype=torch.float64, device=device)
     predicted = torch.zeros(eval_set.rows.n_rows, dtype=torch.int64, device=device)
     for ids, batch in _batches(setup, eval_set.rows, wants_stop):
@@ -150,7 +154,7 @@ def _score(setup: ModelSetup, eval_set: EvalSet, wants_stop: Callable[[], bool] 
             continue
         total += losses.nll.sum()
         if losses.choice_logits is not None:
-            predicted[torch.from_numpy(ids).to(device)] = losses.choice_logits.argmax(dim=1)
+            predicted[to_device(torch.from_numpy(ids), device)] = losses.choice_logits.argmax(dim=1)
     loss = sum_over(total).item() / int(eval_set.rows.predicted_counts.sum())
     if eval_set.truth is None:
         return Scoring(Score(loss, None, eval_set.rows.n_rows), None)
@@ -172,8 +176,9 @@ def _batches(
         world_size=setup.world.size,
         micro_batch_size=setup.recipe.evaluate.micro_batch_size,
     )
+    vote = StopVote(setup.world.device)
     for ids in groups[setup.world.rank]:
-        if wants_stop is not None and any_of(wants_stop(), setup.world.device):
+        if wants_stop is not None and vote.ask(wants_stop()):
             raise ScoringStopped
         yield ids, setup.pack(rows, ids).to(setup.world.device)
 
@@ -187,7 +192,7 @@ def _likeliest(
     for ids, batch in _batches(setup, crossed, wants_stop):
         losses: Losses = setup.model(batch)
         if len(ids):
-            rows = torch.from_numpy(ids).to(scores.device)[batch.target_rows]
+            rows = to_device(torch.from_numpy(ids), scores.device)[batch.target_rows]
             scores.index_add_(0, rows, -losses.nll.double())
     return sum_over(scores).reshape(eval_set.rows.n_rows, len(eval_set.choices)).argmax(dim=1)
 

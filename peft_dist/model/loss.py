@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from peft_dist.common.errors import RecipeError
 from peft_dist.data.pack import Batch
 from peft_dist.model.architectures import bare_model, trunk_name
-from peft_dist.model.attention import ROW_ATTENTION
+from peft_dist.model.attention import OURS
 from peft_dist.model.head import Head
 
 LOGIT_BYTES_PER_CHUNK = 256 << 20
@@ -256,8 +256,8 @@ class CausalLM(nn.Module):
         Flash attention would find out by itself, in every layer, waiting for the device.
         """
         kernel = model.config._attn_implementation
-        if kernel == ROW_ATTENTION:
-            return {"row_lengths": batch.row_lengths}
+        if kernel in OURS:
+            return {"row_lengths": batch.row_lengths, "row_bounds": batch.row_bounds}
         if kernel == "flash_attention_2" and batch.row_lengths is not None:
             longest = max(batch.row_lengths)
             return {
