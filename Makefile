@@ -4,14 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
-PYTEST := $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --no-loadscope-reorder
 RECIPE := configs/recipes/quickstart.yaml
 
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINNED := $(PIP) install --quiet -c configs/constraints.txt
 
-.PHONY: help install quickstart methods check test test-fast docs faults cluster audit clean
+.PHONY: help install quickstart dpo methods check test test-fast docs faults cluster audit clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -22,6 +22,11 @@ install: $(VENV)/.installed-all ## .venv with everything pinned: training, tests
 quickstart: $(VENV)/.installed-train ## train and score a small real model on two processes, and make a report
 	$(BIN)/python -m peft_dist.entrypoints.quickstart $(RECIPE)
 	$(BIN)/peft-dist train $(RECIPE) --run-dir $(RUN)
+	$(BIN)/peft-dist report $(RUN)
+
+dpo: $(VENV)/.installed-train ## train the same model to prefer right answers to wrong ones, and make a report
+	$(BIN)/python -m peft_dist.entrypoints.quickstart configs/recipes/dpo.yaml
+	$(BIN)/peft-dist train configs/recipes/dpo.yaml --run-dir $(RUN)
 	$(BIN)/peft-dist report $(RUN)
 
 methods: $(VENV)/.installed-train ## train every adapter family on a real task and print a table
@@ -50,7 +55,7 @@ docs: $(VENV)/.installed-all ## write the generated pages of docs/ anew and buil
 faults: $(VENV)/.installed-all ## the tests of faults with many more cases; more than an hour
 	PEFT_DIST_FAULTS=long $(BIN)/python -m pytest --timeout 3600 tests/faults tests/distributed \
 		tests/unit/test_script_fuzz.py tests/unit/test_wandb.py tests/unit/test_plan.py \
-		tests/unit/test_plan_formulas.py tests/cluster
+		tests/unit/test_plan_formulas.py tests/equivalence/test_equivalence.py tests/cluster
 
 cluster: $(VENV)/.installed-all ## a shell in a real Slurm of four nodes; CMD=... runs that instead
 	$(BIN)/python -m tests.cluster $(CMD)

@@ -4,7 +4,10 @@ The process around it stands in `entrypoints/train.py`, what follows and guards 
 `tracking/attempt.py`.
 """
 
+import logging
+import time
 from collections.abc import Collection
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -12,11 +15,15 @@ from torch.distributed import Store
 
 from peft_dist.checkpoint import directory
 from peft_dist.checkpoint.checkpointer import Checkpointer, read_state
+from peft_dist.checkpoint.room import require_room
 from peft_dist.checkpoint.run_identity import describe_run, refuse_another_run
 from peft_dist.checkpoint.same_inputs import describe_inputs, refuse_different_inputs
+from peft_dist.checkpoint.start import load_start
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.errors import RunDirError
+from peft_dist.common.screen import stage, wait
+from peft_dist.common.sizes import megabytes
 from peft_dist.config import Recipe
 from peft_dist.config.run_date import with_date
 from peft_dist.data.mixture import source_shares
@@ -27,11 +34,17 @@ from peft_dist.evaluation.scoring import EvalSet, make_eval_set
 from peft_dist.model.device_settings import export_determinism
 from peft_dist.model.source import find_base
 from peft_dist.model.vocabulary import refuse_unknown_ids
-from peft_dist.model_setup import set_up_model
+from peft_dist.model.weights import model_folder
+from peft_dist.model_setup import ModelSetup, set_up_model
+from peft_dist.objective.passes import Scores
+from peft_dist.objective.reference import reference_scores
+from peft_dist.run.saving import being_saved
 from peft_dist.tracking.attempt import TrainingAttempt
 from peft_dist.trainer import Trainer
 from peft_dist.worker.process import WorkerContext
 from peft_dist.worker.signals import StopRequests
+
+log = logging.getLogger(__name__)
 
 
 def fine_tune(
@@ -58,38 +71,58 @@ def fine_tune(
     """
     attempt = TrainingAttempt(recipe, context, stop_requests, logs=logs, started_s=started_s)
     world = attempt.world
+    log.info("libraries loaded  %.1f s", time.monotonic() - started_s)
     meeting = rendezvous.meet(world)
     recipe = _with_date_of_main(recipe, world, meeting)
 
     # What can take minutes comes before the process group, whose collectives would not wait.
     cache = usable_cache_dir()
-    rows, eval_set = _read_rows(recipe, cache / "rows")
-    base = find_base(recipe, cache)
+    with stage(f"looking for the model {recipe.model.name}", log):
+        model_folder(recipe.model.name, recipe.model.revision)  # its tokenizer reads the rows
+    with stage("reading the rows", log) as told:
+        rows, eval_set = _read_rows(recipe, cache / "rows")
+        told += _described(rows, eval_set)
+    with stage("hashing the model's files", log) as told:
+        base = find_base(recipe, cache)
+        told.append(f"model: {base.files.folder}, {megabytes(base.files.bytes)}")
     held = None if eval_set is None else eval_set.rows
     texts = {"data.train": rows.tokens, **({} if eval_set is None else eval_set.texts())}
-    refuse_unknown_ids(recipe, base.files.folder, texts)
-    inputs = describe_inputs(recipe, {"data.train": rows, "data.eval": held}, base.files)
+    with wait("comparing the rows with the model's vocabulary"):
+        refuse_unknown_ids(recipe, base.files.folder, texts)
+    with wait("sampling the model's weights"):
+        inputs = describe_inputs(recipe, {"data.train": rows, "data.eval": held}, base.files)
     if recipe.train.deterministic:
         export_determinism()  # before NCCL and cuBLAS are used
-    process_group.start(world, meeting)
-    attempt.share_run()
-    refuse_different_inputs(inputs)
+    with stage(f"waiting until all {world.size} processes are there", log):
+        process_group.start(world, meeting)
+        attempt.share_run()
+        refuse_different_inputs(inputs)
 
     setup = set_up_model(recipe, world, base, label_names=rows.label_names)
+    load_start(setup)
     for some in (rows, *([] if eval_set is None else [eval_set.rows])):
         setup.check_lengths(some)
     saver = AdapterSaver(setup, rows)
-    saver.prove()
-    trainer = _trainer(saver, rows, eval_set, attempt, allow_changed)
+    with stage("proving that the adapter can be saved", log) as told:
+        saver.prove()
+        told.append("saving and reading back a changed adapter: proven")
+    require_room(setup, attempt.run)
+    reference = _reference(setup, rows, cache, attempt)
+    if eval_set is not None:
+        eval_set = replace(eval_set, reference=_reference(setup, eval_set.rows, cache, attempt))
+    trainer = _trainer(saver, rows, eval_set, reference, attempt, allow_changed)
 
     with attempt.follow(trainer):
         trainer.run()
         attempt.end_training(trainer.progress.step)
-        setup.check_integrity()
-        saver.save(attempt.run.adapter, may_publish=attempt.require_lease)
-        attempt.measure_peaks()
+        with wait("comparing the base with what it was"):
+            setup.check_integrity()
+        with wait("saving the adapter and reading it back"), being_saved():
+            saver.save(attempt.run.adapter, may_publish=attempt.require_lease)
+            attempt.measure_peaks()
     attempt.write_result(trainer)
     process_group.stop()
+    attempt.show_result()
 
 
 def _with_date_of_main(recipe: Recipe, world: World, meeting: Store) -> Recipe:
@@ -109,10 +142,41 @@ def _read_rows(recipe: Recipe, cache: Path) -> tuple[TokenizedRows, EvalSet | No
     return rows, make_eval_set(recipe, tokenize_rows(recipe, "eval", cache))
 
 
+def _reference(
+    setup: ModelSetup, rows: TokenizedRows, cache: Path, attempt: TrainingAttempt
+) -> Scores | None:
+    """Score rows before anything is learned, where the objective asks for it. Collective."""
+    if not setup.recipe.objective.has_reference:
+        return None
+    scores = reference_scores(
+        setup, rows, cache / "reference", on_batch=lambda: attempt.phase("evaluation", 0)
+    )
+    attempt.phase("setup", 0)
+    return scores
+
+
+def _described(rows: TokenizedRows, eval_set: EvalSet | None) -> list[str]:
+    """Log what became of the rows of each source, and return a line about all of them.
+
+    A smaller data set is no secret.
+    """
+    held = [] if eval_set is None else [("held-out", eval_set.rows)]
+    for what, some in [("training", rows), *held]:
+        for notice in some.notices:
+            log.warning("%s rows: %s", what, notice)
+        for source in some.sources:
+            for report in source.reports:
+                log.warning("left out %s", report)
+            log.info("%s", source.line(what))
+    kept = f"rows: {rows.n_examples:,} to train on, {len(rows.tokens):,} tokens"
+    return [kept + ("" if eval_set is None else f", {eval_set.rows.n_examples:,} held out")]
+
+
 def _trainer(
     saver: AdapterSaver,
     rows: TokenizedRows,
     eval_set: EvalSet | None,
+    reference: Scores | None,
     attempt: TrainingAttempt,
     allow_changed: Collection[str],
 ) -> Trainer:
@@ -130,7 +194,9 @@ def _trainer(
         may_publish=attempt.require_lease,
         sync_ledger=attempt.sync_ledger,
     )
-    trainer = Trainer(setup, rows, eval_set, checkpointer=checkpointer, hooks=attempt)
+    trainer = Trainer(
+        setup, rows, eval_set, reference=reference, checkpointer=checkpointer, hooks=attempt
+    )
     newest = checkpointer.newest()
     if newest is not None:
         try:

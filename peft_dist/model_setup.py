@@ -1,4 +1,4 @@
-"""CopyInto a run's model together on one process: base, adapter and engine, proven to be sharded.
+"""Put a run's model together on one process: base, adapter and engine, proven to be sharded.
 
 The order is what makes it right: build on `meta`, swap linears, attach adapters, shard, and only
 then read the rows that belong here. Trains nothing.
@@ -20,6 +20,8 @@ from transformers import PretrainedConfig
 
 from peft_dist.common.errors import DataError, RecipeError, TrainingError
 from peft_dist.common.paths import TOKENIZER_FILES
+from peft_dist.common.screen import stage
+from peft_dist.common.sizes import megabytes
 from peft_dist.config import Recipe
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.order import RowIds
@@ -32,7 +34,7 @@ from peft_dist.methods.method import base_name_in
 from peft_dist.model import architectures, attention, base, precision, varlen
 from peft_dist.model.base import BasePlan
 from peft_dist.model.device_settings import set_up_device
-from peft_dist.model.loss import CausalLM, SequenceClassifier
+from peft_dist.model.loss import CausalLM, Decoder, RewardModel, SequenceClassifier
 from peft_dist.model.nf4 import WEIGHTS_PER_BYTE
 from peft_dist.model.proof import Way, prove
 from peft_dist.model.source import BaseSource, Released
@@ -42,7 +44,11 @@ from peft_dist.sharding.verify import verify_one_base, verify_sharded
 
 log = logging.getLogger(__name__)
 
-_HEADS = {"causal-lm": CausalLM, "sequence-classification": SequenceClassifier}
+_HEADS = {
+    "causal-lm": CausalLM,
+    "sequence-classification": SequenceClassifier,
+    "reward": RewardModel,
+}
 
 
 @dataclass
@@ -74,6 +80,8 @@ class ModelSetup:
     """What the adapter names as its base."""
     tokenizer_files: list[Path]
     """What is saved beside the adapter: the tokenizer and its chat template."""
+    start_sha256: str | None = None
+    """Of the file of the adapter that training starts from; None for a new one."""
 
     @property
     def base_parameters(self) -> int:
@@ -252,10 +260,10 @@ def set_up_model(
         architectures.turn_dropout_off(config)
     skeleton = architectures.build_skeleton(
         config,
-        task=recipe.model.task,
+        task=recipe.head,
         dtype=dtype,
         attention=_attention(recipe, world.device, dtype, config),
-        label_names=label_names,
+        label_names=("reward",) if recipe.head == "reward" else label_names,
     )
     released = source.released(recipe)
     method = METHODS[recipe.method.kind](recipe.method, seed=recipe.train.seed)
@@ -276,7 +284,7 @@ def set_up_model(
     position_table = architectures.position_table(skeleton)
     peft = method.attach(
         skeleton,
-        task=recipe.model.task,
+        task=recipe.head,
         base_name=released.name,
         has_conv1d=has_conv1d,
     )
@@ -284,7 +292,7 @@ def set_up_model(
     if recipe.train.activation_checkpointing is True:
         # After the adapter: PEFT refuses a prefix on a model that has it on already.
         skeleton.gradient_checkpointing_enable({"use_reentrant": False})
-    model = _HEADS[recipe.model.task](peft)
+    model = _HEADS[recipe.head](peft)
     engine = engines[launched.strategy](
         world, shard_size=launched.shard_size, offload=launched.offload
     )
@@ -292,19 +300,27 @@ def set_up_model(
     engine.materialize(model)
 
     frozen, trained = _split(peft)
+    log.info("built: %s with %s adapters", type(skeleton).__name__, recipe.method.kind)
     packed = _load_base(peft, frozen, trained, plan, source, engine)
     _fill_fresh_heads({**frozen, **trained}, plan, peft, engine, seed=recipe.train.seed)
     as_released = engine.fingerprint(frozen)
     verify_one_base(as_released)
+    log.info("base: %s, built and loaded  %.1f s", recipe.quantization, time.monotonic() - started)
     by_name = {base_name_in(peft, name): parameter for name, parameter in frozen.items()}
     start = _start(recipe, source, plan, by_name, engine, model)
-    method.initialise(peft, start)
-    engine.flatten_adapter(
-        trained,
-        lambda n: Group(trained[n].dim() > 1, method.rate_factor(n)),
-        sources=recipe.data.mixed_sources,
-    )
-    total, by_rank = verify_sharded(engine, frozen, trained, launched.strategy)
+    with stage("filling and sharding the adapters", log) as told:
+        method.initialise(peft, start)
+        rate = method.rate_factor
+        engine.flatten_adapter(
+            trained,
+            lambda n: Group(trained[n].dim() > 1, rate(n)),
+            figures=len(recipe.objective.metrics) + recipe.source_losses,
+        )
+        total, by_rank = verify_sharded(engine, frozen, trained, launched.strategy)
+        told.append(
+            f"shards: {megabytes(by_rank[world.rank])} of {megabytes(total)} of the base here "
+            f"({launched.strategy}), {sum(map(torch.numel, trained.values())):,} trained parameters"
+        )
     setup = ModelSetup(
         recipe=recipe,
         world=world,
@@ -328,14 +344,14 @@ def set_up_model(
         tokenizer_files=source.files.others(TOKENIZER_FILES),
     )
     setup.check_adapters_agree()
-    if isinstance(model, CausalLM):
+    if isinstance(model, Decoder):
         setup.packing = _prove(setup, model, ways, blocks, source.cache_dir).packing
     return setup
 
 
 def _prove(
     setup: ModelSetup,
-    model: CausalLM,
+    model: Decoder,
     ways: list[Way],
     blocks: dict[str, nn.Module],
     cache_dir: Path,
@@ -345,10 +361,12 @@ def _prove(
     Raises:
         ModelError: Where there is none.
     """
-    started = time.monotonic()
     bare = architectures.bare_model(setup.peft)
     learned = setup.peft.active_peft_config.is_prompt_learning
-    with setup.peft.disable_adapter() if learned else nullcontext():
+    with (
+        stage("comparing losses with those of transformers", log) as told,
+        setup.peft.disable_adapter() if learned else nullcontext(),
+    ):
         way, problems = prove(
             model,
             ways,
@@ -358,15 +376,9 @@ def _prove(
             dtype=setup.compute_dtype,
             autocast=setup.autocast,
         )
-    if setup.world.is_main:
-        for problem in problems:
-            log.info("not used: %s", problem)
-        log.info(
-            "%s: losses are those of transformers, with %s (%.1f s)",
-            bare.config.model_type,
-            way,
-            time.monotonic() - started,
-        )
+        told.append(f"{bare.config.model_type}: losses are those of transformers, with {way}")
+    for problem in problems:
+        log.info("not used: %s", problem)
     return way
 
 

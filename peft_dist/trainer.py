@@ -16,6 +16,7 @@ import torch
 from peft_dist.checkpoint.checkpointer import Checkpointer
 from peft_dist.checkpoint.progress import NoHooks, Progress, TrainerHooks
 from peft_dist.common.errors import Interrupted, TrainingError
+from peft_dist.common.screen import wait
 from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.mixture import source_shares
 from peft_dist.data.order import RowIds, StepPlan, assign
@@ -38,6 +39,7 @@ from peft_dist.metrics.mfu import Utilisation
 from peft_dist.metrics.source_loss import SourceLosses
 from peft_dist.metrics.step import StepInputs, StepMetrics, StepMetricsReader, make_extras
 from peft_dist.model_setup import ModelSetup
+from peft_dist.objective.passes import Scores, make_pass
 from peft_dist.optim.lr_schedule import learning_rate, peak_learning_rate
 from peft_dist.sharding.optimizer import AdapterOptimizer
 
@@ -69,6 +71,7 @@ class Trainer:
         rows: TokenizedRows,
         eval_set: EvalSet | None,
         *,
+        reference: Scores | None = None,
         checkpointer: Checkpointer | None = None,
         hooks: TrainerHooks | None = None,
     ) -> None:
@@ -78,6 +81,8 @@ class Trainer:
             setup: The loaded model.
             rows: Training rows.
             eval_set: Held-out rows, if any.
+            reference: [n_rows] scores of the training rows at the start, where the objective has
+                them.
             checkpointer: Makes checkpoints. Default: none are made.
             hooks: The process it runs in. Default: one that is never asked to stop.
         """
@@ -87,13 +92,16 @@ class Trainer:
         self.hooks = hooks or NoHooks()
         self.trackers: list[Tracker] = []
         """Views of the run; stays empty on every rank but 0."""
+        self.objective = make_pass(setup, rows, reference)
         shares = source_shares(self.recipe.data, [source.rows for source in rows.sources])
-        self.plan = StepPlan.of(self.recipe.train, rows.lengths, shares)
+        self.plan = StepPlan.of(self.recipe.train, rows.example_lengths, shares)
         self.peak_rate = peak_learning_rate(self.recipe)
         self.optimizer: AdapterOptimizer = setup.engine.share_optimizer(make_optimizer(setup))
         self.progress = Progress()
-        device, sources = self.world.device, self.recipe.data.mixed_sources
-        self._reader = StepMetricsReader(device, sources=sources)
+        device, figures = self.world.device, self.objective.metrics
+        self._reader = StepMetricsReader(
+            device, objective=figures, sources=self.recipe.source_losses
+        )
         self._source_losses = SourceLosses(self.recipe, rows, device)
         self._stop = self._save_due = self._give_up = False
         self._saved_step = -1
@@ -143,27 +151,30 @@ class Trainer:
         engine, device = self.setup.engine, self.world.device
         groups = assign(
             ids,
-            self.rows.lengths,
+            self.rows.example_lengths,
             world_size=self.world.size,
             micro_batch_size=micro_batch_rows(self.recipe),
         )[self.world.rank]
         # Every rank knows all rows, so the divisor of the whole global batch needs no exchange.
-        predictions = int(self.rows.predicted_counts[ids].sum())
+        divisor = self.objective.begin(ids, groups)
         loss = torch.zeros((), dtype=torch.float32, device=device)
+        figures = torch.zeros(len(self.objective.metrics), device=device)
         for index, micro in enumerate(groups):
-            batch = self.setup.pack(self.rows, micro).to(device)
+            batch = self.setup.pack(self.rows, self.objective.rows(micro)).to(device)
             self._seed_dropout(step, index)
             with self.setup.autocast():
-                nll: torch.Tensor = self.setup.model(batch).nll
-                nll_sum = nll.sum()
-            self._source_losses.add(micro, batch, nll)
-            (nll_sum / predictions).backward()
-            loss += nll_sum.detach()
+                losses = self.setup.model(batch)
+                share = self.objective.share(losses, batch, micro)
+            self._source_losses.add(micro, batch, losses.nll)
+            (share.loss / divisor).backward()
+            loss += share.loss.detach()
+            figures += share.metrics
         engine.compute_timer.end()
         # Flags and metrics of all processes are carried by the gradient all-reduce.
         extras = make_extras(
             self.world,
             loss,
+            figures,
             flags=self._flags(),
             step_s=engine.compute_timer.latest_s(),
             memory_bytes=peak_memory_bytes(device),
@@ -171,7 +182,7 @@ class Trainer:
         )
         summed = engine.reduce(extras)
         norm = engine.clip(self.recipe.train.max_grad_norm)
-        metrics = torch.cat([torch.stack([summed[0] / predictions, norm.float()]), summed[1:]])
+        metrics = torch.cat([torch.stack([summed[0] / divisor, norm.float()]), summed[1:]])
         rate = learning_rate(self.recipe.train, step, total, peak=self.peak_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
@@ -179,7 +190,7 @@ class Trainer:
         engine.zero_gradients()
         engine.compute_timer.begin()
         self.progress.step, self.progress.cursor = step, cursor
-        tokens = int(self.rows.lengths[ids].sum())
+        tokens = int(self.rows.example_lengths[ids].sum())
         by_source = self._source_losses.predictions(ids)
         self._reader.put(StepInputs(step, rate, len(ids), cursor, tokens, by_source), metrics)
         # To roll back a step later would undo one that was sound, and is in the ledger.
@@ -200,7 +211,9 @@ class Trainer:
         evaluate, save = self.recipe.evaluate.every_steps, self.recipe.checkpoint.every_steps
         total = self.plan.total_steps
         evaluate_due = self.progress.evaluated != step and (
-            step in (0, total) or bool(evaluate and step % evaluate == 0)
+            step == total
+            or bool(step and evaluate and step % evaluate == 0)
+            or (step == 0 and self.recipe.evaluate.at_start)
         )
         may_be_best = evaluate_due and self.recipe.checkpoint.keep_best > 0
         save_due = may_be_best or bool(save and step % save == 0)
@@ -235,7 +248,8 @@ class Trainer:
         self.hooks.phase("save", step)
         if self._saved_step != step:
             facts = {**asdict(self.progress), "epoch": self.plan.epoch_of(self.progress.cursor)}
-            self.checkpointer.take(facts, self.optimizer)
+            with wait(f"saving step {step}"):
+                self.checkpointer.take(facts, self.optimizer)
             self._saved_step = step
             stall = time.monotonic() - started
             self.write(CheckpointEvent(step=step, stall_s=stall))
@@ -248,7 +262,8 @@ class Trainer:
     def finish_saves(self) -> None:
         """Wait for the checkpoint that is being written, if there is one, and record it."""
         if self.checkpointer is not None:
-            self.checkpointer.wait()
+            with wait("writing the last checkpoint"):
+                self.checkpointer.wait()
             self._write_saves()
 
     def _write_saves(self) -> None:
@@ -360,12 +375,14 @@ class Trainer:
         if step == 0:
             self.progress.first = result
         self._go_on()
+        figures: dict[str, Any] = {f"eval_{k}": v for k, v in result.figures().items()}
         self.write(
             EvaluationEvent(
                 step=step,
                 eval_loss=result.loss,
                 eval_accuracy=result.accuracy,
                 eval_seconds=seconds,
+                **figures,
             )
         )
         for sample in samples:

@@ -139,6 +139,25 @@ def completion_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     return rows
 
 
+def preference_rows(count: int, form: str, seed: int = 0) -> list[dict[str, Any]]:
+    """Return rows that prefer the animal which the prompt names to the other one.
+
+    Args:
+        count: How many prompts.
+        form: `pair` for pairs of answers; `judged` for two answers with verdicts to each prompt.
+        seed: Of the prompts.
+    """
+    rows: list[dict[str, Any]] = []
+    for row in completion_rows(count, seed):
+        wrong = " dog" if row["completion"] == " cat" else " cat and the log"
+        if form == "pair":
+            rows.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": wrong})
+            continue
+        rows.append({**row, "label": True})
+        rows.append({"prompt": row["prompt"], "completion": wrong, "label": False})
+    return rows
+
+
 def labelled_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Return rows of different lengths whose label is one of three, and clear from the text."""
     labels = {"animal": "cat dog", "place": "log mat", "plant": "and the"}

@@ -5,8 +5,9 @@ Only trained tensors are gathered and written; the base is never touched.
 
 import json
 import shutil
+import tempfile
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from peft_dist.common.errors import RunDirError, TrainingError
 from peft_dist.methods import Method
 
 ADAPTER_FILE = "adapter_model.safetensors"
+CHECKPOINTS = "checkpoints"
+"""Beside the adapter of a run."""
 WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module")
 """Names that DDP, torch.compile and checkpointing put into those of parameters."""
 
@@ -109,6 +112,34 @@ def write_partial(
     return partial
 
 
+def rescue(
+    folder: Path, tensors: Mapping[str, torch.Tensor], config: PeftConfig, places: Sequence[Path]
+) -> Path | None:
+    """Write an adapter somewhere else than where there is no room for it.
+
+    Args:
+        folder: Where it should have been.
+        tensors: What the file holds, by the names PEFT reads.
+        config: What stands beside them.
+        places: Folders to try, in order.
+
+    Returns:
+        The folder that holds it; None where no place takes it.
+    """
+    for place in places:
+        partial: Path | None = None
+        try:
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f"{folder.parent.name}-", dir=place))
+            write_adapter(partial, tensors, config)
+            sync_tree(partial)
+            return partial
+        except (OSError, SafetensorError):
+            if partial is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+    return None
+
+
 def replace_adapter(partial: Path, folder: Path) -> None:
     """Put a partial folder in the place of the adapter that stands there.
 
@@ -161,7 +192,7 @@ def check_with_peft(folder: Path, config: PeftConfig, bare: PreTrainedModel) -> 
     Raises:
         TrainingError: Naming the first tensor, or field of the configuration, that is wrong.
     """
-    wanted, written = _facts(config), _facts(PeftConfig.from_pretrained(str(folder)))
+    wanted, written = config_facts(config), config_facts(PeftConfig.from_pretrained(str(folder)))
     for field in sorted(wanted.keys() | written.keys()):
         if wanted.get(field) != written.get(field):
             raise unsafe(
@@ -202,7 +233,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(*raw)
 
 
-def _facts(config: PeftConfig) -> dict[str, Any]:
+def config_facts(config: PeftConfig) -> dict[str, Any]:
     """Return a configuration as its file holds it, with sets in order."""
 
     def plain(value: object) -> Any:
@@ -225,5 +256,11 @@ def _cannot_write(folder: Path, error: OSError | SafetensorError) -> TrainingErr
     return TrainingError(
         f"the adapter cannot be written: {getattr(error, 'strerror', None) or error}",
         where=str(folder),
-        remedy="free space; earlier copies are under checkpoints/",
+        remedy="free space" + _earlier(folder),
     )
+
+
+def _earlier(folder: Path) -> str:
+    """Return what a run can go on from whose adapter cannot be written; nothing where it cannot."""
+    steps = sorted((folder.parent / CHECKPOINTS).glob("step-*"))
+    return f"; the newest checkpoint is {steps[-1]}" if steps else ""

@@ -28,6 +28,7 @@ from peft_dist.common.sharing import folder_mode
 from peft_dist.config.recipe import Checkpoint
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.ledger.events import SavedEvent, SaveFailedEvent
+from peft_dist.run.saving import SaveMark
 from peft_dist.sharding.optimizer import AdapterOptimizer, Moments
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 Facts = dict[str, Any]
 SaveEvent = SavedEvent | SaveFailedEvent
 ADAPTER_FOLDER = "adapter"
+ANEW = "begin anew with `peft-dist train RECIPE --fresh`"
 FORMAT = 1
 """Of what a checkpoint holds, and how."""
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -111,6 +113,7 @@ class Checkpointer:
             TrainingError: Where the processes do not hold the same adapter at the same place.
         """
         setup, engine = self.setup, self.setup.engine
+        mark = SaveMark() if setup.world.is_main else None
         self.wait()
         trained = engine.adapter_state()
         saved = setup.method.saved(setup.peft, trained)
@@ -121,7 +124,7 @@ class Checkpointer:
             raise TrainingError(
                 f"the processes disagree at step {progress['step']}", remedy="please report this"
             )
-        if not setup.world.is_main:
+        if mark is None:
             return
         tensors = {f"exp_avg.{n}": t for n, t in engine.by_name(moments.mean).items()}
         tensors |= {f"exp_avg_sq.{n}": t for n, t in engine.by_name(moments.square).items()}
@@ -141,7 +144,9 @@ class Checkpointer:
             },
         )
         self._writing_since_s = time.monotonic()
-        self._writer = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._writer = threading.Thread(
+            target=self._write, args=(snapshot, mark), name="checkpoint"
+        )
         self._writer.start()
         if not self._settings.background:
             self.wait()
@@ -245,8 +250,14 @@ class Checkpointer:
         setup.check_adapters_agree()
         return state
 
-    def _write(self, snapshot: _Snapshot) -> None:
+    def _write(self, snapshot: _Snapshot, mark: SaveMark) -> None:
         """Write one checkpoint; what goes wrong is a result, not an end."""
+        try:
+            self._try_to_write(snapshot)
+        finally:
+            mark.remove()
+
+    def _try_to_write(self, snapshot: _Snapshot) -> None:
         started = time.monotonic()
         try:
             size = self._publish(snapshot)
@@ -320,7 +331,7 @@ def read_state(folder: Path) -> Facts:
         raise RunDirError(
             f"is of format {state.get('format')}, and this version reads format {FORMAT}",
             where=str(folder / STATE_FILE),
-            remedy="go on with the version that made it, or start --fresh",
+            remedy=f"go on with the version that made it, or {ANEW}",
         )
     return state
 
@@ -342,5 +353,5 @@ def _require_same(wanted: set[str], found: set[str], folder: Path) -> None:
         raise TrainingError(
             f"{different[0]} stands in {OPTIMIZER_FILE} or in the model, but not in both",
             where=str(folder),
-            remedy="go on with the recipe that the checkpoint was made with, or start --fresh",
+            remedy=f"go on with the recipe that the checkpoint was made with, or {ANEW}",
         )

@@ -23,6 +23,7 @@ def describe_run(
     recipe = setup.recipe
     settings = learning_settings(recipe)
     base = json.dumps(setup.released_fingerprint, sort_keys=True).encode()
+    start = {} if setup.start_sha256 is None else {"method.start_from": setup.start_sha256[:16]}
     return {
         "recipe": settings,
         "recipe_sha256": _sha256(json.dumps(settings, sort_keys=True).encode()),
@@ -30,8 +31,9 @@ def describe_run(
             "data.train": _describe_rows(recipe, rows),
             "data.eval": None
             if eval_set is None
-            else f"{eval_set.rows.n_rows} rows, fingerprint {eval_set.rows.fingerprint[:16]}",
+            else f"rows with fingerprint {eval_set.rows.fingerprint[:16]}",  # scored or not
             "model.name": f"weights with fingerprint {_sha256(base)[:16]}",
+            **start,
         },
         "rng": {"seed": recipe.train.seed, "rule": RNG_RULE},
         "schedule": {
@@ -67,5 +69,6 @@ def refuse_another_run(
         RunDirError: With the difference.
     """
     changes = differences(saved["content"], now["content"])
-    changes |= differences(saved["recipe"], now["recipe"])
+    # Checkpoints of earlier versions have no field for it, and knew no other.
+    changes |= differences({"objective.kind": "sft", **saved["recipe"]}, now["recipe"])
     refuse_changes(changes, allowed, where=where)

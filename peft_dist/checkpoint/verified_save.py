@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from peft_dist.checkpoint import adapter_file as adapter_file
 from peft_dist.common.errors import PeftDistError, TrainingError
+from peft_dist.common.paths import cache_dir
 from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
@@ -98,6 +99,10 @@ class AdapterSaver:
                 found = self._checked(partial, now, config)
             except PeftDistError as error:
                 problem = str(error)
+                if partial is None:  # hours of training would be lost
+                    places = [cache_dir() / "rescued", Path(tempfile.gettempdir())]
+                    kept = adapter_file.rescue(folder, tensors, config, places)
+                    problem += "" if kept is None else f"; the trained adapter is in {kept}"
         try:
             _agree(problem)
             self._check_probe(found, {name: tensor.shape for name, tensor in now.items()})
@@ -131,7 +136,7 @@ class AdapterSaver:
     def _bare(self) -> PreTrainedModel:
         return architectures.build_skeleton(
             copy.deepcopy(architectures.bare_model(self.setup.peft).config),
-            task=self.setup.recipe.model.task,
+            task=self.setup.recipe.head,
             dtype=torch.float32,
             attention="eager",
         )

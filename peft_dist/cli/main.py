@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from peft_dist.cli import plan, slurm, validate, wandb
+from peft_dist.cli import models, plan, slurm, training, validate, wandb
+from peft_dist.cli.options import SHELLS, add_verbosity, begin_logs, completion
 from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import show
 from peft_dist.common.errors import (
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+        begin_logs(arguments)
         run: Callable[[argparse.Namespace], int] = arguments.run
         code = run(arguments)
         sys.stdout.flush()
@@ -44,19 +46,18 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
+        if self.prog.endswith((" train", " validate", " submit")):  # key=value may be left out
+            message = message.replace(", key=value", "")
         raise PeftDistError(message, remedy=f"see {self.prog} --help")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if arguments.command == "quantize":
-        arguments.passed_on = argv[argv.index("quantize") + 1 :]
-        return arguments
+    arguments, rest = parser.parse_known_args(["--help"] if argv == ["help"] else argv)
     # argparse stops collecting key=value at the first option; those after it end up here.
     stray = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
     if stray:
-        parser.error(f"unrecognized argument {stray[0]!r}")
+        arguments.parser.error(f"unrecognized argument {stray[0]!r}")
     if rest:
         arguments.overrides += rest
     return arguments
@@ -75,22 +76,30 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(
-        name: str, run: Callable[[argparse.Namespace], int], text: str, *, own_help: bool = True
+        name: str, run: Callable[[argparse.Namespace], int], text: str
     ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name, help=text, description=text, allow_abbrev=False, add_help=own_help
-        )
-        sub.set_defaults(run=run)
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run, parser=sub)
         return sub
 
     train = command(
-        "train", _train, "train on this machine, or go on where an earlier start of the run ended"
+        "train",
+        training.train,
+        "train on this machine, or go on where an earlier start of the run ended",
     )
     _add_recipe(train)
     train.add_argument(
         "--run-dir", metavar="DIR", help="folder to make or go on with (default: runs/RECIPE)"
     )
     _add_nproc(train)
+    train.add_argument(
+        "--array",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2,...",
+        help="train one run per value, one after the other; given again, of all combinations; or "
+        "a YAML file of lists",
+    )
     train.add_argument(
         "--fresh", action="store_true", help="start anew; a run that is there is renamed"
     )
@@ -100,7 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print the resolved recipe and the command; make and start nothing",
     )
-    resume = command("resume", _resume, "go on with a run, from its own recipe")
+    train.add_argument("--json", action="store_true", help="print what --dry-run shows as JSON")
+    add_verbosity(train)
+    resume = command("resume", training.resume, "go on with a run, from its own recipe")
     resume.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     _add_overrides(resume, "such as parallel.strategy=ddp")
     _add_nproc(resume)
@@ -111,20 +122,16 @@ def build_parser() -> argparse.ArgumentParser:
     resume.add_argument(
         "--here", action="store_true", help="on this machine, although it was submitted to Slurm"
     )
+    add_verbosity(resume)
     validate.add_command(command, _add_recipe, count=_count)
     schema = command("schema", _schema, "print the JSON Schema of a recipe, for editors")
     schema.add_argument("--cluster", action="store_true", help="of a cluster file instead")
-    evaluate = command("evaluate", _evaluate, "score the adapter of a finished run")
+    evaluate = command("evaluate", training.evaluate, "score the adapter of a finished run")
     evaluate.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     _add_overrides(evaluate, "such as data.eval=other.jsonl")
     _add_nproc(evaluate)
-    quantize = command(
-        "quantize", _quantize, "fill the cache of packed bases ahead of a run", own_help=False
-    )
-    quantize.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub id")
-    merge = command("merge", _merge, "merge a run's LoRA into its base, as a plain model")
-    merge.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
-    merge.add_argument("--out", metavar="DIR", required=True, help="folder to make")
+    add_verbosity(evaluate)
+    models.add_commands(command)
     goodput = command("goodput", _goodput, "show where the time of a run went")
     goodput.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     goodput.add_argument("--json", action="store_true", help="print every figure as JSON")
@@ -143,6 +150,10 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_commands(command)
     init = command("init", _init, "copy recipes and strategies into a folder of your own")
     init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
+    complete = command(
+        "completion", _completion, "print a script that completes commands: source it in your shell"
+    )
+    complete.add_argument("shell", choices=SHELLS, help="which shell")
     return parser
 
 
@@ -172,103 +183,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    folder = Path(arguments.run_dir or Path("runs") / Path(arguments.recipe).stem)
-    return _start(arguments, folder, dry_run=arguments.dry_run, fresh=arguments.fresh)
-
-
-def _resume(arguments: argparse.Namespace) -> int:
-    from peft_dist.launch.here import refuse_changes_of_finished
-    from peft_dist.run.directory import RunDir
-    from peft_dist.slurm.resubmit import was_submitted
-
-    if not arguments.here and (arguments.cluster or was_submitted(Path(arguments.run_dir))):
-        return slurm.resume_job(arguments)
-    run = RunDir.open(arguments.run_dir)
-    if run.is_finished:
-        refuse_changes_of_finished(run, arguments.overrides)
-        show(f"{arguments.run_dir} has finished; nothing is left to do")
-        return EXIT_DONE
-    arguments.recipe = str(run.recipe)
-    return _start(arguments, run.path)
-
-
-def _start(
-    arguments: argparse.Namespace, folder: Path, *, dry_run: bool = False, fresh: bool = False
-) -> int:
-    """Train a recipe in a run directory, from wherever that has come to."""
-    from peft_dist.common.sharing import set_run_umask, share_like
-    from peft_dist.config import load_recipe, render_recipe
-    from peft_dist.launch.command import shell_line
-    from peft_dist.launch.here import prepare, train_here
-    from peft_dist.launch.packages import require_training_packages
-    from peft_dist.plan.settle import settle_here
-
-    processes = [] if arguments.nproc is None else [f"parallel.processes={arguments.nproc}"]
-    recipe = load_recipe(arguments.recipe, [*arguments.overrides, *processes])
-    settled = settle_here(recipe)
-    start = prepare(
-        settled.recipe,
-        folder,
-        allow_changed=arguments.allow_changed,
-        prediction=settled.prediction(),
-    )
-    if dry_run:
-        command = shell_line(start.command, start.environment)
-        show(f"{render_recipe(settled.recipe)}\n{command}")
-        return EXIT_DONE
-    require_training_packages(start.strategy)
-    share_like(folder)
-    set_run_umask()
-    return train_here(start, fresh=fresh)
-
-
 def _schema(arguments: argparse.Namespace) -> int:
     from peft_dist.config.cluster import cluster_schema
     from peft_dist.config.load import recipe_schema
 
     show(cluster_schema() if arguments.cluster else recipe_schema())
     return EXIT_DONE
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from peft_dist.config import load_recipe
-    from peft_dist.launch.command import launch_environment, worker_command
-    from peft_dist.launch.here import run_here
-    from peft_dist.launch.packages import require_training_packages
-    from peft_dist.launch.placement import plan_processes, this_machine
-    from peft_dist.run.directory import RunDir
-
-    run = RunDir.open(arguments.run_dir)
-    processes = [] if arguments.nproc is None else [f"parallel.processes={arguments.nproc}"]
-    recipe = load_recipe(run.recipe, [*arguments.overrides, *processes])
-    placement = plan_processes(recipe, this_machine())
-    require_training_packages(placement.strategy)
-    command = worker_command(placement, "score.py", [str(run.path), *arguments.overrides])
-    run.evaluation_log.unlink(missing_ok=True)
-    environment = launch_environment(placement, os.environ)
-    return run_here(command, environment, log=run.evaluation_log)
-
-
-def _quantize(arguments: argparse.Namespace) -> int:
-    from peft_dist.launch.command import quantize_command, worker_environment
-    from peft_dist.launch.local import run_tool
-    from peft_dist.launch.packages import require_training_packages
-
-    require_training_packages()
-    return run_tool(quantize_command(arguments.passed_on), environment=worker_environment())
-
-
-def _merge(arguments: argparse.Namespace) -> int:
-    from peft_dist.launch.command import merge_command, worker_environment
-    from peft_dist.launch.local import run_tool
-    from peft_dist.launch.packages import require_training_packages
-    from peft_dist.run.directory import RunDir
-
-    run = RunDir.open(arguments.run_dir)
-    require_training_packages()
-    command = merge_command(run.path, Path(arguments.out).absolute())
-    return run_tool(command, environment=worker_environment())
 
 
 def _goodput(arguments: argparse.Namespace) -> int:
@@ -311,6 +231,11 @@ def _init(arguments: argparse.Namespace) -> int:
             f"cannot be written: {error}", where=str(target), remedy="choose another folder"
         ) from error
     show(f"{len(copies)} files in {', '.join(str(target / source.name) for source in sources)}")
+    return EXIT_DONE
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    show(completion(build_parser(), arguments.shell), end="")
     return EXIT_DONE
 
 

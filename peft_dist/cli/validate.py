@@ -4,14 +4,17 @@ Imports are inside the commands, as in `main`.
 """
 
 import argparse
+import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from peft_dist.cli.options import tell_given_twice
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE, PeftDistError
 
 if TYPE_CHECKING:
     from peft_dist.config import Recipe
+    from peft_dist.launch.placement import Placement
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -29,7 +32,7 @@ def add_command(
         add_recipe: Adds the arguments that name a recipe.
         count: Reads an argument that is a number from 1.
     """
-    validate = command("validate", _validate, "check a recipe and its first rows; needs no torch")
+    validate = command("validate", _validate, "check a recipe and its first rows, without torch")
     add_recipe(validate)
     validate.add_argument(
         "--rows",
@@ -40,7 +43,11 @@ def add_command(
     )
     forms = validate.add_mutually_exclusive_group()
     forms.add_argument("--show-mask", action="store_true", help="with --rows: long rows in full")
-    forms.add_argument("--json", action="store_true", help="with --rows: tokens and mask as JSON")
+    forms.add_argument(
+        "--json",
+        action="store_true",
+        help="print all that is known as JSON; with --rows their tokens and mask",
+    )
 
 
 def _validate(arguments: argparse.Namespace) -> int:
@@ -48,35 +55,68 @@ def _validate(arguments: argparse.Namespace) -> int:
     from peft_dist.data.first_rows import check_first_rows
     from peft_dist.launch.placement import plan_processes, this_machine
 
-    if arguments.rows is None and (arguments.show_mask or arguments.json):
-        name = "--json" if arguments.json else "--show-mask"
-        raise PeftDistError("says how rows are shown", where=name, remedy="add --rows N")
+    if arguments.rows is None and arguments.show_mask:
+        raise PeftDistError("says how rows are shown", where="--show-mask", remedy="add --rows N")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     placement = plan_processes(recipe, this_machine())
     if arguments.rows is not None:
+        tell_given_twice(arguments.overrides)
         return _show_rows(arguments)
     check_first_rows(recipe)
+    tell_given_twice(arguments.overrides)
+    facts = _facts(recipe, placement)
+    if arguments.json:
+        whole = {"recipe_file": arguments.recipe, "valid": True, **facts}
+        show(json.dumps(whole | {"recipe": recipe.model_dump(mode="json")}, indent=2))
+        return EXIT_DONE
     show(f"{arguments.recipe}: valid")
     show(f"  processes: {placement.processes} ({placement.strategy})")
-    _show_steps(recipe, placement.processes)
+    _show_steps(facts)
     return EXIT_DONE
 
 
-def _show_steps(recipe: "Recipe", processes: int) -> None:
+def _facts(recipe: "Recipe", placement: "Placement") -> dict[str, Any]:
+    """Return the arithmetic of a recipe's batches on its processes."""
     from peft_dist.config.batch_shape import batch_shape, micro_batch_rows
 
-    shape = batch_shape(recipe, processes)
-    if shape is None:
-        show(f"  a step: rows of up to {recipe.train.global_batch_tokens} tokens together")
+    shape = batch_shape(recipe, placement.processes)
+    batch = {"tokens": recipe.train.global_batch_tokens}
+    if shape is not None:
+        batch = {
+            "rows": shape.rows_per_step,
+            "rows_per_process": shape.rows_per_process,
+            "passes": shape.accumulation,
+            "micro_batch_size": micro_batch_rows(recipe),
+        }
+    return {
+        "processes": placement.processes,
+        "strategy": placement.strategy,
+        "on_gpu": placement.on_gpu,
+        "batch": batch,
+        "steps": recipe.train.steps,
+    }
+
+
+def _show_steps(facts: dict[str, Any]) -> None:
+    processes, batch = facts["processes"], facts["batch"]
+    if "tokens" in batch:
+        show(f"  a step: rows of up to {batch['tokens']} tokens together")
         return
-    passes = "1 pass" if shape.accumulation == 1 else f"{shape.accumulation} passes"
+    uneven = "at most " if batch["rows"] % processes else ""
+    share = f", {uneven}{batch['rows_per_process']} per process" if processes > 1 else ""
     show(
-        f"  a step: {shape.rows_per_step} rows, {shape.rows_per_process} per process "
-        f"in {passes} of up to {micro_batch_rows(recipe)}"
+        f"  a step: {_counted(batch['rows'], 'row')}{share} "
+        f"in {_counted(batch['passes'], 'pass')} of up to {batch['micro_batch_size']}"
     )
-    if recipe.train.steps is not None:
-        rows = recipe.train.steps * shape.rows_per_step
-        show(f"  the run: {recipe.train.steps} steps, {rows} rows")
+    if facts["steps"] is not None:
+        rows = facts["steps"] * batch["rows"]
+        show(f"  the run: {_counted(facts['steps'], 'step')}, {_counted(rows, 'row')}")
+
+
+def _counted(number: int, noun: str) -> str:
+    """Return `1 row` or `2 rows`, `1 pass` or `2 passes`."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{ending}"
 
 
 def _show_rows(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@ Whatever a person reads passes `printable`: names, rows, hosts and logs come fro
 terminal obeys what stands in them.
 """
 
-import logging
 import os
 import sys
 from contextlib import suppress
@@ -49,18 +48,14 @@ _HARMLESS = "\n\t\u00a0\u200c\u200d\u202f\u3000"
 of emoji and of Indic and Persian words."""
 
 
-class _PrintableFormatter(logging.Formatter):
-    """Formats records of logs, whose texts come from others too."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
-def show_warnings() -> None:
-    """Let warnings and worse that are logged be seen on standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_PrintableFormatter("peft-dist: %(levelname)s: %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+def clear_bar() -> None:
+    """Clear the line that a bar of another process may have left on our terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            if stream.isatty():
+                stream.write("\r\x1b[K")
+                stream.flush()
+                return
 
 
 def to_nowhere(stream: TextIO) -> None:

@@ -10,6 +10,9 @@ CACHE_SHARED = "PEFT_DIST_CACHE_SHARED"
 STAGED = "PEFT_DIST_STAGED"
 """JSON that maps a recipe's `model.name` to this node's own copy of it."""
 
+VERBOSITY = "PEFT_DIST_VERBOSITY"
+"""How much is said: quiet, normal or verbose; `--quiet` and `--verbose` set it."""
+
 LAUNCH_MARK = "PEFT_DIST_LAUNCH"
 """By which the processes that `peft-dist` starts are found."""
 LAUNCHER = "PEFT_DIST_LAUNCHER"

@@ -16,8 +16,11 @@ from pydantic.fields import FieldInfo
 from peft_dist.common.errors import RecipeError, nearest
 from peft_dist.config.recipe import Recipe
 from peft_dist.config.section import Matches
+from peft_dist.config.synonyms import ours
 
 SectionType: TypeAlias = type[BaseModel]
+MOST_OTHERS = 5
+"""So many fields are named besides the first one that is wrong."""
 
 
 def describe_failure(
@@ -37,10 +40,26 @@ def describe_failure(
         dotted = ".".join(path) or root.__name__.lower()
         if dotted not in lines:
             lines[dotted] = _sentence(dict(error), path, field, section)
+            if error["type"] == "extra_forbidden" and root is Recipe:
+                lines[dotted] = "no such key", remedy_for_unknown(path, section)
     (dotted, (problem, remedy)), *rest = lines.items()
     if rest:
-        remedy = f"{remedy} (and {len(rest)} more)".strip()
+        others = ", ".join(other for other, _ in rest[:MOST_OTHERS])
+        more = f" and {len(rest) - MOST_OTHERS} more" if len(rest) > MOST_OTHERS else ""
+        remedy = f"{remedy} (also wrong: {others}{more})".strip()
     return RecipeError(problem, where=f"{where}: {dotted}", remedy=remedy)
+
+
+def remedy_for_unknown(path: Sequence[str], section: SectionType) -> str:
+    """Return what to do about a key of a recipe that its section does not have."""
+    return ours(path, section.model_fields, dict.fromkeys(_paths(Recipe, "")))
+
+
+def _paths(section: SectionType, before: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield f"{before}{name}"
+        for inner in _sections(field.annotation):
+            yield from _paths(inner, f"{before}{name}.")
 
 
 def refuse_booleans_as_numbers(

@@ -13,15 +13,22 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from peft_dist.common.errors import RecipeError, nearest
-from peft_dist.config.explain import describe_failure, quote, refuse_booleans_as_numbers, section_at
+from peft_dist.common.errors import RecipeError
+from peft_dist.config.explain import (
+    describe_failure,
+    quote,
+    refuse_booleans_as_numbers,
+    remedy_for_unknown,
+    section_at,
+)
 from peft_dist.config.meaning import refuse_meaningless
 from peft_dist.config.recipe import Recipe
 from peft_dist.config.row_sources import held_out
 from peft_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml
 
-PATH_FIELDS = (("model", "name"), ("data", "train"), ("data", "eval"))
+PATH_FIELDS = (("model", "name"), ("data", "train"), ("data", "eval"), ("method", "start_from"))
 """Fields that hold a local path or, where no such path exists, a hub name; or a list of sources."""
+_NEVER_ON_THE_HUB = (("method", "start_from"),)
 
 _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -111,6 +118,20 @@ def _read_text(path: Path) -> str:
         raise RecipeError(f"cannot be read: {reason}", where=where) from error
 
 
+def given_twice(overrides: Sequence[str]) -> list[str]:
+    """Return a line about each key that a person gave several values: the last one counts."""
+    given: dict[str, list[str]] = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        given.setdefault(key.strip(), []).append(value)
+    return [
+        f"{key} is given {len(values)} times; the last one counts: {quote(values[-1])} "
+        f"(to train each: --array {key}={','.join(dict.fromkeys(values))})"
+        for key, values in given.items()
+        if len(set(values)) > 1
+    ]
+
+
 def _apply_override(raw: dict[str, Any], override: str, where: str) -> tuple[str, ...]:
     """Set `a.b=value` in `raw`, and return its path."""
     key, equals, text = override.partition("=")
@@ -130,7 +151,9 @@ def _apply_override(raw: dict[str, Any], override: str, where: str) -> tuple[str
             )
         if name not in model.model_fields and model.model_config.get("extra") != "allow":
             raise RecipeError(
-                "no such key", where=key.strip(), remedy=nearest(name, model.model_fields)
+                "no such key",
+                where=key.strip(),
+                remedy=remedy_for_unknown(path[: depth + 1], model),
             )
         if depth == len(path) - 1:
             section[name] = value
@@ -171,7 +194,9 @@ def _resolve_paths(
                 for at, source in enumerate(value)
             )
         elif value is not None and not (section == "data" and held_out(value) is not None):
-            found = _resolved(value, bases, where, check=check_paths)
+            found = _resolved(
+                value, bases, where, check=check_paths, is_local=path in _NEVER_ON_THE_HUB
+            )
             if section == "model" and Path(found).is_absolute() and Path(found).is_file():
                 raise RecipeError(
                     f"{quote(value)} is a file",
@@ -183,12 +208,14 @@ def _resolve_paths(
     return recipe.model_copy(update=parts)
 
 
-def _resolved(name: str, bases: Sequence[Path], where: str, *, check: bool) -> str:
+def _resolved(
+    name: str, bases: Sequence[Path], where: str, *, check: bool, is_local: bool = False
+) -> str:
     """Return a path as an absolute one, and a hub name as it is."""
     found = _find(name, bases)
     if found is not None:
         return str(found)
-    if _looks_local(name) and check:
+    if (is_local or _looks_local(name)) and check:
         raise RecipeError(
             f"{quote(name)} does not exist",
             where=where,

@@ -12,7 +12,15 @@ from peft_dist.config.section import Fraction, PositiveFloat, Section, Text
 Targets = Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
-class Lora(Section):
+class _Adapter(Section):
+    """What every adapter family has."""
+
+    start_from: Text | None = None
+    """Run directory, checkpoint or adapter folder whose adapter training starts from (relative to
+    the recipe); it must be one that the same settings make. Off: a new one."""
+
+
+class Lora(_Adapter):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
 
     kind: Literal["lora"] = "lora"
@@ -70,7 +78,7 @@ class Lora(Section):
         return self.init in ("pissa", "olora")
 
 
-class Bottleneck(Section):
+class Bottleneck(_Adapter):
     """Small networks after the sub-layers (Houlsby et al. 2019, arXiv 1902.00751)."""
 
     kind: Literal["bottleneck"]
@@ -102,7 +110,7 @@ class Bottleneck(Section):
         return self
 
 
-class _Virtual(Section):
+class _Virtual(_Adapter):
     """Tokens that are learned instead of written."""
 
     virtual_tokens: PositiveInt = 20
@@ -145,7 +153,7 @@ class Prompt(_Virtual):
     default_learning_rate: ClassVar[float] = 3e-2
 
 
-class BitFit(Section):
+class BitFit(_Adapter):
     """The biases alone (Ben Zaken et al. 2022, arXiv 2106.10199)."""
 
     kind: Literal["bitfit"]
@@ -159,7 +167,7 @@ class BitFit(Section):
     default_learning_rate: ClassVar[float] = 1e-2
 
 
-class AnyPeft(Section):
+class AnyPeft(_Adapter):
     """Any other method of the peft library, by its own names."""
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from peft_dist.config.method import Lora, Method
+from peft_dist.config.objective import Objective, Sft
 from peft_dist.config.row_sources import (
     AMOUNTS,
     Columns,
@@ -171,10 +172,13 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """Scoring on `data.eval`, always done before the first and after the last step."""
+    """Scoring on `data.eval`, done after the last step, and before the first one."""
 
+    at_start: bool = True
+    """Whether to score the base before the first step, for the comparison with what training made
+    of it; that takes as long as the scoring at the end."""
     every_steps: PositiveInt | None = None
-    """Steps between evaluations. Off: only before and after training."""
+    """Steps between evaluations. Off: only before (`at_start`) and after training."""
     choices: Annotated[tuple[Text, ...], Field(max_length=1024)] = ()
     """Completions to choose from, such as [" animal", " plant"]; accuracy is the share of rows
     whose own completion is the most likely of them. Empty: loss only."""
@@ -305,6 +309,8 @@ class Recipe(Section):
     """Storage of the linears inside the blocks: 4-bit NormalFloat, or as in the model file."""
     method: Method = Lora()
     """The adapter."""
+    objective: Objective = Sft()
+    """What is learned from the rows."""
     data: Data
     """The rows."""
     train: Train = Train()
@@ -320,6 +326,16 @@ class Recipe(Section):
     tracking: Tracking = Tracking()
     """Where progress is shown."""
 
+    @property
+    def source_losses(self) -> int:
+        """How many training sources have a loss of their own in every step; 0: none."""
+        return self.data.mixed_sources if self.objective.kind == "sft" else 0
+
+    @property
+    def head(self) -> Literal["causal-lm", "sequence-classification", "reward"]:
+        """What stands on the model's blocks: `model.task`, or what gives rewards instead."""
+        return "reward" if self.objective.kind == "reward" else self.model.task
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         classify = self.model.task == "sequence-classification"
@@ -332,6 +348,20 @@ class Recipe(Section):
             raise ValueError(
                 f"method.init {init} splits the full weights; "
                 "set quantization: none, or another init"
+            )
+        if classify and self.objective.kind != "sft":
+            raise ValueError(
+                f"objective {self.objective.kind} is for causal-lm; set objective: {{kind: sft}}"
+            )
+        if self.objective.kind == "reward" and self.method.kind in ("prompt", "prefix"):
+            raise ValueError(
+                f"objective reward is not for method {self.method.kind}, with which transformers"
+                " reads the reward at another token; set another method"
+            )
+        if self.objective.kind != "sft" and self.evaluate.choices:
+            raise ValueError(
+                f"evaluate.choices is for objective sft; {self.objective.kind} compares the answers"
+                " of its rows"
             )
         if classify and self.evaluate.choices:
             raise ValueError("evaluate.choices is for causal-lm; classification has its labels")

@@ -10,6 +10,7 @@ FREE = (
     "model.name",  # weights and rows are compared by content, wherever they lie
     "model.revision",
     "model.attention",
+    "method.start_from",  # compared by content
     "data",
     "evaluate",
     "parallel",
@@ -65,17 +66,17 @@ def refuse_changes(changes: Mapping[str, str], allowed: Collection[str], *, wher
         where: The run.
 
     Raises:
-        RunDirError: Naming every other field, and the two values of the first.
+        RunDirError: Naming every field with its two values.
     """
     refused = {field: change for field, change in changes.items() if field not in allowed}
     if not refused:
         return
-    first, change = next(iter(refused.items()))
-    others = "".join(f", {field}" for field in list(refused)[1:])
+    (first, change), *rest = refused.items()
+    others = "".join(f"; {field}: {text}" for field, text in rest)
     raise RunDirError(
-        f"{first} is not what the run has been trained with: {change}"
-        + (f" (also changed{others.replace(',', ':', 1)})" if others else ""),
+        f"{first} is not what the run has been trained with: {change}{others}",
         where=where,
-        remedy="put it back, start anew with --fresh, or go on all the same with "
-        + " ".join(f"--allow-changed {field}" for field in refused),
+        remedy="put it back, go on all the same with "
+        + " ".join(f"--allow-changed {field}" for field in refused)
+        + ", or begin anew with `peft-dist train RECIPE --fresh`",
     )

@@ -21,8 +21,12 @@ class Columns(Section):
     """Column of text of which every token is trained, or that is classified."""
     messages: Text | None = None
     """Column of the turns of a conversation."""
+    chosen: Text | None = None
+    """Column of the better of two answers, for objectives that read pairs."""
+    rejected: Text | None = None
+    """Column of the worse one."""
     label: Text | None = None
-    """Column of the class."""
+    """Column of the class, or of the verdict on an answer."""
 
     def names(self) -> dict[str, str]:
         """Return the column of each of our keys that has another name."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from peft_dist.common.errors import DataError
 from peft_dist.config.recipe import Recipe
 from peft_dist.config.row_sources import RowSource
-from peft_dist.data.rows import BadRows, read_rows
+from peft_dist.data.preference_rows import read_examples
+from peft_dist.data.rows import BadRows
 from peft_dist.data.sources import Source, open_source
 
 ROWS = 100
@@ -49,7 +50,7 @@ def check_first_rows(recipe: Recipe) -> None:
                 _check_folder(Path(opened.name))
             elif _can_look(opened):
                 bad = BadRows(opened, data.max_bad_rows)
-                for _ in read_rows(opened, task=recipe.model.task, bad=bad, most=ROWS):
+                for _ in read_examples(recipe, opened, bad, most=ROWS):
                     pass
 
 

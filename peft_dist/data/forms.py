@@ -13,7 +13,7 @@ from peft_dist.data.chat_rows import REFUSED_IN_ROW, ROW_OPTIONS
 
 FORMS = (("messages",), ("prompt", "completion"), ("text",))
 """The keys of each form that is trained; where a row has several, the first counts."""
-_FORM_KEYS = (
+FORM_KEYS = (
     *(key for form in FORMS for key in form),
     "conversations",
     "instruction",
@@ -21,7 +21,8 @@ _FORM_KEYS = (
     "output",
     "history",
 )
-COLUMNS = (*_FORM_KEYS, "label", "system", *ROW_OPTIONS, *REFUSED_IN_ROW)
+"""The keys of all forms, those of preferences left out."""
+COLUMNS = (*FORM_KEYS, "chosen", "rejected", "label", "system", *ROW_OPTIONS, *REFUSED_IN_ROW)
 """The columns that are read of files that have many."""
 ROLES = {
     "system": "system",
@@ -66,11 +67,11 @@ def to_known_form(
     Raises:
         BadRow: A key of `columns` is missing, or a value is of another type.
     """
-    row = _renamed(value, columns) if columns else dict(value)
+    row = renamed(value, columns) if columns else dict(value)
     if row.get("messages") is None and row.get("conversations") is not None:
         row["messages"] = row.pop("conversations")
     if isinstance(row.get("messages"), list):
-        turns = [_turn(turn, f"messages[{at}]") for at, turn in enumerate(row["messages"])]
+        turns = [to_known_turn(turn, f"messages[{at}]") for at, turn in enumerate(row["messages"])]
         system = row.pop("system", None)
         row["messages"] = _with_system(turns, system)
     elif _is_alpaca(row):
@@ -96,7 +97,7 @@ def keys_of(value: Mapping[str, Any]) -> str:
     return f"keys: {', '.join(repr(key) for key in list(value)[:8]) or 'none'}"
 
 
-def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """Put what `columns` names in its place; other forms that the row may have do not count."""
     for ours, theirs in columns.items():
         if theirs not in value:
@@ -105,7 +106,7 @@ def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
                 remedy="fix data.columns, or the row",
             )
     meant = {key for form in FORMS if any(key in columns for key in form) for key in form}
-    other_forms = {*_FORM_KEYS} - meant if meant else set()
+    other_forms = {*FORM_KEYS} - meant if meant else set()
     kept = {
         key: item
         for key, item in value.items()
@@ -114,7 +115,7 @@ def _renamed(value: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
     return kept | {ours: value[theirs] for ours, theirs in columns.items()}
 
 
-def _turn(turn: Any, at: str) -> Any:
+def to_known_turn(turn: Any, at: str) -> Any:
     """Return a turn of ShareGPT's form as one with `role` and `content`; others as they are."""
     if not isinstance(turn, dict) or "role" in turn or turn.get("from") is None:
         return turn

@@ -6,13 +6,13 @@ file or in which order.
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import fields
-from typing import Self
+from dataclasses import fields, is_dataclass
+from typing import Any, Self
 
 import numpy as np
 
 from peft_dist.common.errors import DataError
-from peft_dist.data.rows import Row
+from peft_dist.data.preference_rows import AnyRow
 
 
 class HoldOut:
@@ -23,7 +23,7 @@ class HoldOut:
         self._seed, self._highest = seed, highest
 
     @classmethod
-    def of(cls, rows: Iterable[Row], *, size: int | float, seed: int) -> Self:
+    def of(cls, rows: Iterable[AnyRow], *, size: int | float, seed: int) -> Self:
         """Return the part of `size` rows, or of a share of them; copies of a row may add to it.
 
         Raises:
@@ -41,13 +41,20 @@ class HoldOut:
             remedy="hold out fewer",
         )
 
-    def has(self, row: Row) -> bool:
+    def has(self, row: AnyRow) -> bool:
         """Whether a row is held out."""
         return _hash(row, self._seed) <= self._highest
 
 
-def _hash(row: Row, seed: int) -> int:
-    content = [getattr(row, field.name) for field in fields(row) if field.name != "line"]
-    text = repr((type(row).__name__, content)).encode("utf-8", "surrogatepass")
+def _hash(row: AnyRow, seed: int) -> int:
+    text = repr(_content(row)).encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(text, digest_size=8, key=seed.to_bytes(8, "big"))
     return int.from_bytes(digest.digest(), "big")
+
+
+def _content(value: Any) -> Any:
+    """Return all that a row holds, and not where it stands."""
+    if not is_dataclass(value):
+        return value
+    kept = [getattr(value, field.name) for field in fields(value) if field.name != "line"]
+    return type(value).__name__, [_content(item) for item in kept]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from peft_dist.common.errors import DataError
 from peft_dist.data.counts import SourceRows
 from peft_dist.data.encode import EncodedRow
+from peft_dist.data.pairs import Example
 from peft_dist.data.row_job import FittedRows, RowJob
 from peft_dist.data.rows import BadRows
 
@@ -17,8 +18,23 @@ class SourcePreview:
     """What became of them; every malformed line among it."""
     lines: int
     """Lines that were read and are no held-out rows."""
-    rows: list[EncodedRow]
+    examples: list[Example]
     """What they are trained as; a line may give several, or none."""
+
+    @property
+    def rows(self) -> list[tuple[str, EncodedRow]]:
+        """Return each row with what it is in its example, which is nothing where it is alone."""
+        return [
+            pair
+            for example in self.examples
+            for pair in zip(_parts(example), example.rows, strict=True)
+        ]
+
+
+def _parts(example: Example) -> tuple[str, ...]:
+    if example.desirable is not None:
+        return ("desirable" if example.desirable else "undesirable",)
+    return ("",) if len(example.rows) == 1 else ("chosen", "rejected")
 
 
 def preview(job: RowJob, most: int) -> list[SourcePreview]:
@@ -32,12 +48,12 @@ def preview(job: RowJob, most: int) -> list[SourcePreview]:
     for source in job.sources:
         bad = BadRows(source, None)
         fitted = FittedRows(job, source, hold_out, bad)
-        kept: list[EncodedRow] = []
+        kept: list[Example] = []
         lines = set()
         for row in fitted.read(most):
             lines.add(row.line)
             try:
-                encoded = job.encoder.encode([row], bad)
+                encoded = fitted.encode([row])
             except DataError as error:  # in a training, one such row ends it
                 where = f"{source.where(row.line)}: "
                 bad.add(row.line, str(error).removeprefix(where))

@@ -4,28 +4,28 @@ Nothing is written here (see `tokenize.py`).
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
-from peft_dist.common.console import say
 from peft_dist.common.errors import DataError
+from peft_dist.common.screen import Bar, wait
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.counts import SourceRows
 from peft_dist.data.encode import EncodedRow, Encoder
 from peft_dist.data.hold_out import HoldOut
+from peft_dist.data.pairs import Example, encode_judged, encode_pairs, with_mismatched
 from peft_dist.data.parallel import encode_in_processes, processes_here
-from peft_dist.data.rows import BadRows, ChatRow, Row, read_rows
+from peft_dist.data.preference_rows import AnyRow, JudgedRow, PairRow, read_examples
+from peft_dist.data.rows import BadRows, ChatRow, Row
 from peft_dist.data.sources import Source
 
 ROWS_PER_BATCH = 1000
 ROWS_BEFORE_PROCESSES = 20_000
 """Rows of chats after which it pays to start processes that encode the rest."""
-TELL_EVERY_S = 10.0
-"""Seconds between two lines about a long tokenising."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class RowJob:
             "held_out": data.held_out and [self.which, data.held_out, self.recipe.train.seed],
             "tokenizer": self.encoder.fingerprint(),
             "task": self.recipe.model.task,
+            "rows": self.recipe.objective.rows,
             "options": [data.max_length, data.truncation, data.max_bad_rows],
             "label_names": self.label_names,
         }
 
-    def rows(self, source: Source, bad: BadRows, *, most: int | None = None) -> Iterator[Row]:
+    def rows(self, source: Source, bad: BadRows, *, most: int | None = None) -> Iterator[AnyRow]:
         """Yield the rows of a source before any is held out."""
         as_chat = self.encoder.has_chat_template
-        task = self.recipe.model.task
-        return read_rows(source, task=task, bad=bad, as_chat=as_chat, most=most)
+        return read_examples(self.recipe, source, bad, as_chat=as_chat, most=most)
 
     def hold_out(self) -> HoldOut | None:
         """Return which rows are held out, which takes a look at all of them; None: none."""
@@ -66,25 +66,8 @@ class RowJob:
         if size is None:
             return None
         rows = (row for source in self.sources for row in self.rows(source, BadRows(source, None)))
-        return HoldOut.of(rows, size=size, seed=self.recipe.train.seed)
-
-
-class Progress:
-    """Says now and then how far a long tokenising has come."""
-
-    def __init__(self, name: str) -> None:
-        """Begin to count."""
-        self._name, self._rows = name, 0
-        self._started = self._told = time.monotonic()
-
-    def add(self, rows: int) -> None:
-        """Count rows, and tell where it is time."""
-        self._rows += rows
-        now = time.monotonic()
-        if now - self._told >= TELL_EVERY_S:
-            self._told = now
-            rate = self._rows / (now - self._started)
-            say(f"tokenising {self._name}: {self._rows:,} rows, {rate:,.0f} rows/s")
+        with wait("choosing the rows that are held out"):
+            return HoldOut.of(rows, size=size, seed=self.recipe.train.seed)
 
 
 class FittedRows:
@@ -105,18 +88,51 @@ class FittedRows:
         self.bad = bad or BadRows(source, job.recipe.data.max_bad_rows)
         self.kept = self.cut = self.lost_end = self.dropped = 0
         self.trained_turns = self.stop_tokens = 0
+        self.verdicts: list[bool] = []
+        """Of the judged answers that are kept."""
 
     def __iter__(self) -> Iterator[EncodedRow]:
         rows = self.read()
-        progress = Progress(self.source.name)
         batches = iter(lambda: list(islice(rows, ROWS_PER_BATCH)), [])
-        for encoded in self._encoded(batches):
-            progress.add(len(encoded))
-            for row in encoded:
-                fitted = self.fit(row)
+        with wait(f"tokenising {self.source.name}") as bar:
+            for example in self._examples(batches, bar):
+                fitted = self.fit(example)
                 if fitted is not None:
-                    yield fitted
+                    yield from fitted.rows
         self.bad.refuse_too_many()
+
+    def _examples(self, batches: Iterator[list[AnyRow]], bar: Bar) -> Iterator[Example]:
+        """Yield what is trained together, of every batch."""
+
+        def one_by_one(encoded: Iterator[list[Example]]) -> Iterator[Example]:
+            for examples in encoded:
+                done = bar.done + len(examples)
+                rate = done / max(1e-3, time.monotonic() - bar.began_s)
+                bar.update(done, text=bar.text, detail=f"{done:,} rows, {rate:,.0f} rows/s")
+                yield from examples
+
+        match self._job.recipe.objective.rows:
+            case "single":
+                rows: Any = batches
+                return one_by_one(
+                    [Example((row,)) for row in encoded] for encoded in self._encoded(rows)
+                )
+            case "pair":
+                return one_by_one(map(self.encode, batches))
+            case "judged":
+                return with_mismatched(one_by_one(map(self.encode, batches)), self.source.name)
+
+    def encode(self, batch: Sequence[AnyRow]) -> list[Example]:
+        """Return what becomes of some rows, an answer with a verdict alone."""
+        job, rows = self._job, list(batch)
+        match job.recipe.objective.rows:
+            case "single":
+                encoded = job.encoder.encode(cast("list[Row]", rows), self.bad)
+                return [Example((row,)) for row in encoded]
+            case "pair":
+                return encode_pairs(job.encoder, cast("list[PairRow]", rows), self.bad)
+            case "judged":
+                return encode_judged(job.encoder, cast("list[JudgedRow]", rows), self.bad)
 
     def _encoded(self, batches: Iterator[list[Row]]) -> Iterator[list[EncodedRow]]:
         """Yield the tokens of each batch; the later ones of many chats on all cores."""
@@ -134,7 +150,7 @@ class FittedRows:
             self._job.encoder.tally.update(tally)
             yield encoded
 
-    def read(self, most: int | None = None) -> Iterator[Row]:
+    def read(self, most: int | None = None) -> Iterator[AnyRow]:
         """Yield the rows before they are encoded."""
         job, hold_out = self._job, self._hold_out
         if hold_out is None:
@@ -146,31 +162,41 @@ class FittedRows:
         rows = job.rows(self.source, BadRows(self.source, None), most=most)
         return (row for row in rows if hold_out.has(row))
 
-    def fit(self, row: EncodedRow) -> EncodedRow | None:
-        """Return what is kept of a row, and count it; None where nothing is."""
-        if not self._label_is_known(row):
+    def fit(self, example: Example) -> Example | None:
+        """Return what is kept of an example, and count it; None where nothing is."""
+        data = self._job.recipe.data
+        # a row that answers another prompt is nobody's own: it is cut, whatever the setting
+        own = example.rows if example.desirable is None else example.rows[:1]
+        if not all(self._label_is_known(row) for row in own):
             return None
-        too_long = len(row.tokens) > self._job.recipe.data.max_length
-        if too_long and self._job.recipe.data.truncation == "error":
-            self._refuse_long(row)
+        too_long = [row for row in own if len(row.tokens) > data.max_length]
+        if too_long and data.truncation == "error":
+            self._refuse_long(too_long[0])
             return None
-        fitted = self._cut(row) if too_long else row
-        if fitted is None or not _has_predictions(fitted):
+        kept = [self._cut(row, is_own=at < len(own)) for at, row in enumerate(example.rows)]
+        fitted = [row for row in kept if row is not None and _has_predictions(row)]
+        if len(fitted) < len(example.rows):
             self.dropped += 1
             return None
         self.kept += 1
-        self.cut += too_long
-        self._count_stops(row, fitted)
-        return fitted
+        self.cut += bool(too_long)
+        lost = [self._count_stops(row, cut) for row, cut in zip(own, fitted, strict=False)]
+        self.lost_end += any(lost)
+        if example.desirable is not None:
+            self.verdicts.append(example.desirable)
+        return example._replace(rows=tuple(fitted))
 
-    def _count_stops(self, row: EncodedRow, fitted: EncodedRow) -> None:
-        """Count turns and stop tokens: every turn that keeps its end is trained to stop there."""
+    def _count_stops(self, row: EncodedRow, fitted: EncodedRow) -> bool:
+        """Count turns and stop tokens: every turn that keeps its end is trained to stop there.
+
+        Returns whether a turn has lost its end.
+        """
         ends = fitted.tokens[fitted.stops]
         stops = np.isin(ends, self._job.encoder.stop_ids) & fitted.trained[fitted.stops]
         assert stops.all(), f"{self.source.where(row.line)}: a turn has no stop token"
         self.trained_turns += len(row.stops)
         self.stop_tokens += len(ends)
-        self.lost_end += len(ends) < len(row.stops)
+        return len(ends) < len(row.stops)
 
     def counts(self) -> SourceRows:
         """Return what has become of the rows so far."""
@@ -185,11 +211,13 @@ class FittedRows:
             bad=tuple(sorted(self.bad.found)),
         )
 
-    def _cut(self, row: EncodedRow) -> EncodedRow | None:
+    def _cut(self, row: EncodedRow, *, is_own: bool) -> EncodedRow | None:
         data = self._job.recipe.data
-        if data.truncation == "drop":
+        if len(row.tokens) <= data.max_length:
+            return row
+        if is_own and data.truncation == "drop":
             return None
-        keep = "start" if data.truncation == "end" else "end"
+        keep = "end" if data.truncation == "start" else "start"
         return row.cut(max_length=data.max_length, keep=keep)
 
     def _refuse_long(self, row: EncodedRow) -> None:

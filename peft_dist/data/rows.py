@@ -5,10 +5,10 @@ conversation's are read in `chat_rows.py`). A row that cannot be used is reporte
 line. Nothing is tokenised here, and neither torch nor transformers is imported.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, assert_never
+from typing import Any, Literal, TypeVar, assert_never
 
 from peft_dist.common.errors import DataError
 from peft_dist.data.bad_row import BadRow as BadRow
@@ -49,6 +49,7 @@ class LabelledRow:
 
 
 Row = TextRow | CompletionRow | ChatRow | LabelledRow
+Parsed = TypeVar("Parsed")
 
 
 SHOWN_BAD_ROWS = 3
@@ -108,8 +109,6 @@ def read_rows(
 ) -> Iterator[Row]:
     """Yield the good rows of a source in file order and put the others into `bad`.
 
-    Once too many are bad, the rest is only looked at, so that the error knows them all.
-
     Args:
         source: Where they are.
         task: What is trained, which decides what a row must hold.
@@ -120,10 +119,37 @@ def read_rows(
     Raises:
         DataError: The source cannot be read, has no rows, or has too many bad ones.
     """
+
+    def parse(line: int, value: Any) -> Row:
+        return parse_row(line, value, task, source.columns, as_chat=as_chat)
+
+    return read_records(source, parse, bad, most=most)
+
+
+def read_records(
+    source: Source,
+    parse: Callable[[int, Any], Parsed],
+    bad: BadRows,
+    *,
+    most: int | None = None,
+) -> Iterator[Parsed]:
+    """Yield what `parse` makes of each record, in file order, and put those it refuses into `bad`.
+
+    Once too many are bad, the rest is only looked at, so that the error knows them all.
+
+    Args:
+        source: Where they are.
+        parse: Gets line and value; raises `BadRow`.
+        bad: Takes the bad ones.
+        most: Records to look at; None: all.
+
+    Raises:
+        DataError: As `read_rows`.
+    """
     line = 0
     for line, value in islice(source.records(), most):
         try:
-            row = parse_row(line, value, task, source.columns, as_chat=as_chat)
+            row = parse(line, value)
         except BadRow as error:
             bad.add(line, str(error), error.remedy)
         else:
@@ -168,7 +194,7 @@ def _language_row(line: int, value: dict[str, Any]) -> Row:
     if not whole and not partly:
         why = f"the row is of no known form; its {keys_of(value)}"
         raise BadRow(why, remedy=remedy_for(value))
-    _refuse_two_forms(value, whole)
+    _refuse_two_forms(value)
     form = (whole or partly)[0]
     absent = [key for key in form if key not in value]
     if absent and any(key not in form for key in value):
@@ -183,15 +209,13 @@ def _language_row(line: int, value: dict[str, Any]) -> Row:
             return CompletionRow(line, prompt, text_of(value, "completion"))
 
 
-def _refuse_two_forms(value: dict[str, Any], whole: Sequence[tuple[str, ...]]) -> None:
-    """Refuse a row of which a part would have to be left out."""
+def _refuse_two_forms(value: dict[str, Any]) -> None:
+    """Refuse a conversation that stands beside another form, and options that stand alone."""
     has_chat = value.get("messages") is not None
     others = [key for form in FORMS[1:] for key in form if value.get(key) is not None]
     if has_chat and others:
         both = f"has messages and also {' and '.join(others)}; keep one of them"
         raise BadRow(f"{both}, or say which to read, as data.columns: {{messages: messages}}")
-    if len(whole) > 1:
-        raise BadRow(f"has {' and '.join(others)}; keep prompt and completion, or text")
     beside = [key for key in ROW_OPTIONS if not has_chat and value.get(key)]
     if beside:
         raise BadRow(f"has {beside[0]} but no messages, so there is nothing to render it in")

@@ -8,8 +8,7 @@ it, and no process group is needed. Which row trains when is not decided here (s
 import hashlib
 import json
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from peft_dist.data.encode import Encoder
 from peft_dist.data.first_rows import open_row_source
 from peft_dist.data.row_job import FittedRows, RowJob
 from peft_dist.data.sources import Source
+from peft_dist.data.tokenized_rows import TokenizedRows as TokenizedRows
 
 FORMAT = 2
 """Raise this whenever the same rows would become other tokens or other files."""
@@ -35,64 +35,8 @@ FILES = {
     "trained": np.dtype("?"),
     "offsets": np.dtype("<i8"),
     "class_ids": np.dtype("<i8"),
+    "desirable": np.dtype("?"),
 }
-
-
-@dataclass(frozen=True)
-class TokenizedRows:
-    """All rows, source by source and end to end. Arrays may be memory maps: do not write."""
-
-    tokens: NDArray[np.int32]
-    """[n_tokens]"""
-    trained: NDArray[np.bool_]
-    """[n_tokens] which tokens are targets."""
-    offsets: NDArray[np.int64]
-    """[n_rows + 1] row i is tokens[offsets[i]:offsets[i + 1]]."""
-    class_ids: NDArray[np.int64] | None
-    """[n_rows] index into `label_names`; None for causal-lm."""
-    label_names: tuple[str, ...]
-    """Sorted names of the classes in the training rows; empty for causal-lm."""
-    pad_id: int
-    """What to fill padded batches with."""
-    sources: tuple[SourceRows, ...]
-    """What became of the rows of each source; their kept ones stand in this order."""
-    fingerprint: str
-    """Hash of the content: equal rows, equal fingerprint."""
-    notices: tuple[str, ...] = ()
-    """What a person should know of how the rows were read."""
-
-    @property
-    def trained_turns(self) -> int:
-        """Answers, completions and texts that are trained."""
-        return sum(source.trained_turns for source in self.sources)
-
-    @property
-    def stop_tokens(self) -> int:
-        """How many of them are trained to their end."""
-        return sum(source.stop_tokens for source in self.sources)
-
-    @property
-    def n_rows(self) -> int:
-        """Rows that can be trained."""
-        return len(self.offsets) - 1
-
-    @cached_property
-    def source_of_row(self) -> NDArray[np.int64]:
-        """[n_rows] index into `sources` of each row."""
-        return np.repeat(np.arange(len(self.sources)), [source.rows for source in self.sources])
-
-    @cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """[n_rows] tokens of each row."""
-        return np.diff(self.offsets)
-
-    @cached_property
-    def predicted_counts(self) -> NDArray[np.int64]:
-        """[n_rows] trained predictions of each row: targets with a token before them, or 1."""
-        if self.class_ids is not None:
-            return np.ones(self.n_rows, dtype=np.int64)
-        starts = self.offsets[:-1]
-        return np.add.reduceat(self.trained, starts, dtype=np.int64) - self.trained[starts]
 
 
 def tokenize_rows(
@@ -199,7 +143,10 @@ def _write(job: RowJob, folder: Path) -> None:
         index = {name: class_id for class_id, name in enumerate(names)}
         class_ids = np.array([index[label] for label in labels], dtype=FILES["class_ids"])
         (folder / "class_ids").write_bytes(class_ids.tobytes())
-    content = {
+    if job.recipe.objective.rows == "judged":
+        verdicts = [verdict for rows in found for verdict in rows.verdicts]
+        (folder / "desirable").write_bytes(np.array(verdicts, FILES["desirable"]).tobytes())
+    content: dict[str, Any] = {
         "format": FORMAT,
         "files": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
         "label_names": names or (),
@@ -210,6 +157,7 @@ def _write(job: RowJob, folder: Path) -> None:
             for rows in found
         ],
         "notices": job.encoder.notices(),
+        "rows_per_example": 1 if job.recipe.objective.rows == "single" else 2,
     }
     sealed = {"fingerprint": _fingerprint(content), "content": content}
     (folder / "rows.json").write_text(json.dumps(sealed, indent=1), encoding="utf-8")
@@ -253,6 +201,8 @@ def _opened(folder: Path, sources: tuple[Source, ...]) -> TokenizedRows | None:
         ),
         fingerprint=sealed["fingerprint"],
         notices=tuple(content["notices"]),
+        rows_per_example=content["rows_per_example"],
+        desirable=arrays.get("desirable"),
     )
 
 

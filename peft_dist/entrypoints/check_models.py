@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peft_dist.common import logs
 from peft_dist.common.console import show
 from peft_dist.common.errors import PeftDistError
 from peft_dist.config import Recipe
@@ -180,6 +181,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("types", nargs="*", help="model types (default: all)")
     parser.add_argument("--nf4", action="store_true", help="with a base in 4 bits")
     options = parser.parse_args(argv)
+    logs.begin(on_screen=False)  # standard output holds the table alone
     return run_worker(lambda _: _check_all(options))
 
 

@@ -6,11 +6,12 @@ Uses the run's own recipe, on any number of processes; changes nothing in the ru
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from peft_dist.checkpoint import adapter_file as adapter_file
 from peft_dist.checkpoint.same_inputs import describe_inputs, refuse_different_inputs
+from peft_dist.checkpoint.start import load_start
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.console import show
 from peft_dist.common.errors import RecipeError, RunDirError
@@ -24,6 +25,7 @@ from peft_dist.methods import METHODS
 from peft_dist.model.source import find_base
 from peft_dist.model.vocabulary import refuse_unknown_ids
 from peft_dist.model_setup import set_up_model
+from peft_dist.objective.reference import reference_scores
 from peft_dist.run.directory import RunDir, write_text_atomic
 from peft_dist.worker.process import run_worker
 
@@ -43,6 +45,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     recipe = load_recipe(run.recipe, options.overrides)
     # Scoring may use other processes than training did: what the launcher says is what counts.
     method = METHODS[recipe.method.kind].of_saved(recipe.method)
+    if recipe.objective.has_reference and method != recipe.method:
+        raise RecipeError(
+            f"the start of this {method.kind} is not what its saved form starts as, so there is no "
+            f"reference for {recipe.objective.kind}",
+            where="objective.kind",
+            remedy="see the run's own evaluations, or score with objective=sft",
+        )
+    if not recipe.objective.has_reference:
+        method = method.model_copy(update={"start_from": None})
     recipe = recipe.model_copy(update={"parallel": Parallel(), "method": method})
     if not (run.adapter / adapter_file.ADAPTER_FILE).is_file():
         raise RunDirError(
@@ -62,6 +73,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     refuse_different_inputs(inputs)
     setup = set_up_model(recipe, world, source, label_names=rows.label_names)
     setup.check_lengths(eval_set.rows)
+    if recipe.objective.has_reference:
+        load_start(setup)
+        held = reference_scores(setup, eval_set.rows, cache / "reference")
+        eval_set = replace(eval_set, reference=held)
     state = adapter_file.load_adapter(run.adapter, setup.method, setup.peft, setup.adapter)
     setup.engine.load_adapter_state(state)
     result = score(setup, eval_set)

@@ -102,6 +102,12 @@ def merge(run: RunDir, out: Path) -> None:
             where="method.kind",
             remedy="load it with PEFT",
         )
+    if recipe.head == "reward":
+        raise RecipeError(
+            "a reward model is not merged: its head is its own",
+            where="objective.kind",
+            remedy="load it with PEFT",
+        )
     config, tensors = _read_adapter(run)
     _require_room(out)
     files = WeightFiles(model_folder(recipe.model.name, recipe.model.revision))
@@ -128,6 +134,12 @@ def merge(run: RunDir, out: Path) -> None:
     show(
         f"{out}  {len(changes) + len(added)} of {len(files.tensors) + len(added)} tensors merged  "
         f"{size / 1e6:,.1f} MB  {time.monotonic() - started:.1f} s"
+    )
+    task = "CausalLM" if recipe.model.task == "causal-lm" else "SequenceClassification"
+    show(
+        f"  load it:\n    from transformers import AutoModelFor{task} as Auto, AutoTokenizer\n"
+        f"    model = Auto.from_pretrained({str(out)!r})\n"
+        f"    tokenizer = AutoTokenizer.from_pretrained({str(out)!r})"
     )
 
 

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 
+from peft_dist.common import logs
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE, EXIT_USER_ERROR
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--show-mask", action="store_true", help="show long rows whole")
     parser.add_argument("--json", action="store_true", help="print tokens and mask as JSON")
     options = parser.parse_args(argv)
+    logs.begin(on_screen=False)  # standard output holds the rows alone
     codes: list[int] = []
     code = run_worker(lambda _: codes.append(show_rows(options)))
     return code or codes[0]
@@ -61,11 +63,12 @@ def as_json(found: list[SourcePreview]) -> dict[str, list[dict[str, object]]]:
             {
                 **named(source),
                 "line": row.line,
+                **({"part": part} if part else {}),
                 "tokens": row.tokens.tolist(),
                 "trained": row.trained.astype(int).tolist(),
             }
             for source in found
-            for row in source.rows
+            for part, row in source.rows
         ],
         "bad": [
             {**named(source), "line": line, "why": why}
@@ -79,17 +82,17 @@ def as_text(source: SourcePreview, job: RowJob, *, whole: bool) -> str:
     """Return rows with their trained parts in «», then the malformed lines and a summary."""
     name = source.counts.name
     lines = []
-    for row in source.rows:
-        label = "" if row.label is None else f", label {row.label}"
+    for part, row in source.rows:
+        label = f", {part}" if part else "" if row.label is None else f", label {row.label}"
         trained = f"{len(row.tokens):,} tokens, {int(row.trained.sum()):,} trained"
         lines += [f"{name}:{row.line}  {trained}{label}", _marked(row, job, whole=whole), ""]
     lines += [f"bad: {report}" for report in source.counts.reports]
-    tokens = sum(len(row.tokens) for row in source.rows)
-    on = sum(int(row.trained.sum()) for row in source.rows)
+    tokens = sum(len(row.tokens) for _, row in source.rows)
+    on = sum(int(row.trained.sum()) for _, row in source.rows)
     counts = source.counts
-    lost = f" ({counts.lost_end:,} without their end token)" if counts.lost_end else ""
+    lost = f" ({counts.lost_end:,} without a stop token)" if counts.lost_end else ""
     lines.append(
-        f"{name}: {source.lines:,} lines, {len(source.rows):,} examples, {on:,} of {tokens:,} "
+        f"{name}: {source.lines:,} lines, {len(source.examples):,} examples, {on:,} of {tokens:,} "
         f"tokens trained; {counts.cut:,} cut to data.max_length{lost}, {counts.dropped:,} dropped "
         f"with nothing to train, {len(counts.bad):,} bad"
     )

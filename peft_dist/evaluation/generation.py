@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from peft_dist.common.screen import wait
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import any_of, first_of_all
@@ -24,6 +25,8 @@ from peft_dist.model_setup import ModelSetup
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+CUT = "\N{HORIZONTAL ELLIPSIS}"
+"""Behind an answer that was not at its end when the model had to stop."""
 SHOWN_CHARACTERS = 500
 """Longest text in an event."""
 ENDED = -1
@@ -38,8 +41,13 @@ class Sampler:
     def __init__(self, setup: ModelSetup, eval_set: EvalSet) -> None:
         """Choose the rows: evenly spaced, for neighbours are often of one kind."""
         self._session, self._held = setup, eval_set
-        count = min(setup.recipe.evaluate.samples, eval_set.rows.n_rows)
-        self.rows = np.unique(np.linspace(0, eval_set.rows.n_rows - 1, count).astype(np.int64))
+        rows = eval_set.rows
+        # The first row of an example is its good answer, but of one that was judged to be bad.
+        good = np.arange(rows.n_examples) if rows.desirable is None else rows.desirable.nonzero()[0]
+        writes = setup.recipe.head != "reward"
+        count = min(setup.recipe.evaluate.samples, len(good)) if writes else 0
+        chosen = np.unique(np.linspace(0, len(good) - 1, count).astype(np.int64))
+        self.rows = good[chosen] * rows.rows_per_example
 
     def events(
         self,
@@ -69,14 +77,17 @@ class Sampler:
         events = []
         for index, (row, (prompt, expected)) in enumerate(zip(self.rows, pairs, strict=True)):
             if predicted is None:
-                texts = self._text(expected), self._text(answers[index])
+                written = answers[index]
+                cut = "" if ENDED in written else CUT
+                own = self._text([token for token in written if token != ENDED])
+                texts = self._text(expected), own + cut
             else:
                 assert self._held.truth is not None
                 texts = names[self._held.truth[row]], names[predicted[row]]
             events.append(
                 SampleEvent(
                     step=step,
-                    row=int(row) + 1,
+                    row=int(row) // self._held.rows.rows_per_example + 1,
                     prompt=shortened(self._text(prompt)),
                     expected=shortened(texts[0]),
                     predicted=shortened(texts[1]),
@@ -87,25 +98,27 @@ class Sampler:
     def _write_on(
         self, prompts: Sequence[Ids], wants_stop: Callable[[], bool] | None
     ) -> list[list[int]]:
-        """Return what the model writes after each prompt, without a special token at its end."""
+        """Return what the model writes after each prompt; `ENDED` where it came to an end."""
         setup = self._session
         answers: list[list[int]] = [[] for _ in prompts]
         was_training = setup.model.training
         setup.model.eval()
         try:
-            with torch.no_grad(), setup.autocast():
-                for _ in range(setup.recipe.evaluate.sample_tokens):
+            most, what = setup.recipe.evaluate.sample_tokens, f"writing {len(prompts)} samples"
+            with torch.no_grad(), setup.autocast(), wait(what, total=most, unit="tokens") as bar:
+                for _ in range(most):
                     if wants_stop is not None and any_of(wants_stop(), setup.world.device):
                         raise ScoringStopped
                     found = self._next_tokens(prompts, answers)
-                    if all(token == ENDED for token in found):
-                        break
                     for answer, token in zip(answers, found, strict=True):
                         # A row that has ended stays: without it the others' batch would change.
                         answer.append(token)
+                    bar.advance()
+                    if all(token == ENDED for token in found):
+                        break
         finally:
             setup.model.train(was_training)
-        return [[token for token in answer if token != ENDED] for answer in answers]
+        return answers
 
     def _next_tokens(self, prompts: Sequence[Ids], answers: Sequence[list[int]]) -> list[int]:
         """Return each row's likeliest next token as rank 0 finds it, or `ENDED`. Collective."""

@@ -5,6 +5,7 @@ Changes no weight and no gradient; knows no schedule.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import isnan
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from peft_dist.common.errors import DataError
+from peft_dist.common.screen import wait
 from peft_dist.config import Recipe
 from peft_dist.data.order import RowIds, assign
 from peft_dist.data.pack import Batch, to_device
@@ -20,6 +22,7 @@ from peft_dist.distributed.collectives import sum_over
 from peft_dist.distributed.stop_vote import StopVote
 from peft_dist.model.loss import Losses
 from peft_dist.model_setup import ModelSetup
+from peft_dist.objective.passes import Scores, make_pass, with_margin
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,21 @@ class Score:
     """The result of one evaluation."""
 
     loss: float
-    """Mean negative log-likelihood per trained token, in nats."""
+    """Mean negative log-likelihood per trained token, in nats, or the objective's own mean."""
     accuracy: float | None
-    """Share of rows whose own choice or class is the most likely; None without choices."""
+    """Share of rows whose own choice or class is the most likely, or of pairs whose chosen answer
+    has the higher reward; None without either."""
     rows: int
+    """Examples."""
+    reward_chosen: float | None = None
+    """Mean reward of chosen or desirable answers, where the objective has one."""
+    reward_rejected: float | None = None
+    kl: float | None = None
+
+    def figures(self) -> dict[str, float]:
+        """Return what the objective reports besides loss and accuracy, without what is missing."""
+        named = {name: getattr(self, name) for name in ("reward_chosen", "reward_rejected", "kl")}
+        return with_margin({name: value for name, value in named.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,8 @@ class EvalSet:
     all choices apart, and counts elsewhere: " no" would always beat " no idea" without it."""
     truth: NDArray[np.int64] | None
     """[n_rows] index of each row's own choice or class."""
+    reference: Scores | None = None
+    """[n_rows] scores of the rows at the start of training, where the objective has them."""
 
     def texts(self) -> dict[str, NDArray[np.int32]]:
         """Return all token ids, by the field that they come from."""
@@ -86,15 +102,17 @@ def make_eval_set(recipe: Recipe, rows: TokenizedRows) -> EvalSet:
 
 
 def _first(rows: TokenizedRows, count: int | None) -> TokenizedRows:
-    if count is None or count >= rows.n_rows:
+    if count is None or count >= rows.n_examples:
         return rows
-    tokens = int(rows.offsets[count])
+    kept = count * rows.rows_per_example
+    tokens = int(rows.offsets[kept])
     return replace(
         rows,
         tokens=rows.tokens[:tokens],
         trained=rows.trained[:tokens],
-        offsets=rows.offsets[: count + 1],
+        offsets=rows.offsets[: kept + 1],
         class_ids=None if rows.class_ids is None else rows.class_ids[:count],
+        desirable=None if rows.desirable is None else rows.desirable[:count],
     )
 
 
@@ -142,13 +160,15 @@ def score_rows(
 
 def _score(setup: ModelSetup, eval_set: EvalSet, wants_stop: Callable[[], bool] | None) -> Scoring:
     device = setup.world.device
+    if setup.recipe.objective.kind != "sft":
+        return Scoring(_preferences(setup, eval_set, wants_stop), None)
     choices = eval_set.choices if eval_set.single_token else ()
     choice_ids = None
     if choices:
         choice_ids = to_device(torch.from_numpy(np.concatenate(choices)), device)
     total = torch.zeros(1, dtype=torch.float64, device=device)
     predicted = torch.zeros(eval_set.rows.n_rows, dtype=torch.int64, device=device)
-    for ids, batch in _batches(setup, eval_set.rows, wants_stop):
+    for ids, batch in _batches(setup, eval_set.rows, wants_stop, "held-out rows"):
         losses: Losses = setup.model(batch, choice_ids)
         if not len(ids):
             continue
@@ -167,20 +187,55 @@ def _score(setup: ModelSetup, eval_set: EvalSet, wants_stop: Callable[[], bool] 
     return Scoring(Score(loss, accuracy, eval_set.rows.n_rows), found)
 
 
-def _batches(
-    setup: ModelSetup, rows: TokenizedRows, wants_stop: Callable[[], bool] | None
-) -> Iterator[tuple[RowIds, Batch]]:
-    groups = assign(
-        np.arange(rows.n_rows),
-        rows.lengths,
+def _preferences(
+    setup: ModelSetup, eval_set: EvalSet, wants_stop: Callable[[], bool] | None
+) -> Score:
+    """Score answers under the recipe's own objective."""
+    rows, device = eval_set.rows, setup.world.device
+    objective = make_pass(setup, rows, eval_set.reference)
+    groups = _own_groups(setup, rows)
+    divisor = objective.begin(np.arange(rows.n_examples), groups)
+    total = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=device)
+    for examples in _until_stopped(setup, rows, wants_stop, "answers"):
+        batch = setup.pack(rows, objective.rows(examples)).to(device)
+        share = objective.share(setup.model(batch), batch, examples)
+        total[0] += share.loss
+        total[1:] += share.metrics
+    loss, *figures = sum_over(total).tolist()
+    named = dict(zip(objective.metrics, figures, strict=True))
+    found = {name: None if isnan(value) else value for name, value in named.items()}
+    accuracy = found.pop("reward_accuracy", None)
+    return Score(loss / divisor, accuracy, rows.n_examples, **found)
+
+
+def _own_groups(setup: ModelSetup, rows: TokenizedRows) -> list[RowIds]:
+    """Return this process's share of the examples, micro-batch by micro-batch."""
+    return assign(
+        np.arange(rows.n_examples),
+        rows.example_lengths,
         world_size=setup.world.size,
         micro_batch_size=setup.recipe.evaluate.micro_batch_size,
-    )
-    vote = StopVote(setup.world.device)
-    for ids in groups[setup.world.rank]:
-        if wants_stop is not None and vote.ask(wants_stop()):
-            raise ScoringStopped
+    )[setup.world.rank]
+
+
+def _batches(
+    setup: ModelSetup, rows: TokenizedRows, wants_stop: Callable[[], bool] | None, doing: str
+) -> Iterator[tuple[RowIds, Batch]]:
+    for ids in _until_stopped(setup, rows, wants_stop, doing):
         yield ids, setup.pack(rows, ids).to(setup.world.device)
+
+
+def _until_stopped(
+    setup: ModelSetup, rows: TokenizedRows, wants_stop: Callable[[], bool] | None, doing: str
+) -> Iterator[RowIds]:
+    """Yield this process's micro-batches of examples, as long as no process wants to stop."""
+    mine, vote = _own_groups(setup, rows), StopVote(setup.world.device)
+    with wait(f"evaluating {doing}", total=sum(map(len, mine)), unit="rows here") as bar:
+        for ids in mine:
+            if wants_stop is not None and vote.ask(wants_stop()):
+                raise ScoringStopped
+            yield ids
+            bar.advance(len(ids))
 
 
 def _likeliest(
@@ -189,7 +244,7 @@ def _likeliest(
     """Return the likeliest choice of each row, each choice scored as a row."""
     crossed = _every_choice(eval_set)
     scores = torch.zeros(crossed.n_rows, dtype=torch.float64, device=setup.world.device)
-    for ids, batch in _batches(setup, crossed, wants_stop):
+    for ids, batch in _batches(setup, crossed, wants_stop, "every choice"):
         losses: Losses = setup.model(batch)
         if len(ids):
             rows = to_device(torch.from_numpy(ids), scores.device)[batch.target_rows]

@@ -82,7 +82,7 @@ def worker_command(
 
 def quantize_command(arguments: Sequence[str], *, python: str = sys.executable) -> list[str]:
     """Return the argv that fills the packed-base cache; the arguments are the module's own."""
-    return [python, "-m", "peft_dist.entrypoints.quantize", *arguments]
+    return [python, "-m", "peft_dist.entrypoints.tool", "quantize", *arguments]
 
 
 def show_rows_command(arguments: Sequence[str], *, python: str = sys.executable) -> list[str]:
@@ -92,7 +92,7 @@ def show_rows_command(arguments: Sequence[str], *, python: str = sys.executable)
 
 def merge_command(run_dir: Path, out: Path, *, python: str = sys.executable) -> list[str]:
     """Return the argv that merges a run's adapter into its base."""
-    return [python, "-m", "peft_dist.entrypoints.merge", str(run_dir), "--out", str(out)]
+    return [python, "-m", "peft_dist.entrypoints.tool", "merge", str(run_dir), "--out", str(out)]
 
 
 def tracking_command(

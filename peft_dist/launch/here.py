@@ -5,6 +5,7 @@ directory, and what ended any other command in the file of the worker that faile
 """
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +17,7 @@ from shutil import disk_usage
 from tempfile import TemporaryFile
 
 from peft_dist.common.cache_folder import usable_cache_dir
-from peft_dist.common.console import say
+from peft_dist.common.console import clear_bar, say
 from peft_dist.common.env import LAUNCHED_AT, LAUNCHER, WATCHED_LEASE
 from peft_dist.common.errors import (
     ERROR_PREFIX,
@@ -27,6 +28,7 @@ from peft_dist.common.errors import (
     RunDirError,
     RunDirGone,
 )
+from peft_dist.common.logs import NOTICE
 from peft_dist.common.process_identity import this_process
 from peft_dist.config import Recipe, load_recipe, render_recipe
 from peft_dist.config.resume_rules import all_settings, differences
@@ -34,7 +36,10 @@ from peft_dist.config.run_date import with_date
 from peft_dist.data.first_rows import check_first_rows
 from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.local import run_launcher
-from peft_dist.launch.placement import plan_processes, this_machine
+from peft_dist.launch.placement import Placement, plan_processes, this_machine
+from peft_dist.ledger.events import StepEvent
+from peft_dist.ledger.reader import LedgerReader
+from peft_dist.run.attempt_records import latest
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_launch, mark_launch
 from peft_dist.run.holder import wait_for_orphans
@@ -42,8 +47,13 @@ from peft_dist.run.lease import end_for, refuse_if_held
 from peft_dist.run.prediction import Prediction, write_prediction
 from peft_dist.run.restart_policy import Ending, History, Kind, RestartLimits, decide
 
+log = logging.getLogger(__name__)
+
 LOG_TAIL_LINES = 15
 """Lines of the launcher's log shown after an end that nobody foresaw."""
+
+KILLED_WAIT_S = 10.0
+"""How long a killed process that held the run may take to go."""
 
 LEAST_FREE_BYTES = 1 << 16
 """Below this a disk is full: some file systems keep a little that nobody can have."""
@@ -56,7 +66,7 @@ class LocalLaunch:
     recipe: Recipe
     run: RunDir
     """Where; not made or taken yet."""
-    strategy: str
+    placement: Placement
     command: list[str]
     environment: dict[str, str]
     allow_changed: Collection[str]
@@ -97,8 +107,7 @@ def prepare(
         max_restarts=recipe.parallel.max_restarts,
     )
     environment = launch_environment(placement, environ)
-    strategy = placement.strategy
-    return LocalLaunch(recipe, run, strategy, command, environment, allow_changed, prediction)
+    return LocalLaunch(recipe, run, placement, command, environment, allow_changed, prediction)
 
 
 def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
@@ -127,11 +136,13 @@ def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
         allow_changed=start.allow_changed,
     )
     write_prediction(run, start.prediction)
-    log = run.launcher_log
+    _introduce(start)
     before = mark_launch(run)
     facts = {LAUNCHED_AT: repr(time.time()), WATCHED_LEASE: watched}
     environment = start.environment | _launcher() | facts
-    ended = run_launcher(start.command, environment=environment, error_log=log)
+    errors = run.launcher_log
+    ended = run_launcher(start.command, environment=environment, error_log=errors, tell=_tell)
+    clear_bar()
     if not run.path.exists():
         gone = RunDirGone(run.path)
         return fail(str(gone), gone.exit_code)
@@ -140,37 +151,82 @@ def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
         before=before,
         signal=ended.signal_name,
         failure=ended.failure,
-        otherwise=Ending(Kind.CRASHED, f"a worker failed; see {log}"),
+        otherwise=Ending(Kind.CRASHED, f"a worker failed; see {errors}"),
     )
     # Only torchrun starts again here; a person reads what would come of another start.
     decision = decide(History(run.newest_step()), ending, RestartLimits())
     if not decision.again:
         return EXIT_DONE if ending.kind is Kind.DONE else fail(decision.reason, decision.exit_code)
-    go_on = f"`peft-dist resume {run.path}` goes on after step {run.newest_step()}"
+    step = run.newest_step()
+    after = f"goes on after step {step}" if step else "begins anew: there is no checkpoint"
+    go_on = f"`peft-dist resume {run.path}` {after}"
     if ending.kind is Kind.INTERRUPTED:
-        signal = {} if ending.signal is None else {"signal": ending.signal}
-        end_for(run.attempts, "interrupted", **signal)
-        say(f"peft-dist: {ending.error}; {go_on}", sys.stderr)
+        facts = {} if ending.signal is None else {"signal": ending.signal}
+        how = ending.error
+        if ended.killed:
+            facts["error"] = lost = _lost_steps(run)
+            how = f"{how} without saving; {lost}"
+        end_for(run.attempts, "interrupted", wait_s=KILLED_WAIT_S, **facts)
+        say(f"peft-dist: {how}; {go_on}", sys.stderr)
         return decision.exit_code
     refusal = _refusal_of_disk(run.path)
     if refusal is not None:  # then no process could leave its error there
         return fail(f"{run.path}: {refusal}; {go_on}", EXIT_DO_NOT_RETRY)
-    _print_tail(log)
+    _print_tail(errors)
     return fail(f"{ending.error}; {go_on}", decision.exit_code)
 
 
-def run_here(command: Sequence[str], environment: Mapping[str, str], *, log: Path) -> int:
+def run_here(command: Sequence[str], environment: Mapping[str, str], *, error_log: Path) -> int:
     """Run workers that keep no state to their end; return the exit code."""
     environment = {**environment, **_launcher()}
-    ended = run_launcher(command, environment=environment, error_log=log)
+    log.info("starting the processes; loading torch and transformers")
+    ended = run_launcher(command, environment=environment, error_log=error_log, tell=_tell)
+    clear_bar()
     if ended.code == EXIT_DONE:
         return EXIT_DONE
     if ended.signal_name is not None:
         return fail(f"stopped by {ended.signal_name}", ended.code)
     if ended.failure is not None:
         return fail(ended.failure.error, ended.failure.exit_code)
-    _print_tail(log)
-    return fail(f"a worker failed; see {log}", EXIT_CRASHED)
+    _print_tail(error_log)
+    return fail(f"a worker failed; see {error_log}", EXIT_CRASHED)
+
+
+def _introduce(start: LocalLaunch) -> None:
+    """Say what is about to be done, before the libraries are loaded, which takes seconds."""
+    recipe, run, placement = start.recipe, start.run, start.placement
+    step = run.newest_step()
+    log.info("run directory: %s", run.path)
+    log.info(
+        "model: %s (%s), %s adapters; rows: %s", recipe.model.name, recipe.quantization,
+        recipe.method.kind, ", ".join(source.path for source in recipe.data.sources("train")),
+    )  # fmt: skip
+    where = "a GPU each" if placement.on_gpu else "the CPU"
+    many = "1 process" if placement.processes == 1 else f"{placement.processes} processes"
+    log.info(
+        "starting %s (%s) on %s%s; loading torch and transformers", many, placement.strategy, where,
+        f", from step {step}" if step else "",
+    )  # fmt: skip
+
+
+def _tell(text: str) -> None:
+    clear_bar()
+    log.log(NOTICE, "%s", text)
+
+
+def _lost_steps(run: RunDir) -> str:
+    """Return which steps the newest attempt has trained and not saved."""
+    newest, saved = latest(run.attempts) or {}, run.newest_step()
+    found = LedgerReader(run.ledger).tail(1, StepEvent)
+    steps = [
+        event.step
+        for event in found
+        if isinstance(event, StepEvent) and event.attempt == newest.get("attempt")
+    ]
+    lost = range(saved + 1, max(steps, default=0) + 1)
+    if not lost:
+        return "no finished step is lost"
+    return f"step {lost[0]} is lost" if len(lost) == 1 else f"steps {lost[0]}-{lost[-1]} are lost"
 
 
 def fail(line: str, code: int) -> int:

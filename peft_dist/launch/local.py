@@ -1,7 +1,7 @@
 """Run a launcher on this machine and leave no process behind, whatever ends it.
 
 The launcher gets a session of its own, so that a Ctrl-C in the terminal reaches its workers once,
-through us, and not a second time from the kernel. Reads no recipe and prints nothing.
+through us, and not a second time from the kernel. Reads no recipe, and prints nothing itself.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -21,6 +21,7 @@ from peft_dist.common.env import FAILURES, LAUNCH_MARK
 from peft_dist.common.errors import LaunchError
 from peft_dist.common.sharing import run_umask
 from peft_dist.run.failure_files import WorkerFailure, read_failure
+from peft_dist.run.saving import is_saving
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 RESCAN_S = 0.2
@@ -47,6 +48,8 @@ class Ended:
     """The signal that we were asked to stop with, or None."""
     failure: WorkerFailure | None = None
     """The error that ended its workers, where one of them left it."""
+    killed: bool = False
+    """Whether a second SIGINT ended its workers before they had saved."""
 
 
 def run_launcher(
@@ -55,17 +58,20 @@ def run_launcher(
     environment: Mapping[str, str],
     error_log: Path | None,
     is_lost: Callable[[], bool] = lambda: False,
+    tell: Callable[[str], None] = lambda _text: None,
 ) -> Ended:
     """Run a command to its end, passing signals on to its workers.
 
     They save and end in their own time. The launcher itself is only asked to stop while it has no
-    workers: torchrun would kill those that need more than 30 s. A second SIGINT kills everything.
+    workers: torchrun would kill those that need more than 30 s. A second SIGINT kills everything,
+    once a save that is under way is done.
 
     Args:
         command: The argv.
         environment: Variables added to our own.
         error_log: File that standard error is appended to; None leaves it where ours is.
         is_lost: Asked again and again; once it is true everything is killed, as in a crash.
+        tell: Takes what a person who asks us to stop should know, where no worker could say it.
 
     Raises:
         LaunchError: Where the command cannot be started.
@@ -88,12 +94,12 @@ def run_launcher(
         except OSError as error:
             raise LaunchError(f"cannot be started: {error}", where=command[0]) from error
         try:
-            code = _supervise(process, mark, received, is_lost)
+            code, killed = _supervise(process, _Launch(mark, failures, received, tell), is_lost)
         finally:
-            _end_survivors(mark, received)
+            _end_survivors(mark, received, failures)
         failure = read_failure(failures)
     if received:
-        return Ended(128 + received[0], signal.Signals(received[0]).name, failure)
+        return Ended(128 + received[0], signal.Signals(received[0]).name, failure, killed)
     return Ended(code if code >= 0 else 128 - code, failure=failure)
 
 
@@ -120,25 +126,50 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
             signal.signal(number, old)
 
 
+@dataclass
+class _Launch:
+    """What watching a launcher needs to know."""
+
+    mark: str
+    failures: Path
+    received: Sequence[int]
+    tell: Callable[[str], None]
+    told: set[str] = field(default_factory=set)
+
+    def say(self, text: str) -> None:
+        """Tell it once."""
+        if text not in self.told:
+            self.told.add(text)
+            self.tell(text)
+
+
 def _supervise(
-    process: subprocess.Popen[bytes],
-    mark: str,
-    received: Sequence[int],
-    is_lost: Callable[[], bool],
-) -> int:
-    """Wait for the launcher, passing on what we receive; return its exit code."""
+    process: subprocess.Popen[bytes], launch: _Launch, is_lost: Callable[[], bool]
+) -> tuple[int, bool]:
+    """Wait for the launcher, passing on what we receive.
+
+    Returns:
+        Its exit code, and whether a second SIGINT has killed what was not done.
+    """
+    mark, received, killed = launch.mark, launch.received, False
     passed_on: dict[int, int] = {}  # worker -> how many of the signals it has had
     launcher_asked_s: float | None = None
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(timeout=RESCAN_S)
+            return process.wait(timeout=RESCAN_S), killed
         lost = is_lost()
         if not received and not lost:
             continue
-        if lost or _is_killed(received):
+        wants_kill = _is_killed(received)
+        if lost or (wants_kill and not is_saving(launch.failures)):
+            killed = wants_kill
             _send(signal.SIGKILL, _marked(mark))
             continue
         workers = _workers(mark, process.pid)
+        if wants_kill:
+            launch.say("a save is under way; the run ends when it is written")
+        elif not workers and not passed_on:
+            launch.say("stopping; no process has begun to train")
         # Once those that had the signal have ended, new ones are a restart by torchrun, which takes
         # every exit code but 0 for a crash. They have nothing to save yet.
         if launcher_asked_s is None:
@@ -157,12 +188,13 @@ def _is_killed(received: Sequence[int]) -> bool:
     return received.count(signal.SIGINT) > 1
 
 
-def _end_survivors(mark: str, received: Sequence[int]) -> None:
+def _end_survivors(mark: str, received: Sequence[int], failures: Path) -> None:
     """End the workers whose launcher is gone: first politely, then for good."""
     start, asked = time.monotonic(), set[int]()
     while survivors := _survivors(mark):
         waited_s = time.monotonic() - start
-        if waited_s > SURVIVOR_GRACE_S or _is_killed(received):
+        is_killed = _is_killed(received) and not is_saving(failures)
+        if waited_s > SURVIVOR_GRACE_S or is_killed:
             _send(signal.SIGKILL, survivors)
             if waited_s > SURVIVOR_GRACE_S + KILL_WAIT_S:
                 return

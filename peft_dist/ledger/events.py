@@ -100,7 +100,17 @@ class StepEvent(LedgerEvent):
     tokens: int | None = None
     """Tokens in its global batch."""
     loss: float
-    """Mean loss of the trained tokens, nats per token."""
+    """Mean loss: nats per trained token, or per example where the objective compares answers."""
+    reward_chosen: float | None = None
+    """Mean reward of the chosen or desirable answers, as the objective has it; missing without."""
+    reward_rejected: float | None = None
+    """Mean reward of the rejected or undesirable answers; missing without."""
+    reward_margin: float | None = None
+    """Chosen reward minus rejected reward; missing where either is."""
+    reward_accuracy: float | None = None
+    """Share of pairs whose chosen answer has the higher reward, 0 to 1; a tie counts half."""
+    kl: float | None = None
+    """Objective kto: mean log-ratio to the start on mismatched answers, nats, at least 0."""
     grad_norm: float | None = None
     """Norm of the gradient before clipping."""
     source_loss: list[float | None] | None = None
@@ -124,9 +134,18 @@ class EvaluationEvent(LedgerEvent):
 
     event: Literal["evaluation"] = "evaluation"
     eval_loss: float
-    """Mean loss, nats per token."""
+    """Mean loss: nats per token, or per example where the objective compares answers."""
     eval_accuracy: float | None = None
-    """Share of examples answered right, 0 to 1; null without choices or classes."""
+    """Share of examples answered right, or of pairs whose chosen answer has the higher reward, 0
+    to 1; null without choices, classes or pairs."""
+    eval_reward_chosen: float | None = None
+    """Mean reward of the chosen or desirable answers; missing where the objective has none."""
+    eval_reward_rejected: float | None = None
+    """Mean reward of the rejected or undesirable answers; missing where it has none."""
+    eval_reward_margin: float | None = None
+    """Chosen reward minus rejected reward; missing where either is."""
+    eval_kl: float | None = None
+    """Objective kto: mean log-ratio to the start on mismatched answers, nats, at least 0."""
     eval_seconds: Seconds | None = None
     """How long it took."""
 

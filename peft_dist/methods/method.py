@@ -17,7 +17,11 @@ from transformers import PreTrainedModel
 from peft_dist.common.errors import TrainingError
 
 Settings = TypeVar("Settings")
-TASKS = {"causal-lm": TaskType.CAUSAL_LM, "sequence-classification": TaskType.SEQ_CLS}
+TASKS = {
+    "causal-lm": TaskType.CAUSAL_LM,
+    "sequence-classification": TaskType.SEQ_CLS,
+    "reward": TaskType.SEQ_CLS,
+}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 
 from peft_dist.checkpoint.progress import Progress
+from peft_dist.common.sizes import megabytes
 from peft_dist.data.counts import SourceRows
 from peft_dist.model.architectures import bare_model
 from peft_dist.model_setup import ModelSetup
@@ -32,12 +33,15 @@ def make_result(
     """Return `result.json`; times in seconds, sizes in bytes, lists in rank order."""
     trained = setup.adapter.values()
     classes = {}
-    if setup.recipe.model.task == "sequence-classification":
+    if setup.recipe.head != "causal-lm":
         labels = bare_model(setup.peft).config.id2label
         assert labels is not None
         classes = {"labels": list(labels.values())}
     return classes | {
         "method": setup.recipe.method.kind,
+        "objective": setup.recipe.objective.kind,
+        "start_from": setup.recipe.method.start_from,
+        "start_sha256": setup.start_sha256,
         "world_size": setup.world.size,
         "strategy": setup.strategy,
         "quantization": setup.recipe.quantization,
@@ -91,16 +95,15 @@ def summary(result: Result, run: RunDir, *, base: str) -> str:
     """Return the summary of a run: a few aligned lines, then how to load the adapter."""
     first, last = result["eval"]["first"], result["eval"]["last"]
     lines = [("steps", f"{result['steps']}, final loss {result['final_loss']:.4f}")]
-    if first is not None:
-        if first["accuracy"] is not None:
-            change = f"{first['accuracy']:.3f} before, {last['accuracy']:.3f} after"
-            lines.append(("accuracy", f"{change} ({last['rows']} held-out rows)"))
-        lines.append(("held-out loss", f"{first['loss']:.4f} before, {last['loss']:.4f} after"))
+    if last is not None:
+        if last["accuracy"] is not None:
+            lines.append(("accuracy", _change(first, last, "accuracy", 3)))
+        lines.append(("held-out loss", _change(first, last, "loss", 4)))
     per_rank = result["base_bytes_per_rank"]
     lines += [
         (
             "base per rank",
-            f"{_list(per_rank)} of {_mb(result['base_bytes_total'])} "
+            f"{_list(per_rank)} of {megabytes(result['base_bytes_total'])} "
             f"({result['strategy']}, {result['quantization']}), unchanged by training",
         ),
         ("peak memory", f"{_list(result['peak_rss_bytes_per_rank'])} per rank"),
@@ -142,11 +145,18 @@ def loading_code(adapter: Path, result: Result, base: str) -> list[str]:
     ]
 
 
-def _mb(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
+def _change(first: dict[str, Any] | None, last: dict[str, Any], figure: str, digits: int) -> str:
+    """Return a figure before and after training, and of how many rows each one is."""
+    after = f"{last[figure]:.{digits}f} after ({last['rows']} held-out rows)"
+    if first is None or first[figure] is None:
+        return after
+    before = f"{first[figure]:.{digits}f} before"
+    if first["rows"] == last["rows"]:
+        return f"{before}, {after}"
+    return f"{before} ({first['rows']} rows), {after}: not the same rows, do not compare"
 
 
 def _list(counts: list[int]) -> str:
     """Show one figure where all are alike to a tenth of a MB, else each."""
-    shown = [_mb(count) for count in counts]
+    shown = [megabytes(count) for count in counts]
     return shown[0] if len(set(shown)) == 1 else ", ".join(shown)

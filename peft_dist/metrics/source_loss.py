@@ -14,7 +14,7 @@ class SourceLosses:
 
     def __init__(self, recipe: Recipe, rows: TokenizedRows, device: torch.device) -> None:
         """Begin at 0."""
-        self._count, self._rows, self._device = recipe.data.mixed_sources, rows, device
+        self._count, self._rows, self._device = recipe.source_losses, rows, device
         self._sums = torch.zeros(self._count, device=device)
 
     def add(self, ids: RowIds, batch: Batch, nll: torch.Tensor) -> None:

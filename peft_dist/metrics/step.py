@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from peft_dist.distributed.world import World
+from peft_dist.objective.passes import with_margin
 from peft_dist.sharding.engine import RANK_EXTRAS, SHARED_EXTRAS
 
 
@@ -46,6 +47,8 @@ class StepMetrics(NamedTuple):
     """Each process's own part of the step; 0: not known yet."""
     rank_memory_bytes: tuple[float, ...]
     """Peak memory of each process: its GPU's, or the host's where it has none."""
+    objective: dict[str, float]
+    """What the objective reports besides its loss, by name."""
     source_nll: tuple[float, ...] = ()
     """Sum of the losses of each source, where there are several."""
 
@@ -56,6 +59,7 @@ class StepMetrics(NamedTuple):
             source_predictions: Predictions of each source, by which its loss is divided.
         """
         found: dict[str, Any] = {"loss": self.loss, "grad_norm": self.norm}
+        found |= with_margin(self.objective)
         if source_predictions:
             found["source_loss"] = [
                 nll / count if count else None
@@ -69,6 +73,7 @@ class StepMetrics(NamedTuple):
 def make_extras(
     world: World,
     loss: torch.Tensor,
+    objective: torch.Tensor,
     *,
     flags: Sequence[bool],
     step_s: float | None,
@@ -83,12 +88,15 @@ def make_extras(
     Args:
         world: This process's rank and device.
         loss: Its share of the loss.
+        objective: Its share of what the objective reports, float32 [metrics].
         flags: Its flags for all processes: stop, save, give up.
         step_s: The time of its own part of a step, if it is known.
         memory_bytes: Its peak memory.
         source_nll: float32 [sources], its sums of the losses by source, where there are several.
     """
-    extras = torch.zeros(SHARED_EXTRAS + RANK_EXTRAS * world.size, device=world.device)
+    per_rank = SHARED_EXTRAS + RANK_EXTRAS * world.size
+    extras = torch.zeros(per_rank + len(objective), device=world.device)
+    extras[per_rank:] = objective
     extras[0] = loss
     # Fills on the device: `extras[i] = 1.0` would copy a number to it, and wait for it.
     for index, flag in enumerate(flags, start=1):
@@ -106,9 +114,17 @@ class StepMetricsReader:
     The host then prepares a step while the device computes the one before it.
     """
 
-    def __init__(self, device: torch.device, *, sources: int = 0) -> None:
-        """Start with nothing to read; of so many sources the losses come last."""
-        self._sources = sources
+    def __init__(
+        self, device: torch.device, *, objective: Sequence[str] = (), sources: int = 0
+    ) -> None:
+        """Start with nothing to read.
+
+        Args:
+            device: Where steps are computed.
+            objective: Names the figures that stand after those of the processes.
+            sources: How many sources have a loss of their own, which stand last.
+        """
+        self._objective, self._sources = tuple(objective), sources
         self.is_late = device.type == "cuda"
         self._unread: deque[tuple[StepInputs, torch.Tensor, torch.cuda.Event | None]] = deque()
 
@@ -130,7 +146,15 @@ class StepMetricsReader:
             if event is not None:
                 event.synchronize()
             loss, norm, stop, save, give_up, *own = host.tolist()
-            size = (len(own) - self._sources) // RANK_EXTRAS
-            times, memory, nll = own[:size], own[size : 2 * size], own[2 * size :]
-            own_of = (tuple(part) for part in (times, memory, nll))
-            yield inputs, StepMetrics(loss, norm, stop, save, give_up, *own_of)
+            ranks = len(own) - len(self._objective) - self._sources
+            size, figures = ranks // RANK_EXTRAS, own[ranks : len(own) - self._sources]
+            yield (
+                inputs,
+                StepMetrics(
+                    *(loss, norm, stop, save, give_up),
+                    rank_step_s=tuple(own[:size]),
+                    rank_memory_bytes=tuple(own[size:ranks]),
+                    objective=dict(zip(self._objective, figures, strict=True)),
+                    source_nll=tuple(own[len(own) - self._sources :]),
+                ),
+            )

@@ -32,6 +32,7 @@ SEQUENCE_CLASSIFICATION = ("bert",)
 _TASKS = {
     "causal-lm": AutoModelForCausalLM,
     "sequence-classification": AutoModelForSequenceClassification,
+    "reward": AutoModelForSequenceClassification,
 }
 
 

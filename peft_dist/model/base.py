@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_dist.common.errors import ModelError
+from peft_dist.common.screen import wait
 from peft_dist.distributed.collectives import Shard, sum_over
 from peft_dist.model.architectures import block_linears
 from peft_dist.model.experts import ABSMAX, PACKED, expert_parameters, swap_experts
@@ -360,22 +361,26 @@ def fill_base(
     """
     sums: list[int] = []
     names = [name for tensor in plan.tensors for name in tensor.parameters()]
-    for tensor in plan.tensors:
-        start, _ = shard.rows(tensor.shape[0])
-        parts = read_rows(tensor, files, shard, device)
-        wholes: list[torch.Tensor] = []
-        for name, rows in zip(tensor.parameters(), parts, strict=True):
-            sums.append(fingerprint_rows(rows, start))
-            target = parameters.get(name)
-            by_rows = target is None or isinstance(target, DTensor)
-            if sink is not None or not by_rows:
-                wholes.append(shard.gather(rows, tensor.shape[0]))
-            if target is not None and by_rows:
-                copy_rows(target, rows)
-            elif target is not None:
-                copy_into(target, wholes[-1])
-        if sink is not None:
-            sink.add(tensor, tuple(wholes))
+    quantizes = any(tensor.block_size and tensor.packing is None for tensor in plan.tensors)
+    doing = "quantizing the base" if quantizes else "reading the base"
+    with wait(doing, total=len(plan.tensors), unit="tensors") as bar:
+        for tensor in plan.tensors:
+            start, _ = shard.rows(tensor.shape[0])
+            parts = read_rows(tensor, files, shard, device)
+            wholes: list[torch.Tensor] = []
+            for name, rows in zip(tensor.parameters(), parts, strict=True):
+                sums.append(fingerprint_rows(rows, start))
+                target = parameters.get(name)
+                by_rows = target is None or isinstance(target, DTensor)
+                if sink is not None or not by_rows:
+                    wholes.append(shard.gather(rows, tensor.shape[0]))
+                if target is not None and by_rows:
+                    copy_rows(target, rows)
+                elif target is not None:
+                    copy_into(target, wholes[-1])
+            if sink is not None:
+                sink.add(tensor, tuple(wholes))
+            bar.advance()
     total = sum_over(torch.tensor(sums, dtype=torch.int64, device=device), shard.group)
     return dict(zip(names, total.tolist(), strict=True))
 

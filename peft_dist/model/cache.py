@@ -178,6 +178,8 @@ def fill_through_cache(
         differs = next((name for name, value in expected.items() if found.get(name) != value), "")
         damaged = next(filter(None, gather_objects(differs)), None)
         if damaged is None:
+            if world.is_main:
+                log.info("the 4-bit base was read from the cache: %s", entry)
             return entry
         if world.is_main:
             log.warning("packed base %s is damaged at %s; made anew", entry, damaged)
@@ -189,8 +191,10 @@ def fill_through_cache(
     )
     sink.publish(found)
     failure = broadcast_object(sink.failure)
-    if failure and world.is_main:
+    if world.is_main and failure:
         log.warning(failure)
+    elif world.is_main:
+        log.info("the base was quantized, once for all runs; kept in the cache: %s", entry)
     return None if failure else entry
 
 

@@ -35,4 +35,4 @@ def set_up_device(device: torch.device, *, deterministic: bool) -> None:
     if deterministic:
         export_determinism()
         # Memory is filled by what is computed; filling it before costs a kernel each time.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ long batch never stand in memory at once. No optimisation and no reduction over 
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ class Losses(NamedTuple):
     """What one pass gives.
 
     Attributes:
-        nll: float32 [N], negative log-likelihood of each target.
+        nll: float32 [N], negative log-likelihood of each target; of a reward model [n_rows], each
+            row's reward with its sign turned.
         choice_logits: float32 [n_rows, n_choices], scores at each row's first target; or None.
     """
 
@@ -165,24 +167,18 @@ def _refuse_trained_head(head: nn.Module) -> None:
         )
 
 
-class CausalLM(nn.Module):
-    """A causal language model with its adapters, as a function from a batch to its losses.
+class Decoder(nn.Module, ABC):
+    """A decoder with its adapters, without its head.
 
-    The one module an engine wraps: the output head is used inside its forward, where a sharding
-    engine has gathered it.
+    The one module an engine wraps: a head is used inside its forward, where a sharding engine has
+    gathered it.
     """
 
     def __init__(self, peft_model: PeftModel) -> None:
-        """Take a model that has its adapters already.
-
-        Raises:
-            RecipeError: For one whose output head is trained, or has an adapter.
-        """
+        """Take a model that has its adapters already."""
         super().__init__()
         self.peft = peft_model
         model = bare_model(peft_model)
-        _refuse_trained_head(model.get_output_embeddings())
-        self._head = Head(model)
         self._trunk_name = trunk_name(model)
         trunk = model.get_submodule(self._trunk_name)
         taken = inspect.signature(trunk.forward).parameters.values()
@@ -195,41 +191,24 @@ class CausalLM(nn.Module):
         choice_ids: torch.Tensor | slice | None = None,
         instead: Callable[[PreTrainedModel, Batch], Losses] | None = None,
     ) -> Losses:
-        """Score a `Batch`, and its rows' first targets against single-token choices [C].
+        """Score a `Batch`.
 
         Args:
             batch: The rows.
-            choice_ids: Token ids of the choices.
+            choice_ids: Token ids [C] of the single-token choices that rows are scored against.
             instead: What to do with the bare model instead, here where an engine has gathered
                 what stands outside its blocks.
         """
         model = bare_model(self.peft)
         if instead is not None:
             return instead(model, batch)
-        hidden = self._hidden(model, batch)
-        head = model.get_output_embeddings()
-        picked = hidden.flatten(0, 1)[batch.label_positions]
-        if self._head.before is not None:
-            picked = self._head.before(picked)
-        if batch.label_positions.numel() == 0:
-            # Every process must take part in the same collectives, with work or without.
-            return Losses(hidden.float().sum()[None] * 0.0, None)
-        if torch.is_autocast_enabled(picked.device.type):
-            picked = picked.to(torch.get_autocast_dtype(picked.device.type))
-        nll: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # it is torch's
-            picked, head.weight, head.bias, batch.targets, self._head.after
-        )
-        choice_logits = None
-        if choice_ids is not None:
-            rows = torch.arange(batch.n_rows, device=picked.device)
-            first = picked[torch.searchsorted(batch.target_rows, rows)]
-            if self._head.after is None:
-                bias = None if head.bias is None else head.bias[choice_ids]
-                choice_logits = _logits(first, head.weight[choice_ids], bias)
-            else:
-                logits = self._head.after(_logits(first, head.weight, head.bias))
-                choice_logits = logits[:, choice_ids]
-        return Losses(nll, choice_logits)
+        return self._scored(model, batch, choice_ids)
+
+    @abstractmethod
+    def _scored(
+        self, model: PreTrainedModel, batch: Batch, choice_ids: torch.Tensor | slice | None
+    ) -> Losses:
+        """Return what `forward` does, from the bare model."""
 
     def _hidden(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         """Return the hidden states [B, T, H] of the model's trunk."""
@@ -269,6 +248,50 @@ class CausalLM(nn.Module):
         return {}
 
 
+class CausalLM(Decoder):
+    """A causal language model with its adapters, as a function from a batch to its losses."""
+
+    def __init__(self, peft_model: PeftModel) -> None:
+        """Take a model that has its adapters already.
+
+        Raises:
+            RecipeError: For one whose output head is trained, or has an adapter.
+        """
+        super().__init__(peft_model)
+        model = bare_model(peft_model)
+        _refuse_trained_head(model.get_output_embeddings())
+        self._head = Head(model)
+
+    def _scored(
+        self, model: PreTrainedModel, batch: Batch, choice_ids: torch.Tensor | slice | None
+    ) -> Losses:
+        """Return the loss of each target, and the choices' scores at each row's first."""
+        hidden = self._hidden(model, batch)
+        head = model.get_output_embeddings()
+        picked = hidden.flatten(0, 1)[batch.label_positions]
+        if self._head.before is not None:
+            picked = self._head.before(picked)
+        if batch.label_positions.numel() == 0:
+            # Every process must take part in the same collectives, with work or without.
+            return Losses(hidden.float().sum()[None] * 0.0, None)
+        if torch.is_autocast_enabled(picked.device.type):
+            picked = picked.to(torch.get_autocast_dtype(picked.device.type))
+        nll: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # it is torch's
+            picked, head.weight, head.bias, batch.targets, self._head.after
+        )
+        choice_logits = None
+        if choice_ids is not None:
+            rows = torch.arange(batch.n_rows, device=picked.device)
+            first = picked[torch.searchsorted(batch.target_rows, rows)]
+            if self._head.after is None:
+                bias = None if head.bias is None else head.bias[choice_ids]
+                choice_logits = _logits(first, head.weight[choice_ids], bias)
+            else:
+                logits = self._head.after(_logits(first, head.weight, head.bias))
+                choice_logits = logits[:, choice_ids]
+        return Losses(nll, choice_logits)
+
+
 class SequenceClassifier(nn.Module):
     """An encoder with a classification head, as a function from a batch to its losses."""
 
@@ -292,3 +315,38 @@ class SequenceClassifier(nn.Module):
         if batch.targets.numel() == 0:
             return Losses(logits.sum()[None] * 0.0, None)
         return Losses(functional.cross_entropy(logits, batch.targets, reduction="none"), logits)
+
+
+class RewardModel(Decoder):
+    """A decoder with a head of one number, as a function from a batch to its rows' rewards.
+
+    The reward is read where transformers reads it: at the last token that is not the pad token of
+    the model's configuration.
+    """
+
+    def _scored(
+        self, model: PreTrainedModel, batch: Batch, choice_ids: torch.Tensor | slice | None
+    ) -> Losses:
+        """Return each row's reward as `choice_logits` [n_rows, 1], and turned as `nll`."""
+        hidden = self._hidden(model, batch).flatten(0, 1)
+        score: Any = model.score
+        rewards = score(hidden[self._ends(batch)]).float()
+        if not batch.n_rows:
+            return Losses(rewards.sum()[None] * 0.0, None)
+        return Losses(-rewards[:, 0], rewards)
+
+    def _ends(self, batch: Batch) -> torch.Tensor:
+        """Return where in [B * T] each row's reward is read."""
+        ids = batch.input_ids.flatten()
+        at = torch.arange(len(ids), device=ids.device, dtype=torch.int32)
+        if batch.row_bounds is None:
+            rows, count = at // batch.input_ids.shape[1], len(batch.input_ids)
+        else:
+            rows = torch.bucketize(at, batch.row_bounds[1:], right=True)
+            count = len(batch.row_bounds) - 1
+        pad = bare_model(self.peft).config.pad_token_id
+        real = torch.ones_like(ids, dtype=torch.bool) if pad is None else ids != pad
+        if batch.attention_mask is not None:  # rows may be padded with another token
+            real = real & batch.attention_mask.flatten().bool()
+        none = torch.zeros(count, dtype=at.dtype, device=at.device)
+        return none.scatter_reduce(0, rows.long(), at * real, "amax").long()

@@ -22,7 +22,7 @@ from peft_dist.data.pack import Batch, pack
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.model import attention
 from peft_dist.model.head import with_wide_matrix
-from peft_dist.model.loss import CausalLM, Losses
+from peft_dist.model.loss import CausalLM, Decoder, Losses
 
 ROW_TOKENS = (19, 3, 30)
 """Tokens of each row of the probe."""
@@ -48,15 +48,16 @@ class Way(NamedTuple):
 
 
 class _Expected(NamedTuple):
-    """What transformers computes of the probe: losses [tokens - 1] of each row, and layers."""
+    """What transformers computes of the probe."""
 
     losses: list[torch.Tensor]
+    """[tokens - 1] of each row; of a reward model its reward [1], with the sign turned."""
     layers: dict[str, torch.Tensor]
     allowed: float
 
 
 def prove(
-    model: CausalLM,
+    model: Decoder,
     ways: Sequence[Way],
     *,
     bare: PreTrainedModel,
@@ -115,7 +116,7 @@ def probe_rows(bare: PreTrainedModel) -> TokenizedRows:
 
 
 def _by_transformers(
-    model: CausalLM,
+    model: Decoder,
     bare: PreTrainedModel,
     blocks: dict[str, nn.Module],
     rows: TokenizedRows,
@@ -123,19 +124,22 @@ def _by_transformers(
     dtype: torch.dtype,
 ) -> _Expected:
     """Score each row alone by the model's own forward. Collective."""
+    scored = _released if isinstance(model, CausalLM) else _released_reward
     losses, noise, layers = [], 0.0, []
     try:
         attention.use_kernel(bare, "eager")
         for row in range(rows.n_rows):
             batch = pack(rows, np.array([row]), packing=False).to(device)
             with _layers(bare, blocks) as seen:
-                found = model(batch, None, _released).nll
+                found = model(batch, None, scored).nll
             layers.append({name: value.flatten(0, -2) for name, value in seen.items()})
+            losses.append(found)
+            if scored is not _released:
+                continue
             half = rows.lengths[row] // 2 + 1
             cut = pack(_cut(rows, row, half), np.array([0]), packing=False).to(device)
             shorter = model(cut, None, _released).nll
             noise = max(noise, _difference(found[: half - 1], shorter))
-            losses.append(found)
     except ModelError:
         raise
     except Exception as error:  # each model fails in its own way
@@ -182,6 +186,11 @@ def _released(model: PreTrainedModel, batch: Batch) -> Losses:
     return Losses(nll, None)
 
 
+def _released_reward(model: PreTrainedModel, batch: Batch) -> Losses:
+    """Return the reward of one row by the model's own forward, its sign turned."""
+    return Losses(-model(input_ids=batch.input_ids).logits[:, 0].float(), None)
+
+
 def _auxiliary(model: PreTrainedModel, out: Any) -> float:
     """Return what the model adds to its loss for its router, as its config says."""
     loss = getattr(out, "aux_loss", None)
@@ -190,7 +199,7 @@ def _auxiliary(model: PreTrainedModel, out: Any) -> float:
 
 
 def _problem(
-    model: CausalLM,
+    model: Decoder,
     bare: PreTrainedModel,
     blocks: dict[str, nn.Module],
     rows: TokenizedRows,

@@ -41,20 +41,45 @@ def model_folder(name: str, revision: str | None) -> Path:
     """
     local = paths.staged(name) or Path(name).expanduser()
     if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ModelError(
+                f"no config.json in {local}",
+                where="model.name",
+                remedy="name the folder that holds config.json and the safetensors files",
+            )
         return local
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         with users_umask():  # others may read the same cache
             found = snapshot_download(name, revision=revision, allow_patterns=[*paths.MODEL_FILES])
         return Path(found)
+    except GatedRepoError:
+        raise ModelError(
+            f"the hub gives {name!r} only to users who have accepted its terms",
+            where="model.name",
+            remedy="accept them on its page, and set HF_TOKEN to a token of that account",
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"{name!r} is neither a folder here nor a public model of the hub",
+            where="model.name",
+            remedy="check the name; for a private model set HF_TOKEN",
+        ) from None
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"{name!r} is neither a folder nor a hub model that can be reached "
+            f"{name!r} is neither a folder here nor a hub model that can be reached "
             f"({type(error).__name__})",
             where="model.name",
-            remedy="check the path, or download the model where there is a network",
+            remedy="check the path, or download the model where there is a network and name its "
+            "folder",
         ) from None
 
 
@@ -95,6 +120,11 @@ class WeightFiles:
             for key in handle.keys():  # noqa: SIM118 - not a mapping
                 piece = handle.get_slice(key)
                 self.tensors[key] = Stored(file, tuple(piece.get_shape()), piece.get_dtype())
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of all weight files."""
+        return sum(file.stat().st_size for file in self.files)
 
     def _handle(self, file: Path) -> Any:
         if file not in self._open:

@@ -27,8 +27,10 @@ def learning_panels(runs: Sequence[RunData]) -> list[Panel]:
     """Return the figures of what was learned, those that the runs have numbers for."""
     found = [
         _training_loss(runs),
-        _held_out(runs, "eval_loss", "Held-out loss", "loss, nats per token", figure),
+        _held_out(runs, "eval_loss", "Held-out loss", _unit_of_loss(runs), figure),
         _held_out(runs, "eval_accuracy", "Held-out accuracy", "share of rows right", share),
+        _over_steps(runs, "reward_margin", "Reward margin", "chosen minus rejected", figure),
+        _over_steps(runs, "reward_accuracy", "Pairs in the right order", "share of pairs", share),
         _learning_rate(runs),
         _gradient_norm(runs),
     ]
@@ -45,6 +47,34 @@ def with_series(
         if len(series):
             pairs.append(((index, run), series))
     return [indexed for indexed, _ in pairs], [series for _, series in pairs]
+
+
+def _unit_of_loss(runs: Sequence[RunData]) -> str:
+    supervised = all(run.recipe.get("objective.kind", "sft") == "sft" for run in runs)
+    return "loss, nats per token" if supervised else "loss"
+
+
+def _over_steps(
+    runs: Sequence[RunData], name: str, title: str, unit: str, shown: Callable[[float], str]
+) -> Panel | None:
+    """Return a figure of every step, such as an objective reports besides its loss."""
+    indexed, lines = with_series(runs, name)
+    if not indexed:
+        return None
+    traces: list[Trace] = []
+    for (index, run), series in zip(indexed, lines, strict=True):
+        alone = len(runs) == 1
+        traces += line_over_steps(series, TraceStyle(index), name=legend_name(run), alone=alone)
+    own = [run for _, run in indexed]
+    return make_panel(
+        name.replace("_", "-"),
+        title,
+        in_words(own, lines, shown, highest=True),
+        traces,
+        layout={"xaxis": STEP_AXIS, "yaxis": axis(unit)},
+        head=OVER_STEPS_HEAD,
+        rows=over_steps_rows(own, lines, shown),
+    )
 
 
 def _training_loss(runs: Sequence[RunData]) -> Panel | None:
@@ -65,7 +95,7 @@ def _training_loss(runs: Sequence[RunData]) -> Panel | None:
         "Training loss",
         _words_of_loss(own, lines),
         [*traces, *restarts, *left_out],
-        layout={"xaxis": STEP_AXIS, "yaxis": axis("loss, nats per token")},
+        layout={"xaxis": STEP_AXIS, "yaxis": axis(_unit_of_loss(runs))},
         head=OVER_STEPS_HEAD,
         rows=over_steps_rows(own, lines, figure),
         wide=True,

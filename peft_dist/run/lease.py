@@ -245,16 +245,22 @@ def refuse_if_held(folder: Path) -> str:
     return watched
 
 
-def end_for(folder: Path, outcome: str, **facts: Any) -> None:
+def end_for(folder: Path, outcome: str, *, wait_s: float = 0.0, **facts: Any) -> None:
     """Note how the newest attempt ended, for a holder that is gone and could not say so itself.
 
     Args:
         folder: The run's folder of attempts.
         outcome: As in `Attempt.end`.
+        wait_s: How long the holder may take to go, once it is killed.
         facts: More for the record.
     """
     with suppress(OSError):  # a full disk is no reason to end otherwise
-        record, held, _ = _find_holder(folder, watch_s=0.0)
+        deadline = time.monotonic() + wait_s
+        while True:
+            record, held, _ = _find_holder(folder, watch_s=0.0)
+            if not held or time.monotonic() >= deadline:
+                break
+            time.sleep(0.05)
         if record is None or held:
             return
         remove_leftovers(folder, before=record["attempt"] + 1)

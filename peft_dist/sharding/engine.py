@@ -77,7 +77,7 @@ class Engine(ABC):
         parameters: dict[str, nn.Parameter],
         group_of: Callable[[str], Group],
         *,
-        sources: int = 0,
+        figures: int = 0,
     ) -> None:
         """Move the trained parameters, and their gradients, into flat buffers.
 
@@ -87,9 +87,9 @@ class Engine(ABC):
         Args:
             parameters: Every trained parameter by name, float32, the same on every process.
             group_of: The group of a parameter, by its name.
-            sources: How many sources have a loss of their own, carried by the all-reduce too.
+            figures: How many figures of a step the all-reduce carries besides its own.
         """
-        self.extras += sources
+        self.extras += figures
         self._group_sizes: dict[Group, int] = {}
         for name, parameter in parameters.items():
             group = group_of(name)

@@ -61,12 +61,23 @@ def show_logs(
     run = RunDir.open(run_dir)
     shown = _Shown(lines)
     if not follow:
-        shown.update(log_files(run.path, rank=rank))
+        files = log_files(run.path, rank=rank)
+        _show_cause(run)
+        shown.update(files)
         shown.close()
         return EXIT_DONE
     with suppress(KeyboardInterrupt):
         _follow(run, shown, rank)
     return EXIT_DONE
+
+
+def _show_cause(run: RunDir) -> None:
+    """Say first why the run ended, where its folder tells; the end of a log is often about less."""
+    reading = read_run(run.path)
+    if not reading.jobs:
+        found = view(reading, {}, name="", now=time.time())
+        if found.cause:
+            show(f"peft-dist: {found.state}: {found.cause}")
 
 
 def log_files(run_path: Path, *, rank: int | None = None) -> list[Path]:

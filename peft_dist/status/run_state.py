@@ -260,6 +260,8 @@ def _cause(reading: Reading, state: str) -> str:
     failure = reading.run.read_failure()
     if failure is not None and state not in WAITING:
         return failure.error
+    if state == INTERRUPTED:
+        return str((reading.record or {}).get("error", ""))
     return _decision(reading) or ("" if state in WAITING else _crash(reading))
 
 

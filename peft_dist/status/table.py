@@ -17,6 +17,7 @@ GAPS = ("  ", " ")
 """Between columns, and where that is too wide."""
 LEAST_WIDTH = 12
 """A column that is cut keeps this much."""
+LONGEST_CAUSE = 240
 NO_VALUE = "-"
 
 Cells = Sequence[str]
@@ -70,7 +71,7 @@ WHO = (Column("run", cut=2), Column("job"), Column("state"))
 PLACE = (Column("reason"), Column("nodes"))
 NARROW_PLACE = (Column("nodes/reason", cut=1),)
 HOW_FAR = tuple(
-    Column(title, right=True) for title in ("try", "step", "loss", "tok/s", "eta", "beat")
+    Column(title, right=True) for title in ("attempt", "step", "loss", "tok/s", "left", "seen")
 )
 NARROW_HOW_FAR = tuple(column for column in HOW_FAR if column.title != "tok/s")
 
@@ -82,15 +83,29 @@ def render(views: Sequence[RunView | ArrayView], width: int | None) -> list[str]
         views: What to show, in order.
         width: Columns of the terminal; None for as many as it takes.
     """
-    columns: Sequence[Column] = (*WHO, *PLACE, *HOW_FAR)
-    rows = _rows(views)
+    columns, rows = _without_jobs((*WHO, *PLACE, *HOW_FAR), _rows(views))
     if width is not None and _total(_widths(columns, rows), GAPS[0]) > width:
-        columns, rows = (*WHO, *NARROW_PLACE, *NARROW_HOW_FAR), _rows(views, narrow=True)
+        rows = _rows(views, narrow=True)
+        columns, rows = _without_jobs((*WHO, *NARROW_PLACE, *NARROW_HOW_FAR), rows)
     lines = lay_out(columns, rows, width)
     for entry in views:
         if isinstance(entry, ArrayView) and entry.is_over and any(entry.results):
             lines += ["", f"results of {entry.run}", *_results(entry, width)]
     return lines
+
+
+def _without_jobs(
+    columns: Sequence[Column], rows: list[Cells | Span]
+) -> tuple[Sequence[Column], list[Cells | Span]]:
+    """Leave out what only a cluster knows, where no run is or was a job."""
+    titles = [column.title for column in columns]
+    cells = [row for row in rows if not isinstance(row, Span)]
+    if any(row[titles.index("job")] != NO_VALUE for row in cells):
+        return columns, rows
+    kept = [index for index, title in enumerate(titles) if title not in ("job", "nodes")]
+    return [columns[index] for index in kept], [
+        row if isinstance(row, Span) else [row[index] for index in kept] for row in rows
+    ]
 
 
 def lay_out(
@@ -179,7 +194,12 @@ def _run_rows(view: RunView, *, narrow: bool, indent: str = "") -> list[Cells | 
         NO_VALUE if view.eta_s is None else duration(view.eta_s),
         NO_VALUE if view.heartbeat_s is None else duration(view.heartbeat_s),
     ]
-    return [row, *(Span(f"{indent}  ^ {text}") for text in (view.cause, view.gap) if text)]
+    return [row, *(Span(f"{indent}  ^ {_cut(text)}") for text in (view.cause, view.gap) if text)]
+
+
+def _cut(text: str) -> str:
+    """Return as much of a cause as a table should hold; `logs` and --json have all of it."""
+    return text if len(text) <= LONGEST_CAUSE else f"{text[: LONGEST_CAUSE - 3]}..."
 
 
 def _progress(view: RunView) -> str:

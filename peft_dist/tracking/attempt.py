@@ -1,6 +1,7 @@
 """One attempt to train a run, on one rank: what guards it, what follows it, and how it ends."""
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -12,9 +13,9 @@ from typing import Any
 from peft_dist.common.console import say
 from peft_dist.common.env import LAUNCHED_AT
 from peft_dist.common.errors import Interrupted, LaunchError, PeftDistError, Superseded
-from peft_dist.common.process_identity import slurm_job
+from peft_dist.common.logs import NOTICE
+from peft_dist.common.process_identity import launcher, slurm_job
 from peft_dist.config import Recipe
-from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.distributed.world import read_world
 from peft_dist.ledger.events import EndEvent, StartEvent
@@ -34,6 +35,8 @@ from peft_dist.trainer import Trainer
 from peft_dist.worker.process import WorkerContext
 from peft_dist.worker.signals import StopRequests
 from peft_dist.worker.watchdog import HangWatchdog, WatchdogLimits
+
+log = logging.getLogger(__name__)
 
 
 class TrainingAttempt:
@@ -70,7 +73,9 @@ class TrainingAttempt:
         self._started_s = started_s
         self._startup_s = time.monotonic() - started_s
         self._load_s = self._train_s = 0.0
+        self._phase = ""
         self._peaks: list[Any] = []
+        self._summary = ""
         self._ledger: LedgerWriter | None = None
         """On rank 0, from when it begins to train."""
         self.world = read_world()
@@ -138,7 +143,7 @@ class TrainingAttempt:
         Raises:
             Superseded: Where a later attempt has taken it over.
         """
-        self._context.step = step
+        self._context.step, self._phase = step, name
         if self._context.attempt is not None:
             self._context.attempt.check()
         self._watchdog.phase(name, step)
@@ -170,6 +175,8 @@ class TrainingAttempt:
             step=lambda: trainer.progress.step,
             gpu_uuids=world.gpu_uuids(),
         )
+        if world.is_main:
+            self._requests.on_request = self._say_stop
         self._requests.begin_training()
         outcome = "crashed"
         try:
@@ -188,9 +195,18 @@ class TrainingAttempt:
             _end(trainer, outcome)
             self._watchdog.stop()
 
+    def _say_stop(self, signal_name: str) -> None:
+        """Say at once what comes of a signal: the step that is under way can take minutes."""
+        by = "" if signal_name == "SIGINT" else f"{signal_name}: "
+        again = ""
+        if signal_name == "SIGINT" and launcher() is not None:
+            again = "; Ctrl-C again stops without saving"
+        log.log(NOTICE, "%s%s", by, stop_notice(self._phase, self._context.step or 0, again))
+
     def end_training(self, step: int) -> None:
         """Note that the last step is done, and that the adapter is saved next."""
         self.phase("save", step)
+        self._phase = "end"
         self._train_s = time.monotonic() - self._started_s - self._startup_s - self._load_s
 
     def measure_peaks(self) -> None:
@@ -198,7 +214,7 @@ class TrainingAttempt:
         self._peaks = gather_objects((peak_rss_bytes(), peak_device_bytes(self.world.device)))
 
     def write_result(self, trainer: Trainer) -> None:
-        """Write and print the result on rank 0, and let go of the run."""
+        """Write the result on rank 0, and let go of the run."""
         if not self.world.is_main:
             return
         result = make_result(
@@ -213,7 +229,12 @@ class TrainingAttempt:
         self.require_lease()
         write_text_atomic(self.run.result, json.dumps(result, indent=2) + "\n")
         self.lease.end("done", step=trainer.progress.step)
-        say(summary(result, self.run, base=trainer.setup.released.name))
+        self._summary = summary(result, self.run, base=trainer.setup.released.name)
+
+    def show_result(self) -> None:
+        """Print the result on rank 0, once nothing is left to wait for."""
+        if self._summary:
+            say(self._summary)
 
     def _report_start(self, trainer: Trainer, hosts: list[str]) -> None:
         """Write into lease and ledger, and print, where this attempt begins."""
@@ -221,11 +242,9 @@ class TrainingAttempt:
         gap = read_gap(self.run.ledger, step)
         lost = {} if gap is None else {"ledger_gap": [gap.from_step, gap.to_step]}
         self.lease.note(from_step=step, steps=steps, world_size=self.world.size, **lost)
-        _report_rows(trainer.rows, "training")
-        if trainer.eval_set is not None:
-            _report_rows(trainer.eval_set.rows, "held-out")
-        if step:
-            say(f"going on after step {step} (attempt {self.number})")
+        begun = f"going on after step {step} (attempt {self.number})" if step else "training"
+        shape = f"{steps} steps, {trainer.rows.n_rows:,} rows"
+        log.info("%s: %s, on %s", begun, shape, self.world.device_name)
         facts: dict[str, Any] = {}
         job = slurm_job()
         if job["slurm_job_id"] is not None:
@@ -255,6 +274,26 @@ class TrainingAttempt:
             trainer.write(gap)
 
 
+def stop_notice(phase: str, step: int, again: str) -> str:
+    """Return what a run does that is asked to stop, by what it is doing.
+
+    Args:
+        phase: As `TrainingAttempt.phase` was told, or "end" after the last step.
+        step: The step it is at.
+        again: What another signal would do, where it does anything.
+    """
+    match phase:
+        case "evaluation" if step == 0:
+            return "leaving the evaluation; no step is trained yet, so there is nothing to save"
+        case "evaluation":
+            return f"leaving the evaluation, then saving step {step}{again}"
+        case "save":
+            return f"step {step} is being saved; the run ends when that is done"
+        case "end":
+            return "the last step is done; the adapter is saved, and the run ends"
+    return f"finishing step {max(step, 1)}, then saving{again}"
+
+
 def _end(trainer: Trainer, outcome: str) -> None:
     """Write how the attempt ended and close every tracker, whatever one of them raises.
 
@@ -275,16 +314,6 @@ def _require_trackers(recipe: Recipe) -> None:
             where="tracking.wandb.mode",
             remedy="pip install 'peft-dist[wandb]', or mode: disabled",
         )
-
-
-def _report_rows(rows: TokenizedRows, what: str) -> None:
-    """Print how the rows of each source were read: a smaller data set is no secret."""
-    for notice in rows.notices:
-        say(f"{what} rows: {notice}")
-    for source in rows.sources:
-        for report in source.reports:
-            say(f"left out {report}")
-        say(source.line(what))
 
 
 def _trackers(ledger: LedgerWriter, run: RunDir, trainer: Trainer) -> list[Tracker]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from peft_dist.common import console
+from peft_dist.common import console, logs
 from peft_dist.common.console import say
 from peft_dist.common.errors import (
     ERROR_PREFIX,
@@ -28,6 +28,7 @@ from peft_dist.common.errors import (
 )
 from peft_dist.common.library_messages import is_lost_peer, is_out_of_memory
 from peft_dist.common.process_identity import this_group
+from peft_dist.common.screen import screen
 from peft_dist.common.sharing import set_run_umask
 from peft_dist.run.attempt_records import latest
 from peft_dist.run.directory import RunDir
@@ -37,6 +38,8 @@ from peft_dist.run.lease import Attempt
 from peft_dist.run.restart_policy import Ending, Kind, RestartLimits, decide
 from peft_dist.worker.orphan import end_with_launcher
 from peft_dist.worker.signals import interrupted_code
+
+log = logging.getLogger(__name__)
 
 CERTAIN = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError,
@@ -99,7 +102,11 @@ class WorkerContext:
             time.sleep(LOOK_EVERY_S)
 
     def stopped_in_setup(self, signal_name: str) -> None:
-        """Note a signal that ends this process before it trains."""
+        """Say and note that a signal ends this process before it trains."""
+        if self.rank == 0:
+            by = "" if signal_name == "SIGINT" else f"{signal_name}: "
+            log.log(logs.NOTICE, "%sstopping while it loads; nothing is lost by that", by)
+            screen().close()
         # torchrun sends SIGTERM to the other processes of one that has crashed, and then starts
         # all of them again: what the signal meant is seen when all have left their notes.
         by_torchrun = signal_name == "SIGTERM" and "TORCHELASTIC_RUN_ID" in os.environ
@@ -132,9 +139,9 @@ def run_worker(work: Callable[[WorkerContext], None]) -> int:
     set_run_umask()
     set_allocator(os.environ)
     _close_input()
-    console.show_warnings()
-    _quieten_libraries()
     context = WorkerContext.of_environment()
+    logs.begin(context.rank)
+    quieten_libraries()
     end_with_launcher()
     try:
         work(context)
@@ -146,6 +153,7 @@ def run_worker(work: Callable[[WorkerContext], None]) -> int:
     except BaseException as error:
         # Whatever it is, the interpreter's own way out is not to be trusted (see above).
         code = _crashed(error, context)
+    screen().close()
     console.flush()
     if context.size > 1:
         os._exit(code)
@@ -268,8 +276,10 @@ def _verdict(context: WorkerContext, ending: Ending) -> TrainingError | None:
     return None
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Hide deprecations between versions this project supports, and library chatter."""
+    if logs.is_verbose():
+        return
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Unsupported layer type")
     for name in ("transformers", "bitsandbytes", "accelerate", "filelock", "httpx"):

@@ -30,9 +30,12 @@ class StopRequests:
         """Name of the first signal, such as "SIGTERM"; the rank saves and ends at its next step."""
         self.count = 0
         """How many signals there were; all but the first change nothing."""
+        self.on_request: Callable[[str], None] | None = None
+        """Called with the name of the first signal that comes in training, from another thread."""
         self.on_setup_stop: Callable[[str], None] | None = None
         """Called with the signal's name just before a stop during setup ends the process."""
         self._in_setup = True
+        self._told = False
         self._ending = threading.Lock()
         """Held while setup is ended, so that either the main thread or ours does it, and once."""
 
@@ -69,6 +72,9 @@ class StopRequests:
                     with self._ending:
                         if self._in_setup:
                             self._end_setup(signal.Signals(number).name)
+                        told, self._told = self._told, True
+                    if not told and self.on_request is not None:
+                        self.on_request(signal.Signals(number).name)
 
     def _end_setup(self, name: str) -> NoReturn:
         try:

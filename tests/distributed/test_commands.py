@@ -25,7 +25,7 @@ from peft_dist.run.provenance import versions
 from peft_dist.worker.signals import StopRequests
 from tests.disks import tmpfs
 from tests.faults.long import cases
-from tests.processes import ROOT, environment, error_lines, run, torchrun
+from tests.processes import ROOT, environment, error_lines, free_port, run, torchrun
 from tests.tiny import completion_rows, labelled_rows, tiny_model, write_jsonl
 
 pytestmark = pytest.mark.distributed
@@ -47,6 +47,7 @@ WAYS = {
     "accelerate": [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", str(ROOT / "launch" / "strategies" / "fsdp.yaml"),
+        "--main_process_port", str(free_port()),
         str(ROOT / "launch" / "train.py"), "recipe.yaml",
     ],
     "torchrun": [*torchrun(2), str(ROOT / "launch" / "train.py"), "recipe.yaml"],
@@ -173,7 +174,12 @@ def test_the_run_directory_holds_what_is_promised(runs: Path, way: str) -> None:
 def test_progress_into_a_pipe_is_plain_lines_with_the_ledgers_figures(runs: Path, way: str) -> None:
     text = (runs / f"{way}.out").read_text(encoding="utf-8")
     assert all(character.isprintable() or character == "\n" for character in text)
-    shown = [line for line in text.splitlines() if line.startswith("step ") and "tok/s" in line]
+    lines = [line.partition("] ")[2] for line in text.splitlines()]
+    stages = ("libraries loaded  ", "rows: ", "model: ", "base: ", "shards: ", "saving and reading",
+              "training: ", "step 1/")  # fmt: skip
+    at = [next(n for n, line in enumerate(lines) if line.startswith(stage)) for stage in stages]
+    assert at == sorted(at), "every stage of a start has its line, in order"
+    shown = [line for line in lines if line.startswith("step ") and "tok/s" in line]
     steps = ledger(runs / "runs" / way, "step")
     expected = [
         f"step {r['step']}/{STEPS}  loss {r['loss']:.4f}  {r['tokens_per_s']:,.0f} tok/s"
@@ -422,8 +428,10 @@ def test_without_our_command_the_same_command_goes_on(project: Path) -> None:
     (line,) = error_lines(changed)
     assert "data.train is not what the run has been trained with: 32 rows, fingerprint" in line
     write_jsonl(project / "rows.jsonl", completion_rows(32))
+    newest = max(path.name for path in (project / "run" / "checkpoints").iterdir())
     done = start(project, [*WAYS["python"], "--run-dir", "run", LONGER])
     assert done.returncode == 0, done.stderr
+    assert f"going on after step {int(newest.removeprefix('step-'))} (attempt " in done.stdout
     assert [record["step"] for record in ledger(project / "run", "step")] == list(range(1, 61))
 
 

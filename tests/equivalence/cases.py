@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from peft_dist.model import cache as packed_base
 from peft_dist.model.source import find_base
 from peft_dist.model.weights import WeightFiles
 from peft_dist.model_setup import ModelSetup, set_up_model
+from peft_dist.objective.reference import reference_scores
 from peft_dist.trainer import Trainer
+from tests.faults.long import IS_LONG
 from tests.tiny import ARCHITECTURES, tiny_recipe
 
 SINGLE, FSDP, DDP, HSDP, FSDP4 = "1-fsdp", "2-fsdp", "2-ddp", "4-hsdp", "4-fsdp"
@@ -58,6 +60,14 @@ class Case:
     steps: int = 5
     damage: bool = False
     """Start once before, and flip a byte of the packed base which that start left."""
+
+    @property
+    def rows(self) -> str:
+        """First part of the names of the row files."""
+        if self.model.startswith("bert"):
+            return "labelled"
+        objective = self.sections.get("objective", "sft")
+        return {"sft": "completion", "kto": "judged"}.get(objective, "pair")
 
 
 def _cases() -> dict[str, Case]:
@@ -131,7 +141,39 @@ def _cases() -> dict[str, Case]:
         "own-dropout-off": Case("gpt2-dropout", (SINGLE,), none),
         **dict.fromkeys(("own-dropout", "own-dropout-again"), dropping),
     }
-    return cases | matrix_cases()
+    return cases | objective_cases() | matrix_cases()
+
+
+def objective_cases() -> dict[str, Case]:
+    """Return trainings on preferences: a few of them, or all with every method."""
+    engines = (SINGLE, *MATRIX_ENGINES)
+    lora = {"objective": "dpo", "quantization": "nf4"}
+    cases = {
+        "objective-dpo-lora-nf4": Case("llama", engines, lora, steps=10),
+        "objective-dpo-accumulated": Case(
+            "llama", (SINGLE, FSDP), lora | {"train": {"micro_batch_size": 3}}, steps=10
+        ),
+        "objective-kto-lora-nf4": Case(
+            "llama", (SINGLE, FSDP, ZERO3), lora | {"objective": "kto"}, steps=10
+        ),
+        "objective-reward-lora-nf4": Case(
+            "llama", (SINGLE, FSDP, ZERO3), lora | {"objective": "reward"}, steps=10
+        ),
+    }
+    if IS_LONG:
+        cases |= {
+            f"objective-{kind}-{name}-{quantization}": Case(
+                "llama",
+                engines,
+                {"objective": kind, "method": method, "quantization": quantization},
+                steps=10,
+            )
+            for kind in ("dpo", "ipo", "kto", "orpo", "simpo", "reward")
+            for name, method in MATRIX_METHODS.items()
+            for quantization in ("none", "nf4")
+            if not (kind == "reward" and name in ("prefix", "prompt"))
+        }
+    return cases
 
 
 def matrix_cases() -> dict[str, Case]:
@@ -192,7 +234,7 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -
     """Train one case and leave `outcome.json` and the adapter."""
     started = time.monotonic()
     out = folder / "outcomes" / name / f"{world.size}-{strategy}"
-    kind = "labelled" if case.model.startswith("bert") else "completion"
+    kind = case.rows
     size = {"steps": case.steps, "global_batch_size": 8, "micro_batch_size": 8}
     train = {**size, "learning_rate": 5e-3, **case.sections.get("train", {})}
     data = {"eval": str(folder / f"{kind}-eval.jsonl"), **case.sections.get("data", {})}
@@ -229,12 +271,17 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -
     # At the start: DeepSpeed keeps what it may need again soon, which of a tiny model is all.
     sharded = all(setup.engine.is_shard(parameter) for parameter in setup.base.values())
     saver = AdapterSaver(setup, rows)
+    reference = None
+    if recipe.objective.has_reference:
+        reference = reference_scores(setup, rows, cache / "reference" / strategy)
+        held_scores = reference_scores(setup, held.rows, cache / "reference" / strategy)
+        held = replace(held, reference=held_scores)
     before = adapter(setup)
     undisturbed = gradient(setup, rows)
     score(setup, held)
     disturbed = gradient(setup, rows)
     recorder = Recorder()
-    trainer = Trainer(setup, rows, held)
+    trainer = Trainer(setup, rows, held, reference=reference)
     trainer.trackers = [recorder] if world.is_main else []
     outcome = trainer.run()
     setup.check_integrity()
@@ -250,6 +297,7 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -
         "update": float(torch.cat([(after[n] - before[n]).flatten() for n in after]).norm()),
         "first": [outcome.first.loss, outcome.first.accuracy] if outcome.first else None,
         "samples": [r for r in recorder.records if r["event"] == "sample"],
+        "rewards": [r["reward_margin"] for r in recorder.records if "reward_margin" in r],
         "last": [outcome.last.loss, outcome.last.accuracy] if outcome.last else None,
         "base_bytes_total": setup.base_bytes_total,
         "base_bytes_by_rank": setup.base_bytes_by_rank,

@@ -11,11 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.equivalence import cases
+from tests.faults.long import IS_LONG
 from tests.processes import ROOT, environment, run, torchrun
 from tests.tiny import (
     ARCHITECTURES,
     completion_rows,
     labelled_rows,
+    preference_rows,
     tiny_model,
     tiny_tokenizer,
     write_jsonl,
@@ -53,6 +55,9 @@ def make_inputs(folder: Path) -> None:
         tiny_tokenizer(models / name)
     write_jsonl(folder / "completion.jsonl", completion_rows(48))
     write_jsonl(folder / "completion-eval.jsonl", completion_rows(13, seed=1))
+    for form in ("pair", "judged"):
+        write_jsonl(folder / f"{form}.jsonl", preference_rows(24, form))
+        write_jsonl(folder / f"{form}-eval.jsonl", preference_rows(7, form, seed=1))
     write_jsonl(folder / "labelled.jsonl", labelled_rows(48))
     write_jsonl(folder / "labelled-eval.jsonl", labelled_rows(13, seed=1))
 
@@ -69,7 +74,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             [*start, script, str(folder)],
             environment=environment(folder / "cache"),
             cwd=folder,
-            timeout_s=550,
+            timeout_s=3000 if IS_LONG else 550,
         )
         assert done.returncode == 0, done.stderr[-20000:]
     return folder

@@ -35,12 +35,13 @@ def test_every_engine_has_the_losses_of_one_process(outcome: Outcomes, name: str
     alone = outcome(name, SINGLE)
     assert len(alone["losses"]) == CASES[name].steps
     tolerance = BFLOAT16_TOLERANCE if name.startswith("bfloat16") else 1e-5
-    if name.startswith("matrix-"):
+    if name.startswith(("matrix-", "objective-")):
         tolerance = 1e-4
     for engine in CASES[name].engines[1:]:
         shared = outcome(name, engine)
         assert largest_difference(alone, shared) <= tolerance, engine
         assert largest_difference(alone, shared, "probe_nll") <= 10 * tolerance, engine
+        assert shared["rewards"] == pytest.approx(alone["rewards"], abs=tolerance), engine
         assert shared["first"][0] == pytest.approx(alone["first"][0], abs=tolerance), engine
         assert shared["last"][0] == pytest.approx(alone["last"][0], abs=tolerance), engine
 
@@ -101,6 +102,8 @@ def test_only_adapters_biases_and_heads_train(outcome: Outcomes, name: str) -> N
     marks = ["lora_", "modules_to_save", *(["bias"] if "biases" in name else [])]
     if name.startswith("matrix-"):
         marks = MARKS[name.split("-")[1]]
+    if name.startswith("objective-"):
+        marks = [*MARKS.get(name.split("-")[2], MARKS["lora"]), "modules_to_save"]
     for engine in CASES[name].engines:
         trained = outcome(name, engine)["trained"]
         assert [n for n in trained if not any(mark in n for mark in marks)] == [], engine
@@ -124,6 +127,15 @@ def test_packed_rows_have_the_loss_of_padded_ones(outcome: Outcomes, architectur
 @pytest.mark.parametrize("engine", [SINGLE, FSDP, DDP, HSDP])
 def test_four_passes_per_step_are_one(outcome: Outcomes, engine: str) -> None:
     assert largest_difference(outcome("accumulated", engine), outcome("llama-nf4", SINGLE)) <= 1e-5
+
+
+@pytest.mark.parametrize("engine", [SINGLE, FSDP])
+def test_pairs_have_one_loss_in_any_number_of_passes(outcome: Outcomes, engine: str) -> None:
+    once = outcome("objective-dpo-lora-nf4", SINGLE)
+    assert len(once["rewards"]) == 10
+    found = outcome("objective-dpo-accumulated", engine)
+    assert largest_difference(found, once) <= 1e-5
+    assert largest_difference(found, once, "rewards") <= 1e-5
 
 
 @pytest.mark.parametrize("engine", [SINGLE, FSDP])

@@ -174,6 +174,6 @@ def _rows(lengths: list[int]) -> TokenizedRows:
         class_ids=None,
         label_names=(),
         pad_id=0,
-        sources=(SourceRows("rows", len(lengths), 0, 0, 0, 0, 0),),
+        sources=(SourceRows("rows", len(lengths), 0, 0, 0, 0, 0, ()),),
         fingerprint="",
     )

@@ -264,7 +264,7 @@ def test_a_model_that_is_nowhere_is_one_line(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in (str(tmp_path / "absent"), "nobody/nothing", "a b c"):
-        with pytest.raises(ModelError, match="is neither a folder nor a hub model") as caught:
+        with pytest.raises(ModelError, match="is neither a folder here nor a hub model") as caught:
             model_folder(name, None)
         assert "\n" not in str(caught.value)
 

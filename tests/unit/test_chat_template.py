@@ -141,7 +141,7 @@ def test_a_cut_turn_is_counted_as_one_without_its_stop_token(tmp_path: Path) -> 
         {"prompt": "a", "completion": "the cat " * 40},
         max_length=40,
     )
-    assert (rows.trained_turns, rows.stop_tokens, rows.truncated_rows) == (3, 2, 1)
+    assert (rows.trained_turns, rows.stop_tokens, rows.sources[0].cut) == (3, 2, 1)
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_one_row_for_each(tmp_path: Path) -> None:
@@ -179,7 +179,9 @@ def test_a_prompt_that_leads_to_no_turn_is_a_bad_row(tmp_path: Path) -> None:
     bad = {"messages": CHAT}
     rows = rows_of(tmp_path, template, bad, {"text": "a"}, max_bad_rows=1)
     assert rows.n_rows == 1
-    assert "renders messages[1] otherwise than its own prompt begins it" in rows.bad_rows[0]
+    assert (
+        "renders messages[1] otherwise than its own prompt begins it" in rows.sources[0].reports[0]
+    )
 
 
 @pytest.mark.parametrize(

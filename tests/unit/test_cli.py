@@ -15,6 +15,7 @@ from peft_dist.cli.main import main
 from peft_dist.common import paths
 from peft_dist.config import load_recipe
 from peft_dist.launch import here, packages
+from peft_dist.launch.local import Ended
 from peft_dist.run.directory import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,10 +62,10 @@ def test_every_shipped_recipe_is_valid(
     assert out.startswith(f"{recipe}: valid\n")
 
 
-def test_the_small_shipped_recipes_are_two_uses_and_the_methods() -> None:
+def test_the_small_shipped_recipes_are_three_uses_and_the_methods() -> None:
     methods = ["bitfit", "bottleneck", "prefix", "prompt", "quickstart"]
     small = [path.stem for path in RECIPES if not re.search(r"-\d|\dk?b-", path.stem)]
-    assert small == sorted(["chat", "classify", *methods])
+    assert small == sorted(["chat", "classify", "dpo", *methods])
 
 
 def test_validate_tells_how_a_step_is_made(
@@ -77,6 +78,31 @@ def test_validate_tells_how_a_step_is_made(
     assert "processes: 2 (fsdp)" in out
     assert "a step: 16 rows, 8 per process in 2 passes of up to 4" in out
     assert "the run: 10 steps, 160 rows" in out
+    words = ["parallel.processes=2", "train.steps=1", "train.global_batch_size=17"]
+    assert "17 rows, at most 9 per" in outcome(capsys, "validate", str(recipe_file), *words)[1]
+    words = ["parallel.processes=1", "train.steps=1", "train.global_batch_size=1"]
+    told = outcome(capsys, "validate", str(recipe_file), *words)[1]
+    assert "a step: 1 row in 1 pass of up to 4" in told and "the run: 1 step, 1 row" in told
+
+
+def test_validate_and_a_dry_run_can_be_read_by_programs(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(recipe_file), "parallel.processes=2", "train.steps=10", "--json"]
+    found = json.loads(outcome(capsys, "validate", *words)[1])
+    assert found["batch"] == {
+        "rows": 16, "rows_per_process": 8, "passes": 2, "micro_batch_size": 4
+    }  # fmt: skip
+    assert (found["valid"], found["processes"], found["steps"]) == (True, 2, 10)
+    assert found["recipe"]["train"]["weight_decay"] == 0.0, "with every default"
+    run = tmp_path / "never"
+    code, out, _ = outcome(capsys, "train", *words, "--dry-run", "--run-dir", str(run))
+    found = json.loads(out)
+    assert (code, found["run_dir"]) == (0, str(run))
+    assert found["recipe"]["train"]["steps"] == 10
+    assert found["command"][-1] == str(run / "recipe.yaml")
+    assert outcome(capsys, "train", *words)[0] == 2
+    assert not run.exists()
 
 
 def test_schema_is_json_and_carries_the_texts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,6 +194,31 @@ def test_init_copies_what_a_user_needs_and_overwrites_nothing(
     assert "already there" in err
     assert edited.read_text(encoding="utf-8") == "mine"
     assert not (target / "launch" / "train.py").exists()
+
+
+def test_a_start_says_what_it_is_about_before_any_process_is_started(
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(packages, "TRAIN_PACKAGES", ())
+    seen: list[str] = []
+
+    def launched(*_: object, **__: object) -> Ended:
+        seen.extend(caplog.messages)
+        return Ended(1)
+
+    monkeypatch.setattr(here, "run_launcher", launched)
+    run = tmp_path / "run"
+    one, two = (recipe_file.parent / name for name in ("train.jsonl", "two.jsonl"))
+    two.write_bytes(one.read_bytes())
+    mixture = "data.train=[{path: train.jsonl, weight: 3}, {path: two.jsonl, weight: 1}]"
+    main(["train", str(recipe_file), mixture, "--run-dir", str(run), "--nproc", "2"])
+    assert seen[0] == f"run directory: {run}"
+    assert f"(nf4), lora adapters; rows: {one}, {two}" in seen[1]
+    assert seen[2] == "starting 2 processes (fsdp) on the CPU; loading torch and transformers"
 
 
 @pytest.mark.distributed
@@ -305,7 +356,12 @@ def test_a_workers_own_error_is_the_only_line_and_its_code_is_kept(
     run = tmp_path / "run"
     code, _, err = outcome(capsys, "train", str(recipe_file), "--run-dir", str(run))
     assert (code, err) == (2, "peft-dist: error: train.jsonl: no rows\n")
-    assert "noise" in (run / "logs" / "launcher.log").read_text(encoding="utf-8")
+    told = (run / "logs" / "launcher.log").read_text(encoding="utf-8")
+    assert "noise" in told
+    assert told.endswith("peft-dist: the launcher ends, as its processes have: "
+                         "rank 0 with exit code 2\n")  # fmt: skip
+    for banner in ("Traceback", "ChildFailedError", "exitcode"):
+        assert banner not in told
 
 
 @pytest.mark.distributed
@@ -322,7 +378,9 @@ def test_a_crash_shows_the_end_of_the_log_and_where_it_is(
     )
     assert code == 1
     log = run / "logs" / "launcher.log"
-    told = f"a worker failed; see {log}; `peft-dist resume {run}` goes on after step 0"
+    told = (
+        f"a worker failed; see {log}; `peft-dist resume {run}` begins anew: there is no checkpoint"
+    )
     assert err.splitlines()[-1] == f"peft-dist: error: {told}"
     assert log.read_text(encoding="utf-8").count("ValueError: a bug of ours") == 2  # one restart
     assert len(err.splitlines()) <= here.LOG_TAIL_LINES + 1
@@ -358,8 +416,11 @@ def test_ctrl_c_ends_every_worker(recipe_file: Path, tmp_path: Path) -> None:
     ours.send_signal(signal.SIGINT)
     _, err = ours.communicate(timeout=60)
     assert ours.returncode == 75
-    told = f"stopped by SIGINT; `peft-dist resume {run}` goes on after step 0"
+    told = f"stopped by SIGINT; `peft-dist resume {run}` begins anew: there is no checkpoint"
     assert err == f"peft-dist: {told}\n"
+    told = (run / "logs" / "launcher.log").read_text(encoding="utf-8")
+    assert told.endswith("peft-dist: the launcher was ended by SIGTERM\n")
+    assert "SignalException" not in told
     held = [
         folder
         for folder in Path("/proc").glob("[0-9]*")

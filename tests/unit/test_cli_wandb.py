@@ -19,6 +19,7 @@ from peft_dist.ledger.events import (
     SavedEvent,
     SaveFailedEvent,
     SkippedEvent,
+    StepEvent,
     SystemEvent,
     from_fields,
 )
@@ -194,7 +195,7 @@ def test_a_dashboard_is_made_once_and_then_updated(
     assert (view["displayName"], view["type"]) == ("peft-dist", "project-view")
     sections = json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]
     assert [section["name"] for section in sections] == [
-        "Training", "Throughput and memory", "Goodput and restarts", "Stragglers",
+        "Training", "Preferences", "Throughput and memory", "Goodput and restarts", "Stragglers",
         "Sweep comparison",
     ]  # fmt: skip
     panels = [panel for section in sections for panel in section["panels"]]
@@ -241,7 +242,9 @@ def every_row(tmp_path: Path) -> list[dict[str, Any]]:
     training = Training(run, with_wandb=False)
     training.train(30)
     for event in (
-        EvaluationEvent(step=30, eval_loss=1.5, eval_accuracy=0.5),
+        StepEvent(step=30, loss=0.5, tokens_per_s=10.0, reward_chosen=0.5, reward_rejected=0.25,
+                  reward_margin=0.25, reward_accuracy=0.5),
+        EvaluationEvent(step=30, eval_loss=1.5, eval_accuracy=0.5, eval_reward_margin=0.25),
         CheckpointEvent(step=30, stall_s=0.25),
         SavedEvent(step=30, bytes=1000, write_s=0.5),
         SaveFailedEvent(step=30, reason="No space left", write_s=0.5),

@@ -11,12 +11,12 @@ import pytest
 from peft_dist.cli.main import main
 from peft_dist.common.console import printable, say
 from peft_dist.common.errors import DataError
+from peft_dist.common.screen import Screen
 from peft_dist.launch.here import _print_tail
 from peft_dist.run import lease
 from peft_dist.run.attempt_records import record_path
 from peft_dist.run.lease import refuse_if_held
 from peft_dist.status.logs import show_logs
-from peft_dist.tracking.terminal import Terminal
 from peft_dist.worker.process import WorkerContext, run_worker
 
 Capture = pytest.CaptureFixture[str]
@@ -150,8 +150,8 @@ def test_a_row_steers_nothing_in_an_error_a_warning_or_a_traceback(capsys: Captu
 
 WARN = """
 import logging, sys
-from peft_dist.common import console
-console.show_warnings()
+from peft_dist.common import logs
+logs.begin(1)
 logging.getLogger("a").warning("a row says %s", sys.argv[1])
 """
 
@@ -164,11 +164,10 @@ def test_a_logged_warning_steers_nothing() -> None:
         text=True,
         check=True,
     )
-    assert done.stderr == f"peft-dist: WARNING: a row says {SHOWN}\n"
+    assert done.stderr.split(maxsplit=1)[1] == f"[rank 1] warning: a row says {SHOWN}\n"
 
 
 def test_progress_steers_nothing() -> None:
     stream = io.StringIO()
-    terminal = Terminal(10, stream)
-    terminal._line(f"step 1  save failed: {EVIL}")
-    assert stream.getvalue() == f"step 1  save failed: {SHOWN}\n"
+    Screen(stream).line(f"step 1  skipped: {EVIL}")
+    assert stream.getvalue() == f"step 1  skipped: {SHOWN}\n"

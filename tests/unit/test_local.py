@@ -15,6 +15,8 @@ from peft_dist.launch import local
 from peft_dist.launch.command import worker_command
 from peft_dist.launch.local import PASSED_ON, run_launcher
 from peft_dist.launch.placement import Machine, plan_processes
+from peft_dist.run.saving import is_saving
+from tests.processes import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -251,3 +253,65 @@ def test_workers_save_when_torchrun_is_killed(tmp_path: Path) -> None:
     saved = sorted(tmp_path.glob("?-saved-*"))
     assert [file.read_text(encoding="utf-8") for file in saved] == ["SIGTERM 1 0"] * 2
     assert all(has_ended(pid) for pid in started)
+
+
+SAVES = """
+import os, signal, sys, time
+from pathlib import Path
+from peft_dist.run.saving import being_saved
+folder = Path(sys.argv[1])
+asked = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _frame: asked.append(number))
+with being_saved():
+    (folder / "saving").touch()
+    while len(asked) < 2:
+        time.sleep(0.01)
+    time.sleep(0.5)  # the launcher looks more than once
+    (folder / "saved").touch()
+time.sleep(60)
+"""
+TELL = RUN.replace("error_log=Path(sys.argv[1])", "error_log=Path(sys.argv[1]), tell=print")
+
+
+def test_a_save_under_way_is_waited_for_and_then_everything_is_killed(tmp_path: Path) -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+    command = [sys.executable, "-c", code, SAVES, str(tmp_path)]
+    ours = subprocess.Popen(
+        [sys.executable, "-c", TELL + "print(ended.killed)", str(tmp_path / "log"), *command],
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(tmp_path, "saving", 1)
+    for _ in range(2):
+        os.kill(ours.pid, signal.SIGINT)
+        time.sleep(0.5)  # signals that wait for their handler are one
+    output, _ = ours.communicate(timeout=30)
+    assert (tmp_path / "saved").exists()
+    told, ended, killed = output.splitlines()
+    assert told == "a save is under way; the run ends when it is written"
+    assert (ended, killed) == ("130 SIGINT", "True")
+
+
+def test_a_mark_of_a_process_that_has_ended_holds_nobody_up(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / f"saving-{ended.pid}-x").touch()
+    assert not is_saving(tmp_path)
+    (tmp_path / f"saving-{os.getpid()}-x").touch()
+    assert is_saving(tmp_path)
+
+
+def test_before_any_worker_the_launcher_itself_is_said_to_stop(tmp_path: Path) -> None:
+    code = "import sys, time; open(sys.argv[1], 'w'); time.sleep(60)"
+    ours = subprocess.Popen(
+        [sys.executable, "-c", TELL, str(tmp_path / "log"),
+         sys.executable, "-c", code, str(tmp_path / "started")],
+        env=environment(tmp_path), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(tmp_path, "started", 1)
+    os.kill(ours.pid, signal.SIGINT)
+    assert ours.communicate(timeout=20)[0].splitlines() == [
+        "stopping; no process has begun to train", "130 SIGINT"
+    ]  # fmt: skip

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from peft_dist.cli.main import main
-from peft_dist.common.errors import RunDirError
+from peft_dist.common.errors import DataError, RunDirError
+from peft_dist.run.directory import RunDir
 from peft_dist.status import logs
 from peft_dist.status.log_tail import BLOCK_BYTES, Tail, printable
 from peft_dist.status.logs import log_files, natural
@@ -312,3 +313,12 @@ def test_following_says_once_that_nobody_knows_the_job(
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode == 0
+
+
+def test_why_a_run_ended_stands_before_its_log(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(run / "logs" / "launcher.log", "a\nb\nc\n")
+    RunDir(run).record_failure(DataError("no rows", where="train.jsonl"))
+    assert main(["logs", str(run), "--lines", "1"]) == 0
+    assert capsys.readouterr().out == "peft-dist: FAILED: train.jsonl: no rows\nc\n"

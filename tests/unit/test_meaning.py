@@ -13,6 +13,7 @@ from peft_dist.config import load_recipe, render_recipe
 from peft_dist.config.explain import _sections
 from peft_dist.config.meaning import CONDITIONS
 from peft_dist.config.recipe import Recipe
+from peft_dist.config.yaml_text import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 Write = Callable[[str], Path]
@@ -36,7 +37,17 @@ method.bottleneck.dropout method.prefix.kind method.prefix.virtual_tokens method
 method.prompt.kind method.prompt.virtual_tokens method.prompt.init method.prompt.text
 method.bitfit.kind method.bitfit.targets method.bitfit.add_bias method.peft.kind method.peft.type
 data.train data.eval data.train_split data.max_length data.truncation data.packing
-data.max_bad_rows train.steps train.epochs train.global_batch_size train.global_batch_tokens
+data.max_bad_rows data.date data.columns.prompt data.columns.completion data.columns.text
+data.columns.messages data.columns.chosen data.columns.rejected data.columns.label
+objective.sft.kind objective.dpo.kind objective.dpo.beta objective.dpo.label_smoothing
+objective.dpo.sft_weight objective.ipo.kind objective.ipo.beta objective.ipo.sft_weight
+objective.kto.kind objective.kto.beta objective.kto.desirable_weight
+objective.kto.undesirable_weight objective.orpo.kind objective.orpo.beta objective.simpo.kind
+objective.simpo.beta objective.simpo.gamma objective.simpo.label_smoothing
+objective.simpo.sft_weight objective.reward.kind objective.reward.center
+method.lora.start_from method.bottleneck.start_from method.prefix.start_from
+method.prompt.start_from method.bitfit.start_from method.peft.start_from
+train.steps train.epochs train.global_batch_size train.global_batch_tokens
 train.micro_batch_size train.learning_rate train.warmup_fraction train.schedule train.betas
 train.epsilon train.max_grad_norm train.activation_checkpointing train.non_finite train.seed
 evaluate.every_steps evaluate.choices parallel.strategy parallel.processes parallel.shard_size
@@ -57,6 +68,7 @@ EXAMPLES: dict[str, tuple[str, list[str], list[str]]] = {
     "data.eval_split": ("dev", [], [HELD]),
     "train.weight_decay": ("0.1", ["method.kind=bitfit"], []),
     "train.max_skipped_steps": ("3", ["train.non_finite=stop"], []),
+    "evaluate.at_start": ("false", [], [HELD]),
     "evaluate.max_rows": ("5", [], [HELD]),
     "evaluate.samples": ("2", [], [HELD]),
     "evaluate.sample_tokens": ("5", [HELD, "evaluate.samples=0"], [HELD]),
@@ -114,7 +126,7 @@ def test_a_setting_without_effect_is_refused_and_one_with_effect_is_not(
     )
     recipe = load_recipe(recipe_file, [*useful, f"{field}={value}"])
     owner: Any = getattr(recipe, parts[0])
-    assert getattr(owner, parts[-1]) == type(getattr(owner, parts[-1]))(value)
+    assert getattr(owner, parts[-1]) == parse_yaml(value, where=key)
 
 
 def test_defaults_that_a_run_directory_writes_out_are_no_fault(

@@ -206,6 +206,6 @@ def test_rows_that_lose_their_end_token_are_counted(tmp_path: Path) -> None:
     (source,) = tokenize_rows(recipe, "train", tmp_path / "cache").sources
     assert source.line("training") == (
         f"training rows of {path}: 2 kept; 1 (50.0%) of them cut to data.max_length, 1 of these "
-        "without their end token; 1 (33.3%) dropped with nothing to train within data.max_length"
+        "without a stop token; 1 (33.3%) dropped with nothing to train within data.max_length"
     )
     assert source.facts()["bad"] == 0

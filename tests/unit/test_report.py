@@ -68,6 +68,14 @@ def test_an_eventful_run_shows_every_figure_and_each_has_points(tmp_path: Path) 
                 assert figure["layout"][axis]["title"]["text"], (key, axis)
 
 
+def test_a_run_that_compares_answers_shows_its_rewards(tmp_path: Path) -> None:
+    found = figures(render_page([the_run(tmp_path / "run", prefers=True)]))
+    for name in ("reward-margin", "reward-accuracy"):
+        assert all(trace["x"] for trace in found[name]["data"])
+    plain = figures(render_page([the_run(tmp_path / "plain")]))
+    assert not [name for name in plain if name.startswith("reward")]
+
+
 def test_other_nodes_stand_in_the_table_of_the_machine(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", Story(steps=100, ranks=4))
     (alone,) = read_runs([run])

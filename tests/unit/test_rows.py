@@ -108,6 +108,15 @@ def test_class_labels_of_datasets_are_read_by_name(tmp_path: Path) -> None:
     assert rows == [LabelledRow(1, "a", "dog"), LabelledRow(2, "b", "cat")]
 
 
+def test_a_text_with_a_label_is_what_a_classifier_reads_beside_what_is_written_on(
+    tmp_path: Path,
+) -> None:
+    row = {"prompt": "a", "completion": "b", "text": "c", "label": "d"}
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
+    assert read(path)[0] == [CompletionRow(1, "a", "b")]
+    assert read(path, task="sequence-classification")[0] == [LabelledRow(1, "c", "d")]
+
+
 def test_a_byte_order_mark_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text": "b\xe2\x80\xa8c"}')
@@ -158,7 +167,6 @@ def test_a_cell_longer_than_csv_allows_by_default_is_read(tmp_path: Path) -> Non
         ),
         (b'{"messages": [], "text": "a"}', "has messages and also text; keep one of them"),
         (b'{"messages": [{}], "prompt": "a"}', "has messages and also prompt; keep one of them"),
-        (b'{"prompt": "a", "completion": "b", "text": "c"}', "keep prompt and completion, or text"),
         (b'{"text": "a", "tools": [{}]}', "has tools but no messages"),
     ],
 )

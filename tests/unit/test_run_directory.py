@@ -187,7 +187,9 @@ def test_a_run_that_learns_otherwise_is_refused_with_the_difference(
         RunDir.claim(run.path, other)
     line = str(caught.value)
     assert line.startswith(f"{run.path}: method.rank is not what the run has been trained with: ")
-    assert "9 now (also changed: train.learning_rate, train.seed); put it back" in line
+    assert (
+        "; train.learning_rate: " in line and "; train.seed: " in line and "; put it back" in line
+    )
     assert (
         "--allow-changed method.rank --allow-changed train.learning_rate --allow-changed train.seed"
     ) in line

@@ -17,8 +17,11 @@ from pathlib import Path
 import pytest
 
 from peft_dist.cli.main import main
+from peft_dist.common.errors import DataError
+from peft_dist.common.screen import Screen
 from peft_dist.ledger.events import RollbackEvent, StepEvent
 from peft_dist.ledger.reader import BLOCK_BYTES, LedgerReader
+from peft_dist.run.directory import RunDir
 from peft_dist.run.history import note_crash
 from peft_dist.run.lease import STALE_AFTER_S
 from peft_dist.run.restart_policy import Kind
@@ -332,7 +335,7 @@ def test_without_names_the_newest_runs_and_arrays_are_shown(
     assert names == ["many", "old", "older", "oldest"]
     assert len(newest_runs(tmp_path / "runs", at_most=2)) == 2
     assert main(["status"]) == 0
-    assert capsys.readouterr().out.splitlines()[0].split()[:3] == ["run", "job", "state"]
+    assert capsys.readouterr().out.splitlines()[0].split()[:2] == ["run", "state"]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,8 +489,9 @@ def test_json_has_every_figure(
 
 
 def test_the_table_and_the_progress_line_show_the_ledgers_own_figures(
-    run: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "peft_dist")
     lease(run, here=True)
     ledger(run, 7, total=9)
     (last,) = LedgerReader(run / "ledger.jsonl").tail(1)
@@ -495,9 +499,8 @@ def test_the_table_and_the_progress_line_show_the_ledgers_own_figures(
     titles, row = (line.split() for line in capsys.readouterr().out.splitlines())
     shown = dict(zip(titles, row, strict=True))
     assert (shown["step"], shown["loss"], shown["tok/s"]) == ("7/9", "0.5714", "1,507")
-    stream = io.StringIO()
-    Terminal(9, stream).write(last)
-    assert stream.getvalue() == "step 7/9  loss 0.5714  1,507 tok/s\n"
+    Terminal(9, Screen(io.StringIO())).write(last)
+    assert caplog.messages == ["step 7/9  loss 0.5714  1,507 tok/s"]
 
 
 def test_records_of_the_machine_move_no_run(run: Path) -> None:
@@ -523,7 +526,7 @@ def test_watch_prints_plain_tables_into_a_pipe_until_it_is_interrupted(run: Path
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(timeout=20)
     assert (process.returncode, errors) == (0, "")
-    assert lines[1].split()[2] == "RUNNING" and lines[2] == "\n"
+    assert lines[1].split()[1] == "RUNNING" and lines[2] == "\n"
     assert lines[3] == lines[0]
     assert "\x1b" not in "".join(lines) + rest
 
@@ -570,3 +573,17 @@ def test_status_and_logs_import_nothing_heavy(run: Path) -> None:
         check=False,
     )
     assert done.stderr.strip() == "[]"
+
+
+def test_on_a_machine_without_jobs_no_column_is_about_a_cluster(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunDir(run).record_failure(DataError("no rows " * 100, where="train.jsonl"))
+    assert main(["status", str(run)]) == 0
+    titles, row, cause = capsys.readouterr().out.splitlines()
+    assert titles.split() == ["run", "state", "reason", "attempt", "step", "loss", "tok/s", "left",
+                              "seen"]  # fmt: skip
+    assert len(row.split()) == len(titles.split())
+    assert cause.endswith("...") and len(cause) < 260
+    assert main(["status", "--json", str(run)]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["cause"].count("no rows") == 100

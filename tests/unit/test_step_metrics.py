@@ -18,6 +18,7 @@ def summed(*own_s: float | None) -> torch.Tensor:
             make_extras(
                 world,
                 torch.tensor(1.5),
+                torch.tensor([0.25, float("nan") if world.rank else 0.0]),
                 flags=(world.rank == 1, False, world.rank < 2),
                 step_s=seconds,
                 memory_bytes=GIGABYTES_80 - world.rank * 1_000_000,
@@ -29,7 +30,7 @@ def summed(*own_s: float | None) -> torch.Tensor:
 
 def test_each_process_finds_its_figures_at_its_place() -> None:
     extras = summed(0.25, 1.75, 0.5)
-    reader = StepMetricsReader(CPU)
+    reader = StepMetricsReader(CPU, objective=("reward_accuracy", "kl"))
     reader.put(INPUTS, torch.cat([torch.tensor([2.0, 3.0]), extras[1:]]))
     ((inputs, metrics),) = reader.take(keep=0)
     assert inputs == INPUTS
@@ -37,13 +38,15 @@ def test_each_process_finds_its_figures_at_its_place() -> None:
     assert (metrics.stop, metrics.save, metrics.give_up) == (1.0, 0.0, 2.0)
     fields = metrics.fields()
     assert extras[0] == 4.5
+    assert fields["reward_accuracy"] == 0.75
+    assert "kl" not in fields  # it is not a number on some process: there was nothing to average
     assert fields["rank_step_s"] == [0.25, 1.75, 0.5]
     for rank, memory in enumerate(fields["rank_memory_bytes"]):
         assert abs(memory - (GIGABYTES_80 - rank * 1_000_000)) <= 4096  # of 80 GB, in float32
 
 
 def test_times_that_are_not_known_yet_are_left_out() -> None:
-    reader = StepMetricsReader(CPU)
+    reader = StepMetricsReader(CPU, objective=("reward_accuracy", "kl"))
     for seconds in (None, 0.0):
         reader.put(INPUTS, torch.cat([torch.zeros(2), summed(seconds, 0.5)[1:]]))
     for _, metrics in reader.take(keep=0):
@@ -56,6 +59,7 @@ def test_the_losses_of_sources_are_summed_over_processes_and_divided_by_their_ow
         make_extras(
             World(rank, 2, rank, 2, CPU),
             torch.tensor(0.0),
+            torch.zeros(0),
             flags=(False, False, False),
             step_s=0.5,
             memory_bytes=1,

@@ -1,16 +1,9 @@
-"""The ledger and the terminal as views of one run."""
+"""The ledger as the record of one run."""
 
-import contextlib
-import errno
-import fcntl
-import gc
-import io
 import json
 import os
-import struct
 import subprocess
 import sys
-import termios
 import threading
 import time
 from pathlib import Path
@@ -20,19 +13,14 @@ import pytest
 
 from peft_dist.common.errors import RunDirError, TrainingError
 from peft_dist.ledger.events import (
-    CheckpointEvent,
     EndEvent,
     EvaluationEvent,
     LedgerEvent,
-    RollbackEvent,
     SavedEvent,
-    SaveFailedEvent,
-    SkippedEvent,
     StartEvent,
     StepEvent,
 )
 from peft_dist.ledger.writer import LedgerWriter
-from peft_dist.tracking.terminal import PLAIN_LINE_EVERY_S, Terminal
 from tests.processes import environment
 
 EVALUATION = EvaluationEvent(step=1, eval_loss=1.25, eval_accuracy=0.5, eval_seconds=3.0)
@@ -300,87 +288,6 @@ def test_a_killed_writer_leaves_whole_lines_only(tmp_path: Path) -> None:
     assert steps == list(range(len(steps)))
 
 
-def test_a_pipe_gets_plain_lines_without_control_characters() -> None:
-    stream = io.StringIO()
-    terminal = Terminal(2, stream)
-    terminal.write(STEP)
-    terminal.write(EVALUATION)
-    terminal.write(step(2))
-    terminal.close()
-    lines = stream.getvalue().splitlines()
-    assert lines[0] == "step 1/2  loss 2.5000  1,234 tok/s"
-    assert lines[1] == "step 1  held-out loss 1.2500  accuracy 0.500"
-    assert lines[2].startswith("step 2/2  loss 2.5000  1,234 tok/s")
-    assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
-
-
-def test_a_terminal_gets_a_bar_with_step_loss_speed_and_time_left() -> None:
-    leader, follower = os.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    with os.fdopen(follower, "w", encoding="utf-8") as stream:
-        terminal = Terminal(2, stream)
-        terminal.write(STEP)
-        terminal.write(step(2))
-        terminal.close()
-    shown = b""
-    with contextlib.suppress(OSError):  # what is read of a terminal without its other end
-        while part := os.read(leader, 65536):
-            shown += part
-    os.close(leader)
-    last = shown.decode().replace("\n", "\r").strip("\r").split("\r")[-1]
-    assert last.startswith("step 2/2 |")
-    assert "loss 2.5000  1,234 tok/s" in last
-    assert last.rstrip().endswith("left")
-
-
-def test_a_resumed_run_goes_on_from_its_step_at_its_own_speed() -> None:
-    stream = io.StringIO()
-    terminal = Terminal(1000, stream, first_step=900)
-    terminal.write(step(901))
-    terminal._begun -= 10.0  # as if the next 10 steps had taken a second each
-    terminal._last_line -= 10.0
-    terminal.write(step(911))
-    terminal.close()
-    first, second = stream.getvalue().splitlines()
-    assert first == "step 901/1000  loss 2.5000  1,234 tok/s"
-    assert second.endswith(" 01:29 left")
-
-
-def test_a_resumed_bar_starts_at_its_step_and_follows_a_rollback() -> None:
-    leader, follower = os.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    with os.fdopen(follower, "w", encoding="utf-8") as stream:
-        terminal = Terminal(1000, stream, first_step=900)
-        terminal.write(step(901))
-        terminal.write(RollbackEvent(step=902, reason="loss nan"))
-        terminal.write(step(851))
-        terminal.close()
-    shown = b""
-    with contextlib.suppress(OSError):
-        while part := os.read(leader, 65536):
-            shown += part
-    os.close(leader)
-    assert b"step 900/1000 |" in shown
-    assert b"step 902  rolled back: loss nan" in shown
-    assert shown.decode().replace("\n", "\r").strip("\r").split("\r")[-1].startswith("step 851/")
-
-
-def test_a_pipe_gets_a_line_every_few_seconds_and_one_at_the_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now_s = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now_s)
-    stream = io.StringIO()
-    terminal = Terminal(100, stream)
-    for number in range(1, 101):  # a second each
-        now_s += 1.0
-        terminal.write(step(number, loss=100.0 - number))
-    terminal.close()
-    shown = [line.split()[:4] for line in stream.getvalue().splitlines()]
-    steps = [1, *range(1 + int(PLAIN_LINE_EVERY_S), 101, int(PLAIN_LINE_EVERY_S)), 100]
-    assert shown == [["step", f"{n}/100", "loss", f"{100.0 - n:.4f}"] for n in steps]
-
-
 def test_a_closed_ledger_takes_nothing_more(tmp_path: Path) -> None:
     ledger = LedgerWriter(tmp_path / "l")
     ledger.write(STEP)
@@ -388,81 +295,3 @@ def test_a_closed_ledger_takes_nothing_more(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):  # by now its descriptor may be another file's
         ledger.write(STEP)
     assert len(read(tmp_path / "l")) == 1
-
-
-def test_mishaps_get_a_line_and_bookkeeping_gets_none() -> None:
-    stream = io.StringIO()
-    terminal = Terminal(9, stream)
-    for event in (StartEvent, CheckpointEvent, SavedEvent, EndEvent):
-        terminal.write(event(step=4))
-    for mishap in (SkippedEvent, RollbackEvent, SaveFailedEvent):
-        terminal.write(mishap(step=5, reason="it rained"))
-    assert stream.getvalue().splitlines() == [
-        "step 5  skipped: it rained",
-        "step 5  rolled back: it rained",
-        "step 5  save failed: it rained",
-    ]
-
-
-SHOW = (
-    "import json, sys\n"
-    "from peft_dist.ledger.events import from_fields\n"
-    "from peft_dist.tracking.terminal import Terminal\n"
-    "terminal = Terminal(100, first_step=0)\n"
-    "for step in range(1, 101):\n"
-    "    terminal.write(from_fields(json.loads(sys.argv[1]) | {'step': step}))\n"
-    "terminal.close()\n"
-    "print('trained', file=sys.stderr)\n"
-)
-
-
-@pytest.mark.parametrize("broken", ["full disk", "broken pipe"])
-def test_a_stream_that_breaks_ends_neither_training_nor_its_exit_code(
-    tmp_path: Path, broken: str
-) -> None:
-    if broken == "full disk":
-        out = os.open("/dev/full", os.O_WRONLY)
-    else:
-        unread, out = os.pipe()
-        os.close(unread)
-    done = subprocess.run(
-        [sys.executable, "-c", SHOW, json.dumps(EVALUATION.fields())],
-        # An unbuffered stream would hold nothing back that could fail at the end.
-        env=environment(tmp_path, PYTHONUNBUFFERED=""), stdout=out, stderr=subprocess.PIPE,
-        text=True, timeout=120, check=False,
-    )  # fmt: skip
-    os.close(out)
-    assert done.returncode == 0, done.stderr
-    warning, trained = done.stderr.splitlines()
-    assert warning.startswith("progress is no longer shown: ")
-    assert trained == "trained"
-
-
-def test_a_bar_whose_terminal_breaks_does_not_end_training(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    late: list[object] = []
-    monkeypatch.setattr(sys, "unraisablehook", late.append)
-
-    class Breaking(io.StringIO):
-        broken = False
-
-        def isatty(self) -> bool:
-            return True
-
-        def write(self, text: str) -> int:
-            if self.broken:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return super().write(text)
-
-    stream = Breaking()
-    terminal = Terminal(100, stream)
-    stream.broken = True
-    for number in range(1, 4):
-        terminal.write(EVALUATION.model_copy(update={"step": number}))
-        terminal.write(step(number))
-    terminal.close()
-    del terminal
-    gc.collect()  # a bar that is not closed shows itself once more
-    assert late == []
-    assert caplog.text.count("progress is no longer shown: No space left on device") == 1

@@ -469,3 +469,17 @@ def test_a_stop_during_an_evaluation_saves_and_the_next_start_evaluates_again(
     assert [r["step"] for r in rest if r["event"] == "evaluation"] == [4, 6]
     assert progress.first is not None
     assert progress.first.loss == first[0]["eval_loss"]
+
+
+@pytest.mark.parametrize("every", [None, 3])
+def test_the_evaluation_before_the_first_step_can_be_left_out(
+    tmp_path: Path, alone: World, every: int | None
+) -> None:
+    found, _, records = with_held_out_rows(
+        tmp_path, alone, evaluate={"at_start": False, "every_steps": every}, train=POISONED
+    )
+    progress = found.run()
+    steps = [r["step"] for r in records if r["event"] == "evaluation"]
+    assert steps == ([6] if every is None else [3, 6])
+    assert progress.first is None and progress.last is not None
+    assert {r["step"] for r in records if r["event"] == "sample"} == {6}

@@ -38,6 +38,8 @@ class Story:
     slow_rank: int | None = None
     finished: bool = True
     evaluate_every: int = 100
+    prefers: bool = False
+    """Whether steps tell the rewards of an objective that compares answers."""
     samples: tuple[dict[str, Any], ...] = ()
     records: list[dict[str, Any]] = field(default_factory=list)
 
@@ -85,6 +87,10 @@ class _Writer:
                 "rank_memory_bytes": [int(held + rank * 1e8) for rank in range(story.ranks)],
                 "mfu": (0.36 + dice.random() * 0.02) if story.gpus else None,
             }
+        if story.prefers:
+            gap = 2.0 - self.loss / 2
+            facts |= {"reward_chosen": gap / 2, "reward_rejected": -gap / 2, "reward_margin": gap,
+                      "reward_accuracy": 1.0 - self.loss / 6}  # fmt: skip
         seconds = 0.4 + dice.random() * 0.05
         self.tell(
             "step", step, seconds, lr=story.rate * (1 - (step - 1) / story.steps), rows=16,

@@ -30,6 +30,11 @@ SECTIONS: dict[str, tuple[Lines, ...]] = {
         ("Learning rate", (rows.LEARNING_RATE,)),
         ("Gradient norm", (rows.GRADIENT_NORM,)),
     ),
+    "Preferences": (
+        ("Rewards of the chosen and the rejected", (rows.REWARD_CHOSEN, rows.REWARD_REJECTED)),
+        ("Reward margin", (rows.REWARD_MARGIN, rows.HELD_OUT_MARGIN)),
+        ("Pairs in the right order", (rows.REWARD_ACCURACY,)),
+    ),
     "Throughput and memory": (
         ("Tokens per second", (rows.TOKENS_PER_S,)),
         ("Model FLOPs utilisation (4 N per token)", (rows.MFU,)),

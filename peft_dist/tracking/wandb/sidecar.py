@@ -12,7 +12,7 @@ import threading
 import time
 from contextlib import suppress
 
-from peft_dist.common import console
+from peft_dist.common import logs
 from peft_dist.common.errors import PeftDistError
 from peft_dist.common.sharing import set_run_umask
 from peft_dist.ledger.events import EndEvent
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     environment = wandb_environment(os.environ)
     os.environ.clear()
     os.environ.update(environment)
-    console.show_warnings()
+    logs.begin(on_screen=False)
     over = threading.Event()
     threading.Thread(target=_wait_for_end, args=(over,), daemon=True).start()
     try:

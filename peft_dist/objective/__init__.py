@@ -1,0 +1,1 @@
+"""What is learned from the rows: losses, passes over preferences, and their reference."""

@@ -1,0 +1,96 @@
+"""Training that starts from an adapter which there is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peft_dist.checkpoint.start import load_start
+from peft_dist.common.errors import PeftDistError, RecipeError
+from peft_dist.config.load import load_recipe
+from peft_dist.distributed.world import World
+from peft_dist.model.source import find_base
+from peft_dist.model_setup import ModelSetup, set_up_model
+from tests.tiny import completion_rows, save_adapter, tiny_model, tiny_recipe, write_jsonl
+
+METHODS: tuple[dict[str, Any], ...] = (
+    {"kind": "lora"},
+    {"kind": "lora", "dora": True},
+    {"kind": "bottleneck"},
+    {"kind": "prefix", "virtual_tokens": 3},
+    {"kind": "prompt", "virtual_tokens": 3},
+    {"kind": "bitfit", "add_bias": True},
+    {"kind": "peft", "type": "IA3"},
+)
+
+
+def set_up(folder: Path, world: World, method: dict[str, Any]) -> ModelSetup:
+    """Return a model with an adapter of a method."""
+    if not (folder / "llama").is_dir():
+        tiny_model(folder / "llama", "llama")
+    rows = write_jsonl(folder / "rows.jsonl", completion_rows(4))
+    recipe = tiny_recipe(folder / "llama", rows, method=method)
+    return set_up_model(recipe, world, find_base(recipe, folder / "cache"))
+
+
+def moved(setup: ModelSetup) -> dict[str, torch.Tensor]:
+    """Return the adapter as some training might leave it."""
+    noise = torch.Generator().manual_seed(0)
+    return {
+        name: tensor + torch.randn(tensor.shape, generator=noise)
+        for name, tensor in setup.engine.adapter_state().items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "named"), [*((method, "adapter") for method in METHODS), (METHODS[0], ".")]
+)
+def test_every_method_starts_from_its_own_adapter_to_the_bit(
+    tmp_path: Path, alone: World, method: dict[str, Any], named: str
+) -> None:
+    first = set_up(tmp_path, alone, method)
+    state = moved(first)
+    save_adapter(tmp_path / "run" / "adapter", first.method, first.peft, state)
+    second = set_up(tmp_path, alone, method | {"start_from": str(tmp_path / "run" / named)})
+    load_start(second)
+    found = second.engine.adapter_state()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert second.start_sha256 is not None
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted", "words"),
+    [
+        ({"kind": "prompt"}, {"kind": "lora"}, "holds a PROMPT_TUNING adapter, but"),
+        ({"kind": "lora"}, {"kind": "lora", "alpha": 32.0}, "has lora_alpha 16.0, but the"),
+        ({"kind": "lora"}, {"kind": "lora", "rank": 4}, "has r 8, but the recipe's method 4"),
+        ({"kind": "lora"}, {"kind": "lora", "targets": ["q_proj"]}, "has target_modules"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused_in_one_line(
+    tmp_path: Path, alone: World, saved: dict[str, Any], wanted: dict[str, Any], words: str
+) -> None:
+    first = set_up(tmp_path, alone, saved)
+    save_adapter(tmp_path / "adapter", first.method, first.peft, moved(first))
+    second = set_up(tmp_path, alone, wanted | {"start_from": str(tmp_path / "adapter")})
+    with pytest.raises(RecipeError) as refused:
+        load_start(second)
+    assert words in str(refused.value)
+    assert "method.start_from" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_folder_that_is_not_there_is_refused_before_anything_starts(recipe_file: Path) -> None:
+    with pytest.raises(PeftDistError, match=r"method\.start_from: 'runs/sft' does not exist"):
+        load_recipe(recipe_file, ["method.start_from=runs/sft"])
+    (recipe_file.parent / "runs" / "sft").mkdir(parents=True)
+    found = load_recipe(recipe_file, ["method.start_from=runs/sft"])
+    assert found.method.start_from == str(recipe_file.parent / "runs" / "sft")
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path, alone: World) -> None:
+    setup = set_up(tmp_path, alone, {"kind": "lora", "start_from": str(tmp_path)})
+    with pytest.raises(RecipeError, match="holds no adapter_model.safetensors"):
+        load_start(setup)
