@@ -7,7 +7,7 @@ then read the rows that belong here. Trains nothing.
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,6 +235,7 @@ def set_up_model(
     *,
     label_names: tuple[str, ...] = (),
     engines: Mapping[str, type[Engine]] = ENGINES,
+    prover: Callable[..., tuple[Way, list[str]]] = prove,
 ) -> ModelSetup:
     """Build, shard and load the model. Collective.
 
@@ -244,6 +245,7 @@ def set_up_model(
         source: What `find_base` found.
         label_names: Class names, for sequence classification.
         engines: By strategy, what shards.
+        prover: Compares losses with those of transformers; see `prove`.
 
     Raises:
         PeftDistError: For a model, launcher or option that cannot work; before weights are read
@@ -345,7 +347,7 @@ def set_up_model(
     )
     setup.check_adapters_agree()
     if isinstance(model, Decoder):
-        setup.packing = _prove(setup, model, ways, blocks, source.cache_dir).packing
+        setup.packing = _prove(setup, model, ways, blocks, prover).packing
     return setup
 
 
@@ -354,7 +356,7 @@ def _prove(
     model: Decoder,
     ways: list[Way],
     blocks: dict[str, nn.Module],
-    cache_dir: Path,
+    prover: Callable[..., tuple[Way, list[str]]],
 ) -> Way:
     """Return a way to compute micro-batches that is proven right, and use its kernel. Collective.
 
@@ -367,7 +369,7 @@ def _prove(
         stage("comparing losses with those of transformers", log) as told,
         setup.peft.disable_adapter() if learned else nullcontext(),
     ):
-        way, problems = prove(
+        way, problems = prover(
             model,
             ways,
             bare=bare,

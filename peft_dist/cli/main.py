@@ -192,12 +192,17 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 
 def _goodput(arguments: argparse.Namespace) -> int:
+    from peft_dist.common.table import print_lines, stdout_form
     from peft_dist.ledger.goodput import goodput, render
     from peft_dist.ledger.reader import LedgerReader
     from peft_dist.run.directory import RunDir
 
     found = goodput(LedgerReader(RunDir.open(arguments.run_dir).ledger).all())
-    show(found.to_json() if arguments.json else render(found))
+    if arguments.json:
+        show(found.to_json())
+    else:
+        width, colour = stdout_form()
+        print_lines(render(found, width=width, colour=colour))
     return EXIT_DONE
 
 

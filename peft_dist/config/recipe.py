@@ -327,6 +327,11 @@ class Recipe(Section):
     """Where progress is shown."""
 
     @property
+    def rows_per_example(self) -> int:
+        """How many rows are trained together: two, where answers are compared."""
+        return 1 if self.objective.rows == "single" else 2
+
+    @property
     def source_losses(self) -> int:
         """How many training sources have a loss of their own in every step; 0: none."""
         return self.data.mixed_sources if self.objective.kind == "sft" else 0

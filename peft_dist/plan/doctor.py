@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from peft_dist.common.cache_folder import usable_cache_dir
-from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE, EXIT_USER_ERROR, PeftDistError
 from peft_dist.common.locks import NO_LOCKS, lock_file
+from peft_dist.common.table import Column, print_lines, stdout_form, table_lines
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, load_cluster
 from peft_dist.launch.placement import this_machine
@@ -37,6 +37,8 @@ STALE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORC
 """What a launcher exports to its workers; in a shell it is left over from something."""
 
 Level = Literal["ok", "note", "bad"]
+_STYLES = {"ok": "green", "note": "yellow", "bad": "red"}
+_COLUMNS = (Column("", style=lambda level: _STYLES[level]), Column("", wrap=True))
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ def examine(recipe_file: str | None, cluster_file: str | None) -> int:
             found += _recipe(load_recipe(recipe_file), cluster)
         except PeftDistError as error:
             found.append(Finding("bad", str(error)))
-    for finding in found:
-        show(f"{finding.level:<5}{finding.text}")
+    width, colour = stdout_form()
+    rows = [(finding.level, finding.text) for finding in found]
+    print_lines(table_lines(_COLUMNS, rows, width=width, colour=colour))
     return EXIT_USER_ERROR if any(one.level == "bad" for one in found) else EXIT_DONE
 
 
