@@ -39,7 +39,8 @@ class Model(Section):
     """Compute dtype and dtype of unquantized base weights. auto: bfloat16 on GPUs that have it and
     do not emulate it, else float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """Attention kernel. auto: flash_attention_2 where installed on a GPU, else what the
+    """Attention kernel. auto: torch's own flash kernels on a GPU that has them, in one call for all
+    rows; for models that cap their scores flash_attention_2 where installed; else what the
     architecture supports."""
 
 

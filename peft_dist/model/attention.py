@@ -137,6 +137,12 @@ def _row_attention(
             sliding_window=sliding_window,
         )
         return out, None
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.is_cuda:
+        # Of a GPU's kernels only flash knows groups; where it is not picked, with a mask or in
+        # float32, torch would take the one that keeps all scores.
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        past = None if past is None else past.repeat_interleave(groups, dim=1)
     lengths = [query.shape[2]] if row_lengths is None else list(row_lengths)
     outputs = []
     for q, k, v in zip(

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as torch_dist
+from torch.distributed.distributed_c10d import _world
 
-from tests.fakecuda.rank import live, off_device, prepare
+from tests.fakecuda.rank import RANKS_OF_A_NODE, live, off_device, prepare
 from tests.tiny import ARCHITECTURES
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -39,6 +41,16 @@ def test_every_method_lives_on_every_engine(
     )
     live(rank)
     assert off_device(rank) == []
+
+
+def test_replicas_have_a_communicator_with_nobody_but_their_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = prepare(tmp_path, monkeypatch, parallel={"strategy": "hsdp"})
+    groups = {tuple(torch_dist.get_process_group_ranks(group)) for group in _world.pg_map}
+    assert (0, 1) in groups
+    assert (0, 2) not in groups
+    assert rank.setup.engine.shard.count == RANKS_OF_A_NODE
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -23,7 +23,9 @@ static void count_product(const char *call, int m, int n, int k) {
   if (at < SHAPES) fake_count(names[at], names[at]);
 }
 
+/* FAKE_CUDA_NO_BLAS: there is no memory left for its workspace. */
 cublasStatus_t cublasCreate_v2(cublasHandle_t *handle) {
+  if (getenv("FAKE_CUDA_NO_BLAS")) return CUBLAS_STATUS_ALLOC_FAILED;
   *handle = malloc(64);
   return 0;
 }
