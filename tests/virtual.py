@@ -66,7 +66,7 @@ def ours(setup: ModelSetup, rows: TokenizedRows) -> tuple[torch.Tensor, torch.Te
     setup.model.eval()
     batch = setup.pack(rows, torch.arange(rows.n_rows).numpy())
     with torch.no_grad():
-        nll, logits = setup.model(batch, torch.arange(VOCABULARY))
+        nll, logits, _ = setup.model(batch, torch.arange(VOCABULARY))
     cap = getattr(setup.model, "softcap", None)  # choices need no cap to be ranked
     return nll, logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -50,14 +50,21 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
     words = {name: _words(sub) for name, sub in commands.items()}
     if shell == "fish":
         return _fish(commands)
-    cases = "\n".join(f"    {name}) words='{' '.join(words[name])}' ;;" for name in words)
+    # Those of two words come first; where the second is not there yet, it is one of the words.
+    by_length = sorted(words, key=lambda name: -len(name.split()))
+    for name in by_length:
+        first, _, second = name.partition(" ")
+        if second:
+            words[first].append(second)
+    patterns = {name: f"'{name}'" if " " in name else f"'{name} '*" for name in by_length}
+    cases = "\n".join(f"    {patterns[n]}) words='{' '.join(words[n])}' ;;" for n in by_length)
     body = f"""_peft_dist() {{
   local current="${{COMP_WORDS[COMP_CWORD]}}" words=''
-  case "${{COMP_WORDS[1]}}" in
+  case "${{COMP_WORDS[1]}} ${{COMP_WORDS[2]}}" in
 {cases}
   esac
   if [ "$COMP_CWORD" -eq 1 ]; then
-    words='{" ".join(words)}'
+    words='{" ".join(name for name in words if " " not in name)}'
   fi
   COMPREPLY=($(compgen -W "$words" -- "$current") $(compgen -f -- "$current"))
 }}
@@ -90,8 +97,14 @@ def _fish(commands: dict[str, argparse.ArgumentParser]) -> str:
     lines = []
     for name, sub in commands.items():
         text = (sub.description or "").replace("'", r"\'")
-        lines.append(f"complete -c peft-dist -n __fish_use_subcommand -a {name} -d '{text}'")
-        inside = f"-n '__fish_seen_subcommand_from {name}'"
+        first, _, second = name.partition(" ")
+        seen = f"__fish_seen_subcommand_from {first}"
+        if second:
+            lines.append(f"complete -c peft-dist -n '{seen}' -a {second} -d '{text}'")
+            inside = f"-n '{seen}; and __fish_seen_subcommand_from {second}'"
+        else:
+            lines.append(f"complete -c peft-dist -n __fish_use_subcommand -a {name} -d '{text}'")
+            inside = f"-n '{seen}'"
         for word in _words(sub):
             given = f"-l {word[2:]}" if word.startswith("--") else f"-a {word}"
             lines.append(f"complete -c peft-dist {inside} {given}")

@@ -99,7 +99,7 @@ def _rows(run: RunData, which: str) -> str:
     sources = rows.get(which) if isinstance(rows, Mapping) else None
     if not isinstance(sources, list) or not sources:
         return ""
-    words = {"rows": "", "cut": " cut", "lost_end": " without their end token"}
+    words = {"rows": "", "cut": " cut", "lost_end": " without a stop token"}
     words |= {"dropped": " dropped", "bad": " malformed"}
     totals = {
         name: sum(number(one.get(name)) or 0 for one in sources if isinstance(one, Mapping))

@@ -64,10 +64,10 @@ def show_status(run_dirs: Sequence[str], *, watch: bool = False, as_json: bool =
                 if is_old:
                     good_for_s = 1.5 * good_for_s if answers == before else ASK_SLURM_EVERY_S
                     good_until_s = time.monotonic() + min(good_for_s, ASK_SLURM_AT_LEAST_EVERY_S)
-                draw(_json(views, watch=watch) if as_json else _table(views, watch=watch))
+                account = [] if watch or as_json else _account(views)
+                lines = _json(views, watch=watch) if as_json else _table(views, watch=watch)
+                draw([*lines, *account])
                 if not watch:
-                    if not as_json:
-                        draw(_account(views))
                     return EXIT_DONE
                 time.sleep(REDRAW_EVERY_S)
     except KeyboardInterrupt:

@@ -121,7 +121,7 @@ def test_schema_is_json_and_carries_the_texts(capsys: pytest.CaptureFixture[str]
     ("argv", "expected"),
     [
         ([], "required: COMMAND; see peft-dist --help"),
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "there is no 'trian'; did you mean 'train'?"),
         (["validate"], "required: RECIPE"),
         (["validate", "absent.yaml"], "absent.yaml: no such file"),
         (["validate", "absent.yaml", "--quick"], "unrecognized argument '--quick'"),

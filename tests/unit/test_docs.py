@@ -41,7 +41,7 @@ def test_every_command_that_a_page_names_is_one_with_these_options() -> None:
     named = re.findall(r"`peft-dist ([a-z][^`]*)`|^ *peft-dist ([a-z][^:\n]*)$", text, re.M)
     assert len(named) >= 40
     for words in ((one or other).split() for one, other in named):
-        parser = commands[words[0]]
+        parser = commands.get(" ".join(words[:2])) or commands[words[0]]
         for name in words[1:]:
             parser = _subcommands(parser).get(name, parser)
         options = {word.partition("=")[0] for word in words if word.startswith("--")}

@@ -93,7 +93,7 @@ def test_true_is_not_taken_for_the_number_one(recipe_file: Path) -> None:
         ("train.betas=[1, 2]", "a list of 2, each item a number of at least 0.0 and below 1.0"),
         ("train.steps.x=1", "train.steps has no parts"),
         ("train.learning_rate=.nan", "got nan; must be a number above 0"),
-        ("model.name=", "got null; must be text"),
+        ("model.name=", "no value is given"),
         ("model.revision=1234567", "must be text that is not empty or null; put it in quotes"),
         ("nonsense", "is not key=value"),
         ("train.steps=[", "is not YAML"),

@@ -132,7 +132,7 @@ def test_an_empty_micro_batch_is_tokens_without_targets(packing: bool, classes: 
 
 def test_all_tensors_are_int64_or_masks_and_move_together() -> None:
     batch = pack(rows_of([2, 4]), np.array([0, 1]), packing=False)
-    moved = batch.to("meta")
+    moved = batch.to(torch.device("meta"))
     for name in ("input_ids", "position_ids", "label_positions", "targets", "target_rows"):
         assert getattr(batch, name).dtype == torch.int64
         assert getattr(moved, name).device.type == "meta"

@@ -14,10 +14,19 @@ def run_with(result: dict[str, Any]) -> RunData:
 
 
 def test_rows_of_all_sources_are_counted_and_lost_ends_are_told() -> None:
-    one = SourceRows("a", rows=1000, cut=20, lost_end=7, dropped=3, bad=((1, "x"),))
+    one = SourceRows(
+        "a",
+        rows=1000,
+        cut=20,
+        lost_end=7,
+        dropped=3,
+        trained_turns=990,
+        stop_tokens=983,
+        bad=((1, "x"),),
+    )
     whole = replace(one, rows=50, cut=0, lost_end=0, dropped=0, bad=())
     run = run_with({"rows": {"train": [one.facts(), whole.facts()], "eval": [whole.facts()]}})
-    told = "1,050, 20 cut, 7 without their end token, 3 dropped, 1 malformed"
+    told = "1,050, 20 cut, 7 without a stop token, 3 dropped, 1 malformed"
     assert _rows(run, "train") == told
     assert _rows(run, "eval") == "50"
 
