@@ -27,6 +27,7 @@ from peft_dist.model import attention
 from peft_dist.model.architectures import bare_model
 from peft_dist.model.head import with_wide_matrix
 from peft_dist.model.loss import CausalLM, Decoder, Losses
+from peft_dist.model.router import Routing, auxiliary_loss, router_term
 
 ROW_TOKENS = (19, 3, 30)
 """Tokens of each row of the probe."""
@@ -59,6 +60,8 @@ class _Expected(NamedTuple):
     """[tokens - 1] of each row; of a reward model its reward [1], with the sign turned."""
     layers: dict[str, torch.Tensor]
     allowed: float
+    routing: list[Routing]
+    """Of each row; none of a model whose router is not trained to be even."""
 
 
 class ProofRun(NamedTuple):
@@ -146,13 +149,14 @@ def _by_transformers(
 ) -> _Expected:
     """Score each row alone by the model's own forward. Collective."""
     scored = _released if isinstance(model, CausalLM) else _released_reward
-    losses, noise, layers = [], 0.0, []
+    losses, noise, layers, routing = [], 0.0, [], []
     try:
         attention.use_kernel(bare, "eager")
         for row in range(rows.n_rows):
             batch = pack(rows, np.array([row]), packing=False).to(device)
             with _layers(bare, blocks) as seen:
-                found = model(batch, None, scored).nll
+                found, _, routed = model(batch, None, scored)
+            routing += [routed] if routed else []
             layers.append({name: value.flatten(0, -2) for name, value in seen.items()})
             losses.append(found)
             if scored is not _released:
@@ -177,7 +181,7 @@ def _by_transformers(
             remedy="choose another model",
         )
     joined = {name: torch.cat([one[name] for one in layers]) for name in layers[0]}
-    return _Expected(losses, joined, max(ROUNDING[dtype], NOISE * noise))
+    return _Expected(losses, joined, max(ROUNDING[dtype], NOISE * noise), routing)
 
 
 def _cut(rows: TokenizedRows, row: int, length: int) -> TokenizedRows:
@@ -196,14 +200,7 @@ def _released(model: PreTrainedModel, batch: Batch) -> Losses:
     out = with_wide_matrix(model)(input_ids=batch.input_ids, labels=batch.input_ids)
     logits = out.logits[0, :-1].float()
     nll = cross_entropy(logits, batch.input_ids[0, 1:], reduction="none")
-    if getattr(out, "aux_loss", None) is not None:
-        raise ModelError(
-            f"{model.config.model_type} adds a loss for its router, which differs with the rows "
-            "that are computed together",
-            where="model.name",
-            remedy="set output_router_logits: false in its config.json; the router stays frozen",
-        )
-    own = float(out.loss)
+    own = float(out.loss) - auxiliary_loss(model, out)
     if abs(own - float(nll.mean())) > 1e-2 * (1.0 + abs(own)):
         raise ModelError(
             f"{model.config.model_type} has a loss of its own, {own:.4f} where the cross-entropy "
@@ -211,7 +208,8 @@ def _released(model: PreTrainedModel, batch: Batch) -> Losses:
             where="model.name",
             remedy="choose another model",
         )
-    return Losses(nll, None)
+    term = router_term(model)
+    return Losses(nll, None, term and term.routing(out.router_logits, None))
 
 
 def _released_reward(model: PreTrainedModel, batch: Batch) -> Losses:
@@ -236,7 +234,7 @@ def _problem(
         if not attention.use_kernel(bare, way.attention):
             return "the model keeps the kernel that it was built with"
         with _layers(bare, blocks) as layers:
-            nll = model(batch).nll
+            nll, _, routing = model(batch)
     except Exception as error:  # each model fails in its own way
         return _line(error)
     if (gap := attention.find_gap()) is not None:
@@ -248,11 +246,25 @@ def _problem(
     ]
     worst = int(np.argmax(differences))
     if differences[worst] <= expected.allowed:
-        return None
+        return _problem_of_routing(routing, expected)
     return (
         f"the loss of a token differs by {differences[worst]:.2g}, "
         f"{_first_difference(batch, layers, expected)} is the first to differ"
     )
+
+
+def _problem_of_routing(found: Routing | None, expected: _Expected) -> str | None:
+    """Compare the sums that the auxiliary loss is made of; a tie may be broken in another way."""
+    if found is None and not expected.routing:
+        return None
+    if found is None or not expected.routing:
+        return "the loss of its router is left out"
+    theirs = [torch.stack(one).sum(dim=0) for one in zip(*expected.routing, strict=True)]
+    for ours, sums in zip(found, theirs, strict=True):
+        largest = _difference(ours.flatten(), sums.flatten(), torch.float32)
+        if largest > max(expected.allowed, 0.01) * float(theirs[2]):
+            return "the sums of which the loss of its router is made differ"
+    return None
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> float:
