@@ -150,4 +150,5 @@ def submitting_environment(
 
 def _answered(options: Iterable[str]) -> set[str]:
     names = [(option, option.upper().replace("-", "_")) for option in options]
-    return {VARIABLES.get(option, f"SBATCH_{name}") for option, name in names}
+    own = {VARIABLES.get(option, f"SBATCH_{name}") for option, name in names}
+    return own | {f"SLURM_{name}" for _, name in names}  # such as SLURM_CLUSTERS and SLURM_HINT

@@ -8,7 +8,9 @@ import pytest
 
 from peft_dist.common.errors import RunDirError
 from peft_dist.run.job_events import candidates, events, jobs_file, newest_job, record
-from tests.unit.run_folders import submitted
+from tests.unit.run_folders import slurm_commands, submitted
+from tests.unit.slurm_jobs import Machines
+from tests.unit.test_slurm_scripts import job_of
 
 
 def test_events_are_read_back_in_order_and_belong_to_their_owner_alone(tmp_path: Path) -> None:
@@ -62,6 +64,19 @@ def test_of_two_writers_one_waits_for_the_other(
         monkeypatch.setattr("peft_dist.run.job_events.LOCK_WAIT_S", -1.0)
         record(tmp_path, {"event": "ended", "job": "12"})  # who holds it may never let go
     assert [event["event"] for event in events(tmp_path)] == ["submitted", "started", "ended"]
+
+
+def test_the_batch_script_waits_for_whoever_writes_as_well(tmp_path: Path) -> None:
+    machines = Machines(tmp_path)
+    slurm_commands(machines.commands, flock="")
+    assert machines.run(job_of(machines, tmp_path)).returncode == 0
+    calls = (machines.commands / "calls").read_text(encoding="utf-8").splitlines()
+    written = jobs_file(tmp_path / "run").read_text(encoding="utf-8").splitlines()
+    assert len(written) == 2
+    assert [call for call in calls if call.startswith("flock")] == ["flock -w 5 9"] * 2
+    (machines.commands / "flock").unlink()  # without the command, or a lock, it is written as well
+    assert machines.run(tmp_path / "run" / "job.sbatch").returncode == 0
+    assert len(jobs_file(tmp_path / "run").read_text(encoding="utf-8").splitlines()) == 4
 
 
 def test_the_newest_job_is_the_last_one_submitted_or_started_whatever_its_number(

@@ -12,7 +12,7 @@ from peft_dist.config.load import render_yaml
 from peft_dist.config.slurm_options import FIELDS, OF_SBATCH, OF_SRUN
 from peft_dist.run import job_events
 from peft_dist.slurm.scripts import render_job
-from peft_dist.slurm.submitting import job_id
+from peft_dist.slurm.submitting import job_id, kept_variables, submitting_environment
 from tests.unit.slurm_desk import Capture, Desk, told
 from tests.unit.slurm_jobs import CPUS, GPUS, Machines, job, json_lines
 from tests.unit.test_slurm_scripts import job_of
@@ -163,6 +163,22 @@ def test_another_cluster_is_asked_wherever_its_jobs_are(desk: Desk, capsys: Capt
 
     (state,) = job_states(["4711@wice"]).values()
     assert (state.job, state.state, state.source) == ("4711@wice", "COMPLETED", "sacct")
+
+
+def test_no_variable_says_otherwise_than_an_option_of_the_file() -> None:
+    """Sbatch believes a variable more than its script."""
+    script = "#SBATCH --clusters=wice\n#SBATCH --hint=nomultithread\n"
+    told = {
+        "SLURM_CLUSTERS": "genius",
+        "SBATCH_CLUSTERS": "genius",
+        "SLURM_HINT": "compute_bound",
+        "SBATCH_HINT": "compute_bound",
+        "SLURM_CONF": "/etc/x",
+        "SBATCH_ACCOUNT": "abc",
+    }
+    assert submitting_environment(script, told).keys() == {"SLURM_CONF", "SBATCH_ACCOUNT"}
+    assert "SLURM_CLUSTERS" not in kept_variables(["clusters"])
+    assert "SLURM_CLUSTERS" in kept_variables(["mail-type"])
 
 
 def test_jobs_of_two_clusters_are_cancelled_at_each(desk: Desk) -> None:

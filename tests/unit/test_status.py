@@ -23,6 +23,7 @@ from peft_dist.common.screen import Screen
 from peft_dist.common.table import Column, table_lines
 from peft_dist.ledger.events import RollbackEvent, StepEvent
 from peft_dist.ledger.reader import BLOCK_BYTES, LedgerReader
+from peft_dist.run.attempt_records import record_path
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import note_crash
 from peft_dist.run.lease import STALE_AFTER_S
@@ -382,7 +383,7 @@ def big_table(tmp_path: Path) -> list[RunView | ArrayView]:
         "1234567": JobState("1234567", "RUNNING", "", nodes),
         "12": JobState("12", "PENDING", reason),
     }
-    now = time.time()
+    now = record_path(busy / "attempts", 2).stat().st_mtime + 3
     return [
         view(read_run(path), answers, name=path.name, now=now) for path in (busy, waiting, failed)
     ]
