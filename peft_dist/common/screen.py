@@ -4,16 +4,16 @@ A bar never shares its line with other text. Whatever happens to the stream, the
 """
 
 import logging
-import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, TextIO
 
 from peft_dist.common.console import printable, to_nowhere
+from peft_dist.common.terminal import is_terminal, terminal_console
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -50,7 +50,7 @@ class Screen:
     @property
     def is_live(self) -> bool:
         """Whether a bar can be drawn over itself."""
-        return self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        return is_terminal(self._stream)
 
     def line(self, text: str) -> None:
         """Show a line, above all bars."""
@@ -273,28 +273,9 @@ class _Stream:
 
 
 def _make_progress(stream: _Stream) -> "Progress":
-    from rich.console import Console, ConsoleDimensions
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
     from rich.table import Column
     from rich.text import Text
-
-    class Terminal(Console):
-        """A console that leaves the cursor alone: a process that is killed could not show it.
-
-        Its size is that of its stream, where rich would ask standard input; 0 is no size.
-        """
-
-        @property  # type: ignore[misc]
-        def size(self) -> ConsoleDimensions:
-            """Return columns and lines."""
-            columns = lines = 0
-            with suppress(OSError, ValueError):
-                columns, lines = os.get_terminal_size(stream.fileno())
-            return ConsoleDimensions(columns or 80, lines or 25)
-
-        def show_cursor(self, show: bool = True) -> bool:
-            """Do nothing."""
-            return False
 
     class Growing(ProgressColumn):
         """A bar where it is known how much there is to do, else the seconds so far."""
@@ -311,15 +292,6 @@ def _make_progress(stream: _Stream) -> "Progress":
                 return Text(f"{task.elapsed or 0:.0f} s")
             return self._bar.render(task)
 
-    # Not by what the environment says (FORCE_COLOR, TTY_COMPATIBLE): a file stays plain text.
-    console = Terminal(
-        file=stream,  # type: ignore[arg-type]
-        force_terminal=True,
-        force_jupyter=False,
-        highlight=False,
-        markup=False,
-        emoji=False,
-    )
     return Progress(
         TextColumn(
             "{task.description}",
@@ -328,7 +300,7 @@ def _make_progress(stream: _Stream) -> "Progress":
         ),
         Growing(),
         TextColumn("{task.fields[detail]}", markup=False, table_column=Column(no_wrap=True)),
-        console=console,
+        console=terminal_console(stream),
         refresh_per_second=REFRESH_PER_S,
         redirect_stdout=False,
         redirect_stderr=False,

@@ -157,7 +157,7 @@ def _write(job: RowJob, folder: Path) -> None:
             for rows in found
         ],
         "notices": job.encoder.notices(),
-        "rows_per_example": 1 if job.recipe.objective.rows == "single" else 2,
+        "rows_per_example": job.recipe.rows_per_example,
     }
     sealed = {"fingerprint": _fingerprint(content), "content": content}
     (folder / "rows.json").write_text(json.dumps(sealed, indent=1), encoding="utf-8")

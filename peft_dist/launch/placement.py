@@ -6,12 +6,12 @@ nothing.
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from peft_dist.common.errors import LaunchError
+from peft_dist.common.gpus import DEVICES, TOPOLOGY, visible_gpus
 from peft_dist.config import Recipe
 
 Strategy: TypeAlias = Literal["ddp", "fsdp", "hsdp", "zero2", "zero3"]
@@ -61,11 +61,11 @@ class Placement:
 
 def this_machine(
     environ: Mapping[str, str] = os.environ,
-    device_folder: Path = Path("/dev"),
-    topology: Path = Path("/sys/class/kfd/kfd/topology/nodes"),
+    device_folder: Path = DEVICES,
+    topology: Path = TOPOLOGY,
 ) -> Machine:
     """Count the GPUs that CUDA or ROCm would show, and the cores this process may use."""
-    return Machine(gpus=_visible_gpus(environ, device_folder, topology), cores=_cores())
+    return Machine(gpus=visible_gpus(environ, device_folder, topology), cores=_cores())
 
 
 def plan_processes(
@@ -119,42 +119,6 @@ def plan_processes(
             remedy=f"set it to a divisor of {processes}",
         )
     return Placement(strategy, processes, shard_size, machine, nodes)
-
-
-def _visible_gpus(environ: Mapping[str, str], device_folder: Path, topology: Path) -> int:
-    present = sum(1 for path in device_folder.glob("nvidia[0-9]*") if path.name[6:].isdigit())
-    if present:
-        return _chosen(environ.get("CUDA_VISIBLE_DEVICES"), present)
-    # ROCm leaves out in two steps, and HIP reads CUDA's variable where it has none of its own.
-    present = _chosen(environ.get("ROCR_VISIBLE_DEVICES"), _amd_gpus(device_folder, topology))
-    chosen = environ.get("HIP_VISIBLE_DEVICES", environ.get("CUDA_VISIBLE_DEVICES"))
-    return _chosen(chosen, present)
-
-
-def _chosen(devices: str | None, present: int) -> int:
-    if devices is None or present == 0:
-        return present
-    count = 0
-    for device in devices.split(","):  # CUDA and HIP stop at the first entry they cannot use
-        name = device.strip()
-        number = int(name) if name.lstrip("-").isdigit() else None
-        if not name or (number is not None and not 0 <= number < present):
-            break
-        count += 1
-    return count
-
-
-def _amd_gpus(device_folder: Path, topology: Path) -> int:
-    """Count the GPUs of AMD's driver that this process may open; a container may have a part."""
-    found = 0
-    for properties in topology.glob("*/properties"):
-        with suppress(OSError, ValueError):
-            if int((properties.parent / "gpu_id").read_text(encoding="ascii") or 0) == 0:
-                continue  # a CPU
-            text = properties.read_text(encoding="ascii")
-            minor = dict(line.split(" ", 1) for line in text.splitlines())["drm_render_minor"]
-            found += (device_folder / "dri" / f"renderD{minor.strip()}").exists()
-    return found
 
 
 def _cores() -> int:

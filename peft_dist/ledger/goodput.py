@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
+from peft_dist.common.table import Column, table_lines
 from peft_dist.ledger.events import (
     CheckpointEvent,
     EndEvent,
@@ -54,6 +55,20 @@ WORK_PHASES = tuple(WORK.values())
 BAR_WIDTH = 20
 SHOWN_ATTEMPTS = 10
 """Attempts that fit one screen; JSON has them all."""
+_PHASE_COLUMNS = (
+    Column("phase", style=lambda phase: "green" if phase == "step" else ""),
+    Column("seconds", right=True),
+    Column("share", right=True),
+    Column("", style=lambda _bar: "cyan"),
+    Column("", cut=True),
+)
+_ATTEMPT_COLUMNS = (
+    Column("attempt", right=True),
+    Column("from step", right=True),
+    Column("to step", right=True),
+    Column("wall s", right=True),
+    Column("outcome"),
+)
 
 
 @dataclass(frozen=True)
@@ -260,37 +275,42 @@ class _Attempt:
         )
 
 
-def render(found: Goodput) -> str:
-    """Return one screen of text: the share that counts, the phases, the attempts."""
+def render(found: Goodput, *, width: int | None = None, colour: bool = False) -> list[str]:
+    """Return one screen of lines: the share that counts, the phases, the attempts.
+
+    Args:
+        found: What to show.
+        width: Columns of the terminal; None for as many as it takes.
+        colour: Whether lines may hold escape sequences.
+    """
     total = found.total_s
+    phases = [_phase(phase, seconds, total) for phase, seconds in found.seconds.items()]
+    phases.append(["total", f"{total:,.1f}", f"{1:.1%}", "", ""])
+    attempts: list[list[str] | str] = [
+        [str(span.attempt), str(span.from_step), str(span.to_step), f"{span.wall_s:,.1f}",
+         span.outcome]
+        for span in found.attempts[-SHOWN_ATTEMPTS:]
+    ]  # fmt: skip
+    left_out = len(found.attempts) - SHOWN_ATTEMPTS
+    if left_out > 0:
+        attempts.insert(0, f"... {left_out} earlier; see --json")
     lines = [
         f"goodput {found.fraction:.1%}: {found.seconds['step']:,.1f} s of {total:,.1f} s "
         "went into steps that count",
         "",
-        f"{'phase':<11}{'seconds':>12}{'share':>8}",
-    ]
-    for phase, seconds in found.seconds.items():
-        share = seconds / total if total else 0.0
-        bar = "#" * round(BAR_WIDTH * share)
-        name = phase.replace("_", " ")
-        row = f"{name:<11}{seconds:>12,.1f}{share:>8.1%}  {bar:<{BAR_WIDTH}}  {PHASES[phase]}"
-        lines.append(row)
-    lines += [
-        f"{'total':<11}{total:>12,.1f}{1:>8.1%}",
+        *table_lines(_PHASE_COLUMNS, phases, width=width, colour=colour),
         "",
-        f"{'attempt':>7}{'from step':>11}{'to step':>9}{'wall s':>12}  outcome",
-    ]
-    left_out = len(found.attempts) - SHOWN_ATTEMPTS
-    if left_out > 0:
-        lines.append(f"{'...':>7}  {left_out} earlier; see --json")
-    lines += [
-        f"{span.attempt:>7}{span.from_step:>11}{span.to_step:>9}{span.wall_s:>12,.1f}"
-        f"  {span.outcome}"
-        for span in found.attempts[-SHOWN_ATTEMPTS:]
+        *table_lines(_ATTEMPT_COLUMNS, attempts, width=width, colour=colour),
     ]
     if found.gaps:
         lines += ["", *(f"{gap}; their time counts as down" for gap in found.gaps)]
-    return "\n".join(lines)
+    return lines
+
+
+def _phase(phase: str, seconds: float, total: float) -> list[str]:
+    share = seconds / total if total else 0.0
+    bar = "#" * round(BAR_WIDTH * share)
+    return [phase.replace("_", " "), f"{seconds:,.1f}", f"{share:.1%}", bar, PHASES[phase]]
 
 
 def current_events(events: Iterable[LedgerEvent]) -> Iterator[LedgerEvent]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE, EXIT_USER_ERROR, LaunchError
+from peft_dist.common.table import print_lines, stdout_form
 from peft_dist.config import load_recipe
 from peft_dist.config.cluster import Cluster, load_cluster
 from peft_dist.plan.estimate import Estimate
@@ -46,7 +47,9 @@ def show_plan(
         simulated = {"simulated": json.loads(found)} if found else {}
         show(json.dumps({**plan.figures(), **simulated}, indent=2))
     else:
-        show(render(plan, title=Path(recipe_file).name, simulated=_in_words(plan, found)))
+        width, colour = stdout_form()
+        title, words = Path(recipe_file).name, _in_words(plan, found)
+        print_lines(render(plan, title=title, simulated=words, width=width, colour=colour))
     return EXIT_DONE if plan.best is not None else EXIT_USER_ERROR
 
 
@@ -98,14 +101,21 @@ def _simulated(
         sys.executable, "-m", "peft_dist.entrypoints.simulate", recipe_file, *words,
         "--per-node", str(one.processes // one.nodes),
     ]  # fmt: skip
-    done = subprocess.run(
-        command,
-        input=json.dumps(config),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=SIMULATION_LIMIT_S,
-    )
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(config),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=SIMULATION_LIMIT_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise LaunchError(
+            f"the simulation is not done after {SIMULATION_LIMIT_S} s",
+            remedy="plan without --simulate",
+        ) from None
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         raise LaunchError(

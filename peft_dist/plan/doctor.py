@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Literal
 
 from peft_dist.common.cache_folder import usable_cache_dir
-from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE, EXIT_USER_ERROR, PeftDistError
 from peft_dist.common.locks import NO_LOCKS, lock_file
+from peft_dist.common.table import Column, print_lines, stdout_form, table_lines
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, load_cluster
 from peft_dist.launch.placement import this_machine
@@ -38,6 +38,8 @@ STALE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORC
 """What a launcher exports to its workers; in a shell it is left over from something."""
 
 Level = Literal["ok", "note", "bad"]
+_STYLES = {"ok": "green", "note": "yellow", "bad": "red"}
+_COLUMNS = (Column("", style=lambda level: _STYLES[level]), Column("", wrap=True))
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ def examine(recipe_file: str | None, cluster_file: str | None) -> int:
             found += _recipe(load_recipe(recipe_file), cluster)
         except PeftDistError as error:
             found.append(Finding("bad", str(error)))
-    for finding in found:
-        show(f"{finding.level:<5}{finding.text}")
+    width, colour = stdout_form()
+    rows = [(finding.level, finding.text) for finding in found]
+    print_lines(table_lines(_COLUMNS, rows, width=width, colour=colour))
     return EXIT_USER_ERROR if any(one.level == "bad" for one in found) else EXIT_DONE
 
 
@@ -153,7 +156,9 @@ def _gpus() -> Iterator[Finding]:
         if not built:
             yield Finding("bad", "bitsandbytes has no CUDA library; reinstall it with pip")
     try:
-        done = subprocess.run(QUERY, capture_output=True, text=True, check=True, timeout=20)
+        done = subprocess.run(
+            QUERY, capture_output=True, text=True, errors="replace", check=True, timeout=20
+        )
     except (OSError, subprocess.SubprocessError) as error:
         yield Finding("bad", f"nvidia-smi fails ({type(error).__name__}); repair the driver")
         return
@@ -193,8 +198,13 @@ def _caches() -> Iterator[Finding]:
         return
     hub = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     for name, folder in (("cache", ours), ("Hugging Face cache", Path(hub))):
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        free, kind = shutil.disk_usage(there).free, _file_system(there)
+        try:
+            there = next(place for place in (folder, *folder.parents) if place.exists())
+            free, kind = shutil.disk_usage(there).free, _file_system(there)
+        except OSError as error:
+            told = error.strerror or str(error)
+            yield Finding("bad", f"{name} {str(folder)[:100]}: {told}; name another folder")
+            continue
         text = f"{name} {folder}: {free / 1e9:,.0f} GB free, {kind}"
         if free < LEAST_FREE_BYTES:
             yield Finding("note", f"{text}; free some, or move it")

@@ -120,7 +120,7 @@ def setting_of(recipe: Recipe, candidate: Candidate, hardware: Hardware) -> Sett
     return Setting(
         sharded=sharded,
         shards=candidate.shard_size if sharded else 1,
-        micro_batch=candidate.micro_batch,
+        micro_batch=candidate.micro_batch * recipe.rows_per_example,
         length=recipe.data.max_length,
         recompute=candidate.recompute,
         offload=candidate.offload,
@@ -153,7 +153,7 @@ def estimate(
     assumed, gpu = hardware.assumed, hardware.gpu
     per_process = -(-rows_of_step(recipe) // candidate.processes)
     micro = min(candidate.micro_batch, per_process)
-    setting = replace(setting, micro_batch=micro)
+    setting = replace(setting, micro_batch=micro * recipe.rows_per_example)
     found = peak_bytes(shape, adapter, setting)
     largest = shape.largest_linear
     weight = largest.out_features * largest.in_features * setting.compute_bytes
@@ -168,7 +168,7 @@ def estimate(
     seconds = _seconds(shape, adapter, setting, candidate, hardware, accumulation)
     inside, between = _received(shape, adapter, setting, candidate, accumulation)
     rows = rows_of_step(recipe)
-    tokens = rows * setting.length
+    tokens = rows * setting.length * recipe.rows_per_example
     tokens_per_s = tokens / seconds.total
     hours = None if steps is None else steps * seconds.total / 3600
     work = FLOPS_PER_TOKEN_AND_PARAMETER * shape.parameters * tokens_per_s

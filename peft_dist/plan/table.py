@@ -1,25 +1,30 @@
 """The plan as people read it: tables, what fits and why, and what stands behind the numbers."""
 
-import io
-import sys
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
 
+from peft_dist.common.table import Column, table_lines, table_width
 from peft_dist.plan.estimate import Estimate
 from peft_dist.plan.hardware import GIB, Assumed
 from peft_dist.plan.plan import Plan, Row
 
-WIDTH = 220
-"""Most characters of a line of a table."""
 
-
-def render(plan: Plan, *, title: str, simulated: str = "") -> str:
-    """Return the whole text.
+def render(
+    plan: Plan,
+    *,
+    title: str,
+    simulated: str = "",
+    width: int | None = None,
+    colour: bool = False,
+) -> list[str]:
+    """Return all lines.
 
     Args:
         plan: What to show.
         title: Name of the recipe.
         simulated: What a simulation has found of the best row.
+        width: Columns of the terminal; None for as many as it takes.
+        colour: Whether lines may hold escape sequences.
     """
     subject, hardware = plan.subject, plan.hardware
     shape, adapter = subject.shape, subject.adapter
@@ -32,8 +37,12 @@ def render(plan: Plan, *, title: str, simulated: str = "") -> str:
         f"{hardware.inside_gb_s:g} GB/s between GPUs of a node, "
         f"{hardware.between_gb_s:g} GB/s between nodes",
         "",
-        _table(_MEMORY, [_memory(row) for row in plan.rows], "GiB of each GPU, at its fullest"),
-        _table(_SPEED, [_speed(row) for row in plan.rows], "time and network"),
+        "GiB of each GPU, at its fullest",
+        *_table(_MEMORY, [_memory(row) for row in plan.rows], width, colour=colour),
+        "",
+        "time and network",
+        *_table(_SPEED, [_speed(row) for row in plan.rows], width, colour=colour),
+        "",
     ]
     lines += [f"{_name(row.estimate)}: {row.remedy}" for row in plan.rows if not row.estimate.fits]
     if plan.best is None:
@@ -42,8 +51,7 @@ def render(plan: Plan, *, title: str, simulated: str = "") -> str:
         lines.append(f"best: {_name(plan.best.estimate)}: {plan.reason}")
     if simulated:
         lines.append(simulated)
-    lines += ["", *_basis(plan)]
-    return "\n".join(lines)
+    return [*lines, "", *_basis(plan)]
 
 
 _MEMORY = ("strategy", "GPUs", "rows", "recompute", "base", "gathered", "embedding+head", "adapter",
@@ -112,26 +120,40 @@ def _verdict(found: Estimate) -> str:
     return "too large" if found.cannot_fit else "tight"
 
 
-def _table(columns: tuple[str, ...], rows: list[list[str]], title: str) -> str:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def _table(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], width: int | None, *, colour: bool
+) -> list[str]:
+    """Return the lines of a table; where it is too wide, of several ones below each other."""
+    columns = [
+        Column(title, right=index > 1, style=_verdict_style if title == "verdict" else _plain)
+        for index, title in enumerate(titles)
+    ]
+    parts = [[0, 1, 2]]
+    for index in range(3, len(columns)):
+        wider = [*parts[-1], index]
+        if width is None or table_width(*_part(columns, rows, wider)) <= width:
+            parts[-1] = wider
+        else:
+            parts.append([0, 1, index])
+    return [
+        line
+        for part in parts
+        for line in table_lines(*_part(columns, rows, part), width=width, colour=colour)
+    ]
 
-    on_terminal = sys.stdout.isatty()
-    table: Any = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD if on_terminal else None,
-        pad_edge=False,
-    )
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    text = io.StringIO()
-    # A narrow terminal wraps whole lines: rich would fold each column into a few letters.
-    Console(file=text, width=WIDTH, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+def _part(
+    columns: Sequence[Column], rows: Sequence[Sequence[str]], which: Sequence[int]
+) -> tuple[list[Column], list[list[str]]]:
+    return [columns[index] for index in which], [[row[index] for index in which] for row in rows]
+
+
+def _plain(_text: str) -> str:
+    return ""
+
+
+def _verdict_style(verdict: str) -> str:
+    return {"fits": "green", "tight": "yellow"}.get(verdict, "red")
 
 
 def _basis(plan: Plan) -> list[str]:

@@ -47,6 +47,12 @@ def run_slurm(
     except OSError as error:
         raise SlurmError(f"cannot be run: {error}", where=argv[0]) from error
     if done.returncode:
+        if "configuration source" in done.stderr:  # said over several lines
+            raise SlurmError(
+                "finds neither a slurm.conf nor a controller",
+                where=argv[0],
+                remedy="run this on a login node of the cluster",
+            )
         output = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
         raise SlurmError(output.removeprefix(f"{argv[0]}: error: "), where=argv[0])
     return done.stdout + (done.stderr if with_errors else "")

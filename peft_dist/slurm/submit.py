@@ -16,6 +16,7 @@ from peft_dist.common.sharing import GROUP, folder_mode, set_run_umask
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, render_cluster
 from peft_dist.data.first_rows import check_first_rows
+from peft_dist.launch.model_folder import check_model_folder
 from peft_dist.launch.placement import Machine, plan_processes
 from peft_dist.plan.settle import check_memory, cluster_hardware, settle_alike
 from peft_dist.run.directory import RunDir, write_text_atomic
@@ -156,6 +157,8 @@ def prepare(request: Request) -> Submission:
     for recipe in {recipe.data: recipe for recipe in recipes}.values():
         check_first_rows(recipe)
         warnings += offline.check_recipe(cluster, recipe, request.recipe)
+    for recipe in recipes:
+        check_model_folder(recipe)
     files = scripts(job, [(run.folder, validate.local_model(run.recipe)) for run in runs])
     warnings = list(dict.fromkeys(warnings))
     return Submission(job, runs, files, warnings, request.chain, request.after, trees)

@@ -6,17 +6,18 @@ nothing.
 
 import json
 import os
-import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE
+from peft_dist.common.table import joined, print_lines, stdout_form
+from peft_dist.common.terminal import is_terminal, size, terminal_console
 from peft_dist.run.command_folder import COMMAND_FILE, find_folder
 from peft_dist.run.directory import ARRAY_FILE
 from peft_dist.run.sweep import array_elements
@@ -32,10 +33,10 @@ ASK_SLURM_EVERY_S, ASK_SLURM_AT_LEAST_EVERY_S = 10.0, 60.0
 """Seconds for which an answer of Slurm is good: its controller serves everybody. As long as its
 answers stay the same it is asked less and less often."""
 SLURM_TIMEOUT_S = 10.0
-CLEAR = "\033[H\033[2J"
 
 View = RunView | ArrayView
 Answers = dict[str, JobState]
+Draw = Callable[[Sequence[str]], None]
 Judge = Callable[[Reading, str], RunView]
 
 
@@ -52,23 +53,23 @@ def show_status(run_dirs: Sequence[str], *, watch: bool = False, as_json: bool =
     """
     answers: Answers = {}
     good_until_s, good_for_s = 0.0, ASK_SLURM_EVERY_S
+    is_live = watch and not as_json and is_terminal(sys.stdout)
     try:
-        while True:
-            paths = [find_folder(name) for name in run_dirs] or newest_runs(Path("runs"))
-            before, is_old = answers, time.monotonic() >= good_until_s
-            answers = {} if is_old else answers
-            views = gather(paths, answers, with_queue=not watch)
-            if is_old:
-                good_for_s = 1.5 * good_for_s if answers == before else ASK_SLURM_EVERY_S
-                good_until_s = time.monotonic() + min(good_for_s, ASK_SLURM_AT_LEAST_EVERY_S)
-            # Lines of tables and JSON are printable already, and CLEAR is to steer the terminal.
-            text = _text(views, watch=watch, as_json=as_json)
-            print(text, flush=True)  # noqa: T201
-            if not watch:
-                if not as_json:
-                    show("".join(_account(views)), end="")
-                return EXIT_DONE
-            time.sleep(REDRAW_EVERY_S)
+        with _display(is_live=is_live) as draw:
+            while True:
+                paths = [find_folder(name) for name in run_dirs] or newest_runs(Path("runs"))
+                before, is_old = answers, time.monotonic() >= good_until_s
+                answers = {} if is_old else answers
+                views = gather(paths, answers, with_queue=not watch)
+                if is_old:
+                    good_for_s = 1.5 * good_for_s if answers == before else ASK_SLURM_EVERY_S
+                    good_until_s = time.monotonic() + min(good_for_s, ASK_SLURM_AT_LEAST_EVERY_S)
+                draw(_json(views, watch=watch) if as_json else _table(views, watch=watch))
+                if not watch:
+                    if not as_json:
+                        draw(_account(views))
+                    return EXIT_DONE
+                time.sleep(REDRAW_EVERY_S)
     except KeyboardInterrupt:
         if not watch:
             raise
@@ -151,21 +152,42 @@ def _names(paths: Sequence[Path]) -> dict[Path, str]:
     return {path: path.name if alike[path.name] == 1 else os.path.relpath(path) for path in paths}
 
 
-def _text(views: Sequence[View], *, watch: bool, as_json: bool) -> str:
-    if as_json:
-        found = [_facts(entry) for entry in views]
-        return json.dumps(found, indent=None if watch else 2)
-    on_terminal = sys.stdout.isatty()
-    size = shutil.get_terminal_size() if on_terminal else None
-    lines = render(views, size.columns if size else None) if views else ["no runs below ./runs"]
+@contextmanager
+def _display(*, is_live: bool) -> Iterator[Draw]:
+    """Yield what shows lines: over those before on a terminal, else below them."""
+    if not is_live:
+        yield print_lines
+        return
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(
+        console=terminal_console(sys.stdout),
+        auto_refresh=False,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    ) as live:
+        yield lambda lines: live.update(Text.from_ansi(joined(lines)), refresh=True)
+
+
+def _json(views: Sequence[View], *, watch: bool) -> list[str]:
+    """Return all that is known, with `watch` as one line."""
+    found = [_facts(entry) for entry in views]
+    return [json.dumps(found, indent=None if watch else 2)]
+
+
+def _table(views: Sequence[View], *, watch: bool) -> list[str]:
+    width, colour = stdout_form()
+    lines = render(views, width, colour=colour) if views else ["no runs below ./runs"]
     if not watch:
-        return "\n".join(lines)
-    if size is None:
-        return "\n".join([*lines, ""])
-    left_out = len(lines) - (size.lines - 2)
+        return lines
+    if width is None:
+        return [*lines, ""]
+    height = size(sys.stdout)[1]
+    left_out = len(lines) - (height - 2)
     if left_out > 0:
-        lines = [*lines[: size.lines - 3], f"... and {left_out + 1} more lines"]
-    return CLEAR + "\n".join([*lines, f"{time.strftime('%H:%M:%S')}  Ctrl-C ends"])
+        lines = [*lines[: height - 3], f"... and {left_out + 1} more lines"]
+    return [*lines, f"{time.strftime('%H:%M:%S')}  Ctrl-C ends"]
 
 
 def _account(views: Sequence[View]) -> list[str]:
@@ -180,7 +202,7 @@ def _account(views: Sequence[View]) -> list[str]:
     if any(run.state == "PENDING" for run in runs):
         shares = fair_shares()
         lines += [f"fair share of {name}: {share:.2f} of 1" for name, share in shares.items()]
-    return [f"{line}\n" for line in lines]
+    return lines
 
 
 def _facts(entry: View) -> dict[str, Any]:

@@ -1,44 +1,21 @@
-"""Runs as a table of plain text, as wide as its terminal.
+"""Runs as a table, as wide as its terminal.
 
 Pure: rows in, lines out. Where a terminal is narrow, the speed is left out, node lists and
-reasons share a column as in squeue, and what is too long still ends in a `+`.
+reasons share a column as in squeue, and what is too long still is cut.
 """
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peft_dist.common.console import printable
+from peft_dist.common.table import Column, table_lines, table_width
 from peft_dist.slurm.job_state import UNKNOWN
 from peft_dist.status.run_state import DONE, WAITING, RunView, has_failed, is_at_work
 
-GAPS = ("  ", " ")
-"""Between columns, and where that is too wide."""
-LEAST_WIDTH = 12
-"""A column that is cut keeps this much."""
 LONGEST_CAUSE = 240
 NO_VALUE = "-"
 
-Cells = Sequence[str]
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of a table."""
-
-    title: str
-    right: bool = False
-    """Whether it is aligned to the right, as figures are."""
-    cut: int = 0
-    """In which turn it is cut where the table is too wide; 0 never."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """A row of text that keeps to no column after its first cell."""
-
-    text: str
+Row = Sequence[str] | str
 
 
 @dataclass(frozen=True)
@@ -67,9 +44,15 @@ class ArrayView:
         return not any(self.counts[kind] for kind in ("running", "pending", "unknown"))
 
 
-WHO = (Column("run", cut=2), Column("job"), Column("state"))
+def _style(state: str) -> str:
+    """Return the colour of a state."""
+    kind = _kind(state)
+    return {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red"}.get(kind, "")
+
+
+WHO = (Column("run", cut=True), Column("job"), Column("state", style=_style))
 PLACE = (Column("reason"), Column("nodes"))
-NARROW_PLACE = (Column("nodes/reason", cut=1),)
+NARROW_PLACE = (Column("nodes/reason", cut=True),)
 HOW_FAR = tuple(
     Column(title, right=True)
     for title in ("attempt", "step", "loss", "tok/s", "gpu-h", "left", "seen")
@@ -77,30 +60,31 @@ HOW_FAR = tuple(
 NARROW_HOW_FAR = tuple(column for column in HOW_FAR if column.title not in ("tok/s", "gpu-h"))
 
 
-def render(views: Sequence[RunView | ArrayView], width: int | None) -> list[str]:
+def render(
+    views: Sequence[RunView | ArrayView], width: int | None, *, colour: bool = False
+) -> list[str]:
     """Return the lines of the table of runs, and of the results of arrays that are over.
 
     Args:
         views: What to show, in order.
         width: Columns of the terminal; None for as many as it takes.
+        colour: Whether lines may hold escape sequences.
     """
     columns, rows = _without_jobs((*WHO, *PLACE, *HOW_FAR), _rows(views))
-    if width is not None and _total(_widths(columns, rows), GAPS[0]) > width:
+    if width is not None and table_width(columns, rows) > width:
         rows = _rows(views, narrow=True)
         columns, rows = _without_jobs((*WHO, *NARROW_PLACE, *NARROW_HOW_FAR), rows)
-    lines = lay_out(columns, rows, width)
+    lines = table_lines(columns, rows, width=width, colour=colour)
     for entry in views:
         if isinstance(entry, ArrayView) and entry.is_over and any(entry.results):
-            lines += ["", f"results of {entry.run}", *_results(entry, width)]
+            lines += ["", f"results of {entry.run}", *_results(entry, width, colour=colour)]
     return lines
 
 
-def _without_jobs(
-    columns: Sequence[Column], rows: list[Cells | Span]
-) -> tuple[Sequence[Column], list[Cells | Span]]:
+def _without_jobs(columns: Sequence[Column], rows: list[Row]) -> tuple[Sequence[Column], list[Row]]:
     """Leave out what only a cluster knows, where no run is or was a job."""
     titles = [column.title for column in columns]
-    cells = [row for row in rows if not isinstance(row, Span)]
+    cells = [row for row in rows if not isinstance(row, str)]
 
     def is_known(title: str) -> bool:
         return title in titles and any(row[titles.index(title)] != NO_VALUE for row in cells)
@@ -109,82 +93,26 @@ def _without_jobs(
     dropped |= set() if is_known("gpu-h") else {"gpu-h"}
     kept = [index for index, title in enumerate(titles) if title not in dropped]
     return [columns[index] for index in kept], [
-        row if isinstance(row, Span) else [row[index] for index in kept] for row in rows
+        row if isinstance(row, str) else [row[index] for index in kept] for row in rows
     ]
 
 
-def lay_out(
-    columns: Sequence[Column], rows: Sequence[Cells | Span], width: int | None
-) -> list[str]:
-    """Return aligned lines under their titles, none of them wider than `width`."""
-    wide, gap = _widths(columns, rows), GAPS[0]
-    if width is not None and _total(wide, gap) > width:
-        gap = GAPS[1]
-        _narrow(columns, wide, width - _total([0] * len(wide), gap))
-    lines = []
-    for row in ([column.title for column in columns], *rows):
-        if isinstance(row, Span):
-            lines += _wrap(_one_line(row.text), width)
-            continue
-        aligned = [
-            _fit(cell, room).rjust(room) if column.right else _fit(cell, room).ljust(room)
-            for column, cell, room in zip(columns, row, wide, strict=True)
-        ]
-        lines.append(_fit(_one_line(gap.join(aligned).rstrip()), width))
-    return lines
-
-
-def _widths(columns: Sequence[Column], rows: Sequence[Cells | Span]) -> list[int]:
-    cells = [row for row in rows if not isinstance(row, Span)]
-    return [
-        max(len(text) for text in (column.title, *(row[index] for row in cells)))
-        for index, column in enumerate(columns)
-    ]
-
-
-def _total(wide: Sequence[int], gap: str) -> int:
-    return sum(wide) + len(gap) * (len(wide) - 1)
-
-
-def _narrow(columns: Sequence[Column], wide: list[int], width: int) -> None:
-    """Take from the widths what is too much, in the order of `cut`."""
-    for _, index in sorted((column.cut, index) for index, column in enumerate(columns)):
-        if columns[index].cut:
-            least = min(wide[index], LEAST_WIDTH)
-            wide[index] = max(least, wide[index] - max(0, sum(wide) - width))
-
-
-def _fit(text: str, width: int | None) -> str:
-    return text if width is None or len(text) <= width else text[: width - 1] + "+"
-
-
-def _wrap(text: str, width: int | None) -> list[str]:
-    if width is None or len(text) <= width:
-        return [text]
-    indent = " " * (len(text) - len(text.lstrip()) + 2)
-    return textwrap.wrap(text, width, subsequent_indent=indent, drop_whitespace=True)
-
-
-def _one_line(text: str) -> str:
-    return printable(text).translate(str.maketrans("\n\t", "??"))
-
-
-def _rows(views: Sequence[RunView | ArrayView], *, narrow: bool = False) -> list[Cells | Span]:
-    rows: list[Cells | Span] = []
+def _rows(views: Sequence[RunView | ArrayView], *, narrow: bool = False) -> list[Row]:
+    rows: list[Row] = []
     for entry in views:
         if isinstance(entry, RunView):
             rows += _run_rows(entry, narrow=narrow)
         else:
-            rows.append(Span(_summary(entry)))
+            rows.append(_summary(entry))
             # Elements that wait do so alike.
             waits = [element.waits for element in entry.elements if element.waits]
-            rows += [Span(f"  ^ {text}") for text in waits[:1]]
+            rows += [f"  ^ {text}" for text in waits[:1]]
             for element in entry.elements:
                 rows += _run_rows(replace(element, waits=""), narrow=narrow, indent="  ")
     return rows
 
 
-def _run_rows(view: RunView, *, narrow: bool, indent: str = "") -> list[Cells | Span]:
+def _run_rows(view: RunView, *, narrow: bool, indent: str = "") -> list[Row]:
     columns = [view.reason or NO_VALUE, view.nodes or NO_VALUE]
     if narrow:
         reason = f"({view.reason})" if view.reason else ""
@@ -204,7 +132,7 @@ def _run_rows(view: RunView, *, narrow: bool, indent: str = "") -> list[Cells | 
         NO_VALUE if view.heartbeat_s is None else duration(view.heartbeat_s),
     ]
     remarks = [text for text in (view.cause, view.gap, view.waits) if text]
-    return [row, *(Span(f"{indent}  ^ {_cut(text)}") for text in remarks)]
+    return [row, *(f"{indent}  ^ {_cut(text)}" for text in remarks)]
 
 
 def _cut(text: str) -> str:
@@ -251,7 +179,7 @@ def _kind(state: str) -> str:
     return "failed" if has_failed(state) else "stopped"
 
 
-def _results(entry: ArrayView, width: int | None) -> list[str]:
+def _results(entry: ArrayView, width: int | None, *, colour: bool) -> list[str]:
     """Return what the elements of an array came to, one line each."""
     names = list(dict.fromkeys(_name(text) for given in entry.settings for text in given))
     titles = ["loss", "eval first", "eval last", "accuracy first", "accuracy last"]
@@ -261,8 +189,8 @@ def _results(entry: ArrayView, width: int | None) -> list[str]:
         figures = [NO_VALUE] * len(titles) if result is None else _figures(result)
         rows.append([element.run, *(values.get(name, NO_VALUE) for name in names), *figures])
     columns = [
-        Column("run", cut=2),
-        *(Column(_short(name, names), cut=1) for name in names),
+        Column("run", cut=True),
+        *(Column(_short(name, names), cut=True) for name in names),
         *(Column(title, right=True) for title in titles),
     ]
     # Most runs have no accuracy.
@@ -272,7 +200,7 @@ def _results(entry: ArrayView, width: int | None) -> list[str]:
         if not column.right or any(row[index] != NO_VALUE for row in rows)
     ]
     kept = [[row[index] for index in shown] for row in rows]
-    return lay_out([columns[index] for index in shown], kept, width)
+    return table_lines([columns[index] for index in shown], kept, width=width, colour=colour)
 
 
 def _figures(result: dict[str, Any]) -> list[str]:

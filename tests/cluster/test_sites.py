@@ -65,6 +65,7 @@ def site(able: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm
             "my-account",
             "my-account@h100",
             "my-account_g",
+            "abc@h100",
             "my-account@ampere",
         ):
             made.run([*manager, "add", "account", account, f"cluster={cluster}"], check=False)
@@ -116,7 +117,8 @@ def test_what_is_accepted_is_looked_at(site: SlurmCluster, tmp_path: Path) -> No
 
 SINGULARITY = """#!/bin/bash
 # In the place of singularity: notes how it is called, and runs the command here.
-echo "$@" >>"{folder}/singularity.calls"
+words="$*"
+echo "${{words//$'\\n'/ }}" >>"{folder}/singularity.calls"
 shift
 while [ $# -gt 0 ]; do
   case $1 in --bind) shift 2 ;; --*) shift ;; *) break ;; esac
@@ -134,10 +136,16 @@ def runs(site: SlurmCluster, project: Project, tmp_path: Path) -> Iterator[Runs]
 
 def trained(runs: Runs, name: str, nodes: int, **more: Any) -> Run:
     """Train the tiny model with a site's file, but for the GPUs, memory and folders of the site."""
-    absent = ("account", "gpu", "gpus_per_node", "cpus_per_gpu", "memory_per_node", "exclusive",
+    absent = ("gpu", "gpus_per_node", "cpus_per_gpu", "memory_per_node", "exclusive",
               "shared", "setup", "environment", "max_time")  # fmt: skip
     own = {key: value for key, value in here(name).items() if key not in absent}
-    settings = {**own, "interface": "eth0", "preflight": {"min_free_gb": 0}, **more}
+    settings = {
+        **own,
+        "account": "abc@h100",
+        "interface": "eth0",
+        "preflight": {"min_free_gb": 0},
+        **more,
+    }
     run = runs.submit(name, "train.steps=6", "train.global_batch_size=4", nodes=nodes, **settings)
     run.wait_for_end()
     assert run.starts == 1
@@ -178,7 +186,7 @@ def test_in_a_sites_image_the_model_trains(runs: Runs, tmp_path: Path) -> None:
 @only_long
 def test_over_names_with_a_suffix_two_nodes_meet(runs: Runs) -> None:
     run = trained(runs, "jsc-juwels-booster", 2)
-    report = json.loads((run.path / "preflight.json").read_text(encoding="utf-8"))
+    report = json.loads((run.path / "slurm" / "preflight.json").read_text(encoding="utf-8"))
     assert report["nodes"] == 2 and report["all_reduce_s"] is not None
     script = (run.path / "job.sbatch").read_text(encoding="utf-8")
     assert "#SBATCH --threads-per-core=1" in script and "--cpu-bind=none" in script

@@ -191,7 +191,7 @@ def test_a_ledger_that_lost_lines_says_so_once(
     steps = {step: loss for step, loss in losses(expected).items() if not kept_steps < step <= 50}
     assert losses(run) == steps
     said = "steps" if kept_steps < 49 else "step"
-    for told in (render(goodput(LedgerReader(ledger).all())), read_run(run).gap):
+    for told in ("\n".join(render(goodput(LedgerReader(ledger).all()))), read_run(run).gap):
         assert f"{said} {kept_steps + 1} " in told and "not in the ledger" in told
 
 

@@ -1,5 +1,6 @@
 """`peft-dist doctor`: one line per finding, with its remedy, and exit code 2 where one is bad."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,25 @@ def test_gpus_of_amd_are_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     slurm_commands(folder, **{"rocm-smi": "exit 2"})
     (failed,) = doctor._amd_gpus(1)
     assert failed.text == "1 GPUs, and rocm-smi fails (CalledProcessError)"
+
+
+def test_a_folder_that_cannot_be_looked_at_is_bad(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", "x" * 5000)
+    code, found = findings(capsys)
+    assert code == 2
+    (line,) = found["bad"]
+    assert "File name too long; name another folder" in line and len(line) < 300
+
+
+def test_a_gpu_whose_name_is_no_text_steers_nothing(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    slurm_commands(
+        tmp_path / "bin", **{"nvidia-smi": r"printf '0, \033]0;t\007H\377, 80000, 9, 5\n'"}
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(doctor, "this_machine", lambda: Machine(gpus=1, cores=1))
+    _, found = findings(capsys)
+    assert any("GPU 0: ?]0;t?H\ufffd, 80000 MiB, 9 in use" in text for text in found["ok"]), found

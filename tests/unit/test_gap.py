@@ -109,8 +109,8 @@ def test_goodput_tells_of_a_gap_and_counts_its_time_as_down() -> None:
     found = goodput(events)
     assert found.gaps == [LedgerGap(4, 6)]
     assert json.loads(found.to_json())["gaps"] == [{"from_step": 4, "to_step": 6}]
-    assert render(found).splitlines()[-1] == f"{TOLD}; their time counts as down"
-    assert "not in the ledger" not in render(goodput([event("start", 0), *steps(1, 3)]))
+    assert render(found)[-1] == f"{TOLD}; their time counts as down"
+    assert "not in the ledger" not in "".join(render(goodput([event("start", 0), *steps(1, 3)])))
 
 
 @pytest.mark.parametrize(("from_checkpoint", "left"), [(5, [LedgerGap(4, 5)]), (2, [])])

@@ -268,7 +268,7 @@ def test_the_text_fits_one_screen_however_many_attempts_there_were() -> None:
     for attempt in range(300):
         run.start(attempt * 1000, down_s=5000.0)
         run.steps(attempt * 1000 + 1, attempt * 1000 + 1000, seconds=37.0)
-    lines = render(goodput(run.events)).splitlines()
+    lines = render(goodput(run.events))
     assert len(lines) <= 25
     assert max(map(len, lines)) <= 80
     assert lines[0].startswith("goodput 88.1%: 11,100,000.0 s of 12,596,800.0 s")

@@ -93,8 +93,7 @@ def test_control_tokens_in_texts_of_a_conversation_are_text(tmp_path: Path) -> N
     assert tokenizer.decode(trained) == "no<|end|>!<|end|>"
     assert trained.count(STOP) == 1
     assert rows.notices == (
-        "1 conversations have control tokens in the texts of their messages; they are read as"
-        " plain text",
+        "1 conversations have control tokens in their messages; they are read as plain text",
     )
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from peft_dist.cli.main import main
 from peft_dist.common.errors import DataError
 from peft_dist.common.screen import Screen
+from peft_dist.common.table import Column, table_lines
 from peft_dist.ledger.events import RollbackEvent, StepEvent
 from peft_dist.ledger.reader import BLOCK_BYTES, LedgerReader
 from peft_dist.run.directory import RunDir
@@ -29,7 +31,7 @@ from peft_dist.slurm.job_state import JobState
 from peft_dist.status.command import gather, newest_runs
 from peft_dist.status.progress import RunProgress, progress, read_progress
 from peft_dist.status.run_state import RunView, read_run, view
-from peft_dist.status.table import ArrayView, Column, Span, duration, lay_out, render
+from peft_dist.status.table import ArrayView, duration, render
 from peft_dist.tracking.terminal import Terminal
 from tests.unit.run_folders import (
     array,
@@ -414,16 +416,24 @@ def test_what_would_steer_a_terminal_is_not_shown(run: Path) -> None:
     assert "?[2Jnasty" in lines[1]
 
 
-def test_columns_are_aligned_and_cut_in_turn() -> None:
-    columns = (Column("name", cut=2), Column("n", right=True), Column("text", cut=1))
-    rows = [["a" * 20, "7", "b" * 30], Span("free text"), ["c", "1234", "d"]]
-    assert lay_out(columns, rows, 50) == [
+def test_columns_are_aligned_and_the_widest_that_may_be_is_cut() -> None:
+    columns = (Column("name", cut=True), Column("n", right=True), Column("text", cut=True))
+    rows = [["a" * 20, "7", "b" * 30], "free text of some length", ["c", "1234", "d"]]
+    assert table_lines(columns, rows, width=48) == [
         "name                    n text",
-        "aaaaaaaaaaaaaaaaaaaa    7 bbbbbbbbbbbbbbbbbbbbbbb+",
-        "free text",
+        "aaaaaaaaaaaaaaaaaaaa    7 bbbbbbbbbbbbbbbbbbbbb\u2026",
+        "free text of some length",
         "c                    1234 d",
     ]
-    assert lay_out(columns, rows, 33)[1] == "aaaaaaaaaaaaaa+    7 bbbbbbbbbbb+"
+    narrow = table_lines(columns, rows, width=33)
+    assert narrow[1] == "aaaaaaaaaaaa\u2026    7 bbbbbbbbbbbbb\u2026"
+    assert table_lines(columns, rows, width=20)[2:4] == ["free text of some", "  length"]
+
+
+def test_colours_steer_a_terminal_and_what_others_wrote_does_not() -> None:
+    columns = (Column("state", style=lambda _: "red"),)
+    lines = table_lines(columns, [["\x1b[2Jbad"]], width=40, colour=True)
+    assert lines == ["\x1b[1mstate  \x1b[0m", "\x1b[31m?[2Jbad\x1b[0m"]
 
 
 @pytest.mark.parametrize(
@@ -551,8 +561,8 @@ def test_watch_draws_on_a_terminal_as_wide_and_as_high_as_it_is(tmp_path: Path) 
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 0
     os.close(ours)
-    assert text.startswith(b"\x1b[H\x1b[2J")
-    lines = text.decode().removeprefix("\x1b[H\x1b[2J").splitlines()
+    assert b"\x1b[?25l" not in text, "a process that is killed could not show the cursor again"
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text.decode()).splitlines()
     assert len(lines) <= 9 and max(len(line) for line in lines) <= 70
     assert lines[-2].startswith("... and ")
 

@@ -63,7 +63,7 @@ def test_a_setting_of_another_kind_of_method_is_answered_with_what_this_one_has(
     recipe_file: Path,
 ) -> None:
     told = error_of(recipe_file, "method={kind: prompt, rank: 8, alpha: 16, dropout: 0.1}")
-    assert "method.rank: no such key; valid: init, kind, text, virtual_tokens" in told
+    assert "method.rank: no such key; valid: init, kind, start_from, text, virtual_tokens" in told
     assert "(also wrong: method.alpha, method.dropout)" in told
 
 
