@@ -122,6 +122,9 @@ class Cluster(Section):
     """How GPUs are asked for, such as gpu:a100:{gpus}. null where a node comes with its GPUs."""
     processes_per_node: PositiveInt | None = None
     """Processes of a node. Default: one per GPU, else one."""
+    launcher: Literal["torchrun", "srun"] = "torchrun"
+    """Who starts the ranks of a node. torchrun: one task of Slurm does. srun: Slurm does, a task
+    for each, and binds them as `srun:` says (cpu-bind, gpu-bind, mem-bind)."""
     cpus_per_gpu: PositiveInt | None = None
     """CPUs of a node to ask for, per GPU."""
     cpus_per_node: PositiveInt | None = None

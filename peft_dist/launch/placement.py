@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from peft_dist.common.errors import LaunchError
-from peft_dist.common.gpus import DEVICES, visible_gpus
+from peft_dist.common.gpus import DEVICES, TOPOLOGY, visible_gpus
 from peft_dist.config import Recipe
 
 Strategy: TypeAlias = Literal["ddp", "fsdp", "hsdp", "zero2", "zero3"]
@@ -59,9 +59,13 @@ class Placement:
         return max(1, self.machine.cores // self.processes_per_node)
 
 
-def this_machine(environ: Mapping[str, str] = os.environ, device_folder: Path = DEVICES) -> Machine:
-    """Count the NVIDIA GPUs that CUDA would show, and the cores this process may use."""
-    return Machine(gpus=visible_gpus(environ, device_folder), cores=_cores())
+def this_machine(
+    environ: Mapping[str, str] = os.environ,
+    device_folder: Path = DEVICES,
+    topology: Path = TOPOLOGY,
+) -> Machine:
+    """Count the GPUs that CUDA or ROCm would show, and the cores this process may use."""
+    return Machine(gpus=visible_gpus(environ, device_folder, topology), cores=_cores())
 
 
 def plan_processes(

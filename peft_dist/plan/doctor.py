@@ -6,6 +6,7 @@ metadata, what there is of GPUs from the driver's own tool.
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -138,14 +139,17 @@ def _gpus() -> Iterator[Finding]:
     count = this_machine().gpus
     build = (_version("torch") or "").partition("+")[2]
     if not count:
-        yield Finding("ok", "no NVIDIA GPU is visible here: training would run on the CPU")
+        yield Finding("ok", "no GPU is visible here: training would run on the CPU")
         return
     if build == "cpu":
         yield Finding(
             "bad",
             f"{count} GPUs, but torch is built for the CPU ({_version('torch')}); "
-            "install a CUDA build from download.pytorch.org",
+            "install a CUDA or ROCm build from download.pytorch.org",
         )
+    if build.startswith("rocm"):
+        yield from _amd_gpus(count)
+        return
     spec = importlib.util.find_spec("bitsandbytes")
     if spec is not None and spec.origin is not None:
         built = sorted(Path(spec.origin).parent.glob("libbitsandbytes_cuda*.so"))
@@ -165,6 +169,23 @@ def _gpus() -> Iterator[Finding]:
         index, name, total, used, driver = parts
         text = f"GPU {index}: {name}, {total} MiB, {used} in use, driver {driver}"
         busy = int(used) > BUSY_MIB
+        yield Finding("note" if busy else "ok", text + ("; end what uses it" if busy else ""))
+
+
+def _amd_gpus(count: int) -> Iterator[Finding]:
+    argv = ["rocm-smi", "--showproductname", "--showmeminfo", "vram", "--json"]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=20)
+        cards = {name: facts for name, facts in json.loads(done.stdout).items() if "card" in name}
+    except (OSError, subprocess.SubprocessError, ValueError, AttributeError) as error:
+        yield Finding("note", f"{count} GPUs, and rocm-smi fails ({type(error).__name__})")
+        return
+    for name, facts in sorted(cards.items()):
+        sizes = [int(facts[key]) for key in facts if "VRAM" in key and facts[key].isdecimal()]
+        used, total = min(sizes, default=0) >> 20, max(sizes, default=0) >> 20
+        kind = facts.get("Card Series") or facts.get("Card series") or "AMD GPU"
+        text = f"{name}: {kind}, {total} MiB, {used} in use"
+        busy = used > BUSY_MIB
         yield Finding("note" if busy else "ok", text + ("; end what uses it" if busy else ""))
 
 

@@ -90,3 +90,14 @@ def _towards(head: str, own: Mapping[str, str]) -> str | None:
     if address.startswith("127."):
         return None
     return next((name for name, known in own.items() if known == address), None)
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens at a port of this node."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("", port))
+        except OSError:
+            return False
+        return True

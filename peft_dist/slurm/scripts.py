@@ -4,7 +4,7 @@ Pure: the same job gives the same bytes. `template` quotes what gets in or refus
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ MEETING = Meeting(
 )
 SHARE = Path("$share")
 """Where `launch/` is for the interpreter on the nodes: it may be another one's, or an image's."""
+BINDING = {"gpu-bind", "gpus-per-task"}
+"""Options of srun by which a task sees no GPU but its own."""
 FIND_SHARE = "from peft_dist.common import paths; print(paths.root())"
 
 
@@ -67,6 +69,17 @@ class Job:
     """What each node runs where this job does not train: its folder is that of a command."""
 
     @property
+    def tasks_per_node(self) -> int:
+        """Tasks that Slurm starts on a node: one, which starts its ranks, or one for each rank."""
+        per_rank = self.cluster.launcher == "srun" and not self.command
+        return self.placement.processes_per_node if per_rank else 1
+
+    @property
+    def launchers(self) -> Placement:
+        """The ranks as their launchers see them: each task is a machine of its own to torchrun."""
+        return replace(self.placement, nodes=self.placement.nodes * self.tasks_per_node)
+
+    @property
     def gpus(self) -> int:
         """GPUs that it has in all."""
         return self.placement.nodes * self.cluster.gpus_per_node
@@ -88,6 +101,7 @@ def render_job(job: Job) -> str:
         run=str(job.folder),
         script=str(job.folder / JOB_SCRIPT),
         nodes=job.placement.nodes,
+        tasks_per_node=job.tasks_per_node,
         gpus=job.gpus,
         limit=job.array.limit if job.array else None,
         umask="007" if cluster.sharing == GROUP else "077",
@@ -118,7 +132,7 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
     """
     cluster, placement = job.cluster, job.placement
     environment = {
-        **launch_environment(placement, {"OMP_NUM_THREADS": ""}),  # each node counts its CPUs
+        **launch_environment(job.launchers, {"OMP_NUM_THREADS": ""}),  # each node counts its CPUs
         **(OFFLINE if cluster.offline else {}),
         **({SHARING: GROUP} if cluster.sharing == GROUP else {}),
         # What is installed in a home must not hide what is in the image.
@@ -129,10 +143,11 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
     changed = [word for name in job.allow_changed for word in ("--allow-changed", name)]
     launcher = job.command or workers(
         cluster,
-        placement,
+        job.launchers,
         "train.py",
         [str(run_dir / "recipe.yaml"), *changed],
         max_restarts=job.max_restarts,
+        node="$SLURM_PROCID" if job.tasks_per_node > 1 else MEETING.node,
     )
     stage = None
     if cluster.stage is not None and model is not None:
@@ -148,7 +163,8 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
         environment=sorted(environment.items()),
         import_paths=":".join(job.import_paths),
         processes_per_node=placement.processes_per_node,
-        several_nodes=placement.nodes > 1,
+        several_nodes=job.launchers.nodes > 1,
+        node_variable="SLURM_PROCID" if job.tasks_per_node > 1 else "SLURM_NODEID",
         python=[
             *node_command(cluster.container, _mounts(job), on_gpu=placement.on_gpu),
             interpreter,
@@ -173,6 +189,7 @@ def workers(
     arguments: Sequence[str],
     *,
     max_restarts: int = 0,
+    node: str = MEETING.node,
 ) -> list[str]:
     """Return the command by which a node starts its share of the workers.
 
@@ -182,6 +199,7 @@ def workers(
         script: `train.py` or `score.py`.
         arguments: What every worker gets.
         max_restarts: How often all are started again in place.
+        node: Which launcher of all this is.
     """
     return worker_command(
         placement,
@@ -190,13 +208,14 @@ def workers(
         python=interpreter_of(cluster),
         root=SHARE,
         max_restarts=max_restarts,
-        meeting=MEETING if placement.nodes > 1 else None,
+        meeting=replace(MEETING, node=node) if placement.nodes > 1 else None,
     )
 
 
 def _directives(job: Job) -> list[tuple[str, str | None]]:
     """Return the options of sbatch, in the order a reader looks for them."""
     cluster, nodes = job.cluster, job.placement.nodes
+    cpus = cluster.cpus_of_a_node
     given: list[tuple[str, Any]] = [
         ("job-name", job.name),
         ("partition", cluster.partition),
@@ -205,8 +224,8 @@ def _directives(job: Job) -> list[tuple[str, str | None]]:
         ("reservation", cluster.reservation),
         ("constraint", cluster.constraint),
         ("nodes", nodes),
-        ("ntasks-per-node", 1),
-        ("cpus-per-task", cluster.cpus_of_a_node),
+        ("ntasks-per-node", job.tasks_per_node),
+        ("cpus-per-task", cpus and max(1, cpus // job.tasks_per_node)),
         ("gres", cluster.gres_request),
         ("mem", cluster.memory_per_node),
         ("time", None if job.time_s is None else duration_text(job.time_s)),
@@ -255,13 +274,16 @@ def _supervisor(job: Job, run_dir: Path) -> list[str]:
     words += ["--max-starts-without-progress", str(limit)]
     if cluster.secrets_file is not None:
         words += ["--secrets", cluster.secrets_file]
+    if job.tasks_per_node > 1:
+        words += ["--per-rank"]
     if job.frozen:
         words += ["--frozen"]
     interface = cluster.interface or ("auto" if cluster.head is not None else None)
     if interface is not None:
         words += [f"--interface={interface}"]
     if cluster.preflight.enabled and not job.command:
-        words += ["--devices", str(cluster.gpus_per_node)]
+        bound = job.tasks_per_node > 1 and not BINDING.isdisjoint(cluster.srun)
+        words += ["--devices", "1" if bound else str(cluster.gpus_per_node)]
         words += ["--preflight-timeout-s", f"{cluster.preflight.timeout_s:.12g}"]
         words += ["--arrival-s", f"{cluster.preflight.arrival_s:.12g}"]
         words += ["--min-free-gb", f"{cluster.preflight.min_free_gb:.12g}"]

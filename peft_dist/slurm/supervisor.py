@@ -8,7 +8,6 @@ Where the head left none, or Slurm knows more, the batch script runs it once mor
 import argparse
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -28,16 +27,17 @@ from peft_dist.run import job_events
 from peft_dist.run.attempt_records import latest, records
 from peft_dist.run.directory import RunDir
 from peft_dist.run.environment import changes_since_submit
-from peft_dist.run.history import ending_of_launch, mark_launch, read_history
+from peft_dist.run.history import LaunchMark, ending_of_launch, mark_launch, read_history
 from peft_dist.run.lease import end_for
 from peft_dist.run.restart_policy import STOPS, Decision, Ending, Kind, RestartLimits, decide
 from peft_dist.slurm import memory_kills
 from peft_dist.slurm.excluded_nodes import exclude
 from peft_dist.slurm.failed_nodes import FailedNodes
-from peft_dist.slurm.interfaces import interface_variables
+from peft_dist.slurm.interfaces import interface_variables, is_free
 from peft_dist.slurm.look_back import ending_of_start
 from peft_dist.slurm.notice import notify
 from peft_dist.slurm.old_logs import pack_old_logs
+from peft_dist.slurm.own_gpu import own_gpu
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.secrets import read_secrets
 from peft_dist.slurm.supervisor_options import parser
@@ -60,6 +60,10 @@ def main(argv: Sequence[str] | None = None, kind: "type[Node] | None" = None) ->
     own, launcher = _split(list(sys.argv[1:] if argv is None else argv))
     options = parser().parse_args(own)
     set_run_umask()
+    if options.per_rank and options.after is None and os.environ["SLURM_LOCALID"] != "0":
+        from peft_dist.slurm.rank_supervisor import RankNode  # which is a kind of ours
+
+        kind = RankNode
     node = (kind or Node)(options, launcher)
     try:
         ending = node.work() if options.after is None else node.look_back()
@@ -123,15 +127,10 @@ class Node:
         stopped = self._stopped_before()
         if stopped is not None:
             return Ending(Kind.USER_ERROR, stopped)
-        environment = {
-            env.LAUNCHED_AT: repr(time.time()),
-            env.RANK_LOGS: str(self.log.with_suffix("")),
-            **({} if self.options.secrets is None else read_secrets(self.options.secrets)),
-        }
         if self.options.interface is not None:
             os.environ.update(interface_variables(self.options.interface, os.environ[env.HEAD]))
         before = mark_launch(run)
-        if self.is_head and len(self.hosts) > 1 and not _is_free(self.port):
+        if self.is_head and len(self.hosts) > 1 and not is_free(self.port):
             return self._port_taken(self.port)
         changed = changes_since_submit(run.path) if self.is_head else ""
         if changed and self.options.frozen:
@@ -148,6 +147,23 @@ class Node:
             exclude(run.path, [])
             pack_old_logs(run.logs)
             threading.Thread(target=self._watch, args=(run,), daemon=True).start()
+        if self.options.per_rank:
+            replace_file(self.ready, "")
+        return self.train(run, before)
+
+    @property
+    def ready(self) -> Path:
+        """What the first task of a node leaves when those of its other ranks may begin."""
+        return self.log.with_suffix(f".{os.environ[env.NONCE]}.ready")
+
+    def train(self, run: RunDir, before: LaunchMark) -> Ending:
+        """Run the launcher to its end; return how that was."""
+        environment = {
+            env.LAUNCHED_AT: repr(time.time()),
+            env.RANK_LOGS: str(self.log.with_suffix("")),
+            **({} if self.options.secrets is None else read_secrets(self.options.secrets)),
+            **(own_gpu(os.environ) if self.options.per_rank else {}),
+        }
         ended = run_launcher(
             self.launcher,
             environment=environment,
@@ -324,16 +340,6 @@ def _event(decision: Decision, ending: Ending) -> job_events.Event:
         "kind": ending.kind,
         "error": ending.error,
     }
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            server.bind(("", port))
-        except OSError:
-            return False
-        return True
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--secrets", type=Path, help="file of mode 0600 with NAME=value lines")
     parser.add_argument("--interface", help="network interfaces as NCCL reads them, or auto")
     parser.add_argument("--frozen", action="store_true", help="refuse another environment")
+    parser.add_argument("--per-rank", action="store_true", help="Slurm starts a task for each rank")
     parser.add_argument("--no-preflight", action="store_true")
     parser.add_argument("--devices", type=int, default=0, help="GPUs that the node must have")
     parser.add_argument("--preflight-timeout-s", type=float, default=60.0)

@@ -16,7 +16,7 @@ from peft_dist.common import paths
 from peft_dist.common.errors import ClusterError
 
 FILLED_IN = re.compile(
-    r"\$(SLURM_NODEID|PEFT_DIST_HEAD|PEFT_DIST_PORT|rendezvous|inside|interpreter|share/[a-z0-9_./]+)"
+    r"\$(SLURM_(?:NODEID|PROCID)|PEFT_DIST_HEAD|PEFT_DIST_PORT|rendezvous|inside|interpreter|share/[a-z0-9_./]+)"
 )
 """Arguments that each node fills in; every other one is text."""
 

@@ -98,6 +98,7 @@ def jobs() -> dict[str, Job]:
         "array": job(GPUS, array=Array(elements=4, limit=2), strategy="ddp"),
         "no-requeue": job({**GPUS, "requeue": {"allowed": False}}, nodes=2),
         "apptainer": job(APPTAINER, nodes=2),
+        "srun": job({**GPUS, "launcher": "srun", "srun": {"cpu-bind": "cores"}}, nodes=2),
         "pyxis": job(PYXIS, nodes=2),
         "singleton": job({**CPUS, "preflight": {"enabled": False}}, singleton=True),
     }

@@ -111,6 +111,20 @@ def test_a_recipe_is_looked_at_too(recipe_file: Path, tmp_path: Path, capsys: Ca
     assert (code, found["bad"]) == (0, [])
 
 
+def test_gpus_of_amd_are_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = """{"card0": {"VRAM Total Memory (B)": "68702699520",
+               "VRAM Total Used Memory (B)": "3221225472", "Card Series": "AMD Instinct MI250X"},
+               "system": {"Driver version": "6.3.6"}}"""
+    folder = slurm_commands(tmp_path / "bin", **{"rocm-smi": f"cat <<'END'\n{told}\nEND"})
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    (card,) = doctor._amd_gpus(1)
+    line = "card0: AMD Instinct MI250X, 65520 MiB, 3072 in use; end what uses it"
+    assert (card.level, card.text) == ("note", line)
+    slurm_commands(folder, **{"rocm-smi": "exit 2"})
+    (failed,) = doctor._amd_gpus(1)
+    assert failed.text == "1 GPUs, and rocm-smi fails (CalledProcessError)"
+
+
 def test_a_folder_that_cannot_be_looked_at_is_bad(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

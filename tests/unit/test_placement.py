@@ -1,12 +1,14 @@
 """Processes on several nodes that are alike: how many, and who shards with whom."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from peft_dist.common.errors import LaunchError
 from peft_dist.config import Recipe
-from peft_dist.launch.placement import Machine, plan_processes
+from peft_dist.launch.placement import Machine, plan_processes, this_machine
+from peft_dist.slurm.own_gpu import own_gpu
 
 CPU = Machine(gpus=0, cores=8)
 FOUR_GPUS = Machine(gpus=4, cores=64)
@@ -68,3 +70,42 @@ def test_what_nodes_or_shards_do_not_divide_is_refused(parallel: dict[str, Any],
 def test_a_shard_size_is_refused_where_auto_becomes_a_strategy_without_groups() -> None:
     with pytest.raises(LaunchError, match=r"parallel\.shard_size: has no meaning here: .* fsdp"):
         plan_processes(recipe(shard_size=2), FOUR_GPUS)
+
+
+@pytest.mark.parametrize(
+    ("environ", "gpus"),
+    [
+        ({}, 2),
+        ({"ROCR_VISIBLE_DEVICES": "1"}, 1),
+        ({"HIP_VISIBLE_DEVICES": "0"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 0),
+        ({"HIP_VISIBLE_DEVICES": "0,1", "CUDA_VISIBLE_DEVICES": ""}, 2),
+        ({"ROCR_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "1"}, 0),
+    ],
+)
+def test_gpus_of_amd_count_as_those_of_nvidia(
+    tmp_path: Path, environ: dict[str, str], gpus: int
+) -> None:
+    devices, topology = tmp_path / "dev", tmp_path / "nodes"
+    (devices / "dri").mkdir(parents=True)
+    for node, (gpu, minor) in enumerate([(0, 0), (4711, 128), (4712, 129), (4713, 130)]):
+        (topology / str(node)).mkdir(parents=True)
+        (topology / str(node) / "gpu_id").write_text(f"{gpu}\n")
+        (topology / str(node) / "properties").write_text(f"cpu_cores 0\ndrm_render_minor {minor}\n")
+    for minor in (128, 129):  # the third GPU is not this container's
+        (devices / "dri" / f"renderD{minor}").touch()
+    assert this_machine(environ, devices, topology).gpus == gpus
+
+
+@pytest.mark.parametrize(
+    ("environ", "own"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, {"CUDA_VISIBLE_DEVICES": "6"}),
+        ({"ROCR_VISIBLE_DEVICES": "0,1,2,3"}, {"ROCR_VISIBLE_DEVICES": "2"}),
+        ({"CUDA_VISIBLE_DEVICES": "5"}, {}),  # Slurm has bound it
+        ({"CUDA_VISIBLE_DEVICES": ""}, {}),
+        ({}, {"CUDA_VISIBLE_DEVICES": "2"}),
+    ],
+)
+def test_a_task_takes_the_gpu_of_its_place(environ: dict[str, str], own: dict[str, str]) -> None:
+    assert own_gpu({"SLURM_LOCALID": "2", **environ}) == own
