@@ -98,6 +98,7 @@ def test_gpus_are_read_and_a_build_without_them_is_bad(
 def test_a_recipe_is_looked_at_too(recipe_file: Path, tmp_path: Path, capsys: Capture) -> None:
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("gpus_per_node: 1\ngpu: l4-24gb\n")
+    (tmp_path / "model" / "config.json").unlink(missing_ok=True)
     code, found = findings(capsys, str(recipe_file))
     assert code == 2
     assert "config.json cannot be read" in found["bad"][0]
