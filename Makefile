@@ -73,7 +73,8 @@ gpu: ## everything that a real card can show, in ten minutes, into card.json; PY
 cluster: $(VENV)/.installed-all ## a shell in a real Slurm of four nodes; CMD=... runs that instead
 	$(BIN)/python -m tests.cluster $(CMD)
 
-audit: $(VENV)/.installed-all ## ask an advisory database about the pinned versions; needs a network
+audit: $(VENV)/.installed-all ## hold all versions against known advisories; then ask a database, by network
+	$(BIN)/python -m pytest -q tests/unit/test_advisories.py
 	$(PINNED) pip-audit
 	$(BIN)/pip-audit --requirement configs/constraints.txt --no-deps --disable-pip --strict
 

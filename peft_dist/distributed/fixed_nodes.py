@@ -133,6 +133,7 @@ def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
 
     def create(parameters: RendezvousParameters) -> RendezvousHandler:
         launcher_words.shorten()
+        _restore_tmpdir()
         if parameters.max_nodes == 1 and not os.environ.get(env.STORE_SECRET):
             os.environ[env.STORE_SECRET] = secrets.token_hex(32)  # the workers inherit it
         secret = os.environ.get(env.STORE_SECRET)
@@ -143,3 +144,12 @@ def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
         return FixedNodesRendezvous(parameters, secret)
 
     return create
+
+
+def _restore_tmpdir() -> None:
+    """Let the workers have the temporary folder that this launcher was not given."""
+    before = os.environ.pop(env.TMPDIR, None)
+    if before is not None:
+        os.environ.pop("TMPDIR", None)
+    if before:
+        os.environ["TMPDIR"] = before

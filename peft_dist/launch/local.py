@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from peft_dist.common.env import FAILURES, LAUNCH_MARK
+from peft_dist.common.env import FAILURES, LAUNCH_MARK, TMPDIR
 from peft_dist.common.errors import LaunchError
 from peft_dist.common.sharing import run_umask
 from peft_dist.run.failure_files import WorkerFailure, read_failure
@@ -85,7 +85,7 @@ def run_launcher(
             with error_log.open("ab") if error_log else contextlib.nullcontext() as errors:
                 process = subprocess.Popen(
                     list(command),
-                    env={**os.environ, **environment, LAUNCH_MARK: mark, FAILURES: str(failures)},
+                    env={**os.environ, **environment, **_own(command, mark, failures)},
                     stdin=subprocess.DEVNULL,
                     stderr=errors,
                     start_new_session=True,
@@ -101,6 +101,14 @@ def run_launcher(
     if received:
         return Ended(128 + received[0], signal.Signals(received[0]).name, failure, killed)
     return Ended(code if code >= 0 else 128 - code, failure=failure)
+
+
+def _own(command: Sequence[str], mark: str, folder: Path) -> dict[str, str]:
+    """Return what a launcher is told besides; torchrun leaves folders in its temporary one."""
+    own = {LAUNCH_MARK: mark, FAILURES: str(folder)}
+    if "--rdzv_backend" in command:  # ours, which gives the workers their own TMPDIR back
+        own |= {"TMPDIR": str(folder), TMPDIR: os.environ.get("TMPDIR", "")}
+    return own
 
 
 def run_tool(command: Sequence[str], *, environment: Mapping[str, str]) -> int:

@@ -234,8 +234,7 @@ def test_workers_whose_launcher_is_killed_save_and_end_and_train_goes_on(
     command = run.start()
     run.wait_for_step(command, 50)
     os.kill(run.launcher(command), signal.SIGKILL)
-    code = command.wait()
-    assert code in (1, 75), command.told()
+    assert command.wait() in (1, 75), command.told()
     assert "goes on after step" in command.told()
     assert not run.ranks()
     stopped = last_step(run.path)
@@ -266,11 +265,11 @@ def test_a_command_that_is_killed_takes_its_workers_along_and_its_repetition_goe
     stopped = last_step(run.path)
     assert 50 <= stopped < 200
     assert checkpoint_steps(run.path)[-1] == stopped
-    assert not list((tmp_path / "tmp").glob("peft-dist-*"))
     again = run.start("parallel.max_restarts=3")
     assert again.wait() == 0, again.told()
     assert records(run.path, "start")[1]["step"] == stopped
     assert run.outcomes() == ["interrupted", "done"]
+    assert not list((tmp_path / "tmp").iterdir())
     assert_undisturbed(run, undisturbed)
 
 
