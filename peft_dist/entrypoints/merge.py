@@ -23,9 +23,11 @@ from peft_dist.common.atomic import whole_folder
 from peft_dist.common.console import show
 from peft_dist.common.errors import ModelError, RecipeError, RunDirError
 from peft_dist.config import Recipe, load_recipe
-from peft_dist.entrypoints.merge_changes import Change, plan_changes
+from peft_dist.entrypoints.merge_changes import plan_changes
+from peft_dist.entrypoints.merge_updates import Change
 from peft_dist.entrypoints.merged_losses import held_out_losses
-from peft_dist.model import architectures, base
+from peft_dist.model import architectures
+from peft_dist.model.plan import plan_base
 from peft_dist.model.weights import FLOATS, WeightFiles, model_folder
 from peft_dist.run.directory import RunDir
 from peft_dist.worker.process import WorkerContext, run_worker
@@ -110,7 +112,7 @@ def merge(run: RunDir, out: Path, *, dequantized: bool = False) -> None:
     skeleton = _skeleton(recipe, run, files)
     rounded = None
     if dequantized:
-        rounded = base.plan_base(_skeleton(recipe, run, files), files, quantization="nf4")
+        rounded = plan_base(_skeleton(recipe, run, files), files, quantization="nf4")
     changes, added = plan_changes(config, tensors, skeleton, files, run, dequantized=rounded)
     try:
         with whole_folder(out) as partial:

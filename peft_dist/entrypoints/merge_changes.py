@@ -1,7 +1,6 @@
 """What merging an adapter does to which weights of its base's files."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from peft import LoraConfig
@@ -10,44 +9,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_dist.common.errors import ModelError, RunDirError
-from peft_dist.model import base
-from peft_dist.model.base import BasePlan
+from peft_dist.entrypoints.merge_updates import Change, Update, changes_of, weight_of
+from peft_dist.methods.expert_lora import of_each_expert
 from peft_dist.model.nf4 import dequantize, quantize_rows
+from peft_dist.model.plan import BasePlan, plan_base
+from peft_dist.model.stored import Source
 from peft_dist.model.weights import FLOATS, WeightFiles
 from peft_dist.run.directory import RunDir
 
 _ROWS = ".token_adapter.trainable_tokens_delta"
-
-
-@dataclass(frozen=True)
-class Update:
-    """What LoRA does to one weight.
-
-    Attributes:
-        a: float32 [r, in].
-        b: float32 [out, r].
-        scaling: Factor of B @ A.
-        magnitude: float32 [out], the norm of every row with DoRA; None without.
-        transposed: Whether the weight is kept [in, out], as GPT-2's are.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float
-    magnitude: torch.Tensor | None
-    transposed: bool
-
-    def applied(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the merged weight, in float32 and as the given one is laid out."""
-        rows = weight.float().t() if self.transposed else weight.float()
-        rows = torch.addmm(rows, self.b, self.a, alpha=self.scaling)
-        if self.magnitude is not None:
-            rows *= (self.magnitude / rows.norm(dim=1))[:, None]  # DoRA, arXiv 2402.09353, eq. 5
-        return rows.t() if self.transposed else rows
-
-
-Change = Callable[[torch.Tensor], torch.Tensor]
-"""Returns what stands in a tensor's place, given the base's."""
 
 
 def plan_changes(
@@ -70,17 +40,19 @@ def plan_changes(
         dequantized: The plan of the 4-bit base where its rounding is to be kept. Default: not.
     """
     tied = _tied_names(skeleton)
-    plan = base.plan_base(skeleton, files, quantization="none")
+    plan = plan_base(skeleton, files, quantization="none")
     keys = {tensor.name: tensor.key for tensor in plan.tensors if tensor.key is not None}
-    made = {tensor.name for tensor in plan.tensors if tensor.key is None}
+    sources = {tensor.name: tensor.source for tensor in plan.tensors}
     parts: dict[str, dict[str, torch.Tensor]] = {}
     changes: dict[str, Change] = {}
     added: dict[str, torch.Tensor] = {}
     for saved, tensor in tensors.items():
-        name = saved.removeprefix("base_model.model.").replace("base_layer.", "")
+        name = saved.removeprefix("base_model.model.")
         module, _, part = name.partition(".lora_")
+        name = name.replace("base_layer.", "")
         if part:
-            parts.setdefault(module, {})[part.removesuffix(".weight")] = tensor.float()
+            weight = weight_of(module, config, skeleton)
+            parts.setdefault(weight, {})[part.removesuffix(".weight")] = tensor.float()
         elif name in tied:
             continue  # the same matrix by its other name
         elif name.endswith(_ROWS):
@@ -95,25 +67,11 @@ def plan_changes(
             changes[keys[name]] = _replaced_by(tensor)
         else:
             raise _foreign(saved, run)
-    for module, found in parts.items():
-        if f"{module}.weight" in made:
-            raise ModelError(
-                f"{module} is made of other tensors of the files, into which nothing can be merged",
-                where="model.name",
-                remedy="use the adapter beside its base",
-            )
-        key = keys.get(f"{module}.weight")
-        if key is None or not {"A", "B"} <= found.keys() <= {"A", "B", "magnitude_vector"}:
-            raise _foreign(f"{module}.lora_{sorted(found)[0]}", run)
-        rank = _of_module(config.rank_pattern, module, config.r)
-        alpha = _of_module(config.alpha_pattern, module, config.lora_alpha)
-        changes[key] = Update(
-            a=found["A"],
-            b=found["B"],
-            scaling=alpha / (rank**0.5 if config.use_rslora else rank),
-            magnitude=found.get("magnitude_vector"),
-            transposed=isinstance(skeleton.get_submodule(module), Conv1D),
-        ).applied
+    for weight, found in parts.items():
+        source = sources.get(weight)
+        if source is None or not {"A", "B"} <= found.keys() <= {"A", "B", "magnitude_vector"}:
+            raise _foreign(f"{weight}: lora_{sorted(found)[0]}", run)
+        changes |= _updates(config, weight, found, source, skeleton, keys.get(weight))
     if dequantized is not None:
         for linear in dequantized.tensors:
             if linear.block_size is None:
@@ -129,6 +87,55 @@ def plan_changes(
             rounded = _rounded(linear.block_size, transposed=conv1d)
             changes[linear.key] = _after(rounded, changes.get(linear.key))
     return changes, added
+
+
+def _updates(
+    config: LoraConfig,
+    weight: str,
+    found: Mapping[str, torch.Tensor],
+    source: Source,
+    skeleton: PreTrainedModel,
+    key: str | None,
+) -> dict[str, Change]:
+    """Return what a LoRA on one weight does to the tensors of the files that it is made of.
+
+    Args:
+        config: The adapter's.
+        weight: Its name.
+        found: A, B and, of DoRA, the magnitude.
+        source: What the weight is made of.
+        skeleton: The base on `meta`.
+        key: The tensor that it is, where it is one.
+
+    Raises:
+        ModelError: For DoRA on a weight that is made of several.
+    """
+    whole = weight in (config.target_parameters or ())
+    module = weight if whole else weight.removesuffix(".weight")
+    rank = _of_module(config.rank_pattern, module, config.r)
+    alpha = _of_module(config.alpha_pattern, module, config.lora_alpha)
+    scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+    owner = skeleton.get_submodule(weight.rpartition(".")[0])
+    if len(source.shape) == 3:
+        turned = bool(getattr(owner, "is_transposed", False))
+        left, right = of_each_expert(found["A"], found["B"], source.shape[0], turned=turned)
+        return dict(changes_of(weight, source, left * scaling, right))
+    if key is None and len(found) == 2:
+        return dict(changes_of(weight, source, found["B"] * scaling, found["A"]))
+    if key is None:
+        raise ModelError(
+            f"{weight} has DoRA, and is made of other tensors of the files",
+            where="method.dora",
+            remedy="use the adapter beside its base",
+        )
+    update = Update(
+        a=found["A"],
+        b=found["B"],
+        scaling=scaling,
+        magnitude=found.get("magnitude_vector"),
+        transposed=isinstance(owner, Conv1D),
+    )
+    return {key: update.applied}
 
 
 def _replaced_by(tensor: torch.Tensor) -> Change:

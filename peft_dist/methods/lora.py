@@ -16,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dist.common.errors import RecipeError
 from peft_dist.config.method import Lora
+from peft_dist.methods.expert_lora import expert_targets, prepare, stand_ins, wrappers_for
 from peft_dist.methods.init import assign, generator_for
+from peft_dist.methods.lora_targets import check_choice, chosen_blocks, has_bias, linear_targets
 from peft_dist.methods.method import TASKS, BaseAccess, Method, inject
-from peft_dist.methods.targets import check_choice, has_bias, linear_targets
 from peft_dist.methods.trained_parts import (
     compute_as_base,
     fill_token_rows,
@@ -76,7 +77,10 @@ class LoraMethod(Method[Lora]):
     ) -> PeftModel:
         """Inject LoRA layers; see `Method.attach`."""
         settings = self.settings
-        targets = linear_targets(model, settings.targets)
+        targets, parameters = linear_targets(model, settings)
+        parameters += expert_targets(
+            model, settings.target_parameters, chosen_blocks(model, settings)
+        )
         if settings.bias != "none" and not has_bias(model, settings.bias, targets):
             raise RecipeError(
                 "has no meaning here: "
@@ -111,6 +115,7 @@ class LoraMethod(Method[Lora]):
             lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it
             lora_dropout=settings.dropout,
             target_modules=targets,
+            target_parameters=parameters or None,
             exclude_modules=list(settings.exclude_modules) or None,
             layers_to_transform=list(settings.layers_to_transform) or None,
             rank_pattern=dict(settings.rank_pattern),
@@ -122,8 +127,13 @@ class LoraMethod(Method[Lora]):
             fan_in_fan_out=has_conv1d,
             **copy.deepcopy(parts),  # PEFT changes it
         )
-        config._register_custom_module({FrozenLinear4bit: _LoraOn4bit})
-        with warnings.catch_warnings(), on_meta(parts):
+        config._register_custom_module(
+            {FrozenLinear4bit: _LoraOn4bit, nn.Linear: LoraLinear, **wrappers_for(model)}
+            if parameters
+            else {FrozenLinear4bit: _LoraOn4bit}
+        )
+        prepare(model, parameters)
+        with warnings.catch_warnings(), on_meta(parts), stand_ins(model, parameters):
             # PEFT warns that fan_in_fan_out does not suit our swapped linears; it suits the saved
             # adapter, which is loaded onto the released base.
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
@@ -165,7 +175,7 @@ class LoraMethod(Method[Lora]):
         """Return A [r, in] and B [out, r] whose product is zero."""
         a = torch.empty(module.lora_A[adapter].get_parameter("weight").shape)
         b = torch.zeros(module.lora_B[adapter].get_parameter("weight").shape)
-        rank = a.shape[0]
+        rank = module.r[adapter]  # of experts A has that many rows for each
         source = generator_for(self.seed, f"{name}.lora_A")
         if self.settings.init == "default":
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=source)

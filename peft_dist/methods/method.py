@@ -4,6 +4,7 @@ An adapter is injected on `meta`, before the base is sharded: adapters added lat
 reduced over processes.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -165,10 +166,11 @@ def saved_names(peft: PeftModel, state: Mapping[str, Any]) -> dict[str, str]:
 def base_name_in(peft: PeftModel, name: str) -> str:
     """Return the name a parameter has in the bare model, given its name in the PEFT model.
 
-    A trained copy of a part of the base has the name of the part.
+    A trained copy of a part of the base has the name of the part. Adapters of several parameters of
+    one module lie inside each other, and keep what tells them apart.
     """
+    name = re.sub(r"base_layer\.(?!(base_layer\.)*lora_)", "", name)
     for inserted in (
-        "base_layer.",
         "token_adapter.",
         "original_module.",
         "modules_to_save.default.",

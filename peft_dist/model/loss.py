@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from peft_dist.data.pack import Batch
 from peft_dist.model.architectures import bare_model, trunk_name
-from peft_dist.model.attention import ROW_ATTENTION
+from peft_dist.model.attention import OURS
 from peft_dist.model.cross_entropy import cross_entropy, logits_of
 from peft_dist.model.head import Head
+from peft_dist.model.router import Routing, router_term
 from peft_dist.model.token_rows import output_matrix
 
 ALL_TOKENS = slice(None)
@@ -33,10 +34,12 @@ class Losses(NamedTuple):
         nll: float32 [N], negative log-likelihood of each target; of a reward model [n_rows], each
             row's reward with its sign turned.
         choice_logits: float32 [n_rows, n_choices], scores at each row's first target; or None.
+        routing: What the routers made of all tokens, where the model trains them evenly; or None.
     """
 
     nll: torch.Tensor
     choice_logits: torch.Tensor | None
+    routing: Routing | None = None
 
 
 def _learned(peft: PeftModel, device: torch.device) -> torch.Tensor:
@@ -112,8 +115,8 @@ class Decoder(nn.Module, ABC):
     ) -> Losses:
         """Return what `forward` does, from the bare model."""
 
-    def _hidden(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-        """Return the hidden states [B, T, H] of the model's trunk."""
+    def _trunk(self, model: PreTrainedModel, batch: Batch) -> Any:
+        """Return what the model's trunk gives, of which hidden states [B, T, H]."""
         prefix = _prefix(self.peft, batch.position_ids.device)
         arguments: dict[str, Any] = {
             # A prefix takes the first positions.
@@ -127,9 +130,7 @@ class Decoder(nn.Module, ABC):
         if not self._takes_any:  # what it needs and does not take, the proof at the start finds
             arguments = {name: arguments[name] for name in arguments.keys() & self._takes}
         trunk = model.get_submodule(self._trunk_name)
-        out = trunk(**_inputs(self.peft, batch), **arguments)
-        hidden: torch.Tensor = out.last_hidden_state
-        return hidden
+        return trunk(**_inputs(self.peft, batch), **arguments)
 
     def _row_arguments(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         """Return how this kernel gets to know where packed rows begin.
@@ -137,8 +138,8 @@ class Decoder(nn.Module, ABC):
         Flash attention would find out by itself, in every layer, waiting for the device.
         """
         kernel = model.config._attn_implementation
-        if kernel == ROW_ATTENTION:
-            return {"row_lengths": batch.row_lengths}
+        if kernel in OURS:
+            return {"row_lengths": batch.row_lengths, "row_bounds": batch.row_bounds}
         if kernel == "flash_attention_2" and batch.row_lengths is not None:
             longest = max(batch.row_lengths)
             return {
@@ -163,19 +164,35 @@ class CausalLM(Decoder):
         model = bare_model(peft_model)
         output_matrix(model)
         self._head = Head(model)
+        self.router_term = router_term(model)
+
+    def route(self, model: PreTrainedModel, batch: Batch) -> Losses:
+        """Return what routers make of a `Batch`, and no losses."""
+        out = self._trunk(model, batch)
+        return Losses(out.last_hidden_state.new_empty(0), None, self._routing(out, batch))
+
+    def _routing(self, out: Any, batch: Batch) -> Routing | None:
+        """Return what routers made of a `Batch`; nothing of the stand-in for an empty one."""
+        if self.router_term is None:
+            return None
+        mask = batch.attention_mask
+        if not batch.n_rows:
+            mask = torch.zeros_like(batch.position_ids, dtype=torch.bool)
+        return self.router_term.routing(out.router_logits, mask)
 
     def _scored(
         self, model: PreTrainedModel, batch: Batch, choice_ids: torch.Tensor | slice | None
     ) -> Losses:
         """Return the loss of each target, and the choices' scores at each row's first."""
-        hidden = self._hidden(model, batch)
+        out = self._trunk(model, batch)
+        hidden, routing = out.last_hidden_state, self._routing(out, batch)
         matrix = output_matrix(model)
         picked = hidden.flatten(0, 1)[batch.label_positions]
         if self._head.before is not None:
             picked = self._head.before(picked)
         if batch.label_positions.numel() == 0:
             # Every process must take part in the same collectives, with work or without.
-            return Losses(hidden.float().sum()[None] * 0.0, None)
+            return Losses(hidden.float().sum()[None] * 0.0, None, routing)
         if torch.is_autocast_enabled(picked.device.type):
             picked = picked.to(torch.get_autocast_dtype(picked.device.type))
         nll = cross_entropy(picked, matrix, batch.targets, self._head.after)
@@ -187,7 +204,7 @@ class CausalLM(Decoder):
                 choice_logits = logits_of(first, matrix.of(choice_ids))
             else:
                 choice_logits = self._head.after(logits_of(first, matrix))[:, choice_ids]
-        return Losses(nll, choice_logits)
+        return Losses(nll, choice_logits, routing)
 
 
 class SequenceClassifier(nn.Module):
@@ -226,7 +243,7 @@ class RewardModel(Decoder):
         self, model: PreTrainedModel, batch: Batch, choice_ids: torch.Tensor | slice | None
     ) -> Losses:
         """Return each row's reward as `choice_logits` [n_rows, 1], and turned as `nll`."""
-        hidden = self._hidden(model, batch).flatten(0, 1)
+        hidden = self._trunk(model, batch).last_hidden_state.flatten(0, 1)
         score: Any = model.score
         rewards = score(hidden[self._ends(batch)]).float()
         if not batch.n_rows:

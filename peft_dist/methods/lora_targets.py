@@ -1,4 +1,4 @@
-"""Which linears of a model get a LoRA: the recipe's names, looked up and checked."""
+"""Which linears of a model a LoRA goes on, by the names that PEFT finds them by."""
 
 from transformers import PreTrainedModel
 
@@ -9,15 +9,21 @@ from peft_dist.model.architectures import is_linear, transformer_blocks
 from peft_dist.model.nf4 import FrozenLinear4bit
 
 
-def linear_targets(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> list[str]:
+def linear_targets(model: PreTrainedModel, settings: Lora) -> tuple[list[str], list[str]]:
     """Return the names by which PEFT finds the linears inside the blocks, all or those wanted.
 
-    The last part of a name where it means linears alone, else whole names.
+    Returns:
+        Names of modules: the last part of a name where it means linears alone, else whole names.
+        Names of parameters, for linears whose names PEFT takes for those of experts.
 
     Raises:
         RecipeError: For one that names no linear, or none that LoRA can be put on.
     """
     refused = special_cases.no_lora_on(model)
+    taken = special_cases.names_of_experts(model)
+    if settings.dropout or settings.dora:
+        reason = "PEFT has neither dropout nor dora for it"
+        refused = refused | dict.fromkeys(taken, reason)
     names: dict[str, list[str]] = {}
     for block_name, block in transformer_blocks(model).items():
         for name, module in block.named_modules(prefix=block_name):
@@ -25,6 +31,7 @@ def linear_targets(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> lis
                 names.setdefault(name.rpartition(".")[2], []).append(name)
     linears = {name for some in names.values() for name in some}
     others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in linears}
+    wanted = settings.targets
     if isinstance(wanted, str):
         wanted = tuple(names.keys() - refused.keys())
     for target in wanted:
@@ -40,10 +47,38 @@ def linear_targets(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> lis
                 where="method.targets",
                 remedy="leave it out",
             )
-    found = [
-        name for target in wanted for name in (names[target] if target in others else [target])
+    modules = [
+        name
+        for target in wanted
+        if target not in taken
+        for name in (names[target] if target in others else [target])
     ]
-    return sorted(found)
+    chosen = tuple(f"{block}." for block in chosen_blocks(model, settings))
+    parameters = [
+        f"{name}.weight"
+        for target in wanted
+        if target in taken
+        for name in names[target]
+        if name.startswith(chosen)
+    ]
+    return sorted(modules), sorted(parameters)
+
+
+def chosen_blocks(model: PreTrainedModel, settings: Lora) -> list[str]:
+    """Return the names of the blocks to adapt.
+
+    Raises:
+        RecipeError: For a block that the model has not.
+    """
+    blocks = list(transformer_blocks(model))
+    for number in settings.layers_to_transform:
+        if number >= len(blocks):
+            raise RecipeError(
+                f"the model has no block {number}",
+                where="method.layers_to_transform",
+                remedy=f"choose from 0 to {len(blocks) - 1}",
+            )
+    return [blocks[number] for number in settings.layers_to_transform] or blocks
 
 
 def check_choice(model: PreTrainedModel, settings: Lora, targets: list[str]) -> None:
@@ -52,21 +87,11 @@ def check_choice(model: PreTrainedModel, settings: Lora, targets: list[str]) -> 
     Raises:
         RecipeError: Naming the pattern.
     """
-    blocks = list(transformer_blocks(model).items())
-    for number in settings.layers_to_transform:
-        if number >= len(blocks):
-            raise RecipeError(
-                f"the model has no block {number}",
-                where="method.layers_to_transform",
-                remedy=f"choose from 0 to {len(blocks) - 1}",
-            )
-    layers = set(settings.layers_to_transform) or set(range(len(blocks)))
     names = [
         f"{block_name}.{name}"
-        for number, (block_name, block) in enumerate(blocks)
-        for name, module in block.named_modules()
-        if number in layers
-        and (isinstance(module, FrozenLinear4bit) or is_linear(module))
+        for block_name in chosen_blocks(model, settings)
+        for name, module in model.get_submodule(block_name).named_modules()
+        if (isinstance(module, FrozenLinear4bit) or is_linear(module))
         and name.split(".")[-1] in targets
     ]
     for field in ("exclude_modules", "rank_pattern", "alpha_pattern"):
