@@ -6,7 +6,7 @@ and what PEFT made is kept until the model is sharded.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -28,6 +28,7 @@ OWN = {
     "PROMPT_TUNING": "prompt",
     "BOTTLENECK": "bottleneck",
     "BITFIT": "bitfit",
+    "TRAINABLE_TOKENS": "lora, with trainable_tokens",
 }
 """Types that have a recipe section of their own."""
 LOOPS_OF_THEIR_OWN = ("ADALORA", "POLY", "XLORA")
@@ -43,15 +44,22 @@ class AnyPeftMethod(Method[AnyPeft]):
     ) -> PeftModel:
         """Inject the adapter; see `Method.attach`."""
         config = self._config(task)
+        in_base = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        in_base |= {
+            f"{name}.weight" for name, m in model.named_modules() if isinstance(m, FrozenLinear4bit)
+        }
         # What differs beside other weights was computed from them, which nobody holds whole.
-        other = _values(self._injected(copy.deepcopy(model), config, fill=1.0)[0])
+        other = _added(self._injected(copy.deepcopy(model), config, fill=1.0)[0], in_base)
+        again = copy.deepcopy(model)
+        drawn = _added(self._injected(again, config, fill=0.0, seed=self.seed + 1)[0], in_base)
         peft, restore = self._injected(model, config, fill=0.0)
         self._made = _values(peft)
-        restore()
-        in_base = {base_name_in(peft, n) for n, p in peft.named_parameters() if not p.requires_grad}
-        for name, value in self._made.items():
-            if base_name_in(peft, name) not in in_base and not torch.equal(value, other[name]):
+        for name, value in _added(peft, in_base).items():
+            if not torch.equal(value, other[name]):
                 raise self._refusal(f"starts {name} from the weights of the base")
+            if name not in self._made and not torch.equal(value, drawn[name]):
+                raise self._refusal(f"draws {name} by chance, and its file does not hold that")
+        restore()
         for name, value in self._made.items():
             parent, _, attribute = name.rpartition(".")
             empty = torch.empty_like(value, device="meta")
@@ -117,11 +125,11 @@ class AnyPeftMethod(Method[AnyPeft]):
         return config
 
     def _injected(
-        self, model: PreTrainedModel, config: PeftConfig, *, fill: float
+        self, model: PreTrainedModel, config: PeftConfig, *, fill: float, seed: int | None = None
     ) -> tuple[PeftModel, Any]:
         """Inject beside stand-ins; return the model and what puts the base back."""
         restore = _stand_in(model, fill=fill)
-        source = generator_for(self.seed, self.settings.type.upper())
+        source = generator_for(self.seed if seed is None else seed, self.settings.type.upper())
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(source.initial_seed())
@@ -148,8 +156,18 @@ def _values(peft: PeftModel) -> dict[str, torch.Tensor]:
     }
 
 
+def _added(peft: PeftModel, in_base: Collection[str]) -> dict[str, torch.Tensor]:
+    """Return what the base has not: trained, frozen or a buffer."""
+    everything = [*peft.named_parameters(), *peft.named_buffers()]
+    return {
+        name: tensor.detach().clone()
+        for name, tensor in everything
+        if base_name_in(peft, name) not in in_base
+    }
+
+
 def _stand_in(model: nn.Module, *, fill: float) -> Any:
-    """Replace 4-bit layers by plain linears, and `meta` tensors by one repeated value.
+    """Replace 4-bit layers by plain linears, and `meta` tensors by one repeated row.
 
     Returns:
         A function that puts the originals back, wherever they have been moved to.
@@ -174,7 +192,10 @@ def _stand_in(model: nn.Module, *, fill: float) -> Any:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 if id(parameter) not in stand_ins:
-                    value = torch.full((), fill).to(parameter.dtype).expand(parameter.shape)
+                    # Not the same everywhere: a method may choose the largest of the weights.
+                    row = torch.linspace(fill, 2 * fill, (1, *parameter.shape)[-1])
+                    row = row if parameter.dim() else row[0]
+                    value = row.to(parameter.dtype).expand(parameter.shape)
                     stand_ins[id(parameter)] = nn.Parameter(value, requires_grad=False)
                     originals[id(stand_ins[id(parameter)])] = parameter
                 module._parameters[name] = stand_ins[id(parameter)]

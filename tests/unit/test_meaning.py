@@ -52,6 +52,7 @@ train.steps train.epochs train.global_batch_size train.global_batch_tokens
 train.micro_batch_size train.learning_rate train.warmup_fraction train.schedule train.betas
 train.deterministic
 train.epsilon train.max_grad_norm train.activation_checkpointing train.non_finite train.seed
+train.deterministic
 evaluate.every_steps evaluate.choices parallel.strategy parallel.processes parallel.shard_size
 parallel.max_restarts parallel.offload checkpoint.every_steps checkpoint.every_seconds
 checkpoint.keep_last checkpoint.keep_best checkpoint.background checkpoint.max_failed_saves
