@@ -28,6 +28,7 @@ from peft_dist.config import Recipe, load_recipe
 from peft_dist.entrypoints.merge_updates import Change, Update, changes_of, weight_of
 from peft_dist.methods.expert_lora import of_each_expert
 from peft_dist.model import architectures, base
+from peft_dist.model.prequantized import quantized_weights
 from peft_dist.model.weights import FLOATS, WeightFiles, model_folder
 from peft_dist.run.directory import RunDir
 from peft_dist.worker.process import run_worker
@@ -81,9 +82,9 @@ def merge(run: RunDir, out: Path) -> None:
     config, tensors = _read_adapter(run)
     _require_room(out)
     files = WeightFiles(model_folder(recipe.model.name, recipe.model.revision))
-    if files.packed:
+    if files.packed or quantized_weights(files)[0]:
         raise ModelError(
-            f"{files.folder} is stored in 4 bits",
+            f"{files.folder} is stored quantized",
             where="model.name",
             remedy="merging needs the full-precision model",
         )

@@ -92,7 +92,7 @@ def build_skeleton(
         config.label2id = {name: index for index, name in enumerate(label_names)}
     # A packed checkpoint names its quantizer here; our own layers take its place.
     if hasattr(config, "quantization_config"):
-        _require_bitsandbytes(config.quantization_config)
+        _require_readable(config.quantization_config)
         del config.quantization_config
     config.use_cache = False
     try:
@@ -114,13 +114,18 @@ def build_skeleton(
     return model
 
 
-def _require_bitsandbytes(quantization: Any) -> None:
-    """Refuse a model that another quantizer computes: without it, it would be another model."""
+_READABLE = ("bitsandbytes", "compressed-tensors", "fp8", "modelopt", "mxfp4")
+"""Quantizers whose codes can be read by rows; see `prequantized.py`."""
+
+
+def _require_readable(quantization: Any) -> None:
+    """Refuse a model whose codes nothing here reads: without its quantizer it is another model."""
     facts = quantization if isinstance(quantization, dict) else quantization.to_dict()
     kind = facts.get("quant_method", "bitsandbytes")
-    if kind != "bitsandbytes":
+    kind = str(getattr(kind, "value", kind))
+    if kind not in _READABLE:
         raise ModelError(
-            f"the model is stored for the quantizer {getattr(kind, 'value', kind)}",
+            f"the model is stored for the quantizer {kind}, whose codes are not read here",
             where="model.name",
             remedy="use its full-precision version; it can be quantized here",
         )
