@@ -33,6 +33,7 @@ _WINDOWS = ("attention_chunk_size", "local_attention", "sliding_window", "slidin
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Difference of the losses of one token that passes for rounding."""
 _MOST_TOKENS = 4096
+LOOKS_AHEAD = "no causal language model as it is configured"
 NOISE = 4.0
 """Times the difference that transformers' own losses have between two lengths of a row."""
 
@@ -154,8 +155,8 @@ def _by_transformers(
         ) from None
     if not noise <= 10 * ROUNDING[dtype]:
         raise ModelError(
-            f"{bare.config.model_type} is no causal language model as it is configured: what comes "
-            "later in a row changes the losses before it",
+            f"{bare.config.model_type} is {LOOKS_AHEAD}: what comes later in a row changes the "
+            "losses before it",
             where="model.name",
             remedy="choose another model",
         )
