@@ -69,6 +69,7 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "xmod": {"default_language": "en_XX"},
     "xlstm": {"chunk_size": 64},
     "zamba2": {
         "layers_block_type": ["mamba", "hybrid"] * 2,
