@@ -79,7 +79,12 @@ def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: Pef
         if isinstance(targets, set):
             # A set is written in an order that changes from process to process.
             setattr(config, name, sorted(targets))
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    whole: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        # A tied one has several names, under each of which PEFT looks for it.
+        whole[name] = tensor.clone() if id(tensor) in seen else tensor.contiguous()
+        seen.add(id(tensor))
     save_file(whole, folder / ADAPTER_FILE, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
 

@@ -45,6 +45,13 @@ class Lora(_Adapter):
     """Another rank for some linears, by name or by the end of it: {q_proj: 32}."""
     alpha_pattern: dict[Text, PositiveFloat] = {}
     """Another alpha for some linears, in the same way."""
+    modules_to_save: tuple[Text, ...] = ()
+    """Modules that are trained whole and saved beside the LoRA, by name or the end of it, such as
+    [embed_tokens, lm_head]; every process holds them and their moments in float32. What the base
+    ties stays tied."""
+    trainable_tokens: tuple[Annotated[int, Field(ge=0)] | Text, ...] = ()
+    """Tokens whose rows of the embedding, and of a head that is not tied to it, are trained: ids,
+    or tokens such as "<|tool|>"."""
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
     """Start of A and B. default: A Kaiming-uniform, B zero. gaussian: A normal / rank, B zero.
     orthogonal: A and B orthogonal to each other. On an unquantized base only, pissa: the principal

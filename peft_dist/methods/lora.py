@@ -20,6 +20,12 @@ from peft_dist.methods.expert_lora import expert_targets, prepare, stand_ins, wr
 from peft_dist.methods.init import assign, generator_for
 from peft_dist.methods.lora_targets import check_choice, chosen_blocks, has_bias, linear_targets
 from peft_dist.methods.method import TASKS, BaseAccess, Method, inject
+from peft_dist.methods.trained_parts import (
+    compute_as_base,
+    fill_token_rows,
+    on_meta,
+    parts_config,
+)
 from peft_dist.model.nf4 import FrozenLinear4bit, dequantize
 
 
@@ -61,6 +67,8 @@ class LoraMethod(Method[Lora]):
         self.changes_base = settings.splits_weight
         self._taken_out: dict[str, torch.Tensor] = {}
         """What PiSSA moved from the base into A and B, by their names; on the CPU."""
+        self._modules_to_save: list[str] | None = None
+        """As PEFT is to read it; it changes what it was given where modules are tied."""
         self._start: BaseAccess | None = None
         """What it did so with; it does it again for an adapter that was started elsewhere."""
 
@@ -96,6 +104,12 @@ class LoraMethod(Method[Lora]):
                 where="method.dora",
                 remedy="set quantization: nf4, or dora: false",
             )
+        tokens = tuple(one for one in settings.trainable_tokens if isinstance(one, int))
+        assert len(tokens) == len(settings.trainable_tokens), "tokens have ids by now"
+        parts = parts_config(model, settings, tokens, targets)
+        self._modules_to_save = parts.get("modules_to_save")
+        embedding: Any = model.get_input_embeddings()
+        dtype = embedding.weight.dtype
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it
@@ -111,6 +125,7 @@ class LoraMethod(Method[Lora]):
             bias=settings.bias,
             task_type=TASKS[task],
             fan_in_fan_out=has_conv1d,
+            **copy.deepcopy(parts),  # PEFT changes it
         )
         config._register_custom_module(
             {FrozenLinear4bit: _LoraOn4bit, nn.Linear: LoraLinear, **wrappers_for(model)}
@@ -118,11 +133,12 @@ class LoraMethod(Method[Lora]):
             else {FrozenLinear4bit: _LoraOn4bit}
         )
         prepare(model, parameters)
-        with warnings.catch_warnings(), stand_ins(model, parameters):
+        with warnings.catch_warnings(), on_meta(parts), stand_ins(model, parameters):
             # PEFT warns that fan_in_fan_out does not suit our swapped linears; it suits the saved
             # adapter, which is loaded onto the released base.
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
             peft = inject(model, config, base_name=base_name)
+        compute_as_base(peft, dtype)
         for module in peft.modules():
             if isinstance(module, LoraLayer):
                 # Autocast picks the dtype of each product; casting the input to the adapter's
@@ -137,6 +153,7 @@ class LoraMethod(Method[Lora]):
         norms of the base.
         """
         self._start = start if self.changes_base else None
+        fill_token_rows(peft, start)
         for name, module in peft.named_modules():
             if not isinstance(module, LoraLayer):
                 continue
@@ -256,6 +273,9 @@ class LoraMethod(Method[Lora]):
     def saved_config(self, peft: PeftModel) -> PeftConfig:
         """Return the configuration of what `saved` returns."""
         config = super().saved_config(peft)
+        if isinstance(config, LoraConfig) and config.ensure_weight_tying:
+            config = copy.copy(config)
+            config.modules_to_save = self._modules_to_save
         if isinstance(config, LoraConfig) and self._taken_out:
             config = copy.copy(config)
             config.r *= 2

@@ -1,7 +1,7 @@
 """From hidden states to losses: what a wrapped model computes for one micro-batch.
 
-The vocabulary is only scored at positions that have a target, in chunks, so that the logits of a
-long batch never stand in memory at once. No optimisation and no reduction over processes here.
+The vocabulary is only scored at positions that have a target. No optimisation and no reduction over
+processes here.
 """
 
 import inspect
@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from peft_dist.common.errors import RecipeError
 from peft_dist.data.pack import Batch
 from peft_dist.model.architectures import bare_model, trunk_name
-from peft_dist.model.attention import ROW_ATTENTION
-from peft_dist.model.cross_entropy import chunked_cross_entropy, vocabulary_logits
+from peft_dist.model.attention import OURS
+from peft_dist.model.cross_entropy import cross_entropy, logits_of
 from peft_dist.model.head import Head
 from peft_dist.model.router import Routing, router_term
+from peft_dist.model.token_rows import output_matrix
 
 ALL_TOKENS = slice(None)
 """As choices: the whole vocabulary, without a copy of the head."""
@@ -70,21 +70,6 @@ def _prefix(peft: PeftModel, device: torch.device) -> tuple[torch.Tensor, ...] |
     assert layers is not None and heads is not None, config  # PEFT took them from the model
     parts = learned.view(len(learned), layers, 2, heads, -1)
     return parts.permute(1, 2, 3, 0, 4).unbind(0)
-
-
-def _refuse_trained_head(head: nn.Module) -> None:
-    """Refuse what the loss would leave untrained without a word: it reads the head's weight alone.
-
-    Raises:
-        RecipeError: Naming what is trained.
-    """
-    trained = [name for name, parameter in head.named_parameters() if parameter.requires_grad]
-    if trained:
-        raise RecipeError(
-            f"trains {trained[0]} of the output head, which the loss takes for frozen",
-            where="method",
-            remedy="choose modules inside the transformer blocks",
-        )
 
 
 class Decoder(nn.Module, ABC):
@@ -156,8 +141,8 @@ class Decoder(nn.Module, ABC):
         Flash attention would find out by itself, in every layer, waiting for the device.
         """
         kernel = model.config._attn_implementation
-        if kernel == ROW_ATTENTION:
-            return {"row_lengths": batch.row_lengths}
+        if kernel in OURS:
+            return {"row_lengths": batch.row_lengths, "row_bounds": batch.row_bounds}
         if kernel == "flash_attention_2" and batch.row_lengths is not None:
             longest = max(batch.row_lengths)
             return {
@@ -176,11 +161,11 @@ class CausalLM(Decoder):
         """Take a model that has its adapters already.
 
         Raises:
-            RecipeError: For one whose output head is trained, or has an adapter.
+            RecipeError: For one whose output head has an adapter.
         """
         super().__init__(peft_model)
         model = bare_model(peft_model)
-        _refuse_trained_head(model.get_output_embeddings())
+        output_matrix(model)
         self._head = Head(model)
         self.router_term = router_term(model)
 
@@ -204,7 +189,7 @@ class CausalLM(Decoder):
         """Return the loss of each target, and the choices' scores at each row's first."""
         out = self._trunk(model, batch)
         hidden, routing = out.last_hidden_state, self._routing(out, batch)
-        head = model.get_output_embeddings()
+        matrix = output_matrix(model)
         picked = hidden.flatten(0, 1)[batch.label_positions]
         if self._head.before is not None:
             picked = self._head.before(picked)
@@ -213,17 +198,15 @@ class CausalLM(Decoder):
             return Losses(hidden.float().sum()[None] * 0.0, None, routing)
         if torch.is_autocast_enabled(picked.device.type):
             picked = picked.to(torch.get_autocast_dtype(picked.device.type))
-        nll = chunked_cross_entropy(picked, head.weight, head.bias, batch.targets, self._head.after)
+        nll = cross_entropy(picked, matrix, batch.targets, self._head.after)
         choice_logits = None
         if choice_ids is not None:
             rows = torch.arange(batch.n_rows, device=picked.device)
             first = picked[torch.searchsorted(batch.target_rows, rows)]
             if self._head.after is None:
-                bias = None if head.bias is None else head.bias[choice_ids]
-                choice_logits = vocabulary_logits(first, head.weight[choice_ids], bias)
+                choice_logits = logits_of(first, matrix.of(choice_ids))
             else:
-                logits = self._head.after(vocabulary_logits(first, head.weight, head.bias))
-                choice_logits = logits[:, choice_ids]
+                choice_logits = self._head.after(logits_of(first, matrix))[:, choice_ids]
         return Losses(nll, choice_logits, routing)
 
 

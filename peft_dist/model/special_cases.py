@@ -4,7 +4,7 @@ Everything else about a model is found by its structure, or proven at the start.
 """
 
 from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 
 PLAIN_LINEARS = ("FalconLinear",)
@@ -17,6 +17,28 @@ DENSE_EXPERTS = ("Llama4TextExperts",)
 Llama4TextExperts (transformers/models/llama4/modeling_llama4.py) has its weights as [E, in, out]
 and a forward of its own."""
 _STATE_SPACE = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+
+
+def refusal(config: PretrainedConfig) -> str | None:
+    """Return why a model cannot be read as transformers reads it; None where it can."""
+    if config.model_type == "youtu" and config.pad_token_id is not None:
+        # transformers/models/youtu/modeling_youtu.py, YoutuPreTrainedModel._init_weights: writes
+        # zeros into a view of the loaded embedding, which is also the output matrix.
+        return "transformers clears the stored embedding of its padding token as it loads it"
+    return None
+
+
+def leave_weights_alone(config: PretrainedConfig) -> None:
+    """Turn off what would change frozen weights in place."""
+    if config.model_type == "rwkv":
+        # transformers/models/rwkv/modeling_rwkv.py, RwkvModel._rescale_layers: in eval mode some
+        # weights are halved, and hidden states with them, against an overflow of float16.
+        config.rescale_every = 0
+    text = config.get_text_config()
+    if getattr(text, "altup_coef_clip", None) is not None:
+        # transformers/models/gemma3n/modeling_gemma3n.py, Gemma3nTextAltUp.predict and correct: in
+        # train mode weights are clamped, which released ones are already, and a layer is passed by.
+        text.__dict__["altup_coef_clip"] = None  # its setter takes numbers alone
 
 
 def no_lora_on(model: PreTrainedModel) -> dict[str, str]:
