@@ -151,7 +151,7 @@ def _require_readable(quantization: Any) -> None:
     kind = str(getattr(kind, "value", kind))
     if kind not in _READABLE:
         raise ModelError(
-            f"the model is stored for the quantizer {kind}, whose codes are not read here",
+            f"the model is stored for the quantizer {kind}",
             where="model.name",
             remedy="use its full-precision version; it can be quantized here",
         )
