@@ -46,6 +46,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
+    "gemma-3-27b": _decoder("gemma3_text", 5376, 21504, 62, 32, 16, 262208)
+    | {"head_dim": 128, "tie_word_embeddings": True},
+    "qwen3-30b-a3b": _decoder("qwen3_moe", 2048, 6144, 48, 32, 4, 151936)
+    | {
+        "head_dim": 128,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
+    "qwen3-235b-a22b": _decoder("qwen3_moe", 4096, 12288, 94, 64, 4, 151936)
+    | {
+        "head_dim": 128,
+        "moe_intermediate_size": 1536,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
+    "gpt-oss-20b": _decoder("gpt_oss", 2880, 2880, 24, 64, 8, 201088)
+    | {"head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4},
+    "gpt-oss-120b": _decoder("gpt_oss", 2880, 2880, 36, 64, 8, 201088)
+    | {"head_dim": 64, "num_local_experts": 128, "num_experts_per_tok": 4},
     # As wide as a small real model, and shallow: a simulation of it takes a second.
     "shallow": LLAMA
     | {

@@ -28,6 +28,7 @@ from peft_dist.entrypoints.merge_updates import Change
 from peft_dist.entrypoints.merged_losses import held_out_losses
 from peft_dist.model import architectures
 from peft_dist.model.plan import plan_base
+from peft_dist.model.prequantized import quantized_weights
 from peft_dist.model.weights import FLOATS, WeightFiles, model_folder
 from peft_dist.run.directory import RunDir
 from peft_dist.worker.process import WorkerContext, run_worker
@@ -103,9 +104,9 @@ def merge(run: RunDir, out: Path, *, dequantized: bool = False) -> None:
     config, tensors = _read_adapter(run)
     _require_room(out)
     files = WeightFiles(model_folder(recipe.model.name, recipe.model.revision))
-    if files.packed:
+    if files.packed or quantized_weights(files)[0]:
         raise ModelError(
-            f"{files.folder} is stored in 4 bits",
+            f"{files.folder} is stored quantized",
             where="model.name",
             remedy="merging needs the full-precision model",
         )

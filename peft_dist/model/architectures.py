@@ -100,7 +100,7 @@ def build_skeleton(
         config.label2id = {name: index for index, name in enumerate(label_names)}
     # A packed checkpoint names its quantizer here; our own layers take its place.
     if hasattr(config, "quantization_config"):
-        _require_bitsandbytes(config.quantization_config)
+        _require_readable(config.quantization_config)
         del config.quantization_config
     special_cases.leave_weights_alone(config)
     config.use_cache = False
@@ -140,13 +140,18 @@ def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
                     tensors[name] = nn.Parameter(wide) if tensors is module._parameters else wide
 
 
-def _require_bitsandbytes(quantization: Any) -> None:
-    """Refuse a model that another quantizer computes: without it, it would be another model."""
+_READABLE = ("bitsandbytes", "compressed-tensors", "fp8", "modelopt", "mxfp4")
+"""Quantizers whose codes can be read by rows; see `prequantized.py`."""
+
+
+def _require_readable(quantization: Any) -> None:
+    """Refuse a model whose codes nothing here reads: without its quantizer it is another model."""
     facts = quantization if isinstance(quantization, dict) else quantization.to_dict()
     kind = facts.get("quant_method", "bitsandbytes")
-    if kind != "bitsandbytes":
+    kind = str(getattr(kind, "value", kind))
+    if kind not in _READABLE:
         raise ModelError(
-            f"the model is stored for the quantizer {getattr(kind, 'value', kind)}",
+            f"the model is stored for the quantizer {kind}",
             where="model.name",
             remedy="use its full-precision version; it can be quantized here",
         )

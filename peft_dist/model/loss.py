@@ -127,6 +127,9 @@ class Decoder(nn.Module, ABC):
         }
         if prefix is not None:
             arguments["prefix"] = prefix
+        elif batch.row_lengths is None:
+            # Rows begin where the model takes them to; RoBERTa's positions do not begin at 0.
+            del arguments["position_ids"]
         if not self._takes_any:  # what it needs and does not take, the proof at the start finds
             arguments = {name: arguments[name] for name in arguments.keys() & self._takes}
         trunk = model.get_submodule(self._trunk_name)

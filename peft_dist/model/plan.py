@@ -111,7 +111,7 @@ def plan_base(model: PreTrainedModel, files: WeightFiles, *, quantization: str) 
             )
         shape = tuple(model.get_parameter(name).shape)
         if packing is None:
-            _check_stored(files, source, name, shape)
+            _check_stored(source, name, shape)
         if name in experts:
             block_size = block_size_for(shape[-1])
             if block_size is None:
@@ -249,15 +249,14 @@ def _wrong_shape(name: str, expected: tuple[int, ...], found: tuple[int, ...]) -
     )
 
 
-def _check_stored(files: WeightFiles, source: Source, name: str, shape: tuple[int, ...]) -> None:
+def _check_stored(source: Source, name: str, shape: tuple[int, ...]) -> None:
     if source.shape != shape:
         raise _wrong_shape(name, shape, source.shape)
-    key = next((key for key in source.keys if not files.is_float(key)), None)
-    if key is not None:
+    if source.dtype not in FLOATS:
         raise ModelError(
-            f"{key} is stored as {files.tensors[key].dtype}",
+            f"{source.keys[0]} is stored as {source.dtype}",
             where="model.name",
-            remedy="supported: float weights, or bitsandbytes nf4",
+            remedy="use its full-precision version; it can be quantized here",
         )
 
 

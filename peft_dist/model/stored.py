@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 )
 
 from peft_dist.common.errors import ModelError
+from peft_dist.model.prequantized import quantized_weights
 from peft_dist.model.weights import FLOATS, WeightFiles
 
 Shape = tuple[int, ...]
@@ -202,24 +203,27 @@ def find_sources(model: PreTrainedModel, files: WeightFiles) -> Found:
     mapping = get_model_conversion_mapping(model)
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    quantized, used_up = quantized_weights(files)
+    stored: dict[str, Source] = {key: Stored(files, key) for key in files.tensors.keys() - used_up}
+    stored |= quantized
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
     state: dict[str, Any] = model.state_dict()
     prefix = model.base_model_prefix
     sources: dict[str, Source] = {}
     collected: dict[str, tuple[WeightConverter, dict[str, list[Source]]]] = {}
     unused: list[str] = []
-    for key in sorted(files.tensors, key=dot_natural_key):
+    for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
             name, pattern = rename_source_key(key, [], [], prefix, state)
         if name not in state:
             unused.append(key)
         elif pattern is None:
-            sources[name] = Stored(files, key)
+            sources[name] = stored[key]
         else:
             fresh = (deepcopy(by_pattern[pattern]), dict[str, list[Source]]())
             _, parts = collected.setdefault(name, fresh)
-            parts.setdefault(pattern, []).append(Stored(files, key))
+            parts.setdefault(pattern, []).append(stored[key])
     for name, (converter, parts) in collected.items():
         keys = [key for some in parts.values() for part in some for key in part.keys]
         try:

@@ -69,6 +69,7 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "xmod": {"default_language": "en_XX"},
     "xlstm": {"chunk_size": 64},
     "zamba2": {
         "layers_block_type": ["mamba", "hybrid"] * 2,
@@ -80,7 +81,6 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
         "mamba_headdim": 32,
     },
     "zaya": {"num_experts_per_tok": 1},
-    "reformer": {"is_decoder": True},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16},
 }
 
@@ -108,6 +108,8 @@ def _changes(config: PretrainedConfig) -> dict[str, Any]:
             changes[name] = _changes(part)
     if "kv_lora_rank" in given and "num_key_value_heads" in given:
         changes["num_key_value_heads"] = 4  # latent attention has as many as there are heads
+    if given.get("is_decoder") is False:
+        changes["is_decoder"] = True  # an encoder, of which there is a decoder too
     for name in ("n_inner", "sliding_window"):
         if name in given and given[name] is None:
             changes.pop(name, None)

@@ -159,8 +159,8 @@ class WeightFiles:
 
     @property
     def packed(self) -> bool:
-        """Whether bitsandbytes has quantized any of it."""
-        return any(QUANT_STATE in key for key in self.tensors)
+        """Whether bitsandbytes has quantized any of it to nf4."""
+        return any(f"{QUANT_STATE}nf4" in key for key in self.tensors)
 
     def others(self, patterns: Sequence[str]) -> list[Path]:
         """Return files of the folder besides the weights whose names match, in order."""
@@ -192,8 +192,12 @@ class WeightFiles:
         """Return the stored dtype of a float tensor."""
         return FLOATS[self.tensors[key].dtype]
 
-    def packing(self, key: str) -> Packing | None:
+    def packing(self, key: str, *, kind: str = "nf4") -> Packing | None:
         """Return how bitsandbytes packed this weight; None where it is not packed.
+
+        Args:
+            key: Its name.
+            kind: The codes that are wanted, nf4 or fp4.
 
         Raises:
             ModelError: For a packing that rows cannot be cut from.
@@ -201,13 +205,7 @@ class WeightFiles:
         states = [name for name in self.tensors if name.startswith(key + QUANT_STATE)]
         if not states:
             return None
-        kind = states[0].removeprefix(key + QUANT_STATE)
-        if kind != "nf4":
-            raise ModelError(
-                f"{key} is stored as {kind}",
-                where="model.name",
-                remedy="only nf4 is supported; use the full-precision model",
-            )
+        assert states[0] == f"{key}{QUANT_STATE}{kind}", states
         facts = json.loads(bytes(self.full_tensor(states[0]).tolist()))
         in_features = facts["shape"][-1]
         block_size = facts["blocksize"]

@@ -113,6 +113,8 @@ def kept_by_block(shape: ModelShape, adapter: AdapterShape, setting: Setting) ->
     if shape.joined_qkv:
         values += query + key  # a part of the joined product keeps all of it alive
     values += active * inner * (3 if shape.gated else 1)
+    if shape.experts:  # what every expert gives, which its weight of the router is multiplied with
+        values += active * hidden
     values += adapter.kept_per_token + adapter.rank * len(targets)
     if adapter.weighs:  # DoRA scales what the base and LoRA make
         values += 2 * sum(one.out_features for one in targets)

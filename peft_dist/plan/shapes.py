@@ -207,6 +207,39 @@ def _head_norms(shape: ModelShape) -> ModelShape:
     return replace(shape, head_norms=True, vector_parameters=vectors)
 
 
+def _experts(shape: ModelShape, config: Config, *, biased: bool) -> ModelShape:
+    """Return a decoder with experts, and a router, in the place of its feed-forward."""
+    hidden, inner = shape.hidden, shape.intermediate
+    experts = int(config.get("num_experts") or config["num_local_experts"])
+    attention = tuple(one for one in shape.linears if one.name[1:] == "_proj")
+    router = experts * hidden + (experts if biased else 0)
+    return replace(
+        shape,
+        linears=(
+            *attention,
+            Linear("gate_up_proj", 2 * inner, hidden, biased, copies=experts),
+            Linear("down_proj", hidden, inner, biased, copies=experts),
+        ),
+        vector_parameters=shape.vector_parameters + router,
+        experts=experts,
+        experts_per_token=int(config["num_experts_per_tok"]),
+    )
+
+
+def _qwen3_moe(config: Config) -> ModelShape:
+    width = {**config, "intermediate_size": config["moe_intermediate_size"]}
+    shape = _head_norms(_llama(width))
+    return _experts(shape, config, biased=False)
+
+
+def _gpt_oss(config: Config) -> ModelShape:
+    shape = _llama({"head_dim": 64, "attention_bias": True, **config})
+    # Learned sinks; attention is transformers' eager one, whose scores stand in memory.
+    vectors = shape.vector_parameters + shape.heads
+    shape = replace(shape, vector_parameters=vectors, attention_softcap=True)
+    return _experts(shape, config, biased=True)
+
+
 def _gemma(config: Config, *, head_norms: bool) -> ModelShape:
     tied = bool(config.get("tie_word_embeddings", True))
     hidden = int(config["hidden_size"])
@@ -333,11 +366,13 @@ _SHAPES: dict[str, Callable[[Config], ModelShape]] = {
     "gemma2": lambda config: _gemma(config, head_norms=False),
     "gemma3_text": lambda config: _gemma(config, head_norms=True),
     "gpt2": _gpt2,
+    "gpt_oss": _gpt_oss,
     "gpt_neox": _gpt_neox,
     "llama": _llama,
     "mistral": _llama,
     "opt": _opt,
     "phi3": _phi3,
     "qwen2": _qwen2,
+    "qwen3_moe": _qwen3_moe,
     "qwen3": lambda config: _head_norms(_llama({"head_dim": 128, **config})),
 }

@@ -255,13 +255,6 @@ def test_packed_blocks_that_cross_rows_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "packed", "which cross rows, so its rows cannot be sharded")
 
 
-def test_other_packings_are_refused(llama: Path, tmp_path: Path) -> None:
-    quantizer = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
-    packed = AutoModelForCausalLM.from_pretrained(llama, quantization_config=quantizer)
-    packed.save_pretrained(tmp_path / "packed")
-    refused(tmp_path / "packed", "is stored as fp4; only nf4 is supported")
-
-
 def test_a_model_that_is_nowhere_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

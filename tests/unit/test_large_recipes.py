@@ -37,8 +37,10 @@ def plan_line(found: dict[str, Any], nodes: int, gpus: int, gpu: str, strategy: 
 
 def test_the_recipes_of_real_size_are_these() -> None:
     assert set(RECIPES) == {
-        "gemma-2-27b-qlora", "llama-2-7b-lora", "llama-3.1-405b-qlora", "llama-3.1-8b-qlora",
-        "llama-3.3-70b-qlora", "mistral-small-24b-qlora", "phi-4-qlora", "qwen3-32b-qlora",
+        "gemma-2-27b-qlora", "gemma-3-27b-qlora", "gpt-oss-120b-qlora", "gpt-oss-20b-qlora",
+        "llama-2-7b-lora", "llama-3.1-405b-qlora", "llama-3.1-8b-qlora", "llama-3.3-70b-qlora",
+        "mistral-small-24b-qlora", "phi-4-qlora", "qwen3-235b-a22b-qlora", "qwen3-30b-a3b-qlora",
+        "qwen3-32b-qlora",
     }  # fmt: skip
 
 

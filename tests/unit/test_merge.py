@@ -321,7 +321,7 @@ def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(tmp_path: Path, al
     weights = load_file(base / "model.safetensors")
     state = {"x.quant_state.bitsandbytes__nf4": torch.zeros(1)}
     save_file(weights | state, base / "model.safetensors")
-    assert "is stored in 4 bits; merging needs the full-precision model" in refused(found, out)
+    assert "is stored quantized; merging needs the full-precision model" in refused(found, out)
     tiny_model(base, "llama", num_hidden_layers=1)
     assert "layers.1" in (told := refused(found, out))
     assert "has no place in the base" in told

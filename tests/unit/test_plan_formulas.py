@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peft_dist.config.recipe import Recipe
 from peft_dist.distributed.world import World
 from peft_dist.model import cross_entropy
+from peft_dist.model.tiny_config import tiny_config
 from peft_dist.plan import memory
 from peft_dist.plan.adapter import adapter_shape
 from peft_dist.plan.estimate import gathered_bytes
@@ -118,6 +119,15 @@ def test_formulas_are_near_what_the_code_does(tmp_path: Path, case: str) -> None
     assert trained == found.trained_parameters
     assert gathered == found.carried_bytes.get("_allgather_base_", 0)
     assert planned.allocated == pytest.approx(found.peak_bytes, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_every_parameter_of_a_mixture_is_counted(kind: str) -> None:
+    config = tiny_config(kind)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    assert read_shape(config.to_dict(), where="test").parameters == counted
 
 
 @pytest.mark.parametrize("tied", [True, False])

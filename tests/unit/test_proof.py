@@ -77,8 +77,9 @@ def set_up(folder: Path, world: World, model_type: str, **sections: Any) -> Mode
     return set_up_model(recipe, world, find_base(recipe, folder / "cache"))
 
 
+@pytest.mark.parametrize("model_type", ["cohere", "granite", "gemma2"])
 def test_a_head_that_drops_what_the_model_does_to_its_logits_is_refused(
-    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
     whole = Head.__init__
 
@@ -88,8 +89,23 @@ def test_a_head_that_drops_what_the_model_does_to_its_logits_is_refused(
 
     monkeypatch.setattr(Head, "__init__", broken)
     with pytest.raises(ModelError, match="the head is the first to differ") as caught:
-        set_up(tmp_path, alone, "cohere")
+        set_up(tmp_path, alone, model_type)
     assert "\n" not in str(caught.value)
+
+
+def test_learned_sinks_that_an_attention_leaves_out_are_found(
+    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(attention, "_HARMLESS", (*attention._HARMLESS, "s_aux"))
+    with caplog.at_level("INFO"):
+        set_up(tmp_path, alone, "gpt_oss")
+    for rows in ("packed", "padded"):
+        assert f"not used: {rows} rows and attention peft_dist_rows: the loss of a" in caplog.text
+
+
+def test_a_bias_by_distance_that_knows_no_rows_is_found(tmp_path: Path, alone: World) -> None:
+    with pytest.raises(ModelError, match="bloom is not computed as .*: packed rows and attention"):
+        set_up(tmp_path, alone, "bloom", data={"packing": True})
 
 
 def test_an_attention_that_is_wrong_in_one_layer_is_not_used_and_the_layer_is_named(
@@ -163,8 +179,12 @@ def test_matrices_that_are_stored_with_different_values_are_not_tied(
 
 
 def test_a_model_that_looks_ahead_is_no_causal_one(tmp_path: Path, alone: World) -> None:
+    model = build_tiny("bert")
+    model.config.is_decoder = False
+    model.save_pretrained(tmp_path / "model")
+    recipe = tiny_recipe(tmp_path / "model", tmp_path / "none.jsonl", quantization="none")
     with pytest.raises(ModelError, match="bert is no causal language model as it is configured"):
-        set_up(tmp_path, alone, "bert")
+        set_up_model(recipe, alone, find_base(recipe, tmp_path / "cache"))
 
 
 @only_long
@@ -175,6 +195,8 @@ def test_no_decoder_of_transformers_is_silently_different(tmp_path: Path, alone:
     wrong = {n: r for n, r in found.items() if r.kind not in ("equal", "refused", "not built")}
     assert not wrong
     assert kinds.count("equal") > len(kinds) / 2
+    dense = [result.kind == "equal" for result in found.values() if result.dense]
+    assert sum(dense) >= 0.9 * len(dense)
 
 
 def test_layers_that_share_weights_are_not_sharded_each_by_itself(
