@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINNED := $(PIP) install --quiet -c configs/constraints.txt
 
-.PHONY: help install quickstart dpo methods check test test-fast docs faults cluster audit clean
+.PHONY: help install quickstart dpo methods check test test-fast docs examples faults cluster audit clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -52,10 +52,14 @@ docs: $(VENV)/.installed-all ## write the generated pages of docs/ anew and buil
 	$(BIN)/python -m peft_dist.ledger.docs > docs/ledger.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+examples: $(VENV)/.installed-all ## write slurm/examples/ anew: what would be submitted, to be read
+	$(BIN)/python -m peft_dist.slurm.examples slurm/examples
+
 faults: $(VENV)/.installed-all ## the tests of faults with many more cases; more than an hour
 	PEFT_DIST_FAULTS=long $(BIN)/python -m pytest --timeout 3600 tests/faults tests/distributed \
 		tests/unit/test_script_fuzz.py tests/unit/test_wandb.py tests/unit/test_plan.py \
-		tests/unit/test_plan_formulas.py tests/equivalence/test_equivalence.py tests/cluster
+		tests/unit/test_plan_formulas.py tests/unit/test_proof.py tests/equivalence/test_equivalence.py \
+		tests/cluster
 
 cluster: $(VENV)/.installed-all ## a shell in a real Slurm of four nodes; CMD=... runs that instead
 	$(BIN)/python -m tests.cluster $(CMD)

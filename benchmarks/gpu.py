@@ -35,8 +35,9 @@ from peft_dist.methods import BaseAccess
 from peft_dist.methods.lora import LoraMethod
 from peft_dist.metrics.mfu import FLOPS_PER_TOKEN_AND_PARAMETER, peak_flops
 from peft_dist.model.architectures import build_skeleton, transformer_blocks
-from peft_dist.model.base import fill_base, materialize, plan_base
+from peft_dist.model.base import fill_base, materialize
 from peft_dist.model.loss import CausalLM
+from peft_dist.model.plan import plan_base
 from peft_dist.model.weights import Stored, WeightFiles
 from peft_dist.sharding import ENGINES, Group
 

@@ -30,7 +30,19 @@ def add_commands(
     submit.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
     )
-    submit.add_argument("--cluster", metavar="FILE", required=True, help="cluster file (YAML)")
+    submit.add_argument(
+        "--cluster",
+        metavar="FILE",
+        required=True,
+        help="cluster file (YAML), or the name of a shipped one",
+    )
+    submit.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="one more option of sbatch, such as mail-type=END or account=NAME",
+    )
     submit.add_argument(
         "--run-dir", metavar="DIR", help="folder to make or go on with (default: runs/RECIPE)"
     )
@@ -69,8 +81,15 @@ def add_commands(
         action="store_true",
         help="print the scripts and the command; make and submit nothing",
     )
-    cluster = command("cluster", _probe, "write a first cluster file from what Slurm says")
-    actions = cluster.add_subparsers(metavar="probe", required=True)
+    cluster = command("cluster", _probe, "list shipped cluster files, or write a first one")
+    actions = cluster.add_subparsers(metavar="probe | list | show", required=True)
+    text = "list the cluster files that are shipped; submit takes their names too"
+    listed = actions.add_parser("list", help=text, description=text, allow_abbrev=False)
+    listed.set_defaults(run=_list_clusters)
+    text = "print a shipped cluster file, to copy and change"
+    shown = actions.add_parser("show", help=text, description=text, allow_abbrev=False)
+    shown.add_argument("name", metavar="NAME", help="as `peft-dist cluster list` names it")
+    shown.set_defaults(run=_show_cluster)
     text = "ask sinfo and scontrol, and print a cluster file"
     probe = actions.add_parser("probe", help=text, description=text, allow_abbrev=False)
     probe.add_argument("--partition", metavar="NAME", help="partition (default: Slurm's own)")
@@ -113,7 +132,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         recipe=arguments.recipe,
         overrides=arguments.overrides,
         folder=Path(arguments.run_dir or Path("runs") / Path(arguments.recipe).stem),
-        cluster=load_cluster(arguments.cluster),
+        cluster=load_cluster(arguments.cluster, options=arguments.sbatch),
         nodes=1 if arguments.nodes is None else arguments.nodes,
         time=arguments.time,
         array=arguments.array,
@@ -164,6 +183,23 @@ def _probe(arguments: argparse.Namespace) -> int:
     from peft_dist.slurm.probe import probe_here
 
     return probe_here(arguments.partition, Path(arguments.out) if arguments.out else None)
+
+
+def _list_clusters(arguments: argparse.Namespace) -> int:
+    from peft_dist.config.cluster_sites import shipped_clusters, summary
+
+    shipped = shipped_clusters()
+    width = max(map(len, shipped))
+    for name, file in shipped.items():
+        show(f"{name:{width}}  {summary(file)}")
+    return EXIT_DONE
+
+
+def _show_cluster(arguments: argparse.Namespace) -> int:
+    from peft_dist.config.cluster_sites import shipped_cluster
+
+    show(shipped_cluster(arguments.name).read_text(encoding="utf-8"), end="")
+    return EXIT_DONE
 
 
 def _rank(text: str) -> int:

@@ -61,4 +61,22 @@ def scancel(jobs: Sequence[str], *, options: Sequence[str] = ()) -> None:
     Raises:
         SlurmError: Where Slurm refuses.
     """
-    run_slurm(["scancel", *options, *jobs])
+    for cluster, own in by_cluster(jobs).items():
+        run_slurm(["scancel", *of_cluster(cluster), *options, *own])
+
+
+def by_cluster(jobs: Sequence[str]) -> dict[str, list[str]]:
+    """Return the ids of jobs by their cluster, of names such as `12@cluster`; else by an empty one.
+
+    One controller knows nothing of the other's jobs, and numbers them as it likes.
+    """
+    found: dict[str, list[str]] = {}
+    for job in jobs:
+        own, _, cluster = job.partition("@")
+        found.setdefault(cluster, []).append(own)
+    return found
+
+
+def of_cluster(cluster: str) -> list[str]:
+    """Return the option by which Slurm's commands ask another cluster than their own."""
+    return [f"--clusters={cluster}"] if cluster else []

@@ -70,7 +70,8 @@ def cancel(folders: Sequence[Path], *, now: bool, report: Callable[[str], None])
     for folder, names in wanted.items():
         for job in names:
             if job in live:  # its script may have been killed before it could say so
-                job_events.record(folder, {"event": "ended", "job": job, "decision": "cancelled"})
+                ended = {"event": "ended", "job": job_events.bare(job), "decision": "cancelled"}
+                job_events.record(folder, ended)
             report(f"job {job}: {_outcome(states[job], was_live=job in live)}")
         if names:
             step = RunDir(folder).newest_step()

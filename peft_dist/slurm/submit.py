@@ -4,21 +4,18 @@ Decides what is submitted; `refusals` says what cannot be, `render` writes it, `
 Slurm. Runs nothing itself.
 """
 
-import hashlib
 import os
 import re
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peft_dist.common import env, paths
+from peft_dist.common import env
 from peft_dist.common.console import show
 from peft_dist.common.durations import duration_s, duration_text
 from peft_dist.common.errors import LaunchError, RecipeError, RunDirError, SlurmError
-from peft_dist.common.locks import lock_file
 from peft_dist.common.sharing import GROUP, folder_mode, set_run_umask
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, render_cluster
@@ -39,7 +36,13 @@ from peft_dist.slurm import validate
 from peft_dist.slurm.ensure_not_running import ensure_not_running
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.scripts import JOB_SCRIPT, Array, Job, scripts
-from peft_dist.slurm.submitting import SubmissionUnknown, check_script, new_token, sbatch
+from peft_dist.slurm.submitting import (
+    SubmissionUnknown,
+    alone,
+    check_script,
+    new_token,
+    sbatch,
+)
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def prepare(request: Request) -> Submission:
     """
     cluster, folder = request.cluster, request.folder.absolute()
     _check_numbers(request)
+    validate.check_account(cluster)
     validate.check_folder(folder)
     runs, warnings = _settled(request, _runs(request, folder))
     recipes = [run.recipe for run in runs]
@@ -150,18 +154,6 @@ def prepare(request: Request) -> Submission:
     return Submission(job, runs, files, list(dict.fromkeys(warnings)), request.chain)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let one command of a user at a time submit what is beside a folder."""
-    name = hashlib.sha256(str(folder.parent).encode()).hexdigest()
-    with ExitStack() as stack:
-        with suppress(OSError):  # a cache that cannot be written
-            locks = paths.cache_dir() / "submit"
-            locks.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock_file(locks / f"{name[:32]}.lock"))
-        yield
-
-
 def submit(
     submission: Submission,
     *,
@@ -190,7 +182,7 @@ def submit(
     if job.cluster.sharing == GROUP:
         os.environ[env.SHARING] = GROUP
     set_run_umask()
-    with _alone(job.folder):
+    with alone(job.folder):
         return _submit(submission, wanted, command=command, by=by, fresh=fresh)
 
 
@@ -229,6 +221,9 @@ def _submit(
         "time_limit": None if job.time_s is None else duration_text(job.time_s),
         "singleton": job.singleton,
     }
+    clusters = str(job.cluster.sbatch.get("clusters", ""))
+    if clusters:
+        facts["cluster"] = clusters
     token = new_token()
     for index, run in wanted.items():
         element = {"element": index} if job.array else {}
@@ -239,6 +234,7 @@ def _submit(
             submission.argv(wanted, f"--comment={token}"),
             token=token,
             script=submission.files[script],
+            clusters=clusters,
         )
     except SubmissionUnknown:  # the next command asks again
         raise
@@ -246,23 +242,28 @@ def _submit(
         for run in wanted.values():
             job_events.record(run.folder, {"event": "refused", "job": ""})
         raise
+    own_id, _, cluster = job_id.partition("@")
+    if cluster:
+        facts["cluster"] = cluster
     for index, run in wanted.items():
-        name = f"{job_id}_{index}" if job.array else job_id
+        name = f"{own_id}_{index}" if job.array else own_id
         job_events.record(run.folder, {"event": "submitted", "job": name, **facts})
-    _queue_chain(submission, job_id)
+    _queue_chain(submission, own_id)
     return job_id
 
 
 def _queue_chain(submission: Submission, first: str) -> None:
     """Queue the jobs that go on for one another, as far as Slurm takes them."""
     job, after = submission.job, first
+    clusters = str(job.cluster.sbatch.get("clusters", ""))
     script = submission.files[job.folder / JOB_SCRIPT]
     for number in range(1, submission.chain + 1):
         token = new_token()
         dependency = f"--dependency=afterany:{after}{',singleton' if job.singleton else ''}"
         argv = submission.argv([], f"--comment={token}", dependency)
         try:
-            after = sbatch(argv, token=token, script=script, after=after)
+            queued = sbatch(argv, token=token, script=script, after=after, clusters=clusters)
+            after = job_events.bare(queued)
         except SlurmError as error:
             show(
                 f"peft-dist: warning: --chain: {number - 1} of {submission.chain} jobs are queued: "

@@ -3,14 +3,19 @@
 Each submission has a token, its comment, by which Slurm can be asked for the job afterwards.
 """
 
+import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
+from peft_dist.common import paths
 from peft_dist.common.env import AFTER_JOB
 from peft_dist.common.errors import SlurmError
-from peft_dist.slurm.cli_client import run_slurm
+from peft_dist.common.locks import lock_file
+from peft_dist.slurm.cli_client import of_cluster, run_slurm
 
 OF_USERS = ("SLURM_CLUSTERS", "SLURM_CONF", "SLURM_JWT", "SBATCH_ACCOUNT", "SBATCH_CLUSTERS",
             "SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_RESERVATION")  # fmt: skip
@@ -24,13 +29,29 @@ class SubmissionUnknown(SlurmError):
     """A submission of which nobody can tell whether it has made a job."""
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Let one command of a user at a time submit what is beside a folder."""
+    name = hashlib.sha256(str(folder.parent).encode()).hexdigest()
+    with ExitStack() as stack:
+        with suppress(OSError):  # a cache that cannot be written
+            locks = paths.cache_dir() / "submit"
+            locks.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_file(locks / f"{name[:32]}.lock"))
+        yield
+
+
 def new_token() -> str:
     """Return the comment of a new submission."""
     return f"peft-dist-{secrets.token_hex(8)}"
 
 
-def sbatch(argv: Sequence[str], *, token: str, script: str, after: str | None = None) -> str:
+def sbatch(
+    argv: Sequence[str], *, token: str, script: str, after: str | None = None, clusters: str = ""
+) -> str:
     """Run a command that submits and prints the job's id; return that.
+
+    It ends with `@cluster` where Slurm has several, and says which one has taken the job.
 
     Waits as long as sbatch takes: one that is killed may have been heard.
 
@@ -39,6 +60,7 @@ def sbatch(argv: Sequence[str], *, token: str, script: str, after: str | None = 
         token: Its comment.
         script: The text of the batch script.
         after: The job that this one goes on for.
+        clusters: Where it may be queued, where that is not Slurm's own.
 
     Raises:
         SlurmError: Where Slurm refuses, and no job has the token.
@@ -53,7 +75,7 @@ def sbatch(argv: Sequence[str], *, token: str, script: str, after: str | None = 
         refused = error
     refused = refused or SlurmError(f"printed {output.strip()!r} and no job id", where="sbatch")
     try:
-        job = job_id(output) or find_job(token)
+        job = job_id(output) or find_job(token, clusters)
     except SlurmError as error:
         raise SubmissionUnknown(
             f"{refused}; cannot tell whether the job is queued: {error}",
@@ -65,20 +87,33 @@ def sbatch(argv: Sequence[str], *, token: str, script: str, after: str | None = 
 
 
 def job_id(output: str) -> str | None:
-    """Return the id that `sbatch --parsable` printed, behind whatever a site prints first."""
-    ids = re.findall(r"^([0-9]+)(?:;.*)?$", output, re.MULTILINE)  # 47;cluster: one of several
-    return str(ids[-1]) if ids else None
+    """Return the id that `sbatch --parsable` printed, behind whatever a site prints first.
+
+    Of `47;cluster`, which is one of several, it returns `47@cluster`.
+    """
+    ids = re.findall(r"^([0-9]+)(?:;(.*))?$", output, re.MULTILINE)
+    return "@".join(filter(None, ids[-1])) if ids else None
 
 
-def find_job(token: str) -> str | None:
+def find_job(token: str, clusters: str = "") -> str | None:
     """Return the job of this user that was submitted with a token; None where there is none.
+
+    Args:
+        token: The job's comment.
+        clusters: Where to look, where that is not Slurm's own; the job's name ends with `@cluster`.
 
     Raises:
         SlurmError: Where Slurm does not answer.
     """
-    told = run_slurm(["squeue", "--noheader", "--me", "--states=all", "-o", "%F|%k"])
-    rows = [line.strip().partition("|") for line in told.splitlines()]
-    return next((job for job, _, comment in rows if comment == token and job.isdecimal()), None)
+    options = ["--noheader", "--me", "--states=all", "-o", "%F|%k"]
+    at = ""
+    for line in run_slurm(["squeue", *of_cluster(clusters), *options]).splitlines():
+        job, _, comment = line.strip().partition("|")
+        if job.startswith("CLUSTER: "):
+            at = "@" + job.removeprefix("CLUSTER: ").strip()
+        elif comment == token and job.isdecimal():
+            return job + at
+    return None
 
 
 def check_script(script: str) -> None:

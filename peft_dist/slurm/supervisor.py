@@ -19,7 +19,7 @@ from pathlib import Path
 from peft_dist.common import env, process_identity
 from peft_dist.common.atomic import replace_file
 from peft_dist.common.console import say
-from peft_dist.common.errors import ERROR_PREFIX, EXIT_DONE, PeftDistError
+from peft_dist.common.errors import ERROR_PREFIX, EXIT_DONE, PeftDistError, SlurmError
 from peft_dist.common.job_end import job_end_s
 from peft_dist.common.sharing import set_run_umask
 from peft_dist.launch.local import PASSED_ON, run_launcher
@@ -33,6 +33,7 @@ from peft_dist.run.restart_policy import STOPS, Decision, Ending, Kind, RestartL
 from peft_dist.slurm import memory_kills
 from peft_dist.slurm.excluded_nodes import exclude
 from peft_dist.slurm.failed_nodes import FailedNodes
+from peft_dist.slurm.interfaces import interface_variables
 from peft_dist.slurm.look_back import ending_of_start
 from peft_dist.slurm.old_logs import pack_old_logs
 from peft_dist.slurm.save_lead import lead_s
@@ -49,21 +50,7 @@ LOOK_EVERY_S = 5.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run this node's share of a job; return its exit code."""
     own, launcher = _split(list(sys.argv[1:] if argv is None else argv))
-    parser = argparse.ArgumentParser(prog="peft_dist.slurm.supervisor", description=main.__doc__)
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--max-starts", type=int, required=True)
-    parser.add_argument("--max-starts-without-progress", type=int, required=True)
-    parser.add_argument(
-        "--after", type=int, metavar="CODE", help="only decide: the start is over, and srun's code"
-    )
-    parser.add_argument("--secrets", type=Path, help="file of mode 0600 with NAME=value lines")
-    parser.add_argument("--no-preflight", action="store_true")
-    parser.add_argument("--devices", type=int, default=0, help="GPUs that the node must have")
-    parser.add_argument("--preflight-timeout-s", type=float, default=60.0)
-    parser.add_argument("--arrival-s", type=float, default=1800.0)
-    parser.add_argument("--min-free-gb", type=float, default=1.0)
-    parser.add_argument("--max-clock-offset-s", type=float, default=60.0)
-    options = parser.parse_args(own)
+    options = parser().parse_args(own)
     set_run_umask()
     node = Node(options, launcher)
     try:
@@ -72,6 +59,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"{ERROR_PREFIX}{error}", sys.stderr)
         ending = Ending(Kind.USER_ERROR, str(error))
     return EXIT_DONE if ending is None else node.finish(ending)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of what `node.sh` gives."""
+    parser = argparse.ArgumentParser(prog="peft_dist.slurm.supervisor", description=main.__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--max-starts", type=int, required=True)
+    parser.add_argument("--max-starts-without-progress", type=int, required=True)
+    parser.add_argument(
+        "--after", type=int, metavar="CODE", help="only decide: the start is over, and srun's code"
+    )
+    parser.add_argument("--secrets", type=Path, help="file of mode 0600 with NAME=value lines")
+    parser.add_argument("--interface", help="network interfaces as NCCL reads them, or auto")
+    parser.add_argument("--no-preflight", action="store_true")
+    parser.add_argument("--devices", type=int, default=0, help="GPUs that the node must have")
+    parser.add_argument("--preflight-timeout-s", type=float, default=60.0)
+    parser.add_argument("--arrival-s", type=float, default=1800.0)
+    parser.add_argument("--min-free-gb", type=float, default=1.0)
+    parser.add_argument("--max-clock-offset-s", type=float, default=60.0)
+    return parser
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
@@ -114,6 +121,13 @@ class Node:
     def work(self) -> Ending:
         """Check the node and train; return how that ended, as far as this node knows."""
         run = RunDir.open(self.options.run_dir)
+        if self.hosts[self.index] != self.name:
+            raise SlurmError(
+                f"node {self.index} of the step is {self.name}, and {self.hosts[self.index]} in "
+                "the list of the job's nodes",
+                where="srun",
+                remedy="remove what orders nodes from srun: in the cluster file",
+            )
         if run.is_finished:
             return Ending(Kind.DONE)
         if self.cancelled.exists():
@@ -126,6 +140,8 @@ class Node:
             env.RANK_LOGS: str(self.log.with_suffix("")),
             **({} if self.options.secrets is None else read_secrets(self.options.secrets)),
         }
+        if self.options.interface is not None:
+            os.environ.update(interface_variables(self.options.interface, os.environ[env.HEAD]))
         before = mark_launch(run)
         if self.is_head and len(self.hosts) > 1 and not _is_free(self.port):
             return self._port_taken(self.port)
@@ -235,6 +251,7 @@ class Node:
         command = [
             *(sys.executable, "-m", "peft_dist.preflight.main", "--run-dir", str(run.path)),
             *("--hosts", ",".join(self.hosts), "--index", str(self.index), "--host", self.name),
+            *("--head", os.environ.get(env.HEAD, self.hosts[0])),
             *("--port", str(self.port + 1), "--devices", str(options.devices)),
             *("--timeout-s", str(options.preflight_timeout_s)),
             *("--arrival-s", str(options.arrival_s)),

@@ -14,7 +14,9 @@ from peft_dist.common.errors import ClusterError, LaunchError, RecipeError
 from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import batch_shape
 from peft_dist.config.cluster import Cluster
+from peft_dist.config.cluster_sites import PLACEHOLDER
 from peft_dist.run.directory import RunDir
+from peft_dist.slurm.container import node_command
 from peft_dist.slurm.scripts import Job
 from peft_dist.slurm.secrets import read_secrets
 
@@ -148,11 +150,31 @@ def check_cluster_files(cluster: Cluster) -> None:
     """
     if cluster.secrets_file is not None:
         read_secrets(Path(cluster.secrets_file))
-    if not cluster.setup:
+    _check_lines("setup", cluster.setup)
+    if cluster.container is not None:
+        _check_lines("container.setup", cluster.container.setup)
+
+
+def check_account(cluster: Cluster) -> None:
+    """Refuse the account that shipped cluster files name.
+
+    Raises:
+        ClusterError: With how to name another one.
+    """
+    if cluster.account is not None and PLACEHOLDER in cluster.account:
+        raise ClusterError(
+            f"{cluster.account} stands for yours",
+            where="account",
+            remedy="give --sbatch account=NAME, or set it in a copy: `peft-dist cluster show`",
+        )
+
+
+def _check_lines(field: str, lines: str) -> None:
+    if not lines:
         return
     checked = subprocess.run(
         ["bash", "-n"],
-        input=cluster.setup.rstrip("\n") + "\n",
+        input=lines.rstrip("\n") + "\n",
         env={**os.environ, "LC_ALL": "C"},
         capture_output=True,
         text=True,
@@ -161,7 +183,7 @@ def check_cluster_files(cluster: Cluster) -> None:
     if checked.returncode or checked.stderr:  # of text without an end bash only warns
         message = (checked.stderr.splitlines() or ["cannot be read"])[0]
         raise ClusterError(
-            message.removeprefix("bash: "), where="setup", remedy="fix it in the cluster file"
+            message.removeprefix("bash: "), where=field, remedy="fix it in the cluster file"
         )
 
 
@@ -180,16 +202,20 @@ def try_set_up(cluster: Cluster) -> None:
     Raises:
         ClusterError: With the last line of what fails.
     """
-    container, prefix = cluster.container, ""
-    if container is not None and container.runtime == "pyxis":
+    container = cluster.container
+    if container is not None and container.is_started_by_srun:
         raise ClusterError(
             "needs an image that only nodes can run", where="--try", remedy="submit without it"
         )
-    if container is not None:
-        prefix = f"apptainer exec {shlex.quote(container.image)} "
-    line = f"exec {prefix}{shlex.quote(cluster.interpreter)} -c {shlex.quote(IMPORTS)}"
+    if cluster.interpreter.startswith("$"):
+        raise ClusterError(
+            "needs a disk that only nodes have", where="--try", remedy="submit without it"
+        )
+    inside = "" if container is None else f'set -eo pipefail\n{container.setup}\nexec "$@"'
+    words = [*node_command(container, [], on_gpu=False), cluster.interpreter, "-c", IMPORTS]
+    line = shlex.join([inside if word == "$inside" else word for word in words])
     tried = subprocess.run(
-        ["bash", "-eo", "pipefail", "-c", f"{cluster.setup}\nset -e\n{line}\n"],
+        ["bash", "-eo", "pipefail", "-c", f"{cluster.setup}\nset -e\nexec {line}\n"],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

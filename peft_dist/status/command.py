@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_dist.common.errors import EXIT_DONE
-from peft_dist.common.table import print_lines, stdout_form
+from peft_dist.common.table import joined, print_lines, stdout_form
 from peft_dist.common.terminal import is_terminal, size, terminal_console
 from peft_dist.run.directory import ARRAY_FILE, RunDir
 from peft_dist.run.sweep import array_elements
@@ -168,7 +168,7 @@ def _display(*, is_live: bool) -> Iterator[Draw]:
         redirect_stdout=False,
         redirect_stderr=False,
     ) as live:
-        yield lambda lines: live.update(Text.from_ansi("\n".join(lines)), refresh=True)
+        yield lambda lines: live.update(Text.from_ansi(joined(lines)), refresh=True)
 
 
 def _json(views: Sequence[View], *, watch: bool) -> list[str]:

@@ -210,8 +210,7 @@ class _Shown:
             blank = "\n" if self._current else ""
             show(f"{blank}==> {_name(path)} <==")
         self._current = path
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        show(text, end="")
 
 
 def _name(path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from peft_dist.common.errors import RunDirError
 from peft_dist.common.process_identity import is_alive
+from peft_dist.common.server_clock import ahead_s
 from peft_dist.ledger.goodput import LedgerGap
 from peft_dist.run.attempt_records import Record, record_path, records
 from peft_dist.run.directory import RunDir
@@ -248,7 +249,9 @@ def _heartbeat_s(reading: Reading, now: float) -> float | None:
         return None
     path = record_path(reading.run.attempts, reading.record["attempt"])
     with suppress(OSError):
-        return max(0.0, now - path.stat().st_mtime)
+        # As the file server's clock has it: this machine's may be another's minutes ahead.
+        age_s = now + ahead_s(reading.run.path) - path.stat().st_mtime
+        return max(0.0, age_s)
     return None
 
 
