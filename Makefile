@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINNED := $(PIP) install --quiet -c configs/constraints.txt
 
-.PHONY: help install quickstart dpo methods check test test-fast docs examples faults cluster audit clean
+.PHONY: help install quickstart dpo methods check test test-fast docs examples pictures faults cluster audit clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -60,6 +60,10 @@ faults: $(VENV)/.installed-all ## the tests of faults with many more cases; more
 		tests/unit/test_script_fuzz.py tests/unit/test_wandb.py tests/unit/test_plan.py \
 		tests/unit/test_plan_formulas.py tests/unit/test_proof.py tests/equivalence/test_equivalence.py \
 		tests/cluster
+
+pictures: $(VENV)/.installed-all ## make the README's pictures anew, from real runs; minutes
+	$(BIN)/python -m peft_dist.entrypoints.quickstart $(RECIPE)
+	$(BIN)/python -m tests.pictures $(RECIPE)
 
 cluster: $(VENV)/.installed-all ## a shell in a real Slurm of four nodes; CMD=... runs that instead
 	$(BIN)/python -m tests.cluster $(CMD)
