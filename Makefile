@@ -13,8 +13,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINNED := $(PIP) install --quiet -c configs/constraints.txt
 CUDA_PINNED := $(CUDA_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c configs/constraints.txt
 
-.PHONY: help install quickstart dpo methods check test test-fast docs examples faults fakegpu gpu cluster \
-	audit clean
+.PHONY: help install quickstart dpo methods check test test-fast docs examples pictures faults fakegpu \
+	gpu cluster audit clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -69,6 +69,10 @@ fakegpu: $(CUDA_VENV)/.installed ## CUDA code on a CUDA runtime that does nothin
 
 gpu: ## everything that a real card can show, in ten minutes, into card.json; PYTHON= one that has its torch
 	PYTHONPATH=. $(PYTHON) benchmarks/card.py --json card.json
+
+pictures: $(VENV)/.installed-all ## make the README's pictures anew, from real runs; minutes
+	$(BIN)/python -m peft_dist.entrypoints.quickstart $(RECIPE)
+	$(BIN)/python -m tests.pictures $(RECIPE)
 
 cluster: $(VENV)/.installed-all ## a shell in a real Slurm of four nodes; CMD=... runs that instead
 	$(BIN)/python -m tests.cluster $(CMD)

@@ -90,13 +90,20 @@ class Browser:
             if event["method"] == "Network.requestWillBeSent"
         ]
 
-    def screenshot(self, path: Path) -> None:
-        """Save a picture of the whole page, and a copy where somebody wants to look at it."""
-        height = self.run("return document.documentElement.scrollHeight")
+    def screenshot(self, path: Path, *, height: int | None = None) -> None:
+        """Save a picture of the page, and a copy where somebody wants to look at it.
+
+        Args:
+            path: Of a `.png`, or a `.webp`, which is smaller.
+            height: How much of the page; None for all of it.
+        """
+        height = height or self.run("return document.documentElement.scrollHeight")
         width = self.run("return document.documentElement.clientWidth")
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
         found = self._driver.execute_cdp_cmd(
-            "Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip}
+            "Page.captureScreenshot",
+            {"captureBeyondViewport": True, "clip": clip, "format": path.suffix[1:]}
+            | ({"quality": 80} if path.suffix == ".webp" else {}),
         )
         path.write_bytes(base64.b64decode(found["data"]))
         if folder := os.environ.get(SCREENSHOTS):
@@ -105,8 +112,13 @@ class Browser:
 
 
 @contextmanager
-def started(folder: Path) -> Iterator[Browser]:
-    """Start a browser whose profile lies in a folder; skip the test where there is none."""
+def started(folder: Path, *, page_limit_s: float = SETTLED_S) -> Iterator[Browser]:
+    """Start a browser whose profile lies in a folder; skip the test where there is none.
+
+    Args:
+        folder: Of the profile.
+        page_limit_s: How long a page may take to load.
+    """
     binary = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     driver = shutil.which("chromedriver")
     if binary is None or driver is None:
@@ -128,7 +140,7 @@ def started(folder: Path) -> Iterator[Browser]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=Service(executable_path=driver))
-    browser.set_page_load_timeout(SETTLED_S)
+    browser.set_page_load_timeout(page_limit_s)
     try:
         yield Browser(browser)
     finally:

@@ -125,22 +125,9 @@ def _ls(arguments: argparse.Namespace) -> int:
     columns = [
         Column("recipe", style=lambda _: "cyan"),
         Column("preset"),
-        Column("method"),
-        Column("base"),
-        Column("strategy"),
-        Column("what it is for", wrap=True),
+        Column("what it is for", cut=True),
     ]
-    rows = [
-        [
-            one.name,
-            presets.get(one.name, "-"),
-            one.recipe.method.kind,
-            one.recipe.quantization,
-            one.recipe.parallel.strategy,
-            one.purpose,
-        ]
-        for one in found
-    ]
+    rows = [[one.name, presets.get(one.name, "-"), one.purpose] for one in found]
     width, colour = stdout_form()
     print_lines(table_lines(columns, rows, width=width, colour=colour))
     return EXIT_DONE

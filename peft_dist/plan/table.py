@@ -135,11 +135,11 @@ def _table(
             parts[-1] = wider
         else:
             parts.append([0, 1, index])
-    return [
-        line
-        for part in parts
-        for line in table_lines(*_part(columns, rows, part), width=width, colour=colour)
-    ]
+    lines: list[str] = []
+    for part in parts:
+        lines += [""] if lines else []
+        lines += table_lines(*_part(columns, rows, part), width=width, colour=colour)
+    return lines
 
 
 def _part(
