@@ -102,6 +102,7 @@ def fine_tune(
     load_start(setup)
     for some in (rows, *([] if eval_set is None else [eval_set.rows])):
         setup.check_lengths(some)
+    setup.warn_of_untrained_rows(rows)
     saver = AdapterSaver(setup, rows)
     with stage("proving that the adapter can be saved", log) as told:
         saver.prove()

@@ -8,13 +8,15 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -23,6 +25,7 @@ from peft_dist.common.paths import TOKENIZER_FILES
 from peft_dist.common.screen import stage
 from peft_dist.common.sizes import megabytes
 from peft_dist.config import Recipe
+from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.order import RowIds
 from peft_dist.data.pack import Batch, pack, unlabelled
@@ -32,17 +35,21 @@ from peft_dist.methods import METHODS, BaseAccess, Method
 from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
 from peft_dist.model import architectures, attention, base, precision, varlen
-from peft_dist.model.base import BasePlan
 from peft_dist.model.device_settings import set_up_device
 from peft_dist.model.loss import CausalLM, Decoder, RewardModel, SequenceClassifier
-from peft_dist.model.nf4 import WEIGHTS_PER_BYTE
-from peft_dist.model.proof import Way, prove
+from peft_dist.model.nf4 import weights_per_element
+from peft_dist.model.plan import BasePlan, plan_base
+from peft_dist.model.proof import ProofRun, Way
 from peft_dist.model.source import BaseSource, Released
+from peft_dist.model.vocabulary import untrained_rows, with_token_ids
+from peft_dist.model.ways import prove_once, ways_of
 from peft_dist.sharding import ENGINES, Engine, Group
 from peft_dist.sharding.launcher_env import resolve
 from peft_dist.sharding.verify import verify_one_base, verify_sharded
 
 log = logging.getLogger(__name__)
+
+Prover = Callable[[ProofRun, list[Way], list[Any], Path], Way]
 
 _HEADS = {
     "causal-lm": CausalLM,
@@ -87,7 +94,7 @@ class ModelSetup:
     def base_parameters(self) -> int:
         """Return how many parameters the base has, however they are stored."""
         return sum(
-            self.engine.shape(parameter).numel() * _weights_per_element(name)
+            self.engine.shape(parameter).numel() * weights_per_element(name)
             for name, parameter in self.base.items()
         )
 
@@ -109,6 +116,14 @@ class ModelSetup:
         """
         config = architectures.bare_model(self.peft).config
         longest, learned = int(rows.lengths.max()), self.method.learned_positions
+        limit = architectures.rope_limit(config)
+        if limit and longest > limit and micro_batch_rows(self.recipe) > 1:
+            raise DataError(
+                f"a row has {longest} tokens, and above {limit} {config.model_type} takes other "
+                "positions for all rows that are computed together",
+                where="data.max_length",
+                remedy=f"set it to {limit}, or train.micro_batch_size to 1",
+            )
         max_positions = self.max_positions
         if max_positions is not None and longest > max_positions:
             raise DataError(
@@ -116,6 +131,26 @@ class ModelSetup:
                 f"{max_positions}" + (f" behind {learned} learned ones" if learned else ""),
                 where="data.max_length",
                 remedy=f"set it to {max_positions}",
+            )
+
+    def warn_of_untrained_rows(self, rows: TokenizedRows) -> None:
+        """Say which tokens of the rows stand for nothing yet and stay so. Collective."""
+        embedding: Any = architectures.bare_model(self.peft).get_input_embeddings()
+        used = np.unique(rows.tokens).astype(np.int64)
+        if isinstance(embedding, ModulesToSaveWrapper):
+            return
+        if isinstance(embedding, TrainableTokensWrapper):
+            layer: Any = embedding.token_adapter
+            used = np.setdiff1d(used, layer.token_ids.cpu().numpy())
+            embedding = layer.get_base_layer()
+        odd = untrained_rows(self.engine.full_tensor(embedding.weight), used)
+        if odd and self.world.is_main:
+            words = load_tokenizer(self.recipe).convert_ids_to_tokens(odd[:3])
+            log.warning(
+                "%d tokens of the rows have an embedding that nobody has trained, %s first; "
+                "method.trainable_tokens trains them",
+                len(odd),
+                ", ".join(map(repr, words)),
             )
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -155,11 +190,6 @@ class ModelSetup:
             )
 
 
-def _weights_per_element(name: str) -> int:
-    """Return how many weights of the model an element of a parameter holds."""
-    return WEIGHTS_PER_BYTE.get(name.replace(".", "_").rpartition("_")[2], 1)
-
-
 def _attention(
     recipe: Recipe, device: torch.device, dtype: torch.dtype, config: PretrainedConfig
 ) -> str:
@@ -174,60 +204,6 @@ def _attention(
     return "flash_attention_2" if is_flash_attn_2_available() else "auto"
 
 
-def _ways(recipe: Recipe, method: Method[Any], picked: str, ours: list[str]) -> list[Way]:
-    """Return the ways to compute a micro-batch, best first.
-
-    Our attention does the same as transformers' with less work; where it does not, the kernel that
-    transformers picks for the model does. Rows lie end to end unless the model mixes them then.
-
-    Args:
-        recipe: The recipe.
-        method: What is trained.
-        picked: The kernel that the model was built with.
-        ours: Those of our own that the device has.
-
-    Raises:
-        RecipeError: Where the recipe wants another kernel, and the method works through ours.
-    """
-    chosen = recipe.model.attention
-    if method.own_attention and chosen not in ("auto", "sdpa"):
-        raise RecipeError(
-            f"{chosen} has no place for what method {recipe.method.kind} learns",
-            where="model.attention",
-            remedy="set it to auto",
-        )
-    kernels = [picked]
-    if method.own_attention:
-        kernels = ours
-    elif picked == "sdpa" or (chosen == "auto" and picked == "eager"):
-        kernels = [*ours, picked]
-    if chosen == "auto" and not method.own_attention and "eager" not in kernels:
-        kernels.append("eager")
-    packing = recipe.data.packing
-    layouts = [True, False] if packing is None else [packing]
-    ways = [Way(kernel, layout) for layout in layouts for kernel in kernels]
-    # Padded rows are one call as it is.
-    return [way for way in ways if way.packing or way.attention != attention.VARLEN_ATTENTION]
-
-
-def _require_own_weights(blocks: dict[str, nn.Module], model_type: str) -> None:
-    """Refuse layers that share weights, of which each would be sharded by itself.
-
-    Raises:
-        RecipeError: Naming the first that does.
-    """
-    owners: dict[int, str] = {}
-    for name, block in blocks.items():
-        for parameter in block.parameters():
-            if owners.setdefault(id(parameter), name) != name:
-                raise RecipeError(
-                    f"{name} of {model_type} shares weights with {owners[id(parameter)]}, and "
-                    "FSDP shards each layer by itself",
-                    where="parallel.strategy",
-                    remedy="set it to ddp or zero3",
-                )
-
-
 def set_up_model(
     recipe: Recipe,
     world: World,
@@ -235,7 +211,7 @@ def set_up_model(
     *,
     label_names: tuple[str, ...] = (),
     engines: Mapping[str, type[Engine]] = ENGINES,
-    prover: Callable[..., tuple[Way, list[str]]] = prove,
+    prover: Prover = prove_once,
 ) -> ModelSetup:
     """Build, shard and load the model. Collective.
 
@@ -245,7 +221,7 @@ def set_up_model(
         source: What `find_base` found.
         label_names: Class names, for sequence classification.
         engines: By strategy, what shards.
-        prover: Compares losses with those of transformers; see `prove`.
+        prover: Compares losses with those of transformers; see `prove_once`.
 
     Raises:
         PeftDistError: For a model, launcher or option that cannot work; before weights are read
@@ -268,21 +244,25 @@ def set_up_model(
         label_names=("reward",) if recipe.head == "reward" else label_names,
     )
     released = source.released(recipe)
-    method = METHODS[recipe.method.kind](recipe.method, seed=recipe.train.seed)
-    ours = [attention.VARLEN_ATTENTION] if varlen.has_kernel(world.device, dtype) else []
-    ours.append(attention.ROW_ATTENTION)
-    ways = _ways(recipe, method, skeleton.config._attn_implementation, ours)
+    settings = with_token_ids(recipe, config.get_text_config().vocab_size)
+    method = METHODS[recipe.method.kind](settings, seed=recipe.train.seed)
+    ways = ways_of(
+        recipe,
+        picked=skeleton.config._attn_implementation,
+        ours=attention.kernels_of(world.device, dtype),
+        own_attention=method.own_attention,
+    )
     if recipe.model.task == "causal-lm":
         attention.register()
         attention.use_kernel(skeleton, ways[0].attention)
     has_conv1d = architectures.has_conv1d(skeleton)
-    plan = base.plan_base(skeleton, source.files, quantization=recipe.quantization)
+    plan = plan_base(skeleton, source.files, quantization=recipe.quantization)
     if world.is_main:
         for warning in plan.warnings:
             log.warning(warning)
     blocks = architectures.transformer_blocks(skeleton)
     if launched.strategy in ("fsdp", "hsdp"):
-        _require_own_weights(blocks, config.model_type)
+        architectures.require_own_weights(blocks, config.model_type)
     position_table = architectures.position_table(skeleton)
     peft = method.attach(
         skeleton,
@@ -293,6 +273,12 @@ def set_up_model(
     peft.peft_config[peft.active_adapter].revision = released.commit
     if recipe.train.activation_checkpointing is True:
         # After the adapter: PEFT refuses a prefix on a model that has it on already.
+        if not skeleton.supports_gradient_checkpointing:
+            raise RecipeError(
+                f"{config.model_type} cannot compute its layers again",
+                where="train.activation_checkpointing",
+                remedy="set it to false",
+            )
         skeleton.gradient_checkpointing_enable({"use_reentrant": False})
     model = _HEADS[recipe.head](peft)
     engine = engines[launched.strategy](
@@ -347,41 +333,10 @@ def set_up_model(
     )
     setup.check_adapters_agree()
     if isinstance(model, Decoder):
-        setup.packing = _prove(setup, model, ways, blocks, prover).packing
+        run = ProofRun(model, peft, blocks, world, dtype, setup.autocast)
+        facts = [launched.strategy, recipe.quantization, setup.released_fingerprint]
+        setup.packing = prover(run, ways, facts, source.cache_dir).packing
     return setup
-
-
-def _prove(
-    setup: ModelSetup,
-    model: Decoder,
-    ways: list[Way],
-    blocks: dict[str, nn.Module],
-    prover: Callable[..., tuple[Way, list[str]]],
-) -> Way:
-    """Return a way to compute micro-batches that is proven right, and use its kernel. Collective.
-
-    Raises:
-        ModelError: Where there is none.
-    """
-    bare = architectures.bare_model(setup.peft)
-    learned = setup.peft.active_peft_config.is_prompt_learning
-    with (
-        stage("comparing losses with those of transformers", log) as told,
-        setup.peft.disable_adapter() if learned else nullcontext(),
-    ):
-        way, problems = prover(
-            model,
-            ways,
-            bare=bare,
-            blocks=blocks,
-            device=setup.world.device,
-            dtype=setup.compute_dtype,
-            autocast=setup.autocast,
-        )
-        told.append(f"{bare.config.model_type}: losses are those of transformers, with {way}")
-    for problem in problems:
-        log.info("not used: %s", problem)
-    return way
 
 
 def _split(peft: PeftModel) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

@@ -40,6 +40,7 @@ from peft_dist.metrics.source_loss import SourceLosses
 from peft_dist.metrics.step import StepInputs, StepMetrics, StepMetricsReader, make_extras
 from peft_dist.model_setup import ModelSetup
 from peft_dist.objective.passes import Scores, make_pass
+from peft_dist.objective.router import RouterBalance
 from peft_dist.optim.lr_schedule import learning_rate, peak_learning_rate
 from peft_dist.sharding.optimizer import AdapterOptimizer
 
@@ -93,6 +94,7 @@ class Trainer:
         self.trackers: list[Tracker] = []
         """Views of the run; stays empty on every rank but 0."""
         self.objective = make_pass(setup, rows, reference)
+        self.router = RouterBalance(setup, rows)
         shares = source_shares(self.recipe.data, [source.rows for source in rows.sources])
         self.plan = StepPlan.of(self.recipe.train, rows.example_lengths, shares)
         self.peak_rate = peak_learning_rate(self.recipe)
@@ -157,6 +159,7 @@ class Trainer:
         )[self.world.rank]
         # Every rank knows all rows, so the divisor of the whole global batch needs no exchange.
         divisor = self.objective.begin(ids, groups)
+        self.router.begin([self.objective.rows(micro) for micro in groups])
         loss = torch.zeros((), dtype=torch.float32, device=device)
         figures = torch.zeros(len(self.objective.metrics), device=device)
         for index, micro in enumerate(groups):
@@ -166,8 +169,9 @@ class Trainer:
                 losses = self.setup.model(batch)
                 share = self.objective.share(losses, batch, micro)
             self._source_losses.add(micro, batch, losses.nll)
-            (share.loss / divisor).backward()
-            loss += share.loss.detach()
+            share_loss = share.loss + divisor * self.router.share(losses)
+            (share_loss / divisor).backward()
+            loss += share_loss.detach()
             figures += share.metrics
         engine.compute_timer.end()
         # Flags and metrics of all processes are carried by the gradient all-reduce.

@@ -25,6 +25,8 @@ from peft_dist.methods import Method
 ADAPTER_FILE = "adapter_model.safetensors"
 CHECKPOINTS = "checkpoints"
 """Beside the adapter of a run."""
+_TARGETS = ("target_modules", "target_parameters")
+"""What PEFT keeps as sets, and writes as lists."""
 WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module")
 """Names that DDP, torch.compile and checkpointing put into those of parameters."""
 
@@ -72,11 +74,17 @@ def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: Pef
     Raises:
         OSError, SafetensorError: Where the disk is full; the latter is safetensors' word for it.
     """
-    targets = getattr(config, "target_modules", None)
-    if isinstance(targets, set):
-        # A set is written in an order that changes from process to process.
-        setattr(config, "target_modules", sorted(targets))  # noqa: B010 - not every method has it
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    for name in _TARGETS:
+        targets = getattr(config, name, None)
+        if isinstance(targets, set):
+            # A set is written in an order that changes from process to process.
+            setattr(config, name, sorted(targets))
+    whole: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        # A tied one has several names, under each of which PEFT looks for it.
+        whole[name] = tensor.clone() if id(tensor) in seen else tensor.contiguous()
+        seen.add(id(tensor))
     save_file(whole, folder / ADAPTER_FILE, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
 
@@ -240,8 +248,8 @@ def config_facts(config: PeftConfig) -> dict[str, Any]:
         return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
     facts: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=plain))
-    targets = facts.get("target_modules")
-    return facts | ({"target_modules": sorted(targets)} if isinstance(targets, list) else {})
+    lists = {name: facts[name] for name in _TARGETS if isinstance(facts.get(name), list)}
+    return facts | {name: sorted(targets) for name, targets in lists.items()}
 
 
 def unsafe(problem: str) -> TrainingError:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from peft_dist.cli import models, plan, slurm, training, validate, wandb
+from peft_dist.cli import decoders, models, plan, slurm, training, validate, wandb
 from peft_dist.cli.options import SHELLS, add_verbosity, begin_logs, completion
 from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import show
@@ -116,6 +116,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_overrides(resume, "such as parallel.strategy=ddp")
     _add_nproc(resume)
     add_allow_changed(resume)
+    resume.add_argument(
+        "--more-epochs",
+        type=_count,
+        metavar="N",
+        help="train a finished run's adapter for N epochs more, as a run RUN_DIR-plus-N-epochs",
+    )
     resume.add_argument("--nodes", type=_count, metavar="N", help="nodes of the Slurm job")
     resume.add_argument("--time", metavar="HH:MM:SS", help="time limit of the Slurm job")
     resume.add_argument("--cluster", metavar="FILE", help="submit it to this cluster")
@@ -148,6 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     slurm.add_commands(command, count=_count)
     wandb.add_commands(command)
     plan.add_commands(command)
+    decoders.add_commands(command)
     init = command("init", _init, "copy recipes and strategies into a folder of your own")
     init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
     complete = command(

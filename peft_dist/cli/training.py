@@ -92,7 +92,10 @@ def resume(arguments: argparse.Namespace) -> int:
             where=arguments.run_dir,
             remedy="give its `peft-dist train ... --array` again: what has finished stays",
         )
-    if not arguments.here and (arguments.cluster or was_submitted(folder)):
+    on_cluster = not arguments.here and (arguments.cluster or was_submitted(folder))
+    if arguments.more_epochs is not None:
+        return _train_longer(arguments, on_cluster=bool(on_cluster))
+    if on_cluster:
         return slurm.resume_job(arguments)
     run = RunDir.open(arguments.run_dir)
     if run.is_finished:
@@ -101,6 +104,35 @@ def resume(arguments: argparse.Namespace) -> int:
         return EXIT_DONE
     arguments.recipe = str(run.recipe)
     return _start(arguments, run.path)
+
+
+def _train_longer(arguments: argparse.Namespace, *, on_cluster: bool) -> int:
+    """Go on with a finished run for more epochs, as a new run that names it; return the code."""
+    from peft_dist.config import load_recipe
+    from peft_dist.run.directory import RunDir
+
+    parent, epochs = RunDir.open(arguments.run_dir), arguments.more_epochs
+    settings = [
+        f"method.start_from={json.dumps(str(parent.path))}",
+        "train.steps=null",
+        f"train.epochs={epochs}",
+    ]
+    problem, remedy = None, "leave --more-epochs out"
+    if not parent.is_finished:
+        problem = "has not finished"
+    elif load_recipe(parent.recipe, check_paths=False).objective.has_reference:
+        # The start is the reference: that of the new run would be another.
+        problem = "was trained against the adapter it started from, which more epochs would replace"
+        remedy = "train its recipe anew with more train.epochs"
+    elif on_cluster:
+        problem = "was submitted to Slurm"
+        remedy = f"submit its recipe.yaml with {' '.join(settings)}, or add --here"
+    if problem is not None:
+        raise PeftDistError(problem, where=arguments.run_dir, remedy=remedy)
+    arguments.recipe = str(parent.recipe)
+    arguments.overrides = [*arguments.overrides, *settings]
+    name = f"{parent.path.name}-plus-{epochs}-epoch{'s' if epochs > 1 else ''}"
+    return _start(arguments, parent.path.with_name(name))
 
 
 def _start(

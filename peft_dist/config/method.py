@@ -34,6 +34,9 @@ class Lora(_Adapter):
     targets: Targets = "all-linear"
     """Names of the linears to adapt, such as [q_proj, v_proj]; all-linear: every linear inside
     the transformer blocks."""
+    target_parameters: tuple[Text, ...] = ()
+    """Names of the experts' parameters to adapt too, such as [gate_up_proj, down_proj]: every
+    expert gets a LoRA of its own. Empty: experts stay as they are."""
     exclude_modules: tuple[Text, ...] = ()
     """Linears of `targets` to leave out: names such as o_proj, or ends such as 0.mlp.up_proj."""
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -42,6 +45,13 @@ class Lora(_Adapter):
     """Another rank for some linears, by name or by the end of it: {q_proj: 32}."""
     alpha_pattern: dict[Text, PositiveFloat] = {}
     """Another alpha for some linears, in the same way."""
+    modules_to_save: tuple[Text, ...] = ()
+    """Modules that are trained whole and saved beside the LoRA, by name or the end of it, such as
+    [embed_tokens, lm_head]; every process holds them and their moments in float32. What the base
+    ties stays tied."""
+    trainable_tokens: tuple[Annotated[int, Field(ge=0)] | Text, ...] = ()
+    """Tokens whose rows of the embedding, and of a head that is not tied to it, are trained: ids,
+    or tokens such as "<|tool|>"."""
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
     """Start of A and B. default: A Kaiming-uniform, B zero. gaussian: A normal / rank, B zero.
     orthogonal: A and B orthogonal to each other. On an unquantized base only, pissa: the principal
@@ -70,6 +80,17 @@ class Lora(_Adapter):
             raise ValueError(
                 f"init: {self.init} takes one rank and alpha; remove rank_pattern and alpha_pattern"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_have_a_plain_lora(self) -> Self:
+        if not self.target_parameters:
+            return self
+        for name, used in (("dropout", self.dropout), ("dora", self.dora)):
+            if used:
+                raise ValueError(f"{name} has no place in a LoRA on experts; remove it")
+        if self.init not in ("default", "gaussian"):
+            raise ValueError(f"init: {self.init} has no place on experts; use default")
         return self
 
     @property

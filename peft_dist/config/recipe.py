@@ -67,7 +67,8 @@ class Data(Section):
     """What happens to a longer row: cut its end, cut its start, leave it out, or stop."""
     packing: bool | None = None
     """Lay the rows of a micro-batch end to end, without padding and without attention between
-    rows; the loss is the same. Default: on for causal-lm, off for classification."""
+    rows; the loss is the same. Default: on for causal-lm where the start proves that the model
+    keeps them apart, off for classification."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
     """Malformed rows of a source to leave out, each reported with file and line, before
     stopping."""

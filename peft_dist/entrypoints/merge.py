@@ -8,29 +8,32 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from peft_dist.checkpoint.adapter_file import ADAPTER_FILE
 from peft_dist.common.atomic import whole_folder
 from peft_dist.common.console import show
 from peft_dist.common.errors import ModelError, RecipeError, RunDirError
 from peft_dist.config import Recipe, load_recipe
-from peft_dist.model import architectures, base
+from peft_dist.entrypoints.merge_changes import plan_changes
+from peft_dist.entrypoints.merge_updates import Change
+from peft_dist.entrypoints.merged_losses import held_out_losses
+from peft_dist.model import architectures
+from peft_dist.model.plan import plan_base
 from peft_dist.model.weights import FLOATS, WeightFiles, model_folder
 from peft_dist.run.directory import RunDir
-from peft_dist.worker.process import run_worker
+from peft_dist.worker.process import WorkerContext, run_worker
 
+BASES = ("full", "dequantized")
+"""What an adapter may be added to: the weights of the files, or those it was trained on."""
 UNMERGEABLE = {
     "bottleneck": "a bottleneck is a layer of its own, with a non-linearity",
     "prefix": "learned keys and values are no part of any weight",
@@ -46,48 +49,31 @@ WEIGHT_SUFFIXES = {
 INDEX = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True)
-class Update:
-    """What LoRA does to one weight.
-
-    Attributes:
-        a: float32 [r, in].
-        b: float32 [out, r].
-        scaling: Factor of B @ A.
-        magnitude: float32 [out], the norm of every row with DoRA; None without.
-        transposed: Whether the weight is kept [in, out], as GPT-2's are.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float
-    magnitude: torch.Tensor | None
-    transposed: bool
-
-    def applied(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the merged weight, in float32 and as the given one is laid out."""
-        rows = weight.float().t() if self.transposed else weight.float()
-        rows = torch.addmm(rows, self.b, self.a, alpha=self.scaling)
-        if self.magnitude is not None:
-            rows *= (self.magnitude / rows.norm(dim=1))[:, None]  # DoRA, arXiv 2402.09353, eq. 5
-        return rows.t() if self.transposed else rows
-
-
-Change = Callable[[torch.Tensor], torch.Tensor]
-"""Returns what stands in a tensor's place, given the base's."""
-
-
 def main(argv: list[str]) -> int:
     """Merge one run's adapter into its base; return the exit code."""
     parser = argparse.ArgumentParser(prog="peft-dist merge", description=main.__doc__)
     parser.add_argument("run_dir", type=Path, help="folder of a finished run")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--base", choices=BASES, default=BASES[0], help="weights to add it to")
     options = parser.parse_args(argv)
-    return run_worker(lambda _: merge(RunDir.open(options.run_dir), options.out))
+    run, dequantized = RunDir.open(options.run_dir), options.base == BASES[1]
+
+    def work(_: WorkerContext) -> None:
+        merge(run, options.out, dequantized=dequantized)
+        for line in held_out_losses(run, options.out):
+            show(f"  {line}")
+
+    return run_worker(work)
 
 
-def merge(run: RunDir, out: Path) -> None:
+def merge(run: RunDir, out: Path, *, dequantized: bool = False) -> None:
     """Write the base of a run with its adapter merged in, in one step.
+
+    Args:
+        run: A finished run with a LoRA.
+        out: The folder to make.
+        dequantized: Merge into the base as it was trained on, rounded to 4 bits, and not into the
+            weights of its files.
 
     Raises:
         PeftDistError: For an adapter or base that cannot be merged, or a folder that is taken or
@@ -108,6 +94,12 @@ def merge(run: RunDir, out: Path) -> None:
             where="objective.kind",
             remedy="load it with PEFT",
         )
+    if dequantized and recipe.quantization != "nf4":
+        raise RecipeError(
+            "the run was not trained on a 4-bit base",
+            where="--base dequantized",
+            remedy="leave it out",
+        )
     config, tensors = _read_adapter(run)
     _require_room(out)
     files = WeightFiles(model_folder(recipe.model.name, recipe.model.revision))
@@ -118,7 +110,10 @@ def merge(run: RunDir, out: Path) -> None:
             remedy="merging needs the full-precision model",
         )
     skeleton = _skeleton(recipe, run, files)
-    changes, added = _plan(config, tensors, skeleton, files, run)
+    rounded = None
+    if dequantized:
+        rounded = plan_base(_skeleton(recipe, run, files), files, quantization="nf4")
+    changes, added = plan_changes(config, tensors, skeleton, files, run, dequantized=rounded)
     try:
         with whole_folder(out) as partial:
             _write_model(partial, files, changes, added)
@@ -189,71 +184,6 @@ def _skeleton(recipe: Recipe, run: RunDir, files: WeightFiles) -> PreTrainedMode
         dtype=torch.float32,  # of parameters that are never given memory here
         attention="auto",
         label_names=labels,
-    )
-
-
-def _plan(
-    config: LoraConfig,
-    tensors: Mapping[str, torch.Tensor],
-    skeleton: PreTrainedModel,
-    files: WeightFiles,
-    run: RunDir,
-) -> tuple[dict[str, Change], dict[str, torch.Tensor]]:
-    """Return what happens to which tensor of the files, and the heads that they lack."""
-    plan = base.plan_base(skeleton, files, quantization="none")
-    keys = {tensor.name: tensor.key for tensor in plan.tensors if tensor.key is not None}
-    made = {tensor.name for tensor in plan.tensors if tensor.key is None}
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    changes: dict[str, Change] = {}
-    added: dict[str, torch.Tensor] = {}
-    for saved, tensor in tensors.items():
-        name = saved.removeprefix("base_model.model.").replace("base_layer.", "")
-        module, _, part = name.partition(".lora_")
-        if part:
-            parts.setdefault(module, {})[part.removesuffix(".weight")] = tensor.float()
-        elif name in plan.fresh:
-            added[name] = tensor.to(FLOATS[plan.tensors[0].source.dtype])
-        elif name in keys:
-            changes[keys[name]] = _replaced_by(tensor)
-        else:
-            raise _foreign(saved, run)
-    for module, found in parts.items():
-        if f"{module}.weight" in made:
-            raise ModelError(
-                f"{module} is made of other tensors of the files, into which nothing can be merged",
-                where="model.name",
-                remedy="use the adapter beside its base",
-            )
-        key = keys.get(f"{module}.weight")
-        if key is None or not {"A", "B"} <= found.keys() <= {"A", "B", "magnitude_vector"}:
-            raise _foreign(f"{module}.lora_{sorted(found)[0]}", run)
-        rank = _of_module(config.rank_pattern, module, config.r)
-        alpha = _of_module(config.alpha_pattern, module, config.lora_alpha)
-        changes[key] = Update(
-            a=found["A"],
-            b=found["B"],
-            scaling=alpha / (rank**0.5 if config.use_rslora else rank),
-            magnitude=found.get("magnitude_vector"),
-            transposed=isinstance(skeleton.get_submodule(module), Conv1D),
-        ).applied
-    return changes, added
-
-
-def _replaced_by(tensor: torch.Tensor) -> Change:
-    return lambda _: tensor
-
-
-def _of_module(pattern: dict[str, int] | None, module: str, otherwise: int) -> int:
-    """Return what PEFT's configuration says of a module alone, or of all."""
-    some = pattern or {}
-    return some.get(get_pattern_key(list(some), module), otherwise)
-
-
-def _foreign(name: str, run: RunDir) -> RunDirError:
-    return RunDirError(
-        f"{name} has no place in the base",
-        where=str(run.adapter),
-        remedy="use the adapter with the base it was trained on",
     )
 
 

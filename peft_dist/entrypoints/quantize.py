@@ -14,7 +14,8 @@ from peft_dist.common.errors import ModelError
 from peft_dist.distributed import process_group
 from peft_dist.distributed.collectives import Shard
 from peft_dist.distributed.world import World, read_world
-from peft_dist.model import architectures, base, cache
+from peft_dist.model import architectures, cache
+from peft_dist.model.plan import plan_base
 from peft_dist.model.weights import WeightFiles, model_folder
 from peft_dist.worker.process import run_worker
 
@@ -47,7 +48,7 @@ def _quantize(options: argparse.Namespace, world: World) -> None:
         raise ModelError(
             f"{folder} is quantized already", where="MODEL", remedy="train from it as it is"
         )
-    plan = base.plan_base(skeleton, files, quantization="nf4")
+    plan = plan_base(skeleton, files, quantization="nf4")
     cache_dir = usable_cache_dir()
     folder_of_entry = cache.entry_folder(cache_dir, files)
     process_group.start(world)

@@ -90,9 +90,17 @@ def show_rows_command(arguments: Sequence[str], *, python: str = sys.executable)
     return [python, "-m", "peft_dist.entrypoints.show_rows", *arguments]
 
 
-def merge_command(run_dir: Path, out: Path, *, python: str = sys.executable) -> list[str]:
+def check_models_command(arguments: Sequence[str], *, python: str = sys.executable) -> list[str]:
+    """Return the argv that tries decoders; the arguments are the module's own."""
+    return [python, "-m", "peft_dist.entrypoints.check_models", *arguments]
+
+
+def merge_command(
+    run_dir: Path, out: Path, *, base: str, python: str = sys.executable
+) -> list[str]:
     """Return the argv that merges a run's adapter into its base."""
-    return [python, "-m", "peft_dist.entrypoints.tool", "merge", str(run_dir), "--out", str(out)]
+    words = ["merge", str(run_dir), "--out", str(out), "--base", base]
+    return [python, "-m", "peft_dist.entrypoints.tool", *words]
 
 
 def tracking_command(

@@ -14,12 +14,18 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_dist.common.errors import RecipeError, nearest
+from peft_dist.common.errors import RecipeError
 from peft_dist.config.method import Lora
+from peft_dist.methods.expert_lora import expert_targets, prepare, stand_ins, wrappers_for
 from peft_dist.methods.init import assign, generator_for
+from peft_dist.methods.lora_targets import check_choice, chosen_blocks, has_bias, linear_targets
 from peft_dist.methods.method import TASKS, BaseAccess, Method, inject
-from peft_dist.model import special_cases
-from peft_dist.model.architectures import is_linear, transformer_blocks
+from peft_dist.methods.trained_parts import (
+    compute_as_base,
+    fill_token_rows,
+    on_meta,
+    parts_config,
+)
 from peft_dist.model.nf4 import FrozenLinear4bit, dequantize
 
 
@@ -61,6 +67,8 @@ class LoraMethod(Method[Lora]):
         self.changes_base = settings.splits_weight
         self._taken_out: dict[str, torch.Tensor] = {}
         """What PiSSA moved from the base into A and B, by their names; on the CPU."""
+        self._modules_to_save: list[str] | None = None
+        """As PEFT is to read it; it changes what it was given where modules are tied."""
         self._start: BaseAccess | None = None
         """What it did so with; it does it again for an adapter that was started elsewhere."""
 
@@ -69,8 +77,11 @@ class LoraMethod(Method[Lora]):
     ) -> PeftModel:
         """Inject LoRA layers; see `Method.attach`."""
         settings = self.settings
-        targets = linear_targets(model, settings.targets)
-        if settings.bias != "none" and not _has_bias(model, settings.bias, targets):
+        targets, parameters = linear_targets(model, settings)
+        parameters += expert_targets(
+            model, settings.target_parameters, chosen_blocks(model, settings)
+        )
+        if settings.bias != "none" and not has_bias(model, settings.bias, targets):
             raise RecipeError(
                 "has no meaning here: "
                 + ("this model" if settings.bias == "all" else "what is adapted")
@@ -85,7 +96,7 @@ class LoraMethod(Method[Lora]):
                 where="method.rank",
                 remedy="choose an even one",
             )
-        _check_choice(model, settings, targets)
+        check_choice(model, settings, targets)
         if settings.dora and any(isinstance(m, Conv1D) for m in model.modules()):
             raise RecipeError(
                 "dora needs the norm of whole columns, "
@@ -93,11 +104,18 @@ class LoraMethod(Method[Lora]):
                 where="method.dora",
                 remedy="set quantization: nf4, or dora: false",
             )
+        tokens = tuple(one for one in settings.trainable_tokens if isinstance(one, int))
+        assert len(tokens) == len(settings.trainable_tokens), "tokens have ids by now"
+        parts = parts_config(model, settings, tokens, targets)
+        self._modules_to_save = parts.get("modules_to_save")
+        embedding: Any = model.get_input_embeddings()
+        dtype = embedding.weight.dtype
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it
             lora_dropout=settings.dropout,
             target_modules=targets,
+            target_parameters=parameters or None,
             exclude_modules=list(settings.exclude_modules) or None,
             layers_to_transform=list(settings.layers_to_transform) or None,
             rank_pattern=dict(settings.rank_pattern),
@@ -107,13 +125,20 @@ class LoraMethod(Method[Lora]):
             bias=settings.bias,
             task_type=TASKS[task],
             fan_in_fan_out=has_conv1d,
+            **copy.deepcopy(parts),  # PEFT changes it
         )
-        config._register_custom_module({FrozenLinear4bit: _LoraOn4bit})
-        with warnings.catch_warnings():
+        config._register_custom_module(
+            {FrozenLinear4bit: _LoraOn4bit, nn.Linear: LoraLinear, **wrappers_for(model)}
+            if parameters
+            else {FrozenLinear4bit: _LoraOn4bit}
+        )
+        prepare(model, parameters)
+        with warnings.catch_warnings(), on_meta(parts), stand_ins(model, parameters):
             # PEFT warns that fan_in_fan_out does not suit our swapped linears; it suits the saved
             # adapter, which is loaded onto the released base.
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
             peft = inject(model, config, base_name=base_name)
+        compute_as_base(peft, dtype)
         for module in peft.modules():
             if isinstance(module, LoraLayer):
                 # Autocast picks the dtype of each product; casting the input to the adapter's
@@ -128,6 +153,7 @@ class LoraMethod(Method[Lora]):
         norms of the base.
         """
         self._start = start if self.changes_base else None
+        fill_token_rows(peft, start)
         for name, module in peft.named_modules():
             if not isinstance(module, LoraLayer):
                 continue
@@ -149,7 +175,7 @@ class LoraMethod(Method[Lora]):
         """Return A [r, in] and B [out, r] whose product is zero."""
         a = torch.empty(module.lora_A[adapter].get_parameter("weight").shape)
         b = torch.zeros(module.lora_B[adapter].get_parameter("weight").shape)
-        rank = a.shape[0]
+        rank = module.r[adapter]  # of experts A has that many rows for each
         source = generator_for(self.seed, f"{name}.lora_A")
         if self.settings.init == "default":
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=source)
@@ -247,6 +273,9 @@ class LoraMethod(Method[Lora]):
     def saved_config(self, peft: PeftModel) -> PeftConfig:
         """Return the configuration of what `saved` returns."""
         config = super().saved_config(peft)
+        if isinstance(config, LoraConfig) and config.ensure_weight_tying:
+            config = copy.copy(config)
+            config.modules_to_save = self._modules_to_save
         if isinstance(config, LoraConfig) and self._taken_out:
             config = copy.copy(config)
             config.r *= 2
@@ -257,87 +286,6 @@ class LoraMethod(Method[Lora]):
     def rate_factor(self, name: str) -> float:
         """Return LoRA+'s higher rate for B."""
         return self.settings.learning_rate_ratio if ".lora_B." in name else 1.0
-
-
-def linear_targets(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> list[str]:
-    """Return the names by which PEFT finds the linears inside the blocks, all or those wanted.
-
-    The last part of a name where it means linears alone, else whole names.
-
-    Raises:
-        RecipeError: For one that names no linear, or none that LoRA can be put on.
-    """
-    refused = special_cases.no_lora_on(model)
-    names: dict[str, list[str]] = {}
-    for block_name, block in transformer_blocks(model).items():
-        for name, module in block.named_modules(prefix=block_name):
-            if isinstance(module, FrozenLinear4bit) or is_linear(module):
-                names.setdefault(name.rpartition(".")[2], []).append(name)
-    linears = {name for some in names.values() for name in some}
-    others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in linears}
-    if isinstance(wanted, str):
-        wanted = tuple(names.keys() - refused.keys())
-    for target in wanted:
-        if target not in names:
-            raise RecipeError(
-                f"{target!r} is no linear inside the blocks of this model",
-                where="method.targets",
-                remedy=nearest(target, names),
-            )
-        if target in refused:
-            raise RecipeError(
-                f"{target!r} of {model.config.model_type} cannot have a LoRA: {refused[target]}",
-                where="method.targets",
-                remedy="leave it out",
-            )
-    found = [
-        name for target in wanted for name in (names[target] if target in others else [target])
-    ]
-    return sorted(found)
-
-
-def _check_choice(model: PreTrainedModel, settings: Lora, targets: list[str]) -> None:
-    """Refuse patterns that match no linear, where PEFT would leave them unread.
-
-    Raises:
-        RecipeError: Naming the pattern.
-    """
-    blocks = list(transformer_blocks(model).items())
-    for number in settings.layers_to_transform:
-        if number >= len(blocks):
-            raise RecipeError(
-                f"the model has no block {number}",
-                where="method.layers_to_transform",
-                remedy=f"choose from 0 to {len(blocks) - 1}",
-            )
-    layers = set(settings.layers_to_transform) or set(range(len(blocks)))
-    names = [
-        f"{block_name}.{name}"
-        for number, (block_name, block) in enumerate(blocks)
-        for name, module in block.named_modules()
-        if number in layers
-        and (isinstance(module, FrozenLinear4bit) or is_linear(module))
-        and name.split(".")[-1] in targets
-    ]
-    for field in ("exclude_modules", "rank_pattern", "alpha_pattern"):
-        for end in getattr(settings, field):
-            # PEFT takes a pattern as a regular expression, which a name is not meant to be.
-            if not all(part.isidentifier() or part.isdecimal() for part in end.split(".")) or not (
-                any(f".{name}".endswith(f".{end}") for name in names)
-            ):
-                raise RecipeError(
-                    f"{end!r} is no adapted linear, nor the end of its name",
-                    where=f"method.{field}",
-                    remedy=nearest(end, targets),
-                )
-
-
-def _has_bias(model: PreTrainedModel, wanted: str, targets: list[str]) -> bool:
-    """Whether there is a bias that PEFT would train: any, or that of an adapted linear."""
-    return any(
-        name.rpartition(".")[2] == "bias" and (wanted == "all" or name.split(".")[-2] in targets)
-        for name, _ in model.named_parameters()
-    )
 
 
 def _weight(module: LoraLayer, start: BaseAccess) -> torch.Tensor:

@@ -4,6 +4,7 @@ An adapter is injected on `meta`, before the base is sharded: adapters added lat
 reduced over processes.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -97,9 +98,9 @@ class Method(ABC, Generic[Settings]):
         Raises:
             TrainingError: Where PEFT's format would lose one.
         """
-        if self._saved_names.keys() != state.keys():  # PEFT looks through the whole model for them
+        if set(self._saved_names.values()) != state.keys():  # PEFT searches the whole model
             self._saved_names = saved_names(peft, state)
-        return {saved: state[name] for name, saved in self._saved_names.items()}
+        return {saved: state[name] for saved, name in self._saved_names.items()}
 
     def restored(
         self, peft: PeftModel, found: Mapping[str, torch.Tensor], names: Mapping[str, torch.Tensor]
@@ -113,7 +114,7 @@ class Method(ABC, Generic[Settings]):
             found: The adapter file's tensors.
             names: The model's trained tensors, of which only names and shapes count.
         """
-        return {name: found[saved] for name, saved in saved_names(peft, names).items()}
+        return {name: found[saved] for saved, name in saved_names(peft, names).items()}
 
     def saved_config(self, peft: PeftModel) -> PeftConfig:
         """Return the configuration that stands beside the saved tensors."""
@@ -136,17 +137,23 @@ def inject(model: PreTrainedModel, config: PeftConfig, *, base_name: str) -> Pef
 
 
 def saved_names(peft: PeftModel, state: Mapping[str, Any]) -> dict[str, str]:
-    """Return the name each trained tensor has in PEFT's file, by its name in the model.
+    """Return the name each trained tensor has in the model, by its name in PEFT's file.
+
+    One that the model ties has several in the file, as PEFT writes it.
 
     Raises:
         TrainingError: Where PEFT's format would lose one.
     """
     # PEFT's own function decides; our tensors are recognised again by identity.
-    stand_ins = {name: torch.empty(0) for name in state}
+    own = {id(parameter): name for name, parameter in peft.named_parameters() if name in state}
+    everything = peft.named_parameters(remove_duplicate=False)
+    first_name = {name: own[id(one)] for name, one in everything if id(one) in own}
+    stand_ins = {name: torch.empty(0) for name in {**state, **first_name}}
     name_of = {id(tensor): name for name, tensor in stand_ins.items()}
     kept = get_peft_model_state_dict(peft, state_dict=stand_ins, save_embedding_layers=False)
-    names = {name_of[id(tensor)]: saved for saved, tensor in kept.items() if id(tensor) in name_of}
-    lost = [name for name in state if name not in names]
+    saved_as = {name_of[id(one)]: saved for saved, one in kept.items() if id(one) in name_of}
+    names = {saved: first_name.get(name, name) for name, saved in saved_as.items()}
+    lost = [name for name in state if name not in names.values()]
     if lost:
         raise TrainingError(
             f"{lost[0]} is trained, but PEFT would not save it",
@@ -159,10 +166,12 @@ def saved_names(peft: PeftModel, state: Mapping[str, Any]) -> dict[str, str]:
 def base_name_in(peft: PeftModel, name: str) -> str:
     """Return the name a parameter has in the bare model, given its name in the PEFT model.
 
-    A trained copy of a part of the base has the name of the part.
+    A trained copy of a part of the base has the name of the part. Adapters of several parameters of
+    one module lie inside each other, and keep what tells them apart.
     """
+    name = re.sub(r"base_layer\.(?!(base_layer\.)*lora_)", "", name)
     for inserted in (
-        "base_layer.",
+        "token_adapter.",
         "original_module.",
         "modules_to_save.default.",
         "ln_tuning_layers.default.",

@@ -90,7 +90,7 @@ class VirtualMethod(Method[Settings]):
         }
         heads = _without_encoder(state)
         return {SAVED: self._given(peft, encoder)} | {
-            saved: heads[name] for name, saved in saved_names(peft, heads).items()
+            saved: heads[name] for saved, name in saved_names(peft, heads).items()
         }
 
     def _given(self, peft: PeftModel, encoder: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -103,7 +103,7 @@ class VirtualMethod(Method[Settings]):
         """Return the encoder's tensors and a trained head; see `Method.restored`."""
         heads = saved_names(peft, _without_encoder(names))
         return {f"{_ENCODER}embedding.weight": found[SAVED]} | {
-            name: found[saved] for name, saved in heads.items()
+            name: found[saved] for saved, name in heads.items()
         }
 
 

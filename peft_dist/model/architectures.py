@@ -17,12 +17,13 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from peft_dist.common.errors import ModelError
-from peft_dist.model.special_cases import PLAIN_LINEARS
+from peft_dist.common.errors import ModelError, RecipeError
+from peft_dist.model import special_cases
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -55,6 +56,13 @@ def read_config(folder: Path, *, task: str) -> PretrainedConfig:
             remedy=f"supported: {', '.join(supported)}"
             if classify
             else "`peft-dist models` lists those that are",
+        )
+    reason = special_cases.refusal(config)
+    if reason is not None:
+        raise ModelError(
+            f"{config.model_type} is not supported: {reason}",
+            where="model.name",
+            remedy="choose another model",
         )
     return config
 
@@ -94,6 +102,7 @@ def build_skeleton(
     if hasattr(config, "quantization_config"):
         _require_bitsandbytes(config.quantization_config)
         del config.quantization_config
+    special_cases.leave_weights_alone(config)
     config.use_cache = False
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False):
@@ -110,8 +119,25 @@ def build_skeleton(
             where="model",
             remedy="set model.attention: auto, or fix config.json",
         ) from None
+    _keep_in_float32(model, dtype)
     model.requires_grad_(False)
     return model
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make float32 what transformers loads so whatever the model computes in, such as a router."""
+    plan = list(model._get_dtype_plan(dtype))
+    if not plan:
+        return
+    pattern = build_glob_alternation(plan)[0]
+    for prefix, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_floating_point():
+                    continue
+                if pattern.search(f"{prefix}.{name}"):
+                    wide = tensor.to(torch.float32)
+                    tensors[name] = nn.Parameter(wide) if tensors is module._parameters else wide
 
 
 def _require_bitsandbytes(quantization: Any) -> None:
@@ -182,6 +208,38 @@ def _elements(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def require_own_weights(blocks: dict[str, nn.Module], model_type: str) -> None:
+    """Refuse layers that share weights, of which each would be sharded by itself.
+
+    Raises:
+        RecipeError: Naming the first that does.
+    """
+    owners: dict[int, str] = {}
+    for name, block in blocks.items():
+        for parameter in block.parameters():
+            if owners.setdefault(id(parameter), name) != name:
+                raise RecipeError(
+                    f"{name} of {model_type} shares weights with {owners[id(parameter)]}, and "
+                    "FSDP shards each layer by itself",
+                    where="parallel.strategy",
+                    remedy="set it to ddp or zero3",
+                )
+
+
+def rope_limit(config: PretrainedConfig) -> int | None:
+    """Return the longest row up to which rotary positions are those of that row alone.
+
+    Past it, `dynamic_rope_update` of transformers chooses other frequencies for all rows that are
+    computed together; None where the model has no such positions.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("dynamic", "longrope"):
+        return None
+    limit = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+    return int(limit)
+
+
 def position_table(model: PreTrainedModel) -> int | None:
     """Return how many positions the model has places for, where it looks them up in a table.
 
@@ -216,7 +274,7 @@ def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear and no more: some are derived from one, as routers are."""
     plain = (nn.Linear.forward, Conv1D.forward)
     return isinstance(module, nn.Linear | Conv1D) and (
-        type(module).forward in plain or type(module).__name__ in PLAIN_LINEARS
+        type(module).forward in plain or type(module).__name__ in special_cases.PLAIN_LINEARS
     )
 
 

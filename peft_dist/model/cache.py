@@ -28,7 +28,8 @@ from peft_dist.common.atomic import FolderTaken, folder_beside, put_in_place, re
 from peft_dist.common.locks import lock_file
 from peft_dist.distributed.collectives import Shard, broadcast_object, gather_objects
 from peft_dist.distributed.world import World
-from peft_dist.model.base import BasePlan, BaseTensor, CopyInto, copy_rows, fill_base
+from peft_dist.model.base import CopyInto, copy_rows, fill_base
+from peft_dist.model.plan import BasePlan, BaseTensor
 from peft_dist.model.stored import Stored
 from peft_dist.model.weights import FLOATS, QUANT_STATE, WeightFiles
 

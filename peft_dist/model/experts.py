@@ -1,11 +1,14 @@
-"""Frozen experts in 4 bits: two tensors hold all experts of a layer, and those hit are used.
+"""Frozen experts, in 4 bits or not: one or two tensors hold all of a layer, and those hit are used.
 
 transformers keeps the experts of a layer as 3-D parameters and lets their forward be chosen by
 name (`integrations/moe.py`). Ours is one of those names. The bytes are those of `nf4.py`, one
-dimension up, and are sharded on the experts.
+dimension up, and are sharded on the experts. A LoRA of each expert is added where its product is
+made, so that no weight of an expert is ever changed.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,22 +16,51 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from peft_dist.model.nf4 import dequantize
+from peft_dist.model.special_cases import DENSE_EXPERTS
 
-NF4_EXPERTS = "peft_dist_nf4"
+OWN_EXPERTS = "peft_dist_experts"
 """The name it has in transformers."""
 PACKED, ABSMAX = "_packed", "_absmax"
 """Behind a parameter's name: its codes, uint8 [E, rows, columns / 2], and its scales as bytes."""
 
 
+class LowRank(NamedTuple):
+    """What a LoRA adds to each expert's weight, as it is stored: scaling * left @ right."""
+
+    left: Sequence[torch.Tensor]
+    """Of each expert [rows, r]."""
+    right: Sequence[torch.Tensor]
+    """Of each expert [r, columns]."""
+    scaling: float
+
+    def times(self, x: torch.Tensor, expert: int, *, turned: bool) -> torch.Tensor:
+        """Multiply x [n, in] with what is added to one expert's weight, or its transpose."""
+        left, right = self.left[expert], self.right[expert]
+        if turned:
+            return (x @ left * self.scaling) @ right
+        return (x @ right.t() * self.scaling) @ left.t()
+
+
 def expert_parameters(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the 3-D parameters of experts whose forward can be chosen, with their modules."""
+    """Return the 3-D parameters of experts whose forward can be ours, with their modules."""
     return {
         f"{module_name}.{name}": module
         for module_name, module in model.named_modules()
-        if hasattr(module, "is_transposed") and hasattr(module, "_is_expert_parallel")
+        if (hasattr(module, "is_transposed") and hasattr(module, "_is_expert_parallel"))
+        or type(module).__name__ in DENSE_EXPERTS
         for name, parameter in module.named_parameters(recurse=False)
-        if name in ("gate_up_proj", "up_proj", "down_proj") and parameter.dim() == 3
+        if name.removesuffix(PACKED) in ("gate_up_proj", "up_proj", "down_proj")
+        and parameter.dim() == 3
     }
+
+
+def use_own_experts(model: PreTrainedModel) -> None:
+    """Let a model compute its experts with the forward of this module."""
+    ALL_EXPERTS_FUNCTIONS.register(OWN_EXPERTS, experts_forward)
+    model.set_experts_implementation(OWN_EXPERTS)
+    for module in model.modules():
+        if type(module).__name__ in DENSE_EXPERTS:
+            module.forward = MethodType(dense_experts_forward, module)
 
 
 def swap_experts(model: PreTrainedModel, name: str, module: nn.Module, block_size: int) -> None:
@@ -40,8 +72,7 @@ def swap_experts(model: PreTrainedModel, name: str, module: nn.Module, block_siz
         empty = torch.empty(count, rows, width, dtype=torch.uint8, device="meta")
         module.register_parameter(attribute + end, nn.Parameter(empty, requires_grad=False))
     module.__dict__[f"{attribute}_block_size"] = block_size
-    ALL_EXPERTS_FUNCTIONS.register(NF4_EXPERTS, nf4_experts_forward)
-    model.set_experts_implementation(NF4_EXPERTS)
+    use_own_experts(model)
 
 
 class _FrozenExpertMatmul(torch.autograd.Function):
@@ -85,24 +116,40 @@ def expert_weight(
     return dequantize(packed[expert], absmax[expert], block_size=block_size, dtype=dtype)
 
 
-def _project(module: Any, attribute: str, x: torch.Tensor, expert: int) -> torch.Tensor:
+def _project(
+    module: Any, attribute: str, x: torch.Tensor, expert: int, added: LowRank | None
+) -> torch.Tensor:
     """Multiply x [n, in] with one expert's weight, and add its bias where it has one."""
+    turned = getattr(module, "is_transposed", True)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    y: torch.Tensor = _FrozenExpertMatmul.apply(  # type: ignore[no-untyped-call]  # it is torch's
-        x,
-        getattr(module, attribute + PACKED),
-        getattr(module, attribute + ABSMAX),
-        expert,
-        getattr(module, f"{attribute}_block_size"),
-        module.is_transposed,
-    )
-    if module.has_bias:
+    if attribute in module._parameters:
+        weight = getattr(module, attribute)[expert]
+        y: torch.Tensor = x @ (weight if turned else weight.t())
+    else:
+        y = _FrozenExpertMatmul.apply(  # type: ignore[no-untyped-call]  # it is torch's
+            x,
+            getattr(module, attribute + PACKED),
+            getattr(module, attribute + ABSMAX),
+            expert,
+            getattr(module, f"{attribute}_block_size"),
+            turned,
+        )
+    if getattr(module, "has_bias", False):
         y = y + getattr(module, f"{attribute}_bias")[expert].to(y.dtype)
+    if added is not None:
+        y = y + added.times(x, expert, turned=turned)
     return y
 
 
-def nf4_experts_forward(
+def _added(module: Any, attribute: str) -> LowRank | None:
+    """Return what a LoRA adds to a parameter now; see `methods/expert_lora.py`."""
+    lora = module.__dict__.get(f"{attribute}_lora")
+    found: LowRank | None = None if lora is None else lora.low_rank()
+    return found
+
+
+def experts_forward(
     self: Any,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
@@ -124,15 +171,36 @@ def nf4_experts_forward(
     order = torch.sort(experts, stable=True).indices
     counts = torch.bincount(experts, minlength=self.num_experts).tolist()
     first = "gate_up_proj" if self.has_gate else "up_proj"
+    added = {name: _added(self, name) for name in (first, "down_proj")}
     outputs = []
     for expert, places in enumerate(order.split(counts)):
         if not len(places):
             continue
-        y = _project(self, first, hidden_states[places // top_k], expert)
+        y = _project(self, first, hidden_states[places // top_k], expert, added[first])
         y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
-        y = _project(self, "down_proj", y, expert)
+        y = _project(self, "down_proj", y, expert, added["down_proj"])
         outputs.append(self.post_expert_norm(y) if self.has_post_expert_norm else y)
     joined = torch.cat(outputs)[torch.argsort(order)]
     weighted = joined * top_k_weights.reshape(-1, 1)
     summed = weighted.view(len(hidden_states), top_k, -1).sum(dim=1)
     return summed.to(hidden_states.dtype)
+
+
+def dense_experts_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Send as many rows through each expert; see `Llama4TextExperts` of transformers.
+
+    Args:
+        self: The module that holds the experts of a layer.
+        hidden_states: [E * T, H], expert by expert.
+
+    Returns:
+        [E * T, H].
+    """
+    added = {name: _added(self, name) for name in ("gate_up_proj", "down_proj")}
+    outputs = []
+    for expert, x in enumerate(hidden_states.chunk(self.num_experts)):
+        products = _project(self, "gate_up_proj", x, expert, added["gate_up_proj"])
+        gate, up = products.chunk(2, dim=-1)
+        y = up * self.act_fn(gate)
+        outputs.append(_project(self, "down_proj", y, expert, added["down_proj"]))
+    return torch.cat(outputs).to(hidden_states.dtype)

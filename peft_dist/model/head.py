@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from peft_dist.common.errors import ModelError
 from peft_dist.model.architectures import module_name, trunk_name
+from peft_dist.model.token_rows import OutputMatrix, output_matrix
 
 _PROBE_TOKENS = 3
 
@@ -179,19 +180,21 @@ def _shallow(module: Any) -> Any:
 class _WideMatrix(nn.Module):
     """The output matrix, used as wide as the hidden states are where it is stored narrower."""
 
-    def __init__(self, matrix: Any) -> None:
+    def __init__(self, matrix: OutputMatrix) -> None:
         super().__init__()
-        self.weight, self.bias = matrix.weight, matrix.bias
+        self.values = matrix  # not parameters of this module
+        self.weight = matrix.weight  # some models ask for its dtype
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        return nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias)
+        bias = None if self.values.bias is None else self.values.bias.to(hidden.dtype)
+        return nn.functional.linear(hidden, self.values.whole().to(hidden.dtype), bias)
 
 
 def with_wide_matrix(model: PreTrainedModel) -> Callable[..., Any]:
     """Return the model's own forward; its output matrix may be stored narrower than it computes."""
     matrix = model.get_output_embeddings()
-    changed = _with_parts(model, {module_name(model, matrix): _WideMatrix(matrix)})
+    wide = _WideMatrix(output_matrix(model))
+    changed = _with_parts(model, {module_name(model, matrix): wide})
 
     def forward(**arguments: Any) -> Any:
         return type(model).forward(changed, **arguments)

@@ -1,12 +1,12 @@
 """From hidden states to losses: what a wrapped model computes for one micro-batch.
 
-The vocabulary is only scored at positions that have a target, in chunks, so that the logits of a
-long batch never stand in memory at once. No optimisation and no reduction over processes here.
+The vocabulary is only scored at positions that have a target. No optimisation and no reduction over
+processes here.
 """
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +15,14 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from peft_dist.common.errors import RecipeError
 from peft_dist.data.pack import Batch
 from peft_dist.model.architectures import bare_model, trunk_name
 from peft_dist.model.attention import OURS
+from peft_dist.model.cross_entropy import cross_entropy, logits_of
 from peft_dist.model.head import Head
+from peft_dist.model.router import Routing, router_term
+from peft_dist.model.token_rows import output_matrix
 
-LOGIT_BYTES_PER_CHUNK = 256 << 20
-"""Float32 logits that stand in memory at once."""
-CAST_BYTES = 4 << 20
-"""Bytes of the head that are cast at once where it is stored narrower than it computes."""
 ALL_TOKENS = slice(None)
 """As choices: the whole vocabulary, without a copy of the head."""
 
@@ -36,90 +34,12 @@ class Losses(NamedTuple):
         nll: float32 [N], negative log-likelihood of each target; of a reward model [n_rows], each
             row's reward with its sign turned.
         choice_logits: float32 [n_rows, n_choices], scores at each row's first target; or None.
+        routing: What the routers made of all tokens, where the model trains them evenly; or None.
     """
 
     nll: torch.Tensor
     choice_logits: torch.Tensor | None
-
-
-def _vocabulary_parts(
-    weight: torch.Tensor, dtype: torch.dtype
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield the head in the dtype that computes: as it is, or cast part by part.
-
-    A cast part is used while it stands in the processor's cache; a cast head would be written to
-    memory and read again.
-    """
-    rows = weight.shape[0]
-    if weight.dtype != dtype:
-        rows = max(1, CAST_BYTES // (weight.shape[1] * dtype.itemsize))
-    for start in range(0, weight.shape[0], rows):
-        part = slice(start, start + rows)
-        yield part, weight[part].to(dtype)
-
-
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return float32 logits [N, V] of hidden [N, H]."""
-    logits = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
-    for part, rows in _vocabulary_parts(weight, hidden.dtype):
-        logits[:, part] = hidden @ rows.t()
-    return logits if bias is None else logits.add_(bias)
-
-
-def _times_vocabulary(step: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return step [N, V] times the head [V, H]."""
-    total: torch.Tensor | None = None
-    for part, rows in _vocabulary_parts(weight, step.dtype):
-        total = step[:, part] @ rows if total is None else total.addmm_(step[:, part], rows)
-    assert total is not None
-    return total
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of hidden [N, H] against a frozen head [V, H] without [N, V] logits.
-
-    The gradient for `hidden` is made chunk by chunk during forward, while the logits of that
-    chunk stand; backward only scales it. The head is frozen and gets none.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        after: Callable[[torch.Tensor], torch.Tensor] | None,
-    ) -> torch.Tensor:
-        rows = max(1, LOGIT_BYTES_PER_CHUNK // (4 * weight.shape[0]))
-        wants_grad = ctx.needs_input_grad[0]
-        nll = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        grad = torch.empty_like(hidden) if wants_grad else None
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
-            products = _logits(hidden[part], weight, bias)
-            if after is None:
-                logits = products
-            else:
-                with torch.set_grad_enabled(wants_grad):
-                    logits = after(products.requires_grad_(wants_grad))
-            values = logits.detach()
-            log_norm = torch.logsumexp(values, dim=-1)
-            picked = values.gather(1, targets[part, None]).squeeze(1)
-            nll[part] = log_norm - picked
-            if grad is not None:
-                step = torch.exp(values - log_norm[:, None])
-                step[torch.arange(step.shape[0], device=step.device), targets[part]] -= 1.0
-                if after is not None:
-                    (step,) = torch.autograd.grad(logits, products, step)
-                grad[part] = _times_vocabulary(step.to(hidden.dtype), weight)
-        ctx.save_for_backward(grad)
-        return nll
-
-    @staticmethod
-    def backward(ctx: Any, grad_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_nll[:, None].to(grad.dtype), None, None, None, None
+    routing: Routing | None = None
 
 
 def _learned(peft: PeftModel, device: torch.device) -> torch.Tensor:
@@ -150,21 +70,6 @@ def _prefix(peft: PeftModel, device: torch.device) -> tuple[torch.Tensor, ...] |
     assert layers is not None and heads is not None, config  # PEFT took them from the model
     parts = learned.view(len(learned), layers, 2, heads, -1)
     return parts.permute(1, 2, 3, 0, 4).unbind(0)
-
-
-def _refuse_trained_head(head: nn.Module) -> None:
-    """Refuse what the loss would leave untrained without a word: it reads the head's weight alone.
-
-    Raises:
-        RecipeError: Naming what is trained.
-    """
-    trained = [name for name, parameter in head.named_parameters() if parameter.requires_grad]
-    if trained:
-        raise RecipeError(
-            f"trains {trained[0]} of the output head, which the loss takes for frozen",
-            where="method",
-            remedy="choose modules inside the transformer blocks",
-        )
 
 
 class Decoder(nn.Module, ABC):
@@ -210,8 +115,8 @@ class Decoder(nn.Module, ABC):
     ) -> Losses:
         """Return what `forward` does, from the bare model."""
 
-    def _hidden(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-        """Return the hidden states [B, T, H] of the model's trunk."""
+    def _trunk(self, model: PreTrainedModel, batch: Batch) -> Any:
+        """Return what the model's trunk gives, of which hidden states [B, T, H]."""
         prefix = _prefix(self.peft, batch.position_ids.device)
         arguments: dict[str, Any] = {
             # A prefix takes the first positions.
@@ -225,9 +130,7 @@ class Decoder(nn.Module, ABC):
         if not self._takes_any:  # what it needs and does not take, the proof at the start finds
             arguments = {name: arguments[name] for name in arguments.keys() & self._takes}
         trunk = model.get_submodule(self._trunk_name)
-        out = trunk(**_inputs(self.peft, batch), **arguments)
-        hidden: torch.Tensor = out.last_hidden_state
-        return hidden
+        return trunk(**_inputs(self.peft, batch), **arguments)
 
     def _row_arguments(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         """Return how this kernel gets to know where packed rows begin.
@@ -255,41 +158,53 @@ class CausalLM(Decoder):
         """Take a model that has its adapters already.
 
         Raises:
-            RecipeError: For one whose output head is trained, or has an adapter.
+            RecipeError: For one whose output head has an adapter.
         """
         super().__init__(peft_model)
         model = bare_model(peft_model)
-        _refuse_trained_head(model.get_output_embeddings())
+        output_matrix(model)
         self._head = Head(model)
+        self.router_term = router_term(model)
+
+    def route(self, model: PreTrainedModel, batch: Batch) -> Losses:
+        """Return what routers make of a `Batch`, and no losses."""
+        out = self._trunk(model, batch)
+        return Losses(out.last_hidden_state.new_empty(0), None, self._routing(out, batch))
+
+    def _routing(self, out: Any, batch: Batch) -> Routing | None:
+        """Return what routers made of a `Batch`; nothing of the stand-in for an empty one."""
+        if self.router_term is None:
+            return None
+        mask = batch.attention_mask
+        if not batch.n_rows:
+            mask = torch.zeros_like(batch.position_ids, dtype=torch.bool)
+        return self.router_term.routing(out.router_logits, mask)
 
     def _scored(
         self, model: PreTrainedModel, batch: Batch, choice_ids: torch.Tensor | slice | None
     ) -> Losses:
         """Return the loss of each target, and the choices' scores at each row's first."""
-        hidden = self._hidden(model, batch)
-        head = model.get_output_embeddings()
+        out = self._trunk(model, batch)
+        hidden, routing = out.last_hidden_state, self._routing(out, batch)
+        matrix = output_matrix(model)
         picked = hidden.flatten(0, 1)[batch.label_positions]
         if self._head.before is not None:
             picked = self._head.before(picked)
         if batch.label_positions.numel() == 0:
             # Every process must take part in the same collectives, with work or without.
-            return Losses(hidden.float().sum()[None] * 0.0, None)
+            return Losses(hidden.float().sum()[None] * 0.0, None, routing)
         if torch.is_autocast_enabled(picked.device.type):
             picked = picked.to(torch.get_autocast_dtype(picked.device.type))
-        nll: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # it is torch's
-            picked, head.weight, head.bias, batch.targets, self._head.after
-        )
+        nll = cross_entropy(picked, matrix, batch.targets, self._head.after)
         choice_logits = None
         if choice_ids is not None:
             rows = torch.arange(batch.n_rows, device=picked.device)
             first = picked[torch.searchsorted(batch.target_rows, rows)]
             if self._head.after is None:
-                bias = None if head.bias is None else head.bias[choice_ids]
-                choice_logits = _logits(first, head.weight[choice_ids], bias)
+                choice_logits = logits_of(first, matrix.of(choice_ids))
             else:
-                logits = self._head.after(_logits(first, head.weight, head.bias))
-                choice_logits = logits[:, choice_ids]
-        return Losses(nll, choice_logits)
+                choice_logits = self._head.after(logits_of(first, matrix))[:, choice_ids]
+        return Losses(nll, choice_logits, routing)
 
 
 class SequenceClassifier(nn.Module):
@@ -328,7 +243,7 @@ class RewardModel(Decoder):
         self, model: PreTrainedModel, batch: Batch, choice_ids: torch.Tensor | slice | None
     ) -> Losses:
         """Return each row's reward as `choice_logits` [n_rows, 1], and turned as `nll`."""
-        hidden = self._hidden(model, batch).flatten(0, 1)
+        hidden = self._trunk(model, batch).last_hidden_state.flatten(0, 1)
         score: Any = model.score
         rewards = score(hidden[self._ends(batch)]).float()
         if not batch.n_rows:

@@ -13,8 +13,12 @@ from torch import nn
 BLOCK_SIZES = (64, 32)
 """Values per scale, in order of preference. A block must not cross a row, or rows cannot shard."""
 
-WEIGHTS_PER_BYTE = {"packed": 2, "absmax": 0}
-"""Weights of the model in each element of a layer's tensors; in those of any other, 1."""
+_WEIGHTS_PER_BYTE = {"packed": 2, "absmax": 0}
+
+
+def weights_per_element(name: str) -> int:
+    """Return how many weights of the model an element of a parameter of this name holds."""
+    return _WEIGHTS_PER_BYTE.get(name.replace(".", "_").rpartition("_")[2], 1)
 
 
 def block_size_for(in_features: int) -> int | None:

@@ -11,6 +11,7 @@ from peft_dist.config import Recipe
 from peft_dist.distributed.collectives import Shard
 from peft_dist.distributed.world import World
 from peft_dist.model import base, cache
+from peft_dist.model.plan import BasePlan
 from peft_dist.model.weights import WeightFiles, model_folder
 
 _IN_HUB_CACHE = re.compile(r".*/models--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?")
@@ -49,7 +50,7 @@ class BaseSource:
     def fill(
         self,
         parameters: dict[str, nn.Parameter],
-        plan: base.BasePlan,
+        plan: BasePlan,
         shard: Shard,
         *,
         world: World,

@@ -125,11 +125,10 @@ class Joined(_Made):
         first = 0
         for part in self.parts:
             low, high = max(start - first, 0), min(stop - first, part.shape[0])
-            if low < high or not found:
-                found.append(part.rows(min(low, part.shape[0]), max(low, high) if high > 0 else 0))
+            if low < high:
+                found.append(part.rows(low, high))
             first += part.shape[0]
-        found = [rows for rows in found if len(rows)] or found[:1]
-        return torch.cat(found)
+        return torch.cat(found) if found else self.parts[0].rows(0, 0)
 
 
 @dataclass(frozen=True)

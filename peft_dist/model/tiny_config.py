@@ -74,6 +74,8 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
         "layers_block_type": ["mamba", "hybrid"] * 2,
         "layer_types": ["mamba", "hybrid"] * 2,
         "mamba_ngroups": 1,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
         "n_mamba_heads": 4,
         "mamba_headdim": 32,
     },

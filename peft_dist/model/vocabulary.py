@@ -8,12 +8,74 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from peft_dist.common.errors import ModelError
+from peft_dist.common.errors import ModelError, RecipeError, nearest
 from peft_dist.config import Recipe
+from peft_dist.config.method import Lora, Method
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.model.architectures import read_config
+
+
+def with_token_ids(recipe: Recipe, rows: int) -> Method:
+    """Return the method's settings with an id for each token that is trained by its name.
+
+    Args:
+        recipe: The run's recipe.
+        rows: Of the model's embedding.
+
+    Raises:
+        RecipeError: For a token that the tokenizer does not know, or an id past the embedding.
+    """
+    method = recipe.method
+    if not isinstance(method, Lora) or not method.trainable_tokens:
+        return method
+    where = "method.trainable_tokens"
+    ids: set[int] = set()
+    for token in method.trainable_tokens:
+        found = token
+        if isinstance(token, str):
+            known = load_tokenizer(recipe).get_vocab()
+            if token not in known:
+                added = load_tokenizer(recipe).get_added_vocab()
+                raise RecipeError(
+                    f"the tokenizer has no token {token!r}",
+                    where=where,
+                    remedy=nearest(token, added) if added else "add it to the tokenizer",
+                )
+            found = known[token]
+        assert isinstance(found, int)
+        if found >= rows:
+            raise RecipeError(
+                f"{token!r} has id {found}, but the model's embedding has {rows} rows"
+                if found != token
+                else f"{found} is no row of the model's embedding, which has {rows}",
+                where=where,
+                remedy="resize the embedding, and save model and tokenizer together",
+            )
+        ids.add(found)
+    return method.model_copy(update={"trainable_tokens": tuple(sorted(ids))})
+
+
+def untrained_rows(
+    weight: torch.Tensor, used: NDArray[np.int64], *, least: float = 1e-2
+) -> list[int]:
+    """Return tokens whose row nobody has trained, of some that data uses.
+
+    Such a row is a small part as long as others are, as padding of the vocabulary often is, or has
+    the very values of another used row.
+
+    Args:
+        weight: The embedding, [V, H].
+        used: Token ids, each once.
+        least: What part of the median length a trained row has at least.
+    """
+    rows = weight[torch.from_numpy(used).to(weight.device)].float()
+    lengths = rows.norm(dim=1)
+    _, group, count = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
+    odd = (lengths < least * lengths.median()) | (count[group] > 1)
+    return [int(one) for one in used[odd.cpu().numpy()]]
 
 
 def refuse_unknown_ids(

@@ -6,6 +6,7 @@ Knows files, shapes and bitsandbytes' naming of packed tensors. Knows no model a
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ QUANT_STATE = ".quant_state.bitsandbytes__"
 """Behind a weight's name: JSON about its packing, stored as bytes."""
 PACKED_PARTS = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map")
 """Ends of the names of what bitsandbytes keeps beside a packed weight."""
+_CONVERT = (
+    'python -c "import sys; from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained(sys.argv[1], dtype='auto').save_pretrained(sys.argv[1])\""
+)
 FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -264,6 +269,12 @@ def _safetensors_files(folder: Path) -> tuple[Path, ...]:
     else:
         files = (folder / "model.safetensors",)
     missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None and any(folder.glob("pytorch_model*.bin")):
+        raise ModelError(
+            f"{folder} holds .bin files, which are programs to whoever loads them",
+            where="model.name",
+            remedy=f"where you trust them: {_CONVERT} {shlex.quote(str(folder))}",
+        )
     if missing is not None:
         raise ModelError(
             f"{missing} does not exist",

@@ -60,7 +60,19 @@ def adapter_shape(method: Method, shape: ModelShape) -> AdapterShape | None:
     return None
 
 
-def _lora(method: Lora, shape: ModelShape) -> AdapterShape:
+def _vocabulary_rows(method: Lora, shape: ModelShape) -> int | None:
+    """Return the trained rows of embedding and head; None where other modules are trained."""
+    if not set(method.modules_to_save) <= {"embed_tokens", "lm_head"}:
+        return None
+    matrices = shape.vocabulary_matrices
+    whole = min(len(set(method.modules_to_save)), matrices) * shape.vocabulary
+    return whole + len(set(method.trainable_tokens)) * matrices
+
+
+def _lora(method: Lora, shape: ModelShape) -> AdapterShape | None:
+    rows = _vocabulary_rows(method, shape)
+    if rows is None:
+        return None
     names = {linear.name for linear in shape.linears}
     if method.targets == "all-linear":
         wanted = names
@@ -79,7 +91,7 @@ def _lora(method: Lora, shape: ModelShape) -> AdapterShape:
     outputs = shape.layers * method.rank * sum(one.out_features for one in targets)
     magnitudes = shape.layers * sum(one.out_features for one in targets) if method.dora else 0
     return AdapterShape(
-        inputs + outputs + magnitudes,
+        inputs + outputs + magnitudes + rows * shape.hidden,
         input_parameters=inputs,
         targets=targets,
         rank=method.rank,

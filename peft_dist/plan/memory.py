@@ -166,7 +166,7 @@ def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> By
     last = wide * (e + (FLOAT if setting.recompute else 0)) + 2 * predicted * shape.hidden * e
 
     chunk = min(max(1, LOGIT_BYTES_PER_CHUNK // (FLOAT * shape.vocabulary)), predicted)
-    copies = (4 if shape.head_softcap else 3) + (1 if chunk < predicted else 0)
+    copies = (5 if shape.head_softcap else 3) + (1 if chunk < predicted else 0)
     logits = copies * chunk * shape.vocabulary * FLOAT
 
     largest = shape.largest_linear

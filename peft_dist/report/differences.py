@@ -69,6 +69,8 @@ def outcomes(run: RunData) -> dict[str, str]:
         "device": str(run.start.device or run.result.get("device") or ""),
         "base per rank": sizes(run.base_bytes) if run.base_bytes else "",
         "peak memory per rank": sizes(run.peak_bytes) if run.peak_bytes else "",
+        "training rows": _rows(run, "train"),
+        "held-out rows": _rows(run, "eval"),
         "trained parameters": _known(run.result.get("trainable_parameters"), count),
     }
 
@@ -89,6 +91,25 @@ def _change(run: RunData, name: str, shown_as: Callable[[float], str]) -> str:
     if len(series) < 2:
         return _last(run.evaluations, name, shown_as)
     return f"{shown_as(series.y[0])} → {shown_as(series.y[-1])}"
+
+
+def _rows(run: RunData, which: str) -> str:
+    """Return how many rows were kept and what happened to the others; all sources together."""
+    rows = run.result.get("rows")
+    sources = rows.get(which) if isinstance(rows, Mapping) else None
+    if not isinstance(sources, list) or not sources:
+        return ""
+    words = {"rows": "", "cut": " cut", "lost_end": " without their end token"}
+    words |= {"dropped": " dropped", "bad": " malformed"}
+    totals = {
+        name: sum(number(one.get(name)) or 0 for one in sources if isinstance(one, Mapping))
+        for name in words
+    }
+    return ", ".join(
+        f"{count(int(total))}{words[name]}"
+        for name, total in totals.items()
+        if total or name == "rows"
+    )
 
 
 def _speed(run: RunData) -> str:

@@ -43,6 +43,17 @@ MATRIX_METHODS: dict[str, dict[str, Any]] = {
     "prompt": {"kind": "prompt", "virtual_tokens": 5, "text": "the cat and the dog"},
     "bitfit": {"kind": "bitfit", "add_bias": True},
 }
+MIXTURES = ("qwen3_moe",)
+if IS_LONG:
+    MIXTURES += (
+        "qwen2_moe",
+        "mixtral",
+        "gpt_oss",
+        "deepseek_v3",
+        "olmoe",
+        "granitemoe",
+        "llama4_text",
+    )
 PROBE_ROWS = 6
 """Training rows whose losses stand for the logits of a trained model."""
 
@@ -141,7 +152,20 @@ def _cases() -> dict[str, Case]:
         "own-dropout-off": Case("gpt2-dropout", (SINGLE,), none),
         **dict.fromkeys(("own-dropout", "own-dropout-again"), dropping),
     }
-    return cases | objective_cases() | matrix_cases()
+    return cases | objective_cases() | matrix_cases() | expert_cases()
+
+
+def expert_cases() -> dict[str, Case]:
+    """Return mixtures of experts in 4 bits, whose router is trained and whose experts adapted."""
+    experts = {"target_parameters": ["gate_up_proj", "down_proj"]}
+    return {
+        f"experts-{model_type}": Case(
+            model_type,
+            (SINGLE, FSDP, ZERO3) if model_type == MIXTURES[0] else (SINGLE, FSDP),
+            {"quantization": "nf4", "method": experts, "train": {"micro_batch_size": 4}},
+        )
+        for model_type in MIXTURES
+    }
 
 
 def objective_cases() -> dict[str, Case]:
@@ -286,6 +310,8 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -
     outcome = trainer.run()
     setup.check_integrity()
     after = adapter(setup)
+    experts = {name: p for name, p in setup.base.items() if ".experts." in name}
+    expert_bytes = gather_objects(setup.engine.resident_bytes(experts))
     digests = gather_objects({name: fingerprint(t) for name, t in after.items()})
     nll, logits = probe(setup, rows)
     saver.save(out / "adapter")
@@ -301,6 +327,8 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -
         "last": [outcome.last.loss, outcome.last.accuracy] if outcome.last else None,
         "base_bytes_total": setup.base_bytes_total,
         "base_bytes_by_rank": setup.base_bytes_by_rank,
+        "expert_bytes_total": setup.engine.total_bytes(experts),
+        "expert_bytes_by_rank": expert_bytes,
         "base_fingerprint": setup.base_fingerprint,
         "packed_base": None if setup.packed_base is None else str(setup.packed_base),
         "packed_layers": sum(name.endswith(".packed") for name in setup.base),

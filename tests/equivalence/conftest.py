@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from peft_dist.entrypoints.check_models import build_tiny
 from tests.equivalence import cases
 from tests.faults.long import IS_LONG
 from tests.processes import ROOT, environment, run, torchrun
@@ -44,6 +45,11 @@ def make_inputs(folder: Path) -> None:
     tiny_model(models / "gpt2-trunk", "gpt2", trunk_only=True)
     tiny_model(models / "gpt2-dropout", "gpt2", resid_pdrop=0.2)
     tiny_model(models / "bert-trunk", "bert", trunk_only=True)
+    for model_type in cases.MIXTURES:
+        mixture = build_tiny(model_type)
+        mixture.config.output_router_logits = True  # where the type knows it
+        mixture.save_pretrained(models / model_type)
+        tiny_tokenizer(models / model_type)
     for name, double in (("bnb", False), ("bnb-double", True)):
         quantizer = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.equivalence.cases import CASES, DDP, FSDP, FSDP4, HSDP, SINGLE, ZERO2, ZERO3
+from tests.equivalence.cases import (
+    CASES,
+    DDP,
+    FSDP,
+    FSDP4,
+    HSDP,
+    SINGLE,
+    ZERO2,
+    ZERO3,
+    expert_cases,
+)
 from tests.equivalence.conftest import Outcome, Outcomes
 from tests.tiny import ARCHITECTURES
 
@@ -35,7 +45,7 @@ def test_every_engine_has_the_losses_of_one_process(outcome: Outcomes, name: str
     alone = outcome(name, SINGLE)
     assert len(alone["losses"]) == CASES[name].steps
     tolerance = BFLOAT16_TOLERANCE if name.startswith("bfloat16") else 1e-5
-    if name.startswith(("matrix-", "objective-")):
+    if name.startswith(("matrix-", "objective-", "experts-")):
         tolerance = 1e-4
     for engine in CASES[name].engines[1:]:
         shared = outcome(name, engine)
@@ -79,6 +89,14 @@ def test_the_base_is_shared_out_to_the_byte(outcome: Outcomes, name: str) -> Non
         if not whole:
             assert max(held) <= 1.03 * total / len(groups[0]), engine  # tiny rows do not divide
         assert shared["sharded"] == (not whole)
+
+
+@pytest.mark.parametrize("name", expert_cases())
+def test_the_experts_are_shared_out_with_their_scales(outcome: Outcomes, name: str) -> None:
+    shared, whole = outcome(name, FSDP), outcome(name, SINGLE)["expert_bytes_total"]
+    assert whole > 0
+    assert sum(shared["expert_bytes_by_rank"]) <= 1.02 * whole
+    assert max(shared["expert_bytes_by_rank"]) <= 1.02 * whole / 2
 
 
 @pytest.mark.parametrize("name", SHARED)

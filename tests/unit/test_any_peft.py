@@ -27,7 +27,7 @@ WORKING: dict[str, dict[str, Any]] = {
     "LOKR": {"target_modules": ["down_proj"], "r": 4},
     "OFT": {"oft_block_size": 16, "r": 0},
     "VERA": {"r": 8, "save_projection": False},
-    "MISS": {"r": 4},
+    "MISS": {"r": 4, "modules_to_save": ["lm_head"]},
     "C3A": {"block_size": 16},
 }
 
@@ -103,11 +103,7 @@ def test_a_passed_through_method_starts_at_the_base_and_learns(
         ({"type": "OSF"}, "OSF "),
         (
             {"type": "LOHA", "target_modules": ["q_proj", "lm_head"]},
-            "of the output head, which the loss takes for frozen",
-        ),
-        (
-            {"type": "LOHA", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-            "of the output head, which the loss takes for frozen",
+            "on the output head, which the loss reads by its weight alone",
         ),
         ({"type": "ADAMSS"}, "method.type: ADAMSS does not take these settings ("),
         (

@@ -14,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from peft_dist.common.errors import ModelError
 from peft_dist.distributed.collectives import Shard
 from peft_dist.model import architectures
-from peft_dist.model.base import BasePlan, fill_base, materialize, plan_base, read_rows
+from peft_dist.model.base import fill_base, materialize, read_rows
 from peft_dist.model.nf4 import FrozenLinear4bit
+from peft_dist.model.plan import BasePlan, plan_base
 from peft_dist.model.weights import WeightFiles, model_folder
 from tests.tiny import ARCHITECTURES, tiny_model
 
@@ -229,6 +230,8 @@ def test_an_index_that_is_none_is_named(llama: Path) -> None:
 
 def test_a_folder_without_safetensors_is_refused(llama: Path) -> None:
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
+    refused(llama, "holds .bin files, which are programs to whoever loads them; where you trust")
+    (llama / "pytorch_model.bin").unlink()
     refused(llama, "the model must be stored as safetensors")
 
 
@@ -273,3 +276,17 @@ def test_the_vocabulary_size_in_config_must_be_the_stored_one(llama: Path) -> No
     config = json.loads((llama / "config.json").read_text(encoding="utf-8"))
     (llama / "config.json").write_text(json.dumps(config | {"vocab_size": 7}), encoding="utf-8")
     refused(llama, "model.embed_tokens.weight has shape [320, 64] in the file")
+
+
+def test_a_model_that_another_quantizer_computes_is_refused(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "bitnet", "quantization_mode": "online"}
+    (llama / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    refused(llama, "the model is stored for the quantizer bitnet; use its full-precision version")
+
+
+def test_rows_up_to_a_length_have_rotary_positions_of_their_own() -> None:
+    changing = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = AutoConfig.for_model("llama", max_position_embeddings=64, rope_parameters=changing)
+    assert architectures.rope_limit(config) == 64
+    assert architectures.rope_limit(AutoConfig.for_model("llama")) is None

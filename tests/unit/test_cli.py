@@ -305,6 +305,35 @@ def test_resume_starts_the_runs_own_recipe_and_a_finished_run_not_at_all(
     assert load_recipe(run.recipe).train.steps is None
 
 
+@pytest.mark.distributed
+def test_a_finished_run_goes_on_for_more_epochs_as_a_run_that_names_it(
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    installation(tmp_path, monkeypatch, WORKER + DONE)
+    run = RunDir.create(tmp_path / "a run", load_recipe(recipe_file, ["train.steps=7"]))
+    more = ("resume", str(run.path), "--more-epochs", "2", "--nproc", "1")
+    code, _, err = outcome(capsys, *more)
+    assert code == 2
+    assert err == f"peft-dist: error: {run.path}: has not finished; leave --more-epochs out\n"
+    run.result.write_text("{}", encoding="utf-8")
+    code, _, err = outcome(capsys, *more, "train.learning_rate=1e-5")
+    assert (code, err) == (0, "")
+    new = load_recipe(tmp_path / "a run-plus-2-epochs" / "recipe.yaml", check_paths=False)
+    assert new.method.start_from == str(run.path)
+    assert (new.train.steps, new.train.epochs, new.train.learning_rate) == (None, 2, 1e-5)
+    assert load_recipe(run.recipe).train.steps == 7
+
+    dpo = load_recipe(recipe_file, ["objective.kind=dpo"])
+    other = RunDir.create(tmp_path / "dpo", dpo)
+    other.result.write_text("{}", encoding="utf-8")
+    code, _, err = outcome(capsys, "resume", str(other.path), "--more-epochs", "1")
+    assert code == 2
+    assert "was trained against the adapter it started from" in err
+
+
 def test_resume_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = outcome(capsys, "resume", str(tmp_path / "absent"))
     assert code == 2

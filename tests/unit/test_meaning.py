@@ -30,7 +30,7 @@ method.lora.kind method.lora.rank method.lora.alpha method.lora.dropout method.l
 method.lora.init method.lora.learning_rate_ratio method.lora.rslora method.lora.dora
 method.lora.bias
 method.lora.exclude_modules method.lora.layers_to_transform method.lora.rank_pattern
-method.lora.alpha_pattern
+method.lora.alpha_pattern method.lora.modules_to_save method.lora.trainable_tokens
 method.bottleneck.kind method.bottleneck.placement method.bottleneck.bottleneck_size
 method.bottleneck.reduction_factor method.bottleneck.activation method.bottleneck.residual
 method.bottleneck.dropout method.prefix.kind method.prefix.virtual_tokens method.prefix.projection

@@ -1,6 +1,7 @@
 """A run's adapter merged into its base: the same logits from plain files, one tensor at a time."""
 
 import json
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -21,8 +22,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from peft_dist.checkpoint.adapter_file import load_adapter
 from peft_dist.cli.main import main
 from peft_dist.common.errors import PeftDistError
+from peft_dist.config import load_recipe
 from peft_dist.config.method import Lora
 from peft_dist.config.recipe import Recipe
 from peft_dist.distributed.world import World
@@ -108,6 +111,10 @@ def with_peft(run_dir: RunDir, dtype: torch.dtype = torch.float32) -> PeftModel:
         ("llama", {"quantization": "none", "method": {"init": "pissa"}}, {}),
         ("llama", {"quantization": "none", "method": {"init": "olora"}}, {}),
         ("llama", {"method": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 4}}}, {}),
+        ("llama", {"method": {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}}, {}),
+        ("llama", {"method": {"trainable_tokens": [5, 271]}}, {}),
+        ("qwen2", {"method": {"modules_to_save": ["lm_head"]}}, {}),
+        ("qwen2", {"method": {"trainable_tokens": [5, 271]}}, {"trunk_only": True}),
         ("gpt2", {}, {}),
         ("gpt2", {"method": {"dora": True}}, {}),
         ("gpt2", {"method": {"bias": "all"}}, {"trunk_only": True}),
@@ -152,6 +159,26 @@ def test_a_bfloat16_base_stays_one_and_is_rounded_once(
     torch.testing.assert_close(
         logits(loaded(tmp_path / "merged")), logits(with_peft(found)), atol=0.1, rtol=0.1
     )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_dequantized_base_gives_what_training_gave(
+    tmp_path: Path, alone: World, architecture: str
+) -> None:
+    sections = {"method": {"dora": architecture == "gpt2"}, "parallel": {"strategy": "ddp"}}
+    found = trained_run(tmp_path, alone, architecture, sections)
+    merge(found, tmp_path / "merged", dequantized=True)
+    recipe = load_recipe(found.recipe, check_paths=False)
+    setup = set_up_model(recipe, alone, find_base(recipe, tmp_path / "cache"))
+    state = load_adapter(found.adapter, setup.method, setup.peft, setup.adapter)
+    setup.engine.load_adapter_state(state)
+    torch.manual_seed(2)
+    ids = torch.randint(3, 300, (3, 17))
+    with torch.no_grad():
+        ours = setup.peft.eval()(input_ids=ids, row_lengths=None).logits
+    merged = logits(loaded(tmp_path / "merged"))
+    torch.testing.assert_close(merged, ours, atol=1e-3, rtol=1e-3)
+    assert (logits(with_peft(found)) - ours).abs().max() > 0.01, "4 bits cost nothing here"
 
 
 def test_the_files_keep_their_names_and_whatever_was_not_trained(
@@ -336,7 +363,7 @@ def test_the_command_merges_a_run_that_was_trained(
     tiny_model(tmp_path / "base", "llama")
     write_jsonl(tmp_path / "rows.jsonl", completion_rows(8))
     (tmp_path / "recipe.yaml").write_text(
-        "model: {name: base}\ndata: {train: rows.jsonl}\n"
+        "model: {name: base}\ndata: {train: rows.jsonl, eval: rows.jsonl}\n"
         "train: {steps: 3, global_batch_size: 4, learning_rate: 1e-2}\n",
         encoding="utf-8",
     )
@@ -345,6 +372,16 @@ def test_the_command_merges_a_run_that_was_trained(
     assert main(["merge", "run", "--out", "merged"]) == 0
     told = capfd.readouterr()
     assert f"{tmp_path}/merged  14 of " in told.out
+    ways = "4-bit [+] adapter ([0-9.]+), full [+] adapter ([0-9.]+), merged ([0-9.]+)"
+    found = re.search(f"held-out loss: {ways}", told.out)
+    assert found is not None, told.out
+    in_4_bits, full, merged = map(float, found.groups())
+    result = json.loads(RunDir.open("run").result.read_text(encoding="utf-8"))
+    assert in_4_bits == pytest.approx(result["eval"]["last"]["loss"], abs=2e-4)
+    assert merged == pytest.approx(full, abs=2e-4)
+    assert in_4_bits != full
+    assert main(["merge", "run", "--out", "other", "--gguf", "q8_0"]) == 2
+    assert "llama.cpp's own converter alone; merge without it" in capfd.readouterr().err
     assert "tensors merged" in told.out
     expected = logits(with_peft(RunDir.open("run")))
     torch.testing.assert_close(logits(loaded(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-4)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_dist.config.recipe import Recipe
 from peft_dist.distributed.world import World
-from peft_dist.model import loss
+from peft_dist.model import cross_entropy
 from peft_dist.plan import memory
 from peft_dist.plan.adapter import adapter_shape
 from peft_dist.plan.estimate import gathered_bytes
@@ -133,4 +133,4 @@ def test_every_parameter_of_a_decoder_is_counted(kind: str, tied: bool) -> None:
 
 
 def test_the_formulas_know_the_chunks_of_the_loss() -> None:
-    assert memory.LOGIT_BYTES_PER_CHUNK == loss.LOGIT_BYTES_PER_CHUNK
+    assert memory.LOGIT_BYTES_PER_CHUNK == cross_entropy.LOGIT_BYTES_PER_CHUNK

@@ -5,14 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from peft_dist.common.errors import ModelError
+from peft_dist.common.errors import ModelError, RecipeError
 from peft_dist.config.models import known_to_transformers
 from peft_dist.distributed.world import World
 from peft_dist.entrypoints.check_models import build_tiny, check
-from peft_dist.model import attention
+from peft_dist.methods.method import base_name_in
+from peft_dist.model import attention, ways
 from peft_dist.model import experts as experts_module
 from peft_dist.model.head import Head
+from peft_dist.model.proof import ProofRun, Way, prove
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import ModelSetup, set_up_model
 from tests.faults.long import only_long
@@ -63,7 +66,7 @@ def test_experts_are_sharded_as_they_are_quantized_and_only_those_hit_are_dequan
 
     monkeypatch.setattr(experts_module, "expert_weight", noted)
     hidden, index = torch.randn(3, 64), torch.tensor([[1, 3], [3, 1], [1, 3]])
-    experts_module.nf4_experts_forward(experts, hidden, index, torch.ones(3, 2))
+    experts_module.experts_forward(experts, hidden, index, torch.ones(3, 2))
     assert used == [1, 1, 3, 3]
 
 
@@ -115,6 +118,50 @@ def test_rows_that_a_model_mixes_are_not_packed_and_asking_for_it_is_refused(
         set_up(tmp_path, alone, "rwkv", data={"packing": True})
 
 
+def test_a_proof_is_made_once_for_a_base_and_again_for_another(
+    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+
+    def counted(run: ProofRun, wanted: list[Way]) -> object:
+        made.append(wanted)
+        return prove(run, wanted)
+
+    monkeypatch.setattr(ways, "prove", counted)
+    first = set_up(tmp_path, alone, "rwkv")
+    again = set_up(tmp_path, alone, "rwkv")
+    assert len(made) == 1
+    assert first.packing == again.packing is False
+    file = tmp_path / "model/model.safetensors"
+    tensors = load_file(file)
+    tensors["head.weight"] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    recipe = tiny_recipe(tmp_path / "model", tmp_path / "none.jsonl", quantization="none")
+    set_up_model(recipe, alone, find_base(recipe, tmp_path / "cache"))
+    assert len(made) == 2
+
+
+def test_matrices_that_are_stored_with_different_values_are_not_tied(
+    tmp_path: Path, alone: World
+) -> None:
+    model = build_tiny("qwen2")
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2)
+    model.save_pretrained(tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    text = config.read_text(encoding="utf-8").replace(
+        '"tie_word_embeddings": false', '"tie_word_embeddings": true'
+    )
+    config.write_text(text, encoding="utf-8")
+    recipe = tiny_recipe(tmp_path / "model", tmp_path / "none.jsonl", quantization="none")
+    setup = set_up_model(recipe, alone, find_base(recipe, tmp_path / "cache"))
+    whole = {
+        base_name_in(setup.peft, n): setup.engine.full_tensor(p) for n, p in setup.base.items()
+    }
+    torch.testing.assert_close(whole["lm_head.weight"], model.lm_head.weight.detach())
+    assert not torch.equal(whole["lm_head.weight"], whole["model.embed_tokens.weight"])
+
+
 def test_a_model_that_looks_ahead_is_no_causal_one(tmp_path: Path, alone: World) -> None:
     with pytest.raises(ModelError, match="bert is no causal language model as it is configured"):
         set_up(tmp_path, alone, "bert")
@@ -128,3 +175,12 @@ def test_no_decoder_of_transformers_is_silently_different(tmp_path: Path, alone:
     wrong = {n: r for n, r in found.items() if r.kind not in ("equal", "refused", "not built")}
     assert not wrong
     assert kinds.count("equal") > len(kinds) / 2
+
+
+def test_layers_that_share_weights_are_not_sharded_each_by_itself(
+    tmp_path: Path, alone: World
+) -> None:
+    with pytest.raises(RecipeError, match="of zamba2 shares weights with .* set it to ddp"):
+        set_up(tmp_path, alone, "zamba2", parallel={"strategy": "fsdp"})
+    ddp = {"strategy": "ddp"}
+    assert set_up(tmp_path, alone, "zamba2", parallel=ddp).adapter

@@ -1,0 +1,125 @@
+"""The ways to compute a micro-batch, and the memory of which one was proven for a base.
+
+A proof takes seconds; it is made again for another base, other versions of the libraries, another
+engine or device, or a change of the code that it proves.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from peft_dist.common.errors import RecipeError
+from peft_dist.common.screen import stage
+from peft_dist.config import Recipe
+from peft_dist.distributed.collectives import broadcast_object
+from peft_dist.model import attention
+from peft_dist.model.architectures import bare_model
+from peft_dist.model.proof import ProofRun, Way, prove
+
+log = logging.getLogger(__name__)
+
+
+def ways_of(recipe: Recipe, *, picked: str, ours: list[str], own_attention: bool) -> list[Way]:
+    """Return the ways to compute a micro-batch, best first.
+
+    Our attention does the same as transformers' with less work; where it does not, the kernel that
+    transformers picks for the model does. Rows lie end to end unless the model mixes them then.
+
+    Args:
+        recipe: The recipe.
+        picked: The kernel that the model was built with.
+        ours: Those of our own that the device has; see `attention.kernels_of`.
+        own_attention: Whether what is trained works through our attention alone.
+
+    Raises:
+        RecipeError: Where the recipe wants another kernel then.
+    """
+    chosen = recipe.model.attention
+    if own_attention and chosen not in ("auto", "sdpa"):
+        raise RecipeError(
+            f"{chosen} has no place for what method {recipe.method.kind} learns",
+            where="model.attention",
+            remedy="set it to auto",
+        )
+    kernels = [picked]
+    if own_attention:
+        kernels = ours
+    elif picked == "sdpa" or (chosen == "auto" and picked == "eager"):
+        kernels = [*ours, picked]
+    if chosen == "auto" and not own_attention and "eager" not in kernels:
+        kernels.append("eager")
+    packing = recipe.data.packing
+    layouts = [True, False] if packing is None else [packing]
+    ways = [Way(kernel, layout) for layout in layouts for kernel in kernels]
+    # Padded rows are one call as it is.
+    return [way for way in ways if way.packing or way.attention != attention.VARLEN_ATTENTION]
+
+
+def prove_once(run: ProofRun, ways: list[Way], facts: list[Any], cache_dir: Path) -> Way:
+    """Return a way that is proven, or was, and let the model use its kernel. Collective.
+
+    Args:
+        run: What the proof runs.
+        ways: To be tried in this order.
+        facts: What else a proof depends on, the base's fingerprint among it.
+        cache_dir: Where proofs are remembered; each is a small file.
+
+    Raises:
+        ModelError: Where there is none; see `prove`.
+    """
+    bare, is_main = bare_model(run.peft), run.world.is_main
+    name = f"{bare.config.model_type}: losses are those of transformers"
+    file = cache_dir / "proofs" / f"{_key(run, ways, facts)}.json"
+    proven = broadcast_object(_read(file, ways) if is_main else None)
+    if proven is not None:
+        way = ways[int(proven)]
+        if attention.use_kernel(bare, way.attention):
+            log.info("%s, with %s, as was proven before", name, way)
+            return way
+    with stage("comparing losses with those of transformers", log) as told:
+        way, problems = prove(run, ways)
+        told.append(f"{name}, with {way}")
+    for problem in problems:
+        log.info("not used: %s", problem)
+    if is_main:
+        if problems and (not way.packing or not way.attention.startswith("peft_dist")):
+            log.warning("%s: computed with %s; see docs/models.md", bare.config.model_type, way)
+        _write(file, way)
+    return way
+
+
+def _key(run: ProofRun, ways: list[Way], facts: list[Any]) -> str:
+    """Return a hash of everything that a proof depends on."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    config = bare_model(run.peft).config.to_dict()
+    method = str(run.peft.active_peft_config.peft_type)
+    versions = [torch.__version__, transformers.__version__]
+    place = [run.world.device_name, run.world.size, str(run.dtype)]
+    everything = [facts, config, method, versions, place, ways]
+    digest.update(json.dumps(everything, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:32]
+
+
+def _read(file: Path, ways: list[Way]) -> int | None:
+    try:
+        return ways.index(Way(**json.loads(file.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write(file: Path, way: Way) -> None:
+    partial = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(way._asdict()), encoding="utf-8")
+        partial.replace(file)
+    except OSError:
+        return  # a read-only cache costs another proof next time and nothing else
