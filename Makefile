@@ -13,7 +13,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINNED := $(PIP) install --quiet -c configs/constraints.txt
 CUDA_PINNED := $(CUDA_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c configs/constraints.txt
 
-.PHONY: help install quickstart dpo methods check test test-fast docs faults fakegpu gpu cluster audit clean
+.PHONY: help install quickstart dpo methods check test test-fast docs examples faults fakegpu gpu cluster \
+	audit clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -53,6 +54,9 @@ docs: $(VENV)/.installed-all ## write the generated pages of docs/ anew and buil
 	$(BIN)/python -m peft_dist.cli.docs > docs/cli.md
 	$(BIN)/python -m peft_dist.ledger.docs > docs/ledger.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+examples: $(VENV)/.installed-all ## write slurm/examples/ anew: what would be submitted, to be read
+	$(BIN)/python -m peft_dist.slurm.examples slurm/examples
 
 faults: $(VENV)/.installed-all ## the tests of faults with many more cases; more than an hour
 	PEFT_DIST_FAULTS=long $(BIN)/python -m pytest --timeout 3600 tests/faults tests/distributed \

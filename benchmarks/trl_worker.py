@@ -160,6 +160,7 @@ def main() -> int:
             # Same bytes as the other side, and faster than dequantizing the scales in each step.
             bnb_4bit_use_double_quant=False,
         ),
+        trust_remote_code=False,
     )
     rows = load_dataset("json", data_files=args.rows, split="train")
     clock = StepClock()
@@ -167,7 +168,7 @@ def main() -> int:
         model=model,
         args=config(args, int(os.environ.get("WORLD_SIZE", "1"))),
         train_dataset=rows.select_columns(["prompt", "completion"]),
-        processing_class=AutoTokenizer.from_pretrained(args.model),
+        processing_class=AutoTokenizer.from_pretrained(args.model, trust_remote_code=False),
         peft_config=LoraConfig(
             r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
         ),

@@ -6,13 +6,21 @@ only ever imported by the processes it starts.
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from peft_dist.cli import decoders, models, plan, slurm, training, validate, wandb
+from peft_dist.cli import (
+    decoders,
+    models,
+    plan,
+    recipes,
+    slurm,
+    submit_command,
+    training,
+    validate,
+    wandb,
+)
 from peft_dist.cli.options import SHELLS, add_verbosity, begin_logs, completion
 from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import show
@@ -21,6 +29,7 @@ from peft_dist.common.errors import (
     EXIT_CRASHED,
     EXIT_DONE,
     PeftDistError,
+    nearest,
 )
 
 
@@ -45,6 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, like every other error."""
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse what is no choice, with the nearest one."""
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(
+                action, f"there is no {value!r}; {nearest(str(value), action.choices)}"
+            )
+
     def error(self, message: str) -> NoReturn:
         if self.prog.endswith((" train", " validate", " submit")):  # key=value may be left out
             message = message.replace(", key=value", "")
@@ -53,6 +69,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
+    argv = submit_command.join_words(argv)
     arguments, rest = parser.parse_known_args(["--help"] if argv == ["help"] else argv)
     # argparse stops collecting key=value at the first option; those after it end up here.
     stray = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
@@ -152,11 +169,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--open", choices=("yes", "no"), default="no", help="show it in a browser (default: no)"
     )
     slurm.add_commands(command, count=_count)
+    submit_command.add_commands(command, count=_count)
     wandb.add_commands(command)
     plan.add_commands(command)
     decoders.add_commands(command)
-    init = command("init", _init, "copy recipes and strategies into a folder of your own")
-    init.add_argument("folder", metavar="DIR", help="folder to copy into; nothing is overwritten")
+    recipes.add_commands(command)
     complete = command(
         "completion", _completion, "print a script that completes commands: source it in your shell"
     )
@@ -217,33 +234,6 @@ def _report(arguments: argparse.Namespace) -> int:
     from peft_dist.report.command import write_report
 
     return write_report(arguments.run_dirs, out=arguments.out, show=arguments.open == "yes")
-
-
-def _init(arguments: argparse.Namespace) -> int:
-    from peft_dist.common.paths import SHARED_FOLDERS, root
-
-    target = Path(arguments.folder)
-    sources = [root() / name for name in SHARED_FOLDERS if (root() / name).is_dir()]
-    files = [
-        file
-        for source in sources
-        for file in sorted(source.rglob("*"))
-        if file.is_file() and "__pycache__" not in file.parts
-    ]
-    copies = {file: target / file.relative_to(root()) for file in files}
-    try:
-        taken = [copy for copy in copies.values() if copy.exists() or copy.is_symlink()]
-        if taken:
-            raise PeftDistError("already there", where=str(taken[0]), remedy="choose a new folder")
-        for file, copy in copies.items():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
-    except (OSError, ValueError) as error:
-        raise PeftDistError(
-            f"cannot be written: {error}", where=str(target), remedy="choose another folder"
-        ) from error
-    show(f"{len(copies)} files in {', '.join(str(target / source.name) for source in sources)}")
-    return EXIT_DONE
 
 
 def _completion(arguments: argparse.Namespace) -> int:

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 Run = Callable[[argparse.Namespace], int]
 
+MOST_COUNTS = 32
+"""Numbers of nodes that one plan compares."""
+
 
 def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) -> None:
     """Add the commands, each made by `command` from its name, function and description."""
@@ -36,6 +39,8 @@ def _numbers(text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.isdecimal() and 1 <= int(part[:9]) < 10**5 for part in parts):
         raise argparse.ArgumentTypeError(f"got {text!r}; must be whole numbers such as 1,2,4")
+    if len(parts) > MOST_COUNTS:
+        raise argparse.ArgumentTypeError(f"got {len(parts)} numbers; give at most {MOST_COUNTS}")
     return sorted({int(part) for part in parts})
 
 

@@ -53,6 +53,7 @@ def add_command(
 def _validate(arguments: argparse.Namespace) -> int:
     from peft_dist.config import load_recipe
     from peft_dist.data.first_rows import check_first_rows
+    from peft_dist.launch.model_folder import check_model_folder
     from peft_dist.launch.placement import plan_processes, this_machine
 
     if arguments.rows is None and arguments.show_mask:
@@ -62,6 +63,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     if arguments.rows is not None:
         tell_given_twice(arguments.overrides)
         return _show_rows(arguments)
+    check_model_folder(recipe)
     check_first_rows(recipe)
     tell_given_twice(arguments.overrides)
     facts = _facts(recipe, placement)
@@ -104,6 +106,8 @@ def _show_steps(facts: dict[str, Any]) -> None:
         return
     uneven = "at most " if batch["rows"] % processes else ""
     share = f", {uneven}{batch['rows_per_process']} per process" if processes > 1 else ""
+    if processes > batch["rows"]:
+        share += f" ({processes - batch['rows']} processes have none)"
     show(
         f"  a step: {_counted(batch['rows'], 'row')}{share} "
         f"in {_counted(batch['passes'], 'pass')} of up to {batch['micro_batch_size']}"

@@ -25,6 +25,12 @@ LEAST_WIDTH = 12
 """A column that is cut keeps this much."""
 
 
+class Drawn(str):
+    """A line of a table, in which rich's colours may stand and nothing that others wrote."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Column:
     """One column of a table."""
@@ -63,7 +69,7 @@ def table_lines(
         table = _table(columns, cells, GAPS[1])
     with console.capture() as captured:
         console.print(table)
-    lines = [line.rstrip() for line in captured.get().splitlines()]
+    lines: list[str] = [Drawn(line.rstrip()) for line in captured.get().splitlines()]
     if len(cells) == len(rows):
         return lines
     found, below = lines[: -len(cells) or None], iter(lines[-len(cells) or len(lines) :])
@@ -84,10 +90,15 @@ def stdout_form() -> tuple[int | None, bool]:
     return width, has_colours(sys.stdout)
 
 
+def joined(lines: Sequence[str]) -> str:
+    """Return lines as one text, in which those of tables alone may steer a terminal."""
+    return "\n".join(line if isinstance(line, Drawn) else printable(line) for line in lines)
+
+
 def print_lines(lines: Sequence[str]) -> None:
-    """Print lines of tables, which may steer the terminal: what others wrote cannot."""
+    """Print lines, some of them of tables."""
     encoding = sys.stdout.encoding or "utf-8"
-    text = "\n".join(lines).encode(encoding, errors="replace").decode(encoding)
+    text = joined(lines).encode(encoding, errors="replace").decode(encoding)
     print(text, flush=True)  # noqa: T201
 
 

@@ -6,6 +6,7 @@ shell text. The docstring under a field is its text in the JSON Schema.
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,23 +14,27 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_
 
 from peft_dist.common.durations import duration_s
 from peft_dist.common.errors import ClusterError, RecipeError
+from peft_dist.config.cluster_container import Container
+from peft_dist.config.cluster_sites import find_cluster
 from peft_dist.config.cluster_values import (
     AbsolutePath,
     Constraint,
     Duration,
     Gres,
-    Image,
+    HostSuffix,
     Interface,
+    InterfaceName,
     Memory,
-    Mount,
     Name,
     NodeFolder,
+    NodeProgram,
     SetUp,
     Variables,
 )
 from peft_dist.config.explain import describe_failure, refuse_booleans_as_numbers
 from peft_dist.config.load import read_mapping, render_yaml
 from peft_dist.config.section import NonNegativeFloat, PositiveFloat, Section
+from peft_dist.config.slurm_options import SbatchOptions, SrunOptions, with_options
 
 
 class Requeue(Section):
@@ -43,22 +48,19 @@ class Requeue(Section):
     """Starts in a row that may end at the same checkpoint."""
 
 
-class Container(Section):
-    """An image that holds Python and peft-dist."""
+class Head(Section):
+    """By which address the first node is reached, where its name leads to a slow network."""
 
-    runtime: Literal["apptainer", "pyxis"]
-    """apptainer: each node runs the image. pyxis: srun does, by its plugin."""
-    image: Image
-    """Image file, or reference such as docker://... (pyxis: registry#name)."""
-    mounts: tuple[Mount, ...] = ()
-    """Folders to see inside besides the run directory, such as those of models, rows and caches:
-    /scratch, or /here:/there."""
+    suffix: HostSuffix | None = None
+    """What the first node's name gets: i makes jwb0001i of jwb0001."""
+    interface: InterfaceName | None = None
+    """Or the interface of the first node whose address is taken, such as hsn0."""
 
-    @property
-    def folders_inside(self) -> tuple[Path, ...]:
-        """What the mounts are called inside."""
-        parts = [mount.removesuffix(":ro").removesuffix(":rw").split(":") for mount in self.mounts]
-        return tuple(Path(names[-1]) for names in parts)
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.suffix is None) == (self.interface is None):
+            raise ValueError("takes either suffix or interface; give one of them")
+        return self
 
 
 class Stage(Section):
@@ -137,7 +139,11 @@ class Cluster(Section):
     signal_lead_s: PositiveInt = 120
     """Least seconds before the time limit at which a run saves; raised by what saving takes."""
     interface: Interface | None = None
-    """Network interface for NCCL and gloo."""
+    """Network interfaces, as NCCL reads them: names or beginnings of names, or ^ and those to
+    leave out. gloo, which takes names alone, gets those of the node that match. auto: the one by
+    which a node reaches the first node. Default: auto where head is given, else the libraries'."""
+    head: Head | None = None
+    """Another address of the first node than its name."""
     environment: Variables = Field(default_factory=dict)
     """Variables for every process; no secrets."""
     secrets_file: AbsolutePath | None = None
@@ -148,16 +154,25 @@ class Cluster(Section):
     made in as well. Secrets stay yours."""
     setup: SetUp = ""
     """Shell lines that run on each node before Python: modules, conda, a virtual environment."""
-    python: AbsolutePath | None = None
-    """Interpreter on the nodes. Default: the one that submits; in a container python3."""
+    python: NodeProgram | None = None
+    """Interpreter on the nodes; one that `setup` makes there may begin with $SLURM_TMPDIR/.
+    Default: the one that submits; in a container python3."""
     container: Container | None = None
     """Image that everything runs in."""
+    offline: bool = False
+    """Whether nodes reach no network: submit refuses what they could not fetch, and
+    `peft-dist fetch` brings it. Hugging Face's libraries are told to ask nobody."""
     shared: tuple[AbsolutePath, ...] = ()
     """Folders that all nodes share; recipes and runs must lie in one of them. Empty: not known."""
     stage: Stage | None = None
     """Copy the model to each node's own disk first."""
     preflight: Preflight = Preflight()
     """Checks of every node before training."""
+    sbatch: SbatchOptions = Field(default_factory=dict)
+    """Any more options of sbatch, such as {mail-type: END, licenses: scratch}; true for one that
+    takes no value."""
+    srun: SrunOptions = Field(default_factory=dict)
+    """Any more options of the srun that starts all nodes, such as {cpu-bind: cores}."""
 
     @property
     def cpus_of_a_node(self) -> int | None:
@@ -206,6 +221,8 @@ class Cluster(Section):
     def _staged_models_are_seen_inside(self) -> Self:
         if self.stage is None or self.container is None:
             return self
+        if self.container.uses_edf and not self.container.mounts:
+            return self  # its own file says
         if not any(map(Path(self.stage.folder).is_relative_to, self.container.folders_inside)):
             raise ValueError(
                 f"stage.folder {self.stage.folder} is in none of container.mounts; add it there"
@@ -213,12 +230,17 @@ class Cluster(Section):
         return self
 
 
-def load_cluster(path: str | Path) -> Cluster:
+def load_cluster(path: str | Path, *, options: Sequence[str] = ()) -> Cluster:
     """Read and check a cluster file.
+
+    Args:
+        path: The file, or the name of one that is shipped.
+        options: Of sbatch besides, each `NAME=VALUE` or `NAME`.
 
     Raises:
         ClusterError: For anything that cannot be used as written, in one line.
     """
+    path = find_cluster(path)
     if Path(path).is_dir():
         raise ClusterError("is a folder", where=str(path), remedy="name a cluster file")
     try:
@@ -227,7 +249,7 @@ def load_cluster(path: str | Path) -> Cluster:
         raise ClusterError(str(error)) from error
     if {"model", "data"} <= raw.keys():
         raise ClusterError("is a recipe", where=str(path), remedy="name a cluster file")
-    return check_cluster(raw, where=str(path))
+    return check_cluster(with_options(raw, options), where=str(path))
 
 
 def check_cluster(raw: dict[str, Any], *, where: str) -> Cluster:
@@ -268,12 +290,17 @@ def _without_tildes(cluster: Cluster) -> Cluster:
     def full(text: str | None) -> str | None:
         return None if text is None else str(Path(text).expanduser())
 
-    stage = cluster.stage
+    def full_image(text: str) -> str:
+        return str(Path(text).expanduser()) if text.startswith("~/") else text
+
+    stage, container = cluster.stage, cluster.container
     return cluster.model_copy(
         update={
             "secrets_file": full(cluster.secrets_file),
             "python": full(cluster.python),
             "shared": tuple(map(full, cluster.shared)),
+            "container": container
+            and container.model_copy(update={"image": full_image(container.image)}),
             "stage": stage and stage.model_copy(update={"folder": full(stage.folder)}),
         }
     )

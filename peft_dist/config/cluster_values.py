@@ -41,7 +41,12 @@ def _check_duration(text: str) -> str:
     return text
 
 
-def _check_printable(text: str) -> str:
+def check_printable(text: str) -> str:
+    """Return a text.
+
+    Raises:
+        ValueError: For one that is too long or holds a control character.
+    """
     if len(text) > LONGEST_TEXT:
         raise ValueError(f"has {len(text)} characters; must be at most {LONGEST_TEXT}")
     if not text.isprintable():
@@ -75,11 +80,15 @@ def _check_set_up(text: str) -> str:
 
 
 Name = Annotated[
-    str, Matches(r"[A-Za-z0-9_][A-Za-z0-9_.,+-]{0,127}", "letters, digits and _ . , + -")
+    str,
+    Matches(r"[A-Za-z0-9_][A-Za-z0-9_.,:@/+=-]{0,127}", "letters, digits and _ . , : @ / + = -"),
 ]
 Constraint = Annotated[
     str,
-    Matches(r"[A-Za-z0-9_(\[][A-Za-z0-9_.,:*&|()\[\]-]{0,255}", "features joined by & | * ( ) [ ]"),
+    Matches(
+        r"[A-Za-z0-9_(\[!][A-Za-z0-9_.,:*&|()\[\]!=@/+-]{0,255}",
+        "features joined by & | * ( ) [ ] !",
+    ),
 ]
 Gres = Annotated[
     str,
@@ -93,15 +102,21 @@ Memory = Annotated[
 ]
 Interface = Annotated[
     str,
-    Matches(r"[A-Za-z0-9_.:-]{1,15}(,[A-Za-z0-9_.:-]{1,15}){0,15}", "a name like ib0, or several"),
+    Matches(
+        r"\^?=?[A-Za-z0-9_.:-]{1,15}(,[A-Za-z0-9_.:-]{1,15}){0,15}",
+        "a name like ib0, or several, or ^lo,docker for all others",
+    ),
 ]
+"""As `NCCL_SOCKET_IFNAME`, or auto."""
+InterfaceName = Annotated[str, Matches(r"[A-Za-z0-9_.:-]{1,15}", "a name like hsn0")]
+HostSuffix = Annotated[str, Matches(r"[A-Za-z0-9.-]{1,63}", "letters, digits, . and -")]
 Duration = Annotated[
     str, Matches(r"[0-9:-]*", "a time like HH:MM:SS"), AfterValidator(_check_duration)
 ]
 AbsolutePath = Annotated[
     str,
     Matches(r"~?/[^\x00-\x1f]{0,4095}", "an absolute path, or one that begins with ~/"),
-    AfterValidator(_check_printable),
+    AfterValidator(check_printable),
 ]
 NodeFolder = Annotated[
     str,
@@ -110,19 +125,29 @@ NodeFolder = Annotated[
         "an absolute path, in which $USER may stand, or one that begins with $SLURM_TMPDIR, "
         "$TMPDIR or $LOCAL_SCRATCH",
     ),
-    AfterValidator(_check_printable),
+    AfterValidator(check_printable),
 ]
+NodeProgram = Annotated[
+    str,
+    Matches(
+        r"(~?/|\$(SLURM_TMPDIR|TMPDIR|LOCAL_SCRATCH)/)[^\x00-\x1f]{0,4095}",
+        "an absolute path, or one that begins with ~/, $SLURM_TMPDIR/, $TMPDIR/ or $LOCAL_SCRATCH/",
+    ),
+    AfterValidator(check_printable),
+]
+"""A path, literal but for a variable that it begins with, which each node knows."""
 SetUp = Annotated[str, AfterValidator(_check_set_up)]
 VariableName = Annotated[str, Matches(r"[A-Za-z_][A-Za-z0-9_]{0,127}", "a variable's name")]
 Variables = Annotated[
-    dict[VariableName, Annotated[str, AfterValidator(_check_printable)] | StrictInt],
+    dict[VariableName, Annotated[str, AfterValidator(check_printable)] | StrictInt],
     AfterValidator(_check_environment),
 ]
 Image = Annotated[
-    str, Matches(r"[A-Za-z0-9_./][A-Za-z0-9_./:@#+-]{0,511}", "a path or reference of an image")
+    str,
+    Matches(r"(~/)?[A-Za-z0-9_./][A-Za-z0-9_./:@#+-]{0,511}", "a path or reference of an image"),
 ]
 Mount = Annotated[
     str,
     Matches(r"/[^\s:,\x00-\x1f]*(:/[^\s:,\x00-\x1f]*)?(:ro|:rw)?", "/folder or /here:/there"),
-    AfterValidator(_check_printable),
+    AfterValidator(check_printable),
 ]

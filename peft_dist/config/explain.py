@@ -5,6 +5,7 @@ no file.
 """
 
 import datetime as dt
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
@@ -106,6 +107,8 @@ def _sentence(
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tag = value.get("kind") if isinstance(value, Mapping) else None
         kinds = _kinds(field)
+        if tag == "qlora" and "lora" in kinds:
+            return f"kind {quote(tag)} is not known", "here that is lora with quantization: nf4"
         return f"kind {quote(tag)} is not known", nearest(str(tag), kinds)
     if field is None:
         return f"got {quote(value)}", "must be a mapping of sections"
@@ -115,6 +118,8 @@ def _sentence(
     choices = _texts(field.annotation)
     if isinstance(value, str) and choices and "did you mean" in (near := nearest(value, choices)):
         remedy = f"{remedy}; {near}"
+    if isinstance(value, str) and re.fullmatch(r"[-+.\de]+(,[-+.\de]+)+", value):
+        remedy += f"; to train each: --array {'.'.join(path)}={value}"
     return f"got {quote(value)}", remedy
 
 

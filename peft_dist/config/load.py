@@ -140,6 +140,10 @@ def _apply_override(raw: dict[str, Any], override: str, where: str) -> tuple[str
         raise RecipeError(
             f"{quote(override)} is not key=value", remedy="write it like train.learning_rate=5e-4"
         )
+    if not text.strip():  # such as of a shell variable that nobody has set
+        raise RecipeError(
+            "no value is given", where=key.strip(), remedy="write null for what it is without one"
+        )
     value = parse_yaml(text, where=key.strip())
     section = raw
     for depth, name in enumerate(path):

@@ -22,6 +22,7 @@ MAX_VALUES = 20_000
 MAX_DIGITS = 100
 """Longest number; Python refuses to convert very long ones."""
 
+_UNCLOSED = ("expected ',' or '}'", "expected ',' or ']'")
 _CORE = "tag:yaml.org,2002:"
 
 
@@ -67,6 +68,8 @@ def _syntax_error(error: MarkedYAMLError, where: str) -> RecipeError:
     remedy = "quote text that holds any of : { } [ ] , & * # ? | > @ ` or starts with a dash"
     if "\\t" in problem or "'\t'" in problem:
         remedy = "indent with spaces, not tabs"
+    elif problem.startswith(_UNCLOSED):
+        remedy = f"close the bracket, or {remedy}"
     return RecipeError(f"is not YAML: {problem}", where=location, remedy=remedy)
 
 

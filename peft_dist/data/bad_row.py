@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from peft_dist.data.record import LONGEST_ROW, TOO_LONG
+
 
 class BadRow(Exception):
     """Why one row cannot be used, and what to do if it is not to fix the row.
@@ -38,6 +40,8 @@ def text_of(value: Mapping[str, Any], key: str, *, at: str = "", may_be_empty: b
         raise BadRow(f"{named} is {shown(text)}, not text")
     if not text and not may_be_empty:
         raise BadRow(f"{named} is empty")
+    if len(text) > LONGEST_ROW:  # of files without lines
+        raise BadRow(TOO_LONG)
     require_utf8(text, named)
     return text
 

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 from peft_dist.common.errors import ModelError
 from peft_dist.data.bad_row import BadRow
 from peft_dist.data.chat_rows import REASONING, ChatRow
+from peft_dist.data.record import LONGEST_ROW
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MOST_CHARACTERS = 20_000_000
-"""Longest text that a conversation may be rendered to."""
 RENDERING_LIMIT_S = 20.0
 """CPU seconds that one rendering may take; an ordinary one takes less than a millisecond."""
 RENDERING_BYTES = 4 << 30
@@ -94,26 +93,20 @@ class ChatTemplate:
             text: Any = self._rendered(messages, options, generation)
         except Exception as error:  # any that code which came with a model may raise
             raise BadRow(f"the chat template refuses the messages: {_in_words(error)}") from error
-        if not isinstance(text, str) or len(text) > MOST_CHARACTERS:
+        if not isinstance(text, str) or len(text) > LONGEST_ROW:
             raise BadRow(
-                f"the chat template makes the messages longer than {MOST_CHARACTERS:,} characters"
+                f"the chat template makes the messages longer than {LONGEST_ROW:,} characters"
             )
         return text
 
     def _rendered(self, messages: Messages, options: Mapping[str, Any], generation: bool) -> Any:
-        in_main = threading.current_thread() is threading.main_thread()
-        if in_main:
-            signal.setitimer(signal.ITIMER_VIRTUAL, RENDERING_LIMIT_S)
-        try:
+        with _timed():
             return self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=False,
                 add_generation_prompt=generation,
                 **options,
             )
-        finally:
-            if in_main:
-                signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
 
     @contextmanager
     def limited(self) -> Iterator[None]:
@@ -143,7 +136,8 @@ class ChatTemplate:
         if not self.prints_date:
             return
         for template in self.source.split("\0"):
-            with suppress(TemplateError):  # which the first rendering tells
+            # What is wrong, or takes too long, the first rendering tells.
+            with suppress(TemplateError, _TooSlow), _timed():
                 _compile_jinja_template(template).globals["strftime_now"] = self._day.strftime
 
     @property
@@ -261,6 +255,21 @@ class ChatTemplate:
             return self.render(messages, options)
         except BadRow:  # a template that refuses what it has been deprived of reads it
             return None
+
+
+@contextmanager
+def _timed() -> Iterator[None]:
+    """Raise `_TooSlow` in what takes longer than a rendering may, within `limited`."""
+    in_main = threading.current_thread() is threading.main_thread()
+    try:
+        if in_main:
+            # Again and again: jinja2 swallows what is raised where it computes constants.
+            again_s = RENDERING_LIMIT_S / 10
+            signal.setitimer(signal.ITIMER_VIRTUAL, RENDERING_LIMIT_S, again_s)
+        yield
+    finally:
+        if in_main:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
 
 
 def _stop(_signal: int, _frame: object) -> None:

@@ -81,6 +81,10 @@ def to_known_form(
 
 def remedy_for(keys: Mapping[str, Any]) -> str:
     """Say how a row with these keys can be read: by the names that are known to be likely."""
+    only = next(iter(keys)) if len(keys) == 1 else ""
+    for separator, named in ((";", "';'"), ("\t", "tabs")):
+        if separator in only:
+            return f"write the columns with commas between them, where this file has {named}"
     found = {
         ours: next((name for name in (ours, *names) if name in keys), None)
         for ours, names in _GUESSES.items()

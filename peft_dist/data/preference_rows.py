@@ -98,7 +98,11 @@ def _record(value: Any, needed: Sequence[str], columns: Mapping[str, str]) -> di
     record: dict[str, Any] = renamed(value, columns) if columns else value
     for key in needed:
         if record.get(key) is None:
-            raise BadRow(f"has no {key}; its {keys_of(record)}")
+            raise BadRow(
+                f"has no {key}; its {keys_of(record)}",
+                remedy=f"this objective needs rows of {', '.join(needed)}: say which keys to read "
+                "with data.columns, or set objective: sft",
+            )
     return record
 
 

@@ -1,7 +1,13 @@
 """One record of a source, before anybody knows whether it is a row."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
+
+LONGEST_ROW = 20_000_000
+"""Bytes that a record may have as text, and characters that a conversation may be rendered to: more
+is a fault of the file, and would take memory without a limit."""
+TOO_LONG = f"the row is longer than {LONGEST_ROW:,} bytes"
 
 
 @dataclass(frozen=True)
@@ -13,3 +19,16 @@ class Broken:
 
 Record = tuple[int, Any]
 """Line (or row, where a format has no lines) counted from 1, and the value or a `Broken`."""
+
+
+def lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """Yield each line of a file with its number from 1; None for one that is too long to read."""
+    line = 0
+    while raw := file.readline(LONGEST_ROW + 1):
+        line += 1
+        is_whole = raw.endswith(b"\n") or len(raw) <= LONGEST_ROW
+        while not is_whole:
+            rest = file.readline(1 << 20)
+            is_whole = not rest or rest.endswith(b"\n")
+            raw = b""
+        yield line, raw or None

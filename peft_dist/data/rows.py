@@ -91,9 +91,11 @@ class BadRows:
             return
         (line, why), *others = sorted(self.found)  # rows are read ahead of being encoded
         if others:
-            named = [f"line {at}: {reason}" for at, reason in others[:SHOWN_BAD_ROWS]]
-            rest = "; ..." if len(others) > SHOWN_BAD_ROWS else ""
-            why += f" (first of {len(self.found)} bad rows; {'; '.join(named)}{rest})"
+            different = [f"line {at}: {reason}" for at, reason in others if reason != why]
+            alike = len(others) - len(different)
+            more = [f"{alike} more for the same reason"] if alike else []
+            more += different[:SHOWN_BAD_ROWS] + ["..."] * (len(different) > SHOWN_BAD_ROWS)
+            why += f" (first of {len(self.found)} bad rows; {'; '.join(more)})"
         remedy = self._remedies.get(line) or (
             f"fix the row, or raise data.max_bad_rows above {self.limit} to leave such out"
         )

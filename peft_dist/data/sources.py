@@ -19,7 +19,7 @@ from typing import Any
 
 from peft_dist.common.errors import DataError
 from peft_dist.data.forms import COLUMNS
-from peft_dist.data.record import Broken, Record
+from peft_dist.data.record import LONGEST_ROW, TOO_LONG, Broken, Record, lines
 from peft_dist.data.row_range import RowRange, parse_split
 
 
@@ -47,7 +47,7 @@ class Source:
         try:
             match self.kind:
                 case "hub":
-                    return str(self._dataset()._fingerprint)
+                    return str(self.dataset()._fingerprint)
                 case "folder":
                     return _sha256_of_folder(path)
                 case _:
@@ -88,12 +88,17 @@ class Source:
         wanted = {*COLUMNS, *self.columns.values()}
         if self.kind == "parquet":
             return arrow_files.parquet_records(path, wanted)
-        return arrow_files.dataset_records(self._dataset(), wanted, self.columns)
+        return arrow_files.dataset_records(self.dataset(), wanted, self.columns)
 
     def _count(self) -> int:
-        return len(self._dataset()) if self.kind == "folder" else sum(1 for _ in self._whole())
+        return len(self.dataset()) if self.kind == "folder" else sum(1 for _ in self._whole())
 
-    def _dataset(self) -> Any:
+    def dataset(self) -> Any:
+        """Return the `datasets.Dataset` of a hub name, or of a folder.
+
+        Raises:
+            DataError: There is no such thing.
+        """
         from peft_dist.data import arrow_files
 
         return arrow_files.open_dataset(self.name, self.kind, self.split)
@@ -164,9 +169,16 @@ def _sha256_of_folder(folder: Path) -> str:
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
-    with path.open("rb") as file:  # bytes, so that one broken line does not hide the rest
-        for line, raw in enumerate(file, start=1):
+    with path.open(
+        "rb", buffering=1 << 20
+    ) as file:  # bytes, so that one broken line does not hide the rest
+        for line, raw in lines(file):
+            if raw is None:
+                yield line, Broken(TOO_LONG)
+                continue
             if line == 1:
+                if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise DataError("is UTF-16", where=str(path), remedy="save it as UTF-8 text")
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if raw.startswith(b"["):
                     raise DataError(
@@ -215,8 +227,9 @@ def _elements(text: str) -> Iterator[Record]:
     closed = text[at : at + 1] == "]"
     while not closed:
         line, counted = line + text.count("\n", counted, at), at
-        value, at = decode(text, at)
-        yield line, value
+        begin = at
+        value, at = decode(text, begin)
+        yield line, value if at - begin <= LONGEST_ROW else Broken(TOO_LONG)
         at = _skip_space(text, at)
         closed = text[at : at + 1] == "]"
         if not closed:
@@ -234,7 +247,7 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _csv(path: Path) -> Iterator[Record]:
-    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default ends at 128 KiB a cell
+    limit = csv.field_size_limit(LONGEST_ROW)  # the default ends at 128 KiB a cell
     try:
         # surrogateescape: a broken byte spoils its own row (rows.py refuses it), not the file
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:

@@ -8,12 +8,13 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from types import TracebackType
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from peft_dist.common.console import printable
+from peft_dist.common.console import say
 from peft_dist.common.env import LAUNCH_MARK
 from peft_dist.common.errors import (
     EXIT_DO_NOT_RETRY,
@@ -57,6 +58,6 @@ def _explain(kind: type[BaseException], error: BaseException, trace: TracebackTy
         ]
         text = f"ends, as its processes have: {', '.join(ranks)}"
     else:
-        sys.__excepthook__(kind, error, trace)
+        say("".join(traceback.format_exception(kind, error, trace)).rstrip(), sys.stderr)
         return
-    sys.stderr.write(f"peft-dist: the launcher {printable(text)}\n")
+    say(f"peft-dist: the launcher {text}", sys.stderr)

@@ -62,7 +62,9 @@ def check(model_type: str, folder: Path, world: World, *, quantization: str = "n
     )
     try:
         setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"))
-        plain = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+        plain = AutoModelForCausalLM.from_pretrained(
+            folder / "model", dtype=torch.float32, trust_remote_code=False
+        ).eval()
         plain.config.use_cache = False
         attention.use_kernel(plain, "eager")
         if quantization == "nf4":
@@ -80,11 +82,14 @@ def build_tiny(model_type: str) -> PreTrainedModel:
     """Return a random model of a type, float32; raises whatever the type raises."""
     config = tiny_config(model_type)
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        bare = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        size = sum(p.numel() for p in bare.parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(f"it has {size} parameters at least")
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, trust_remote_code=False
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             # Released models have no zero biases and no norms of exactly one; a mix-up must show.

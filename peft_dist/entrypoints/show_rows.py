@@ -91,8 +91,10 @@ def as_text(source: SourcePreview, job: RowJob, *, whole: bool) -> str:
     on = sum(int(row.trained.sum()) for _, row in source.rows)
     counts = source.counts
     lost = f" ({counts.lost_end:,} without a stop token)" if counts.lost_end else ""
+    held_out = "" if job.recipe.data.held_out is None else " that are not held out"
     lines.append(
-        f"{name}: {source.lines:,} lines, {len(source.examples):,} examples, {on:,} of {tokens:,} "
+        f"{name}: {source.lines:,} lines{held_out}, {len(source.examples):,} examples, "
+        f"{on:,} of {tokens:,} "
         f"tokens trained; {counts.cut:,} cut to data.max_length{lost}, {counts.dropped:,} dropped "
         f"with nothing to train, {len(counts.bad):,} bad"
     )

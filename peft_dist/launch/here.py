@@ -36,6 +36,7 @@ from peft_dist.config.run_date import with_date
 from peft_dist.data.first_rows import check_first_rows
 from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.local import run_launcher
+from peft_dist.launch.model_folder import check_model_folder
 from peft_dist.launch.placement import Placement, plan_processes, this_machine
 from peft_dist.ledger.events import StepEvent
 from peft_dist.ledger.reader import LedgerReader
@@ -98,6 +99,7 @@ def prepare(
     run = RunDir(folder.absolute())
     run.require_writable()
     usable_cache_dir()
+    check_model_folder(recipe)
     check_first_rows(recipe)
     changed = [word for field in allow_changed for word in ("--allow-changed", field)]
     command = worker_command(

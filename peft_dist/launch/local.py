@@ -104,9 +104,14 @@ def run_launcher(
 
 
 def run_tool(command: Sequence[str], *, environment: Mapping[str, str]) -> int:
-    """Run one process in the foreground and return its exit code."""
+    """Run one process in the foreground, which may ask nothing; return its exit code."""
     try:
-        done = subprocess.run(list(command), env={**os.environ, **environment}, check=False)
+        done = subprocess.run(
+            list(command),
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
     except OSError as error:
         raise LaunchError(f"cannot be started: {error}", where=command[0]) from error
     return done.returncode if done.returncode >= 0 else 128 - done.returncode

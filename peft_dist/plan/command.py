@@ -101,14 +101,21 @@ def _simulated(
         sys.executable, "-m", "peft_dist.entrypoints.simulate", recipe_file, *words,
         "--per-node", str(one.processes // one.nodes),
     ]  # fmt: skip
-    done = subprocess.run(
-        command,
-        input=json.dumps(config),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=SIMULATION_LIMIT_S,
-    )
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(config),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=SIMULATION_LIMIT_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise LaunchError(
+            f"the simulation is not done after {SIMULATION_LIMIT_S} s",
+            remedy="plan without --simulate",
+        ) from None
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         raise LaunchError(

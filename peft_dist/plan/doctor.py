@@ -152,7 +152,9 @@ def _gpus() -> Iterator[Finding]:
         if not built:
             yield Finding("bad", "bitsandbytes has no CUDA library; reinstall it with pip")
     try:
-        done = subprocess.run(QUERY, capture_output=True, text=True, check=True, timeout=20)
+        done = subprocess.run(
+            QUERY, capture_output=True, text=True, errors="replace", check=True, timeout=20
+        )
     except (OSError, subprocess.SubprocessError) as error:
         yield Finding("bad", f"nvidia-smi fails ({type(error).__name__}); repair the driver")
         return
@@ -175,8 +177,13 @@ def _caches() -> Iterator[Finding]:
         return
     hub = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     for name, folder in (("cache", ours), ("Hugging Face cache", Path(hub))):
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        free, kind = shutil.disk_usage(there).free, _file_system(there)
+        try:
+            there = next(place for place in (folder, *folder.parents) if place.exists())
+            free, kind = shutil.disk_usage(there).free, _file_system(there)
+        except OSError as error:
+            told = error.strerror or str(error)
+            yield Finding("bad", f"{name} {str(folder)[:100]}: {told}; name another folder")
+            continue
         text = f"{name} {folder}: {free / 1e9:,.0f} GB free, {kind}"
         if free < LEAST_FREE_BYTES:
             yield Finding("note", f"{text}; free some, or move it")

@@ -95,7 +95,7 @@ def read_config(name: str, revision: str | None, *, network: bool = True) -> dic
         file = _from_hub(name, revision, network=network)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"{file} cannot be read ({error})",
             where="model.name",

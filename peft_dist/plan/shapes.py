@@ -10,6 +10,21 @@ from typing import Any
 from peft_dist.common.errors import ModelError, nearest
 
 Config = Mapping[str, Any]
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "n_positions",
+    "max_position_embeddings",
+)
+_SIZES_OR_NULL = ("num_key_value_heads", "head_dim", "n_inner", "ffn_dim", "word_embed_proj_dim")
+_LARGEST = 10**9
+"""No size of a model is larger, and products of all of them are still numbers."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +140,23 @@ def read_shape(config: Config, *, where: str) -> ModelShape:
             where=where,
             remedy=nearest(kind, _SHAPES),
         )
+    remedy = "take the model's own config"
+    for name in (*_SIZES, *_SIZES_OR_NULL):
+        size = config.get(name, 1)
+        is_size = isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= _LARGEST
+        if not is_size and not (size is None and name in _SIZES_OR_NULL):
+            raise ModelError(f"{name} is {str(size)[:40]}, no size", where=where, remedy=remedy)
     try:
-        return _SHAPES[kind](config)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+        shape = _SHAPES[kind](config)
+    except KeyError as error:
+        raise ModelError(f"{error} is missing", where=where, remedy=remedy) from None
+    if any(0 in (linear.out_features, linear.in_features) for linear in shape.linears):
         raise ModelError(
-            f"{error} is missing, or no number", where=where, remedy="take the model's own config"
-        ) from None
+            f"{shape.heads} attention heads are too many for a width of {shape.hidden}",
+            where=where,
+            remedy=remedy,
+        )
+    return shape
 
 
 def _llama(config: Config, **changes: Any) -> ModelShape:

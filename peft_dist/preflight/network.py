@@ -52,7 +52,14 @@ def with_devices(facts: NodeFacts, *, limit_s: float) -> NodeFacts:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         rooms = [torch.cuda.mem_get_info(device) for device in range(count)]
         free, whole = min(rooms, default=(None, None))
-        return replace(facts, devices=count, free_device_bytes=free, device_bytes=whole)
+        kinds = sorted({torch.cuda.get_device_name(device) for device in range(count)})
+        return replace(
+            facts,
+            devices=count,
+            free_device_bytes=free,
+            device_bytes=whole,
+            device_kind=" and ".join(kinds),
+        )
 
     try:
         return within(limit_s, look)

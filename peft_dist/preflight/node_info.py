@@ -37,6 +37,8 @@ class NodeFacts:
     """Of the device with the least free memory; None where no device was looked at."""
     device_bytes: int | None = None
     """All memory of that device."""
+    device_kind: str = ""
+    """What its driver calls the devices; empty where none was looked at."""
     code: str = ""
     """Digest of the installed peft-dist; empty where it could not be read."""
     python: str = ""

@@ -280,7 +280,12 @@ def _common_fault(reasons: Mapping[str, Reasons], limits: PreflightLimits) -> _C
 
 
 def _warnings(came: Sequence[tuple[str, NodeFacts]]) -> list[str]:
-    return [
+    looked_at = [(host, fact) for host, fact in came if fact.device_kind]
+    mixed = [
+        f"{host}: GPUs are {own}, {other} has {usual}: every step takes as long as the slower ones"
+        for host, other, own, usual in _differing(looked_at, lambda fact: fact.device_kind)
+    ]
+    return mixed + [
         f"{host}: a small durable write to the run directory takes {fact.write_s:.1f} s"
         for host, fact in came
         if fact.write_s is not None and fact.write_s > SLOW_WRITE_S

@@ -1,6 +1,7 @@
 """Keep so many events of a long ledger as a report can hold: of its steps a sample and extremes."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
 
 from peft_dist.ledger.events import LedgerEvent, StepEvent
 
@@ -8,7 +9,7 @@ MOST_STEPS = 100_000
 """Steps that are kept at most; each takes about 2 kB, and a report needs a thousand points."""
 FIRST_GROUP = 16
 """Steps of a group once there are too many; a group keeps its first step and its extremes."""
-EXTREMES = ("loss", "grad_norm", "tokens_per_s")
+_EXTREMES = tuple(map(attrgetter, ("loss", "grad_norm", "tokens_per_s")))
 """Fields whose lowest and highest step of each group is kept."""
 
 
@@ -57,10 +58,9 @@ def _thinned(group: Sequence[LedgerEvent]) -> Iterator[LedgerEvent]:
     if len(steps) < FIRST_GROUP // 2:
         return iter(group)
     wanted = {steps[0].step}
-    for name in EXTREMES:
-        known: Iterable[tuple[float, int]] = [
-            (value, event.step) for event in steps if (value := getattr(event, name)) is not None
-        ]
+    for values_of in _EXTREMES:
+        values = list(map(values_of, steps))
+        known = [value for value in values if value is not None]
         if known:
-            wanted |= {min(known)[1], max(known)[1]}
+            wanted |= {steps[values.index(ends(known))].step for ends in (min, max)}
     return (e for e in group if not isinstance(e, StepEvent) or e.step in wanted)

@@ -3,6 +3,7 @@
 The batch script appends its own lines to the same file.
 """
 
+import fcntl
 import json
 import os
 import time
@@ -15,10 +16,14 @@ from peft_dist.common.errors import RunDirError
 from peft_dist.common.sharing import file_mode, folder_mode
 
 Event = dict[str, Any]
-"""`event` (submitted, started, decided, ended), `job` as `squeue -r` prints it, `time` and more."""
+"""`event` (submitted, started, decided, ended), `job` as `squeue -r` prints it, `time` and more;
+`cluster` where Slurm has several."""
 SUBMISSION = ("submitting", "queued", "refused")
 """Events that say how one submission goes, and nothing of a job: `submitting` has the `token` by
 which Slurm knows the job where nobody learned its id."""
+
+LOCK_WAIT_S = 5.0
+"""How long a writer waits for another one; one that is cut off may never let go."""
 
 
 def jobs_file(run_path: Path) -> Path:
@@ -42,6 +47,7 @@ def record(run_path: Path, event: Event) -> None:
         path.parent.mkdir(mode=folder_mode(), exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, file_mode())
         try:
+            _wait_for_others(file)
             size = os.fstat(file).st_size
             if size and os.pread(file, 1, size - 1) != b"\n":  # of a writer that was killed
                 line = b"\n" + line
@@ -56,6 +62,19 @@ def record(run_path: Path, event: Event) -> None:
             where=str(path),
             remedy="free space or set its permissions",
         ) from error
+
+
+def _wait_for_others(file: int) -> None:
+    """Have the file for ourselves: NFS finds its end for two writers at once only under a lock."""
+    deadline = time.monotonic() + LOCK_WAIT_S
+    with suppress(OSError):  # no locks here
+        while True:
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(0.05)
 
 
 def events(run_path: Path) -> list[Event]:
@@ -83,6 +102,8 @@ def events(run_path: Path) -> list[Event]:
 def others(run_path: Path) -> list[str]:
     """Return jobs that began before the newest one and have not said that they ended.
 
+    Named as `candidates` does.
+
     A script that is submitted by hand while another job trains the run gives up, and is the newest.
 
     Raises:
@@ -90,7 +111,19 @@ def others(run_path: Path) -> list[str]:
     """
     told = [event for event in _all_events(run_path) if event["event"] not in SUBMISSION]
     last = {event["job"]: event["event"] for event in told}
-    return [job for job, event in list(last.items())[:-1] if event in ("submitted", "started")]
+    names = [job for job, event in list(last.items())[:-1] if event in ("submitted", "started")]
+    return [job + _at_cluster(told) for job in names]
+
+
+def bare(job: str) -> str:
+    """Return a job as Slurm's own cluster knows it, of a name such as `12_3@cluster`."""
+    return job.partition("@")[0]
+
+
+def _at_cluster(told: Sequence[Event]) -> str:
+    """Return what a job's name ends with where it is of one of several clusters."""
+    named = [event["cluster"] for event in told if event.get("cluster")]
+    return f"@{named[-1]}" if named else ""
 
 
 def open_submission(run_path: Path) -> Event | None:
@@ -137,6 +170,8 @@ def newest_of(history: Sequence[Event]) -> str | None:
 def candidates(run_path: Path, history: Sequence[Event]) -> list[str]:
     """Return the jobs that may be live: the newest, and those queued to take over from it.
 
+    A name ends with `@cluster` where the run was submitted to one of several.
+
     Args:
         run_path: The run directory.
         history: Its `events`.
@@ -144,14 +179,15 @@ def candidates(run_path: Path, history: Sequence[Event]) -> list[str]:
     newest = newest_of(history)
     if newest is None:
         return []
+    cluster = _at_cluster(history)
     with suppress(OSError, UnicodeDecodeError):
         queued = (run_path / "slurm" / "successor").read_text(encoding="utf-8").split()
         # sbatch prints no element: a successor has one where its run is one of an array.
         _, underscore, element = newest.partition("_")
         jobs = [successor + underscore + element for successor in queued]
         known = {event["job"] for event in history}
-        return [newest, *(job for job in jobs if job not in known)]
-    return [newest]
+        return [name + cluster for name in (newest, *(job for job in jobs if job not in known))]
+    return [newest + cluster]
 
 
 def _parse(line: bytes) -> Event | None:

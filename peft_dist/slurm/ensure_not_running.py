@@ -67,16 +67,20 @@ def _look_up_submission(folder: Path) -> None:
     if event is None:
         return
     try:
-        job = find_job(event["token"])
+        found = find_job(event["token"], str(event.get("cluster") or ""))
     except SlurmError as error:
         raise RunDirError(
             f"cannot tell whether a job was queued that nobody knows the id of: {error}",
             where=str(folder),
             remedy="try again when Slurm answers",
         ) from error
-    if job is None:
+    if found is None:
         job_events.record(folder, {"event": "refused", "job": ""})
-    elif event["job"]:  # by that job, for when it is over
+        return
+    job, _, cluster = found.partition("@")
+    if cluster:
+        event = event | {"cluster": cluster}
+    if event["job"]:  # by that job, for when it is over
         replace_file(folder / "slurm" / "successor", f"{job}\n")
         job_events.record(folder, {"event": "queued", "job": event["job"], "successor": job})
     else:
@@ -87,5 +91,5 @@ def _look_up_submission(folder: Path) -> None:
 
 def _has_ended(job: str, events: Sequence[job_events.Event]) -> bool:
     """Whether a job's script wrote that it ends for good; Slurm forgets jobs in minutes."""
-    own = [event for event in events if event["job"] == job]
+    own = [event for event in events if event["job"] == job_events.bare(job)]
     return bool(own) and own[-1]["event"] == "ended" and own[-1].get("decision") != "again"

@@ -8,7 +8,7 @@ from peft_dist.common.atomic import replace_file
 from peft_dist.common.errors import RunDirError
 from peft_dist.run import job_events
 from peft_dist.run.directory import RunDir
-from peft_dist.slurm import cli_client
+from peft_dist.slurm import cli_client, waves
 from peft_dist.slurm.job_state import JobState, is_live, is_over, job_states
 from peft_dist.slurm.save_lead import lead_s
 
@@ -47,6 +47,7 @@ def cancel(folders: Sequence[Path], *, now: bool, report: Callable[[str], None])
             remedy=f"where it runs, use `peft-dist stop {folders[0]}`",
         )
     for folder, names in wanted.items():
+        waves.drop(folder)
         if names:  # whatever is queued of it from here on ends as soon as it starts
             replace_file(folder / "slurm" / "cancelled", f"{int(time.time())}\n")
     states = job_states([job for names in wanted.values() for job in names])
@@ -70,7 +71,8 @@ def cancel(folders: Sequence[Path], *, now: bool, report: Callable[[str], None])
     for folder, names in wanted.items():
         for job in names:
             if job in live:  # its script may have been killed before it could say so
-                job_events.record(folder, {"event": "ended", "job": job, "decision": "cancelled"})
+                ended = {"event": "ended", "job": job_events.bare(job), "decision": "cancelled"}
+                job_events.record(folder, ended)
             report(f"job {job}: {_outcome(states[job], was_live=job in live)}")
         if names:
             step = RunDir(folder).newest_step()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from peft_dist.common.errors import SlurmError
-from peft_dist.slurm.cli_client import run_slurm
+from peft_dist.slurm.cli_client import ask_slurm, by_cluster, of_cluster
 
 UNKNOWN = "UNKNOWN"
 """The state of a job that no command could tell; its `reason` says why."""
@@ -26,6 +26,7 @@ OVER = frozenset(
 )  # fmt: skip
 """States of jobs that run no more, unless they are queued again. `REVOKED` is of neither: another
 cluster of a federation has the job."""
+JOB_NAME = re.compile(r"[0-9]+(_[0-9]+)?(@[A-Za-z0-9_.,-]+)?")
 NOT_THERE = "Invalid job id"
 """What squeue says, and fails, where the one job it is asked for is gone."""
 SCONTROL_AT_MOST = 8
@@ -70,22 +71,29 @@ def job_states(jobs: Sequence[str], *, timeout_s: float = 30) -> dict[str, JobSt
     then of scontrol.
 
     Args:
-        jobs: As `squeue -r` prints them: `12`, or `12_3` for an element of an array.
+        jobs: As `squeue -r` prints them: `12`, or `12_3` for an element of an array; with
+            `@cluster` at the end where Slurm has several.
         timeout_s: How long each command may take.
     """
-    wanted = [job for job in dict.fromkeys(jobs) if re.fullmatch(r"[0-9]+(_[0-9]+)?", job)]
+    wanted = [job for job in dict.fromkeys(jobs) if JOB_NAME.fullmatch(job)]
     # One word that is no job id, and squeue would answer none of them.
     refused = {job: JobState(job, UNKNOWN, "is no job id") for job in jobs if job not in wanted}
-    return refused | (_ask(wanted, timeout_s) if wanted else {})
+    found = {}
+    for cluster, own in by_cluster(wanted).items():
+        for job, state in _ask(own, cluster, timeout_s).items():
+            name = f"{job}@{cluster}" if cluster else job
+            found[name] = replace(state, job=name)
+    return refused | found
 
 
-def _ask(wanted: Sequence[str], timeout_s: float) -> dict[str, JobState]:
+def _ask(wanted: Sequence[str], cluster: str, timeout_s: float) -> dict[str, JobState]:
+    at = of_cluster(cluster)
     # Of one job, or of one user's, the controller sends no more than that; for a list of jobs it
     # would send the table of all users' (slurm/src/squeue/squeue.c, _print_job).
     who = ["-j", wanted[0]] if len(wanted) == 1 else [f"--user={os.getuid()}"]
-    argv = ["squeue", "--noheader", "--array", "--states=all", *who, "-o", FORMAT]
+    argv = ["squeue", *at, "--noheader", "--array", "--states=all", *who, "-o", FORMAT]
     try:
-        found = _pick(parse_squeue(_run(argv, timeout_s)), wanted)
+        found = _pick(parse_squeue(ask_slurm(argv, timeout_s=timeout_s)), wanted)
     except SlurmError as error:
         if len(wanted) > 1 or NOT_THERE not in str(error):
             # Whoever else answers now may not know that the job was queued again.
@@ -93,18 +101,23 @@ def _ask(wanted: Sequence[str], timeout_s: float) -> dict[str, JobState]:
         found = {}
     unknown = {job: ["squeue does not show it"] for job in wanted if job not in found}
     if unknown:
-        _ask_sacct(found, unknown, timeout_s)
+        _ask_sacct(found, unknown, at, timeout_s)
     for job in list(unknown)[:SCONTROL_AT_MOST]:
-        _ask_scontrol(job, found, unknown, timeout_s)
+        _ask_scontrol(job, found, unknown, at, timeout_s)
     for job, reasons in unknown.items():
         found[job] = JobState(job, UNKNOWN, "; ".join(reasons))
     return found
 
 
-def _ask_sacct(found: dict[str, JobState], unknown: dict[str, list[str]], timeout_s: float) -> None:
-    argv = ["sacct", "--noheader", "--allocations", "--parsable2", "-o", FIELDS]
+def _ask_sacct(
+    found: dict[str, JobState],
+    unknown: dict[str, list[str]],
+    at: Sequence[str],
+    timeout_s: float,
+) -> None:
+    argv = ["sacct", *at, "--noheader", "--allocations", "--parsable2", "-o", FIELDS]
     try:
-        text = _run([*argv, "-j", ",".join(unknown)], timeout_s)
+        text = ask_slurm([*argv, "-j", ",".join(unknown)], timeout_s=timeout_s)
     except SlurmError as error:
         for reasons in unknown.values():
             reasons.append(_reason("sacct", error))
@@ -122,10 +135,14 @@ def _ask_sacct(found: dict[str, JobState], unknown: dict[str, list[str]], timeou
 
 
 def _ask_scontrol(
-    job: str, found: dict[str, JobState], unknown: dict[str, list[str]], timeout_s: float
+    job: str,
+    found: dict[str, JobState],
+    unknown: dict[str, list[str]],
+    at: Sequence[str],
+    timeout_s: float,
 ) -> None:
     try:
-        text = _run(["scontrol", "show", "job", "-o", job], timeout_s)
+        text = ask_slurm(["scontrol", *at, "show", "job", "-o", job], timeout_s=timeout_s)
     except SlurmError as error:
         unknown[job].append(_reason("scontrol", error))
         return
@@ -135,13 +152,6 @@ def _ask_scontrol(
     else:
         found[job] = answer
         del unknown[job]
-
-
-def _run(argv: Sequence[str], timeout_s: float) -> str:
-    # A user's SQUEUE_PARTITION, say, would hide jobs from us.
-    own = ("SQUEUE_", "SACCT_")
-    environment = {name: text for name, text in os.environ.items() if not name.startswith(own)}
-    return run_slurm(argv, timeout_s=timeout_s, environment=environment)
 
 
 def parse_squeue(text: str) -> list[tuple[str, JobState]]:

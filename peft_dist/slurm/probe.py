@@ -24,6 +24,13 @@ NODES = ["sinfo", "--noheader", "--Node", "-o", "%P|%a|%N|%c|%m|%G|%f"]
 PARTITION = ["scontrol", "--oneliner", "show", "partition"]
 CONFIG = ["scontrol", "show", "config"]
 NODE = ["scontrol", "--oneliner", "show", "node"]
+_KINDS = (
+    r"(a(10|16|30|40|100|800)|[hb](100|200|300|800)|[vp]100|k80|t4|l40?|g[hb][23]00|mi\d{3}|rtx)"
+)
+GPU_KIND = re.compile(rf"(?i)(nvidia_)?{_KINDS}([^0-9].*)?")
+"""A feature that names a kind of GPU: a100, h100_80gb, gh200, mi250x, l40s."""
+GPU_HINT = re.compile(rf"(?i)gpu|cuda|rocm|nvlink|\b{_KINDS}|\bgh\b")
+"""What speaks of GPUs in the names of a partition and of features."""
 NONE = ("", "(null)", "N/A", "NONE", "UNLIMITED", "INFINITE", "0", "ALL")
 """What stands where Slurm has no limit or no value."""
 
@@ -36,10 +43,13 @@ class NodeKind:
     memory_mb: int
     gpu_type: str | None
     gpus: int
+    feature: str | None = None
+    """The feature that names the kind of its GPUs."""
 
     def __str__(self) -> str:
         """Say it in a comment."""
-        kind = f" ({self.gpu_type})" if self.gpu_type else ""
+        named = self.gpu_type or self.feature
+        kind = f" ({named})" if named else ""
         gpus = f"{self.gpus} GPUs{kind}, " if self.gpus else ""
         return f"{gpus}{self.cpus} CPUs, {self.memory_mb} MB"
 
@@ -53,6 +63,11 @@ class Partition:
     is_up: bool
     nodes: Mapping[str, NodeKind]
     features: frozenset[str]
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether Slurm knows of GPUs on any of its nodes."""
+        return any(kind.gpus for kind in self.nodes.values())
 
     @property
     def kinds(self) -> list[tuple[NodeKind, int]]:
@@ -86,7 +101,10 @@ def probe(name: str | None) -> str:
         others=[other for other in partitions if other is not chosen],
     )
     where = f"partition {chosen.name}"
-    check_cluster(parse_yaml(text, where=where), where=where)  # names may hold what no script can
+    values = parse_yaml(text, where=where)
+    if values["gpus_per_node"] is None:  # for a person to say
+        del values["gpus_per_node"]
+    check_cluster(values, where=where)  # names may hold what no script can
     return text
 
 
@@ -103,7 +121,10 @@ def parse_nodes(text: str) -> list[Partition]:
                 is_default=label.endswith("*"),
                 is_up=own[0][1] == "up",
                 nodes={
-                    row[2]: NodeKind(int(row[3]), int(row[4]), *parse_gres(row[5])) for row in own
+                    row[2]: NodeKind(
+                        int(row[3]), int(row[4]), *parse_gres(row[5]), _gpu_feature(row[6])
+                    )
+                    for row in own
                 },
                 features=frozenset(
                     word for row in own for word in row[6].split(",") if word not in NONE
@@ -121,6 +142,12 @@ def parse_gres(text: str) -> tuple[str | None, int]:
     return max(whole or kinds, key=lambda kind: kind[1], default=(None, 0))
 
 
+def _gpu_feature(features: str) -> str | None:
+    """Return the feature that names a kind of GPU, where just one does."""
+    found = [word for word in features.split(",") if GPU_KIND.fullmatch(word)]
+    return found[0] if len(found) == 1 else None
+
+
 def parse_fields(line: str) -> dict[str, str]:
     """Return the fields of a line of `scontrol --oneliner`."""
     return dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", line))
@@ -132,7 +159,7 @@ def parse_config(text: str) -> dict[str, str]:
 
 
 def choose(partitions: Sequence[Partition], name: str | None) -> Partition:
-    """Return the partition named, else Slurm's default, else the one with most GPUs.
+    """Return the partition named, else Slurm's default if it has GPUs, else the one with most.
 
     Raises:
         ClusterError: Where there is none.
@@ -140,13 +167,18 @@ def choose(partitions: Sequence[Partition], name: str | None) -> Partition:
     if not partitions:
         raise SlurmError("shows no nodes", where="sinfo", remedy="ask the site which you may use")
     if name is None:
-        defaults = [partition for partition in partitions if partition.is_default]
-        return min(defaults or partitions, key=lambda p: -p.kinds[0][0].gpus * p.kinds[0][1])
+        # A default of CPUs is for other work, where others have GPUs.
+        return max(partitions, key=lambda p: (p.has_gpus, p.is_default, _gpus_together(p)))
     for partition in partitions:
         if partition.name == name:
             return partition
     names = [partition.name for partition in partitions]
     raise ClusterError(f"no partition {name!r}", where="--partition", remedy=nearest(name, names))
+
+
+def _gpus_together(partition: Partition) -> int:
+    kind, count = partition.kinds[0]
+    return kind.gpus * count
 
 
 def describe(
@@ -173,7 +205,10 @@ def describe(
             *_head(chosen, partition, config, others),
             *_value("partition", chosen.name),
             "# account: my-project      # where the site charges one",
-            *_devices(kind, node, partition, exclusive=exclusive),
+            *_only_this_kind(chosen),
+            *_devices(
+                kind, node, partition, exclusive=exclusive, are_known=_are_known(chosen, others)
+            ),
             *_value("exclusive", exclusive),
             *_value("max_nodes", _least(count, partition.get("MaxNodes"))),
             *_times(partition),
@@ -213,7 +248,12 @@ def _head(
 
 
 def _devices(
-    kind: NodeKind, node: Mapping[str, str], partition: Mapping[str, str], *, exclusive: bool
+    kind: NodeKind,
+    node: Mapping[str, str],
+    partition: Mapping[str, str],
+    *,
+    exclusive: bool,
+    are_known: bool,
 ) -> list[str]:
     """Return the lines that ask for all of one node."""
     usable = node.get("CPUEfctv", "")  # without those that Slurm keeps for itself
@@ -223,9 +263,12 @@ def _devices(
     memory_mb = kind.memory_mb - (int(reserved) if reserved.isdecimal() else 0)
     memory_mb = _least(memory_mb, partition.get("MaxMemPerNode"))
     lines = _value("gpus_per_node", kind.gpus)
-    if not kind.gpus:
-        note = "Slurm knows of no GPUs here; where nodes have some, say how many, and gres: null"
-        lines = [f"# {note}", *lines]
+    if not kind.gpus and not are_known:
+        lines = [
+            "# Slurm does not say whether nodes have GPUs: give their number, and gres: null; or",
+            "# 0 to train on CPUs.",
+            *_value("gpus_per_node", None),
+        ]
     if kind.gpus:
         gpu = "gpu" if kind.gpu_type is None else f"gpu:{kind.gpu_type}"
         lines += _value("gres", gpu + ":{gpus}")
@@ -238,6 +281,21 @@ def _devices(
     if memory_mb > 1:  # what Slurm assumes where nobody has told it
         return lines + _value("memory_per_node", f"{memory_mb}M")
     return [*lines, "# memory_per_node: 480G    # Slurm does not know what a node has"]
+
+
+def _are_known(chosen: Partition, others: Sequence[Partition]) -> bool:
+    """Whether Slurm would know of GPUs in a partition, were there any."""
+    hints = GPU_HINT.search(" ".join((chosen.name, *sorted(chosen.features))))
+    return chosen.has_gpus or (hints is None and any(other.has_gpus for other in others))
+
+
+def _only_this_kind(chosen: Partition) -> list[str]:
+    """Return the line that asks for nodes of the first kind, where only a feature tells them."""
+    kind, *rest = [kind for kind, _ in chosen.kinds]
+    told = {other.feature for other in rest if (other.gpu_type, other.gpus) == (None, kind.gpus)}
+    if kind.gpu_type is None and kind.gpus and kind.feature and told - {kind.feature}:
+        return _value("constraint", kind.feature)
+    return []
 
 
 def _times(partition: Mapping[str, str]) -> list[str]:

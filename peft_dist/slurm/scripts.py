@@ -3,7 +3,6 @@
 Pure: the same job gives the same bytes. `template` quotes what gets in or refuses it.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import Any
 from peft_dist import __version__
 from peft_dist.common.durations import duration_text
 from peft_dist.common.env import SHARING
-from peft_dist.common.errors import ClusterError
 from peft_dist.common.sharing import GROUP
-from peft_dist.config.cluster import Cluster, Container
+from peft_dist.config.cluster import Cluster, Head
+from peft_dist.config.slurm_options import option_words, static_exclude
 from peft_dist.launch.command import Meeting, launch_environment, worker_command
 from peft_dist.launch.placement import Placement
+from peft_dist.slurm.container import mounts, node_command, srun_options
+from peft_dist.slurm.offline import VARIABLES as OFFLINE
 from peft_dist.slurm.submitting import kept_variables
 from peft_dist.slurm.template import fill
 
@@ -58,6 +59,17 @@ class Job:
     """Whether to wait until no other job of this name runs."""
     allow_changed: tuple[str, ...] = ()
     """Settings that may differ from those a run was trained with."""
+    frozen: bool = False
+    """Whether a start refuses an environment that is not that of the submission."""
+    import_paths: tuple[str, ...] = ()
+    """Where Python finds code before it looks at what is installed."""
+    command: tuple[str, ...] = ()
+    """What each node runs where this job does not train: its folder is that of a command."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that it has in all."""
+        return self.placement.nodes * self.cluster.gpus_per_node
 
 
 def render_job(job: Job) -> str:
@@ -66,13 +78,8 @@ def render_job(job: Job) -> str:
     Raises:
         ClusterError: For a value that no script can hold safely.
     """
-    container = job.cluster.container
-    srun_options = []
-    if container is not None and container.runtime == "pyxis":
-        srun_options = [
-            ("container-image", container.image),
-            ("container-mounts", ",".join(_mounts(job, container))),
-        ]
+    cluster = job.cluster
+    head = cluster.head or Head.model_construct()
     return fill(
         "job.sbatch.j2",
         version=__version__,
@@ -81,12 +88,20 @@ def render_job(job: Job) -> str:
         run=str(job.folder),
         script=str(job.folder / JOB_SCRIPT),
         nodes=job.placement.nodes,
-        umask="007" if job.cluster.sharing == GROUP else "077",
-        requeue=job.cluster.requeue.allowed,
-        usual="requeue" if job.cluster.requeue.allowed else "submit",
+        gpus=job.gpus,
+        limit=job.array.limit if job.array else None,
+        umask="007" if cluster.sharing == GROUP else "077",
+        requeue=cluster.requeue.allowed,
+        usual="requeue" if cluster.requeue.allowed else "submit",
         kept_variables=kept_variables(option for option, _ in _directives(job)),
         singleton=job.singleton,
-        srun_options=srun_options,
+        static_exclude=static_exclude(cluster.sbatch),
+        head_suffix=head.suffix,
+        head_interface=head.interface,
+        srun_options=[
+            *srun_options(cluster.container, _mounts(job)),
+            *option_words(cluster.srun),
+        ],
     )
 
 
@@ -104,39 +119,78 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
     cluster, placement = job.cluster, job.placement
     environment = {
         **launch_environment(placement, {"OMP_NUM_THREADS": ""}),  # each node counts its CPUs
-        **_interfaces(cluster),
+        **(OFFLINE if cluster.offline else {}),
         **({SHARING: GROUP} if cluster.sharing == GROUP else {}),
         # What is installed in a home must not hide what is in the image.
         **({} if cluster.container is None else {"PYTHONNOUSERSITE": "1"}),
         **{name: str(value) for name, value in cluster.environment.items()},
     }
-    launcher = worker_command(
+    interpreter = interpreter_of(cluster)
+    changed = [word for name in job.allow_changed for word in ("--allow-changed", name)]
+    launcher = job.command or workers(
+        cluster,
         placement,
         "train.py",
-        [
-            str(run_dir / "recipe.yaml"),
-            *(word for name in job.allow_changed for word in ("--allow-changed", name)),
-        ],
-        python=cluster.interpreter,
-        root=SHARE,
+        [str(run_dir / "recipe.yaml"), *changed],
         max_restarts=job.max_restarts,
-        meeting=MEETING if placement.nodes > 1 else None,
     )
     stage = None
     if cluster.stage is not None and model is not None:
         stage = ["-m", "peft_dist.slurm.stage_model", "--json", model, cluster.stage.folder]
+    setup, inside = cluster.setup, "" if cluster.container is None else cluster.container.setup
+    if cluster.container is not None and cluster.container.is_started_by_srun:
+        setup, inside = f"{setup.rstrip()}\n{inside}".strip("\n"), ""
     return fill(
         "node.sh.j2",
         version=__version__,
-        setup=cluster.setup,
+        setup=setup,
+        inside=inside,
         environment=sorted(environment.items()),
+        import_paths=":".join(job.import_paths),
         processes_per_node=placement.processes_per_node,
         several_nodes=placement.nodes > 1,
-        python=[*_container(job), cluster.interpreter],
+        python=[
+            *node_command(cluster.container, _mounts(job), on_gpu=placement.on_gpu),
+            interpreter,
+        ],
+        interpreter=cluster.interpreter if interpreter == "$interpreter" else None,
         find_share=FIND_SHARE,
         stage=stage,
         supervisor=_supervisor(job, run_dir),
         launcher=launcher,
+    )
+
+
+def interpreter_of(cluster: Cluster) -> str:
+    """Return the interpreter as `node.sh` names it; only a node knows where its own disk is."""
+    return "$interpreter" if cluster.interpreter.startswith("$") else cluster.interpreter
+
+
+def workers(
+    cluster: Cluster,
+    placement: Placement,
+    script: str,
+    arguments: Sequence[str],
+    *,
+    max_restarts: int = 0,
+) -> list[str]:
+    """Return the command by which a node starts its share of the workers.
+
+    Args:
+        cluster: Where.
+        placement: How many there are.
+        script: `train.py` or `score.py`.
+        arguments: What every worker gets.
+        max_restarts: How often all are started again in place.
+    """
+    return worker_command(
+        placement,
+        script,
+        arguments,
+        python=interpreter_of(cluster),
+        root=SHARE,
+        max_restarts=max_restarts,
+        meeting=MEETING if placement.nodes > 1 else None,
     )
 
 
@@ -171,6 +225,7 @@ def _directives(job: Job) -> list[tuple[str, str | None]]:
     return [
         *((option, str(value)) for option, value in given if value is not None),
         *((flag, None) for flag in flags),
+        *option_words(cluster.sbatch),
     ]
 
 
@@ -184,51 +239,28 @@ def _log_path(job: Job) -> str:
     return f"{folder}/job-%A_%a.log" if job.array else f"{folder}/job-%j.log"
 
 
-def _interfaces(cluster: Cluster) -> dict[str, str]:
-    if cluster.interface is None:
-        return {}
-    return {"GLOO_SOCKET_IFNAME": cluster.interface, "NCCL_SOCKET_IFNAME": cluster.interface}
-
-
-def _container(job: Job) -> list[str]:
-    """Return what a node puts before a command that runs in the image."""
-    container = job.cluster.container
-    if container is None or container.runtime != "apptainer":
+def _mounts(job: Job) -> list[str]:
+    if job.cluster.container is None:
         return []
-    mounts = [word for mount in _mounts(job, container) for word in ("--bind", mount)]
-    gpus = ["--nv"] if job.placement.on_gpu else []
-    return ["apptainer", "exec", *gpus, *mounts, container.image]
-
-
-def _mounts(job: Job, container: Container) -> list[str]:
-    """Return what the image sees of the node, as OUTSIDE:INSIDE or OUTSIDE:INSIDE:MODE."""
-    mounts = []
-    for mount in container.mounts:
-        folder, *rest = mount.split(":")
-        inside = [] if rest and rest[0].startswith("/") else [folder]
-        mounts.append(":".join([folder, *inside, *rest]))
     own = {"--run-dir": str(job.folder), "secrets_file": job.cluster.secrets_file}
-    for where, path in own.items():
-        if path is not None and re.search("[:,]", path):
-            raise ClusterError(
-                f"{path!r} cannot be seen in a container",
-                where=where,
-                remedy="choose a name without : and ,",
-            )
-        if path is not None:
-            mounts.append(f"{path}:{path}")
-    return mounts
+    return mounts(job.cluster.container, own)
 
 
 def _supervisor(job: Job, run_dir: Path) -> list[str]:
     cluster = job.cluster
-    words = ["-m", "peft_dist.slurm.supervisor", "--run-dir", str(run_dir)]
+    module = "command_supervisor" if job.command else "supervisor"
+    words = ["-m", f"peft_dist.slurm.{module}", "--run-dir", str(run_dir)]
     words += ["--max-starts", str(cluster.requeue.max_starts)]
     limit = cluster.requeue.max_starts_without_progress
     words += ["--max-starts-without-progress", str(limit)]
     if cluster.secrets_file is not None:
         words += ["--secrets", cluster.secrets_file]
-    if cluster.preflight.enabled:
+    if job.frozen:
+        words += ["--frozen"]
+    interface = cluster.interface or ("auto" if cluster.head is not None else None)
+    if interface is not None:
+        words += [f"--interface={interface}"]
+    if cluster.preflight.enabled and not job.command:
         words += ["--devices", str(cluster.gpus_per_node)]
         words += ["--preflight-timeout-s", f"{cluster.preflight.timeout_s:.12g}"]
         words += ["--arrival-s", f"{cluster.preflight.arrival_s:.12g}"]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from peft_dist.common.env import AFTER_JOB
 from peft_dist.common.errors import SlurmError
-from peft_dist.slurm.cli_client import run_slurm
+from peft_dist.slurm.cli_client import of_cluster, run_slurm
 
 OF_USERS = ("SLURM_CLUSTERS", "SLURM_CONF", "SLURM_JWT", "SBATCH_ACCOUNT", "SBATCH_CLUSTERS",
             "SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_RESERVATION")  # fmt: skip
@@ -29,8 +29,12 @@ def new_token() -> str:
     return f"peft-dist-{secrets.token_hex(8)}"
 
 
-def sbatch(argv: Sequence[str], *, token: str, script: str, after: str | None = None) -> str:
+def sbatch(
+    argv: Sequence[str], *, token: str, script: str, after: str | None = None, clusters: str = ""
+) -> str:
     """Run a command that submits and prints the job's id; return that.
+
+    It ends with `@cluster` where Slurm has several, and says which one has taken the job.
 
     Waits as long as sbatch takes: one that is killed may have been heard.
 
@@ -39,6 +43,7 @@ def sbatch(argv: Sequence[str], *, token: str, script: str, after: str | None = 
         token: Its comment.
         script: The text of the batch script.
         after: The job that this one goes on for.
+        clusters: Where it may be queued, where that is not Slurm's own.
 
     Raises:
         SlurmError: Where Slurm refuses, and no job has the token.
@@ -53,7 +58,7 @@ def sbatch(argv: Sequence[str], *, token: str, script: str, after: str | None = 
         refused = error
     refused = refused or SlurmError(f"printed {output.strip()!r} and no job id", where="sbatch")
     try:
-        job = job_id(output) or find_job(token)
+        job = job_id(output) or find_job(token, clusters)
     except SlurmError as error:
         raise SubmissionUnknown(
             f"{refused}; cannot tell whether the job is queued: {error}",
@@ -65,30 +70,53 @@ def sbatch(argv: Sequence[str], *, token: str, script: str, after: str | None = 
 
 
 def job_id(output: str) -> str | None:
-    """Return the id that `sbatch --parsable` printed, behind whatever a site prints first."""
-    ids = re.findall(r"^([0-9]+)(?:;.*)?$", output, re.MULTILINE)  # 47;cluster: one of several
-    return str(ids[-1]) if ids else None
+    """Return the id that `sbatch --parsable` printed, behind whatever a site prints first.
+
+    Of `47;cluster`, which is one of several, it returns `47@cluster`.
+    """
+    ids = re.findall(r"^([0-9]+)(?:;(.*))?$", output, re.MULTILINE)
+    return "@".join(filter(None, ids[-1])) if ids else None
 
 
-def find_job(token: str) -> str | None:
+def find_job(token: str, clusters: str = "") -> str | None:
     """Return the job of this user that was submitted with a token; None where there is none.
+
+    Args:
+        token: The job's comment.
+        clusters: Where to look, where that is not Slurm's own; the job's name ends with `@cluster`.
 
     Raises:
         SlurmError: Where Slurm does not answer.
     """
-    told = run_slurm(["squeue", "--noheader", "--me", "--states=all", "-o", "%F|%k"])
-    rows = [line.strip().partition("|") for line in told.splitlines()]
-    return next((job for job, _, comment in rows if comment == token and job.isdecimal()), None)
+    options = ["--noheader", "--me", "--states=all", "-o", "%F|%k"]
+    at = ""
+    for line in run_slurm(["squeue", *of_cluster(clusters), *options]).splitlines():
+        job, _, comment = line.strip().partition("|")
+        if job.startswith("CLUSTER: "):
+            at = "@" + job.removeprefix("CLUSTER: ").strip()
+        elif comment == token and job.isdecimal():
+            return job + at
+    return None
 
 
-def check_script(script: str) -> None:
-    """Have Slurm check a batch script without submitting it.
+def check_script(script: str, options: Sequence[str] = ()) -> str:
+    """Have Slurm check a batch script without submitting it; return when it would start.
+
+    Args:
+        script: Its text.
+        options: What counts more than what the script says.
+
+    Returns:
+        Date and time on Slurm's clock; empty where it does not say.
 
     Raises:
         SlurmError: Where Slurm would refuse it.
     """
     environment = submitting_environment(script)
-    run_slurm(["sbatch", "--test-only"], environment=environment, text=script)
+    argv = ["sbatch", "--test-only", *options]
+    told = run_slurm(argv, environment=environment, text=script, with_errors=True)
+    found = re.search(r"\bto start at (\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)", told)
+    return "" if found is None else f"{found[1]} {found[2]}"
 
 
 def kept_variables(options: Iterable[str]) -> list[str]:

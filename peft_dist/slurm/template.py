@@ -16,7 +16,7 @@ from peft_dist.common import paths
 from peft_dist.common.errors import ClusterError
 
 FILLED_IN = re.compile(
-    r"\$(SLURM_NODEID|PEFT_DIST_HEAD|PEFT_DIST_PORT|rendezvous|share/[a-z0-9_./]+)"
+    r"\$(SLURM_NODEID|PEFT_DIST_HEAD|PEFT_DIST_PORT|rendezvous|inside|interpreter|share/[a-z0-9_./]+)"
 )
 """Arguments that each node fills in; every other one is text."""
 
@@ -58,6 +58,7 @@ def _templates() -> Environment:
         comment=lambda text: _Safe(_printable(text)),
         directive=_directive,
         lines=lambda text: _Safe(text.strip("\n")),
+        node_path=_node_path,
         number=lambda number: _Safe(int(number)),
         sh=_shell,
         word=_word,
@@ -95,6 +96,12 @@ def _command(words: Sequence[str]) -> _Safe:
             for text, starts in zip(quoted, starts_line, strict=True)
         ).lstrip()
     )
+
+
+def _node_path(text: str) -> _Safe:
+    """Quote a path whose beginning is a variable of the node."""
+    variable, slash, rest = text.partition("/")
+    return _Safe(f'"{variable}"{_shell(slash + rest)}')
 
 
 def _word(text: str) -> _Safe:

@@ -4,9 +4,10 @@ Asks Slurm nothing, and makes nothing.
 """
 
 import os
+import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft_dist.common.durations import duration_s, duration_text
@@ -14,7 +15,9 @@ from peft_dist.common.errors import ClusterError, LaunchError, RecipeError
 from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import batch_shape
 from peft_dist.config.cluster import Cluster
+from peft_dist.config.cluster_sites import PLACEHOLDER
 from peft_dist.run.directory import RunDir
+from peft_dist.slurm.container import node_command
 from peft_dist.slurm.scripts import Job
 from peft_dist.slurm.secrets import read_secrets
 
@@ -100,6 +103,20 @@ def check_paths(cluster: Cluster, nodes: int, folder: Path, recipe: Recipe) -> l
         "model.name": local_model(recipe),
         **_row_paths(recipe),
     }
+    return check_shared(cluster, nodes, paths)
+
+
+def check_shared(cluster: Cluster, nodes: int, paths: Mapping[str, str | None]) -> list[str]:
+    """Refuse paths that the nodes surely do not share; return what is only worth a word.
+
+    Args:
+        cluster: Where the nodes are.
+        nodes: How many the job has.
+        paths: By what gave them; those that are not absolute are left out.
+
+    Raises:
+        LaunchError: Naming the path and what gave it.
+    """
     not_shared: dict[str, list[str]] = {}
     for field, text in paths.items():
         if text is None or not text.startswith("/"):  # a hub name
@@ -148,11 +165,31 @@ def check_cluster_files(cluster: Cluster) -> None:
     """
     if cluster.secrets_file is not None:
         read_secrets(Path(cluster.secrets_file))
-    if not cluster.setup:
+    _check_lines("setup", cluster.setup)
+    if cluster.container is not None:
+        _check_lines("container.setup", cluster.container.setup)
+
+
+def check_account(cluster: Cluster) -> None:
+    """Refuse the account that shipped cluster files name.
+
+    Raises:
+        ClusterError: With how to name another one.
+    """
+    if cluster.account is not None and PLACEHOLDER in cluster.account:
+        raise ClusterError(
+            f"{cluster.account} stands for yours",
+            where="account",
+            remedy="give --sbatch account=NAME, or set it in a copy: `peft-dist cluster show`",
+        )
+
+
+def _check_lines(field: str, lines: str) -> None:
+    if not lines:
         return
     checked = subprocess.run(
         ["bash", "-n"],
-        input=cluster.setup.rstrip("\n") + "\n",
+        input=lines.rstrip("\n") + "\n",
         env={**os.environ, "LC_ALL": "C"},
         capture_output=True,
         text=True,
@@ -161,7 +198,7 @@ def check_cluster_files(cluster: Cluster) -> None:
     if checked.returncode or checked.stderr:  # of text without an end bash only warns
         message = (checked.stderr.splitlines() or ["cannot be read"])[0]
         raise ClusterError(
-            message.removeprefix("bash: "), where="setup", remedy="fix it in the cluster file"
+            message.removeprefix("bash: "), where=field, remedy="fix it in the cluster file"
         )
 
 
@@ -180,16 +217,20 @@ def try_set_up(cluster: Cluster) -> None:
     Raises:
         ClusterError: With the last line of what fails.
     """
-    container, prefix = cluster.container, ""
-    if container is not None and container.runtime == "pyxis":
+    container = cluster.container
+    if container is not None and container.is_started_by_srun:
         raise ClusterError(
             "needs an image that only nodes can run", where="--try", remedy="submit without it"
         )
-    if container is not None:
-        prefix = f"apptainer exec {shlex.quote(container.image)} "
-    line = f"exec {prefix}{shlex.quote(cluster.interpreter)} -c {shlex.quote(IMPORTS)}"
+    if cluster.interpreter.startswith("$"):
+        raise ClusterError(
+            "needs a disk that only nodes have", where="--try", remedy="submit without it"
+        )
+    inside = "" if container is None else f'set -eo pipefail\n{container.setup}\nexec "$@"'
+    words = [*node_command(container, [], on_gpu=False), cluster.interpreter, "-c", IMPORTS]
+    line = shlex.join([inside if word == "$inside" else word for word in words])
     tried = subprocess.run(
-        ["bash", "-eo", "pipefail", "-c", f"{cluster.setup}\nset -e\n{line}\n"],
+        ["bash", "-eo", "pipefail", "-c", f"{cluster.setup}\nset -e\nexec {line}\n"],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -241,6 +282,20 @@ def check_alike(recipes: Sequence[Recipe]) -> None:
             where="--array",
             remedy="submit them one by one",
         )
+
+
+def time_limit(cluster: Cluster, given: str | None) -> tuple[str | None, str]:
+    """Return the time limit of a job, and where it was given."""
+    if given is not None:
+        return given, "--time"
+    if cluster.default_time is not None:
+        return cluster.default_time, "default_time"
+    return cluster.max_time, "max_time"
+
+
+def job_name(name: str) -> str:
+    """Return a name that is safe in a path, in a table and in a script."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-")[:64] or "run"
 
 
 def local_model(recipe: Recipe) -> str | None:

@@ -25,6 +25,12 @@ class Site:
     """Per node; a job that takes more than it asked for is ended where there are cgroups."""
     gpus: int = 0
     """Per node: something that Slurm hands out and that nothing can compute on."""
+    hardware: str = ""
+    """What a node has besides, as slurm.conf says it: `Features=h100 TmpDisk=400000`."""
+    gpu_kinds: tuple[str, ...] = ()
+    """Types of GPUs, `gpus` of each; empty for GPUs without one."""
+    tmpfs_gb: int = 0
+    """Per node, that jobs ask for as `gres`."""
     accounting: bool = True
     """Whether there is slurmdbd with its database, so that `sacct` answers. Costs start time."""
     job_requeue: bool = True
@@ -168,15 +174,18 @@ def short_host() -> str:
 
 
 def _hosts(site: Site, place: Place) -> list[str]:
-    nodes = [f"{place.address(name)} {name}" for name in site.names()]
+    # Some sites reach a node's fast network by its name with an i.
+    nodes = [f"{place.address(name)} {name} {name}i" for name in site.names()]
     return ["127.0.0.1 localhost", f"{place.address()} {short_host()}", *nodes]
 
 
 def _slurm_conf(site: Site, place: Place) -> list[str]:
     names = ",".join(site.names())
     cgroups = bool(place.cgroups())
-    gres = f" Gres=gpu:{site.gpus}" if site.gpus else ""
-    hardware = f"CPUs={site.cpus} RealMemory={site.memory_mb}{gres}"
+    counted = [f"gpu:{kind}:{site.gpus}" for kind in site.gpu_kinds] or [f"gpu:{site.gpus}"]
+    counted += [f"tmpfs:{site.tmpfs_gb}G"] * bool(site.tmpfs_gb)
+    gres = f" Gres={','.join(counted)}" if site.gpus else ""
+    hardware = f"CPUs={site.cpus} RealMemory={site.memory_mb}{gres} {site.hardware}"
     return [
         f"ClusterName={place.tag}",
         f"SlurmctldHost={short_host()}({place.address()})",
@@ -207,7 +216,7 @@ def _slurm_conf(site: Site, place: Place) -> list[str]:
         "SelectType=select/cons_tres",
         "SelectTypeParameters=CR_Core_Memory",
         f"DefMemPerCPU={site.memory_mb // site.cpus}",
-        *(["GresTypes=gpu"] if site.gpus else []),
+        *([f"GresTypes=gpu{',tmpfs' if site.tmpfs_gb else ''}"] if site.gpus else []),
         "PreemptType=preempt/partition_prio",
         "PreemptMode=REQUEUE",
         f"JobRequeue={int(site.job_requeue)}",
@@ -268,8 +277,13 @@ def _cgroup_conf(place: Place) -> list[str]:
 
 
 def _gres_conf(site: Site, place: Place) -> Iterator[str]:
-    for index in range(site.gpus):
+    kinds = site.gpu_kinds or ("",)
+    for index in range(site.gpus * len(kinds)):
         # Slurm wants a character device; this is a copy of /dev/null.
         device = place.base / f"gpu{index}"
         os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
-        yield f"Name=gpu File={device} Flags=nvidia_gpu_env"
+        kind = kinds[index // site.gpus]
+        typed = f" Type={kind}" if kind else ""
+        yield f"Name=gpu{typed} File={device} Flags=nvidia_gpu_env"
+    if site.tmpfs_gb:
+        yield f"Name=tmpfs Count={site.tmpfs_gb}G Flags=CountOnly"

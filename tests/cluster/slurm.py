@@ -139,7 +139,11 @@ class SlurmCluster:
         self, node: str, argv: Sequence[str], *, timeout_s: float = 60, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a node, in its root folder and outside of any job."""
-        return self.run([*self._nodes[node].enter(), *argv], timeout_s=timeout_s, check=check)
+        return self.run([*self.enter(node), *argv], timeout_s=timeout_s, check=check)
+
+    def enter(self, node: str) -> list[str]:
+        """Return the start of a command that runs on a node."""
+        return self._nodes[node].enter()
 
     def jobs(self) -> dict[str, Job]:
         """Return all jobs by their id, those that ended lately too."""

@@ -95,6 +95,7 @@ def submit_one(tried: random.Random, folder: Path, runs: Runs, canary: str) -> P
         "reservation": text,
         "memory_per_node": text,
         "interface": text,
+        "sbatch": lambda: {"mail-user": text()},
         "max_time": text,
         "gres": text,
         "secrets_file": lambda: "/" + text(),

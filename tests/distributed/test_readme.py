@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_dist.config import load_recipe
 from tests.processes import ROOT, environment, run
 from tests.tiny import tiny_model
 
@@ -17,11 +18,15 @@ SMALLER = ["train.steps=2", "evaluate.max_rows=4", "data.max_length=256"]
 TRAINS = ("peft-dist train", "accelerate launch", "torchrun")
 
 
+def blocks(language: str) -> list[str]:
+    """Return all blocks of a language, in order."""
+    texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
+    return re.findall(rf"```{language}\n(.*?)```", "\n".join(texts), flags=re.DOTALL)
+
+
 def commands() -> list[str]:
     """Return the lines of all shell blocks, in order, without comments."""
-    texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
-    blocks = re.findall(r"```bash\n(.*?)```", "\n".join(texts), flags=re.DOTALL)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line.split("  #")[0].strip() for text in blocks("bash") for line in text.splitlines()]
     return [line for line in lines if line]
 
 
@@ -43,20 +48,41 @@ def at_home(home: Path) -> dict[str, str]:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
-def test_every_command_of_readme_and_docs_runs(home: Path) -> None:
-    assert len(commands()) >= 7
+def test_every_command_and_every_python_block_of_readme_and_docs_runs(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(commands()) >= 20
     for command in commands():
+        if "<(" in command:  # is for a shell
+            script = command.replace("peft-dist", f"{sys.executable} -m peft_dist")
+            done = run(["bash", "-c", script], cwd=home, environment=at_home(home))
+            assert (done.returncode, done.stderr) == (0, ""), command
+            continue
         words = shlex.split(command)
         words = [str(Path(word).expanduser()) if word.startswith("~") else word for word in words]
         words = [word.replace(str(Path.home()), str(home)) for word in words]
         if words[0] == "peft-dist":
             words[:1] = [sys.executable, "-m", "peft_dist"]
         if command.startswith(TRAINS):
-            words += SMALLER
+            # An array's runs are trained in test_sweep_here.py.
+            words += ["--dry-run"] if "--array" in words else SMALLER
         done = run(words, cwd=home, environment=at_home(home), timeout_s=120)
         assert done.returncode == 0, (command, done.stdout, done.stderr)
     adapters = sorted(path.parent.name for path in (home / "runs").glob("*/adapter"))
     assert adapters == ["a", "b", "quickstart"]
+    monkeypatch.chdir(home)
+    assert len(blocks("python")) >= 2
+    for code in blocks("python"):
+        exec(compile(code, "a block of the documents", "exec"), {})
+
+
+def test_every_recipe_of_readme_and_docs_is_valid(tmp_path: Path) -> None:
+    assert len(blocks("yaml")) >= 3
+    for number, text in enumerate(blocks("yaml")):
+        path = tmp_path / f"{number}.yaml"
+        whole = text if "model:" in text else f"model: {{name: someone/a-model}}\n{text}"
+        path.write_text(whole, encoding="utf-8")
+        load_recipe(path, check_paths=False)
 
 
 @pytest.mark.distributed

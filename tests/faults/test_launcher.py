@@ -80,9 +80,10 @@ class Run:
 
     def start(self, *overrides: str) -> Command:
         """Start `peft-dist train` on two processes."""
+        settings = {word.partition("=")[0]: word for word in (*STEPS, *overrides)}
         return self.command(
             "train", str(self.project.recipe), "--run-dir", str(self.path), "--nproc", "2",
-            "parallel.strategy=fsdp", *STEPS, *overrides,
+            "parallel.strategy=fsdp", *settings.values(),
         )  # fmt: skip
 
     def command(self, *arguments: str) -> Command:

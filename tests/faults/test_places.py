@@ -1,5 +1,6 @@
 """Run directories that change under a training: read-only, moved, removed."""
 
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,8 +12,14 @@ from peft_dist.common.errors import ERROR_PREFIX
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Project
 from tests.faults.long import cases
-from tests.faults.oracles import assert_same_run, checkpoint_steps
-from tests.faults.test_launcher import STEPS, Command, Run
+from tests.faults.oracles import (
+    adapter_sha256,
+    assert_same_run,
+    checkpoint_steps,
+    final_steps,
+    records,
+)
+from tests.faults.test_launcher import PEFT_DIST, STEPS, Command, Run
 
 pytestmark = pytest.mark.distributed
 
@@ -32,6 +39,9 @@ def the_line(command: Command, code: int) -> str:
     return line
 
 
+OPTIONS = "loop,errors=remount-ro"
+
+
 class Disk:
     """A file system of its own on a loop device; an error turns it read-only, as on a real one."""
 
@@ -42,8 +52,7 @@ class Disk:
         with self._image.open("wb") as file:
             file.truncate(32 << 20)
         self._run("mkfs.ext4", "-q", str(self._image))
-        options = "loop,errors=remount-ro"
-        self._run("mount", "-o", options, str(self._image), str(self.folder))
+        self._run("mount", "-o", OPTIONS, str(self._image), str(self.folder))
         found = self._run("findmnt", "-n", "-o", "SOURCE", str(self.folder))
         self._trigger = Path("/sys/fs/ext4", Path(found.strip()).name, "trigger_fs_error")
         if not self._trigger.exists():
@@ -53,6 +62,15 @@ class Disk:
     def fail(self) -> None:
         """Let it meet an error."""
         self._trigger.write_text("test", encoding="ascii")
+
+    def repair(self) -> None:
+        """Unmount it, have it checked, and mount it again, as after a new start of the machine."""
+        self.unmount()
+        checked = subprocess.run(
+            ["fsck.ext4", "-f", "-y", str(self._image)], capture_output=True, check=False
+        )
+        assert checked.returncode in (0, 1), checked.stdout  # nothing, or all of it corrected
+        subprocess.run(["mount", "-o", OPTIONS, self._image, self.folder], check=True)
 
     def unmount(self) -> None:
         """Unmount it."""
@@ -76,18 +94,48 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     disk.unmount()
 
 
-@pytest.mark.parametrize(
-    "saves", ["checkpoint.every_steps=5", "checkpoint.every_steps=null"][: cases(1, 2)]
-)
-def test_a_file_system_that_turns_read_only_ends_the_run_with_the_code_that_nobody_restarts(
-    run: Run, disk: Disk, saves: str
+@pytest.mark.parametrize("loses_lines", [True, False][: cases(1, 2)])
+def test_a_run_on_a_file_system_that_turned_read_only_ends_and_goes_on_after_its_repair(
+    run: Run, disk: Disk, undisturbed: Undisturbed, loses_lines: bool
 ) -> None:
     run.path = disk.folder / "run"
-    command = run.start(saves, "parallel.max_restarts=2")
+    command = run.start("checkpoint.every_steps=5", "parallel.max_restarts=2")
+    command.wait_until(lambda: len(checkpoint_steps(run.path)) > 1, "checkpoints")
+    disk.fail()
+    assert "Read-only file system" in the_line(command, 3)
+    disk.repair()
+    saved = checkpoint_steps(run.path)[-1]
+    # What was synced is there: no line of a step before a checkpoint is lost with the device.
+    assert set(range(1, saved + 1)) <= set(final_steps(run.path))
+    if loses_lines:  # as a device that lies about what it has written would
+        path = run.path / "ledger.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= saved - 3]
+        path.write_text("".join(kept), encoding="utf-8")
+    again = run.command("resume", str(run.path))
+    assert again.wait() == 0, again.told()
+    assert adapter_sha256(run.path) == adapter_sha256(undisturbed(2, "fsdp", *STEPS))
+    gap = f"steps {saved - 2} to {saved} are not in the ledger" if loses_lines else None
+    gaps = [(record["from_step"], record["to_step"]) for record in records(run.path, "gap")]
+    assert gaps == ([(saved - 2, saved)] if loses_lines else [])
+    for words in (("goodput", str(run.path)), ("status", str(run.path)),
+                  ("report", str(run.path), "--out", str(run.folder / "report.html"))):  # fmt: skip
+        told = subprocess.run(
+            [*PEFT_DIST, *words], capture_output=True, text=True, check=True, cwd=run.folder
+        ).stdout
+        if words[0] == "report":
+            told = (run.folder / "report.html").read_text(encoding="utf-8")
+        assert (gap in told) if gap else ("not in the ledger" not in told), (words, told[-2000:])
+
+
+def test_a_read_only_file_system_ends_a_run_that_saves_nothing_by_itself(
+    run: Run, disk: Disk
+) -> None:
+    run.path = disk.folder / "run"
+    command = run.start("checkpoint.every_steps=null", "parallel.max_restarts=2")
     run.wait_for_step(command, 20)
     disk.fail()
-    line = the_line(command, 3)
-    assert "Read-only file system" in line
+    assert "Read-only file system" in the_line(command, 3)
 
 
 def test_a_run_directory_that_is_moved_while_it_trains_is_told_in_one_line(

@@ -15,6 +15,7 @@ MINIMAL = "model: {name: ./model}\ndata: {train: train.jsonl}\n"
 def write_recipe(tmp_path: Path) -> Callable[[str], Path]:
     """Return a function that writes a recipe beside a model folder and a row file."""
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
 
     def write(text: str = MINIMAL) -> Path:

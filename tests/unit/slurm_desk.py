@@ -22,6 +22,7 @@ class Desk:
         """Write the recipe and the cluster file."""
         self.folder = folder
         (folder / "model").mkdir()
+        (folder / "model" / "config.json").write_text("{}")
         (folder / "train.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
         self.recipe = folder / "mine.yaml"
         self.recipe.write_text("model: {name: ./model}\ndata: {train: train.jsonl}\n")

@@ -56,7 +56,9 @@ def test_every_shipped_recipe_is_valid(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".cache/peft-dist/models/smollm2-135m-instruct").mkdir(parents=True)
+    model = tmp_path / ".cache/peft-dist/models/smollm2-135m-instruct"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
     code, out, err = outcome(capsys, "validate", str(recipe))
     assert (code, err) == (0, "")
     assert out.startswith(f"{recipe}: valid\n")

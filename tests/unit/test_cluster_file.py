@@ -41,10 +41,6 @@ def test_every_shipped_cluster_file_loads_and_is_explained(file: Path) -> None:
     assert file.read_text(encoding="utf-8").startswith("# ")
 
 
-def test_three_cluster_files_are_shipped() -> None:
-    assert [file.name for file in SHIPPED] == ["apptainer.yaml", "example.yaml", "single-node.yaml"]
-
-
 @pytest.mark.parametrize("values", [{}, EVERYTHING, {**APPTAINER, "python": "/usr/bin/python3"}])
 def test_a_cluster_file_that_is_written_out_loads_to_the_same(
     write: Write, values: dict[str, Any]
@@ -93,12 +89,12 @@ def test_a_time_that_slurm_and_people_read_differently_is_refused(text: str) -> 
         duration_s(text)
 
 
+NAME = "letters, digits and _ . , : @ / + = -"
 MISTAKES = {
     "partitoin: gpu": "partitoin: no such key; did you mean 'partition'?",
-    "partition: a b": "partition: got 'a b'; must be letters, digits and _ . , + -",
-    "partition: --wrap=x": "partition: got '--wrap=x'; must be letters, digits and _ . , + -",
-    "partition: 7": "partition: got 7; must be letters, digits and _ . , + - or null; put it in "
-    "quotes",
+    "partition: a b": f"partition: got 'a b'; must be {NAME}",
+    "partition: --wrap=x": f"partition: got '--wrap=x'; must be {NAME}",
+    "partition: 7": f"partition: got 7; must be {NAME} or null; put it in quotes",
     "max_time: 24": "max_time: got 24; must be a time like HH:MM:SS or null; put it in quotes",
     "max_time: '90'": "max_time: '90' is no time; write HH:MM:SS or D-HH:MM:SS",
     "max_time: 1h": "max_time: got '1h'; must be a time like HH:MM:SS",
@@ -119,7 +115,7 @@ MISTAKES = {
     "that begins with ~/",
     "shared: [home]": "shared: got 'home'; must be an absolute path, or one that begins with ~/",
     "python: ~bob/python": "python: got '~bob/python'; must be an absolute path, or one that "
-    "begins with ~/",
+    "begins with ~/, $SLURM_TMPDIR/, $TMPDIR/ or $LOCAL_SCRATCH/",
     "environment: {A-B: x}": "environment: got 'A-B'; must be a variable's name",
     "environment: {A: true}": "environment: got True; must be a section of names, each with text "
     "or a whole number; put it in quotes",
@@ -127,9 +123,10 @@ MISTAKES = {
     "remove it",
     "environment: {UID: 0}": "environment: UID is not set by cluster files; remove it",
     'environment: {A: "x\\ny"}': r"environment: got 'x\ny'; must be without control characters",
-    "interface: ib0;ls": "interface: got 'ib0;ls'; must be a name like ib0, or several",
+    "interface: ib0;ls": "interface: got 'ib0;ls'; must be a name like ib0, or several, or "
+    "^lo,docker for all others",
     "container: {runtime: docker, image: x}": "container.runtime: got 'docker'; must be one of "
-    "'apptainer', 'pyxis'",
+    "'apptainer', 'singularity', 'shifter', 'pyxis', 'edf'",
     "container: {runtime: pyxis, image: --x}": "container.image: got '--x'; must be a path or "
     "reference of an image",
     "container: {runtime: pyxis, image: x, mounts: [a]}": "container.mounts: got 'a'; must be "
@@ -234,7 +231,7 @@ def test_the_schema_explains_every_key(capsys: pytest.CaptureFixture[str]) -> No
             assert field.get("description") or kind["description"], name
     assert schema["properties"].keys() == Cluster.model_fields.keys()
     partition = schema["properties"]["partition"]["anyOf"][0]
-    assert partition["pattern"] == "^(?:[A-Za-z0-9_][A-Za-z0-9_.,+-]{0,127})$"
+    assert partition["pattern"] == "^(?:[A-Za-z0-9_][A-Za-z0-9_.,:@/+=-]{0,127})$"
     assert main(["schema"]) == 0
     assert '"title": "Recipe"' in capsys.readouterr().out
 

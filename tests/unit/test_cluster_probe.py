@@ -147,6 +147,54 @@ def test_a_partition_of_cpus_gets_no_gpus_and_all_cpus_of_a_node(tmp_path: Path)
     assert (cluster.cpus_of_a_node, cluster.memory_per_node) == (64, "256000M")
 
 
+VISTA = """\
+gh|up|c1|72|217000|(null)|(null)
+gg*|up|c2|144|237000|(null)|(null)
+"""
+
+
+@pytest.mark.parametrize("name", ["gh", None])
+def test_where_slurm_knows_no_gpus_at_all_a_person_has_to_say(
+    name: str | None, tmp_path: Path
+) -> None:
+    text = described(name, VISTA)
+    with pytest.raises(ClusterError, match=r"gpus_per_node: got null; must be a whole number"):
+        cluster_of(text, tmp_path)
+    assert "# Slurm does not say whether nodes have GPUs: give their number" in text
+    told = text.replace("gpus_per_node: null", "gpus_per_node: 1\ngres: null")
+    assert cluster_of(told, tmp_path).gres_request is None
+
+
+def test_a_partition_that_is_named_after_gpus_is_not_taken_for_one_of_cpus(tmp_path: Path) -> None:
+    text = described("a100", MIXED + "a100|up|x1|72|217000|(null)|(null)\n")
+    with pytest.raises(ClusterError, match="gpus_per_node: got null"):
+        cluster_of(text, tmp_path)
+
+
+def test_a_default_partition_of_cpus_is_not_what_one_trains_on() -> None:
+    text = MIXED.replace("cpu|", "cpu*|")
+    assert choose(parse(text), None).name == "gpu"
+    assert choose(parse(text), "cpu").name == "cpu"
+
+
+KINDS = """\
+all*|up|g1|64|512000|gpu:4|a100,ib
+all*|up|g2|64|512000|gpu:4|h100,ib
+all*|up|g3|64|512000|gpu:4|h100,ib
+cpu|up|c1|64|512000|(null)|rack12
+"""
+
+
+def test_the_kind_of_gpu_is_told_where_only_a_feature_names_it(tmp_path: Path) -> None:
+    text = described(None, KINDS)
+    cluster = cluster_of(text, tmp_path)
+    assert (cluster.constraint, cluster.gres, cluster.max_nodes) == ("h100", "gpu:{gpus}", 2)
+    assert "1 node with 4 GPUs (a100), 64 CPUs" in text
+    assert "2 nodes with 4 GPUs (h100), 64 CPUs" in text
+    alone = described(None, KINDS.replace("a100", "h100"))
+    assert cluster_of(alone, tmp_path).constraint is None
+
+
 def test_memory_that_slurm_was_never_told_of_is_not_asked_for(tmp_path: Path) -> None:
     text = described("old")
     assert cluster_of(text, tmp_path).memory_per_node is None
@@ -215,4 +263,4 @@ def test_a_name_that_no_script_can_hold_is_refused(
 ) -> None:
     (tmp_path / "nodes").write_text("a$(touch canary)*|up|node1|4|4000|(null)|(null)\n")
     assert main(["cluster", "probe"]) == 2
-    assert "must be letters, digits and _ . , + -" in capsys.readouterr().err
+    assert "must be letters, digits and _ . , : @ / + = -" in capsys.readouterr().err

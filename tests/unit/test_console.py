@@ -1,7 +1,9 @@
 """Lines for people: a full or closed stream costs the line alone, and nothing steers a terminal."""
 
+import ast
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +14,14 @@ from peft_dist.cli.main import main
 from peft_dist.common.console import printable, say
 from peft_dist.common.errors import DataError
 from peft_dist.common.screen import Screen
+from peft_dist.common.table import Column, print_lines, table_lines
 from peft_dist.launch.here import _print_tail
 from peft_dist.run import lease
 from peft_dist.run.attempt_records import record_path
 from peft_dist.run.lease import refuse_if_held
 from peft_dist.status.logs import show_logs
 from peft_dist.worker.process import WorkerContext, run_worker
+from tests.configs import model_folder
 
 Capture = pytest.CaptureFixture[str]
 
@@ -70,6 +74,10 @@ EVIL = "\x1b[31mred\x1b]0;title\x07\x9b2J\x08\r\u202eedir\u2066\x7f"
 SHOWN = "?[31mred?]0;title??2J???edir??"
 
 
+DIRECT = re.compile(r"print|(.*\.)?console\.print|sys\.(__)?std(out|err)(__)?\.write")
+"""Calls that reach a terminal."""
+
+
 def steers(text: str) -> list[str]:
     """Return the characters of an output that a terminal would obey, or nobody would see."""
     return [one for one in text if not one.isprintable() and one not in "\n\t"]
@@ -104,6 +112,41 @@ def test_a_recipes_name_steers_nothing_where_it_is_valid_or_absent(
         assert "[31mred" in told and not steers(told)
     assert main(["train", str(name), "--dry-run", "--run-dir", str(tmp_path / EVIL)]) == 0
     assert not steers(capsys.readouterr().out)
+
+
+def test_nothing_else_writes_to_a_terminal() -> None:
+    writers = {"common/console.py", "common/screen.py", "common/table.py"}
+    for_scripts = {"slurm/stage_model.py"}
+    code = Path(__file__).parents[2] / "peft_dist"
+    found = set()
+    for path in code.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and DIRECT.fullmatch(ast.unparse(node.func)):
+                found.add(str(path.relative_to(code)))
+    assert found == writers | for_scripts
+
+
+def test_a_plans_title_and_a_preview_of_rows_steer_nothing(tmp_path: Path, capsys: Capture) -> None:
+    model = model_folder(tmp_path / EVIL, "llama-3.1-8b")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": EVIL, EVIL: 1}) + "\n")
+    recipe = tmp_path / f"{EVIL}.yaml"
+    data = f"data: {{train: {tmp_path}/rows.jsonl, columns: {{text: {json.dumps(EVIL)}}}}}\n"
+    recipe.write_text(f"model: {{name: {json.dumps(str(model))}}}\n{data}", encoding="utf-8")
+    assert main(["plan", str(recipe)]) == 0
+    assert main(["validate", str(recipe)]) == 2
+    told = capsys.readouterr()
+    assert SHOWN in told.out and "is 1, not text" in told.err
+    assert not steers(told.out + told.err)
+
+
+def test_lines_of_tables_alone_may_have_colours(capsys: Capture) -> None:
+    columns = [Column("who", style=lambda _text: "red"), Column("what")]
+    lines = table_lines(columns, [[EVIL, "a"], EVIL], colour=True)
+    print_lines([f"results of {EVIL}", *lines])
+    first, title, row, note = capsys.readouterr().out.splitlines()
+    assert (first, note) == (f"results of {SHOWN}", SHOWN)
+    assert "\x1b[31m" in row and SHOWN in row and "\x1b[1m" in title
+    assert not steers(re.sub(r"\x1b\[[0-9;]*m", "", row + title))
 
 
 def test_a_hosts_name_steers_nothing(

@@ -1,5 +1,6 @@
 """`peft-dist doctor`: one line per finding, with its remedy, and exit code 2 where one is bad."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,25 @@ def test_a_recipe_is_looked_at_too(recipe_file: Path, tmp_path: Path, capsys: Ca
     model_folder(tmp_path / "model", "llama-3.1-8b")
     code, found = findings(capsys, str(recipe_file))
     assert (code, found["bad"]) == (0, [])
+
+
+def test_a_folder_that_cannot_be_looked_at_is_bad(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", "x" * 5000)
+    code, found = findings(capsys)
+    assert code == 2
+    (line,) = found["bad"]
+    assert "File name too long; name another folder" in line and len(line) < 300
+
+
+def test_a_gpu_whose_name_is_no_text_steers_nothing(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    slurm_commands(
+        tmp_path / "bin", **{"nvidia-smi": r"printf '0, \033]0;t\007H\377, 80000, 9, 5\n'"}
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(doctor, "this_machine", lambda: Machine(gpus=1, cores=1))
+    _, found = findings(capsys)
+    assert any("GPU 0: ?]0;t?H\ufffd, 80000 MiB, 9 in use" in text for text in found["ok"]), found

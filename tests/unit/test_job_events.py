@@ -1,5 +1,6 @@
 """The jobs of a run as its directory remembers them."""
 
+import fcntl
 import stat
 from pathlib import Path
 
@@ -36,6 +37,31 @@ def test_a_line_that_is_no_event_is_passed_over(tmp_path: Path, line: str) -> No
     with jobs_file(tmp_path).open("a", encoding="latin-1") as file:
         file.write(line + "\n")
     assert newest_job(tmp_path) == "12"
+
+
+def test_of_two_writers_one_waits_for_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS finds the end of a file for two writers at once only under a lock."""
+    record(tmp_path, {"event": "submitted", "job": "12"})
+    asked = []
+    flock = fcntl.flock
+
+    def counted(file: int, what: int) -> None:
+        asked.append(what)
+        if len(asked) == 3:
+            flock(other.fileno(), fcntl.LOCK_UN)
+        flock(file, what)
+
+    with jobs_file(tmp_path).open("a") as other:
+        flock(other.fileno(), fcntl.LOCK_EX)
+        monkeypatch.setattr(fcntl, "flock", counted)
+        record(tmp_path, {"event": "started", "job": "12"})
+        assert asked == [fcntl.LOCK_EX | fcntl.LOCK_NB] * 3
+        flock(other.fileno(), fcntl.LOCK_EX)
+        monkeypatch.setattr("peft_dist.run.job_events.LOCK_WAIT_S", -1.0)
+        record(tmp_path, {"event": "ended", "job": "12"})  # who holds it may never let go
+    assert [event["event"] for event in events(tmp_path)] == ["submitted", "started", "ended"]
 
 
 def test_the_newest_job_is_the_last_one_submitted_or_started_whatever_its_number(

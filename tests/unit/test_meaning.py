@@ -27,6 +27,7 @@ ALWAYS = re.findall(
     """
 model.name model.task model.dropout model.dtype model.attention quantization
 method.lora.kind method.lora.rank method.lora.alpha method.lora.dropout method.lora.targets
+method.lora.target_parameters
 method.lora.init method.lora.learning_rate_ratio method.lora.rslora method.lora.dora
 method.lora.bias
 method.lora.exclude_modules method.lora.layers_to_transform method.lora.rank_pattern

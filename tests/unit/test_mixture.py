@@ -1,5 +1,6 @@
 """Several sources in one training: shares, order, what is held out, and what became of the rows."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_dist.common.errors import DataError
-from peft_dist.config.recipe import Recipe, Train
+from peft_dist.config.recipe import Data, Recipe, Train
 from peft_dist.data.mixture import source_shares
 from peft_dist.data.order import RowOrder, SourceShare, StepPlan
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
@@ -209,3 +210,27 @@ def test_rows_that_lose_their_end_token_are_counted(tmp_path: Path) -> None:
         "without a stop token; 1 (33.3%) dropped with nothing to train within data.max_length"
     )
     assert source.facts()["bad"] == 0
+
+
+@pytest.mark.parametrize(
+    ("amounts", "rows"),
+    [
+        ([{"weight": 1e308}, {"weight": 1e308}], [10, 10]),
+        ([{"weight": 1e308}, {"weight": 1e307}], [18, 2]),
+        ([{"weight": 5e-324}, {"weight": 5e-324}], [10, 10]),
+        ([{"epochs": 1e308}, {}], "data.train[0]: an epoch would have more than 1,000,000,000"),
+        ([{"rows": 10**30}, {}], "data.train[0]: an epoch would have more than 1,000,000,000"),
+        ([{"weight": 1e308}, {"weight": 1e-308}], "data.train[1]: none of b is in an epoch"),
+        ([{}, {"epochs": 1e-300}], "data.train[1]: none of b is in an epoch"),
+    ],
+)
+def test_amounts_at_the_ends_of_what_numbers_can_be_are_shares_or_refused(
+    amounts: list[dict[str, Any]], rows: list[int] | str
+) -> None:
+    sources = [{"path": name, **amount} for name, amount in zip("ab", amounts, strict=True)]
+    data = Data.model_validate({"train": sources})
+    if isinstance(rows, str):
+        with pytest.raises(DataError, match=re.escape(rows)):
+            source_shares(data, [10, 10])
+    else:
+        assert [share.epoch_rows for share in source_shares(data, [10, 10])] == rows

@@ -1,6 +1,7 @@
 """`peft-dist plan`: what it says of a recipe, and that it needs neither weights nor torch."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,6 +140,48 @@ def test_an_unknown_architecture_is_refused(recipe: Path, tmp_path: Path, capsys
     model_folder(tmp_path / "model", "llama-3.1-8b", model_type="mamba")
     assert main(["plan", str(recipe)]) == 2
     assert told(capsys).startswith("model.name: no plan for architecture 'mamba'; ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", "abc"),
+        ("hidden_size", math.nan),
+        ("hidden_size", math.inf),
+        ("hidden_size", 0),
+        ("hidden_size", -4096),
+        ("hidden_size", True),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", None),
+        ("num_attention_heads", 4097),
+        ("num_key_value_heads", "x"),
+        ("head_dim", [1]),
+        ("vocab_size", 10**400),
+    ],
+)
+def test_a_config_whose_sizes_are_none_is_refused(
+    recipe: Path, tmp_path: Path, capsys: Capture, name: str, value: object
+) -> None:
+    model_folder(tmp_path / "model", "llama-3.1-8b", **{"head_dim": None, name: value})
+    assert main(["plan", str(recipe)]) == 2
+    line = told(capsys)
+    assert line.startswith("model.name: ") and line.endswith("; take the model's own config")
+    assert name.replace("num_attention_heads", "attention heads") in line
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, "", "\0", "[]"])
+def test_a_config_that_is_none_is_refused(
+    recipe: Path, tmp_path: Path, capsys: Capture, text: str
+) -> None:
+    (tmp_path / "model" / "config.json").write_text(text, encoding="utf-8")
+    assert main(["plan", str(recipe)]) == 2
+    assert told(capsys).startswith("model.name: ")
+
+
+def test_a_plan_compares_no_more_nodes_than_anybody_reads(recipe: Path, capsys: Capture) -> None:
+    numbers = ",".join(map(str, range(1, 1000)))
+    assert main(["plan", str(recipe), "--nodes", numbers]) == 2
+    assert "got 999 numbers; give at most 32" in told(capsys)
 
 
 def test_a_plan_needs_no_torch(recipe: Path) -> None:

@@ -59,6 +59,15 @@ def assert_common(report: Report, text: str) -> None:
     assert not report.ok
 
 
+def test_nodes_with_different_gpus_are_told_of_and_train_all_the_same() -> None:
+    report = report_of({"device_kind": "A100"}, {"device_kind": "H100"}, {"device_kind": "A100"})
+    assert report.ok
+    assert report.warnings == (
+        "node2: GPUs are H100, node1 has A100: every step takes as long as the slower ones",
+    )
+    assert report_of({"device_kind": "A100"}, {}).warnings == ()  # of one nothing is known
+
+
 def test_nodes_that_are_fine_are_fine() -> None:
     report = report_of({}, {"clock_offset_s": 0.2}, {})
     assert report.ok

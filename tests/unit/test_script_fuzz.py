@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Callable
@@ -36,6 +37,8 @@ NASTY = [
     "\udce9", "é☃\U0001f600", "x" * 300, "x" * 5000, "$SLURM_NODEID", "$share/launch/train.py",
     "$rendezvous", "{gpus}", "{0}", "{{ 7 * 7 }}", "{% raw %}", "<# x #>", "#", "# touch canary",
     "\n#SBATCH --wrap=touch", "*", "[a-z]*", "!!", "!touch", "a=b", "a,b:c", "EOF", "null", "true",
+    "abc@h100", "repo:user@ampere", "^lo,docker", "!x", "a@$(touch canary)", "!$(touch canary)",
+    "^lo,`touch canary`", "a:b;touch canary",
     "$((touch canary))", "a\\$(touch canary)", "(touch canary)", "{ touch canary; }", "\\`x\\`",
 ]  # fmt: skip
 
@@ -56,6 +59,12 @@ FIELDS: dict[str, Change] = {
     "name": lambda text: {"environment": {text: "some"}},
     "more of a name": lambda text: {"environment": {f"A{text}": "some"}},
     "shared": lambda text: {"shared": [text, f"/{text}"]},
+    "sbatch": lambda text: {"sbatch": {"x-option": text}},
+    "name in sbatch": lambda text: {"sbatch": {text: "x"}},
+    "srun": lambda text: {"srun": {"x-option": text, "y-option": True}},
+    "name in srun": lambda text: {"srun": {text: "x"}},
+    "excluded": lambda text: {"sbatch": {"exclude": text}},
+    "suffix": lambda text: {"head": {"suffix": text}},
     "image": lambda text: {"container": IMAGE | {"image": text}},
     "mount": lambda text: {"container": IMAGE | {"mounts": [text]}},
     "mounts": lambda text: {"container": IMAGE | {"mounts": [f"/{text}", f"/a:/{text}"]}},
@@ -81,10 +90,16 @@ def accepted(folder: Path, text: str) -> dict[str, Any]:
     values: dict[str, Any] = dict(BASE)
     for change in FIELDS.values():
         new = values | change(text)
-        for section in ("environment", "container"):  # each of their fields for itself
+        for section in (
+            "environment",
+            "container",
+            "sbatch",
+            "srun",
+        ):  # each of their fields for itself
             if section in values and section in new:
                 new[section] = values[section] | new[section]
-        if read(folder, new) is not None:
+        unseen = "container" in new and re.search("[:,]", str(new.get("secrets_file", "")))
+        if not unseen and read(folder, new) is not None:
             values = new
     return values
 
@@ -145,7 +160,19 @@ def test_a_nasty_text_in_any_field_is_refused_or_is_just_a_text(
 
 def test_every_field_takes_some_text_and_refuses_some(tmp_path: Path) -> None:
     """Else the tests here would say nothing of it."""
-    plain = ["gpu", "gpu:{gpus}", "480G", "1:00:00", "/a", "/a:/b", "ib0", "7", "a.sif", "true"]
+    plain = [
+        "gpu",
+        "mail-type",
+        "gpu:{gpus}",
+        "480G",
+        "1:00:00",
+        "/a",
+        "/a:/b",
+        "ib0",
+        "7",
+        "a.sif",
+        "true",
+    ]
     for name, change in FIELDS.items():
         taken = (read(tmp_path, BASE | change(text)) is not None for text in [*plain, *NASTY])
         refused = (read(tmp_path, BASE | change(text)) is None for text in [*NASTY, *plain])

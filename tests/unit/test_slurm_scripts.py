@@ -13,6 +13,7 @@ import pytest
 
 from peft_dist import __version__
 from peft_dist.common.errors import ClusterError
+from peft_dist.slurm.examples import examples
 from peft_dist.slurm.scripts import Array, render_job, render_node
 from peft_dist.slurm.template import _templates
 from tests.unit.slurm_jobs import (
@@ -147,6 +148,7 @@ def test_every_node_runs_the_launcher_as_it_was_written(tmp_path: Path) -> None:
         assert own == [
             "-m", "peft_dist.slurm.supervisor", "--run-dir", str(folder), "--max-starts", "100",
             "--max-starts-without-progress", "5", "--secrets", f"{tmp_path}/se cr'ets",
+            "--interface=ib0",
             "--devices", "4", "--preflight-timeout-s", "90", "--arrival-s", "1800",
             "--min-free-gb", "20.5", "--max-clock-offset-s", "60",
         ]  # fmt: skip
@@ -163,8 +165,7 @@ def test_every_node_runs_the_launcher_as_it_was_written(tmp_path: Path) -> None:
         ]  # fmt: skip
         variables = machines.variables(node)
         expected = {name: str(value) for name, value in environment.items()}
-        expected |= {"FROM_SETUP": "1", "PYTHONSAFEPATH": "1", "GLOO_SOCKET_IFNAME": "ib0",
-                     "NCCL_SOCKET_IFNAME": "ib0", "PEFT_DIST_STAGED": '{"a": "b"}',
+        expected |= {"FROM_SETUP": "1", "PYTHONSAFEPATH": "1", "PEFT_DIST_STAGED": '{"a": "b"}',
                      "PEFT_DIST_HOSTS": "node1,node2", "SRUN_CPUS_PER_TASK": "8"}  # fmt: skip
         assert {name: variables.get(name) for name in expected} == expected
         assert variables["PET_RDZV_ID"].startswith("12-0-")
@@ -265,9 +266,10 @@ def test_a_set_up_that_fails_ends_the_node_before_python(tmp_path: Path) -> None
     assert not (machines.seen / "argv-0").exists()
 
 
-def job_of(machines: Machines, tmp_path: Path, **cluster: Any) -> Path:
+def job_of(machines: Machines, tmp_path: Path, *, nodes: int = 1, **cluster: Any) -> Path:
     """Write both scripts of a job whose folder is real; return the batch script."""
-    made = job({**CPUS, "python": str(machines.interpreter), **cluster}, folder=tmp_path / "run")
+    values = {**CPUS, "python": str(machines.interpreter), **cluster}
+    made = job(values, nodes=nodes, folder=tmp_path / "run")
     node_of(machines, made)
     script: Path = made.folder / "job.sbatch"
     script.write_text(render_job(made), encoding="utf-8")
@@ -340,3 +342,20 @@ def test_the_scripts_of_an_earlier_version_are_refused_in_one_line(
     (line,) = done.stderr.splitlines()
     assert "were made by another version" in line and "`peft-dist resume RUN`" in line
     assert (tmp_path / "decision").read_text(encoding="utf-8").startswith("stop job.sbatch and")
+
+
+def test_the_examples_are_what_would_be_submitted() -> None:
+    """`make examples` writes them anew."""
+    folder = ROOT / "slurm" / "examples"
+    found = {
+        str(file.relative_to(folder)): without_version(file.read_text(encoding="utf-8"))
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+    assert found == {name: without_version(text) for name, text in examples().items()}
+    assert len(found) == 9
+    for name, text in found.items():
+        if not name.endswith(".md"):
+            check = ["bash", "-n"]
+            done = subprocess.run(check, input=text, text=True, capture_output=True, check=False)
+            assert (done.returncode, done.stderr) == (0, ""), name

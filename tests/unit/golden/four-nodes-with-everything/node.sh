@@ -41,19 +41,17 @@ set -eo pipefail # whatever those lines have set
 set -u
 threads=$((SLURM_CPUS_ON_NODE / 4))
 export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
-export GLOO_SOCKET_IFNAME=ib0
 export HF_HOME=/scratch/hf
 export NCCL_IB_PKEY=1
-export NCCL_SOCKET_IFNAME=ib0
 export NOTE='it'"'"'s a "test" of $HOME'
 export PYTHONSAFEPATH=1
 python=(/opt/venv/bin/python)
-share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
+share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())' | tail -n 1) # behind what an image says first
 export PET_RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$PEFT_DIST_NONCE
 rendezvous=node=$SLURM_NODEID,host=$PEFT_DIST_HEAD,port=$PEFT_DIST_PORT,join_timeout_s=120
 if [ $# -eq 0 ]; then
   PEFT_DIST_STAGED=$("${python[@]}" -m peft_dist.slurm.stage_model \
-  --json /scratch/models/llama /local/peft-dist)
+  --json /scratch/models/llama /local/peft-dist | tail -n 1)
   export PEFT_DIST_STAGED
 fi
 
@@ -62,6 +60,7 @@ exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --max-starts 100 \
   --max-starts-without-progress 5 \
   --secrets /home/alice/.config/peft-dist/secrets \
+  --interface=ib0 \
   --devices 4 \
   --preflight-timeout-s 90 \
   --arrival-s 1800 \

@@ -36,7 +36,7 @@ threads=$((SLURM_CPUS_ON_NODE / 4))
 export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 export PYTHONSAFEPATH=1
 python=(/opt/venv/bin/python)
-share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
+share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())' | tail -n 1) # behind what an image says first
 export PET_RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$PEFT_DIST_NONCE
 rendezvous=node=$SLURM_NODEID,host=$PEFT_DIST_HEAD,port=$PEFT_DIST_PORT,join_timeout_s=120
 

@@ -37,12 +37,12 @@ export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 export PYTHONNOUSERSITE=1
 export PYTHONSAFEPATH=1
 python=(python3)
-share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
+share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())' | tail -n 1) # behind what an image says first
 export PET_RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$PEFT_DIST_NONCE
 rendezvous=node=$SLURM_NODEID,host=$PEFT_DIST_HEAD,port=$PEFT_DIST_PORT,join_timeout_s=120
 if [ $# -eq 0 ]; then
   PEFT_DIST_STAGED=$("${python[@]}" -m peft_dist.slurm.stage_model \
-  --json /scratch/models/llama /local/models)
+  --json /scratch/models/llama /local/models | tail -n 1)
   export PEFT_DIST_STAGED
 fi
 

@@ -38,7 +38,7 @@ export ACCELERATE_USE_CPU=true
 export PET_RDZV_ENDPOINT=127.0.0.1:0
 export PYTHONSAFEPATH=1
 python=(/opt/venv/bin/python)
-share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
+share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())' | tail -n 1) # behind what an image says first
 
 exec "${python[@]}" -m peft_dist.slurm.supervisor \
   --run-dir /scratch/alice/runs/first \

@@ -38,7 +38,7 @@ export ACCELERATE_USE_CPU=true
 export DS_ACCELERATOR=cpu
 export PYTHONSAFEPATH=1
 python=(/opt/venv/bin/python)
-share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())')
+share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())' | tail -n 1) # behind what an image says first
 export PET_RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$PEFT_DIST_NONCE
 rendezvous=node=$SLURM_NODEID,host=$PEFT_DIST_HEAD,port=$PEFT_DIST_PORT,join_timeout_s=120
 
