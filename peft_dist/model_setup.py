@@ -246,11 +246,10 @@ def set_up_model(
     released = source.released(recipe)
     settings = with_token_ids(recipe, config.get_text_config().vocab_size)
     method = METHODS[recipe.method.kind](settings, seed=recipe.train.seed)
-    ours = [attention.VARLEN_ATTENTION] if varlen.has_kernel(world.device, dtype) else []
     ways = ways_of(
         recipe,
         picked=skeleton.config._attn_implementation,
-        ours=[*ours, attention.ROW_ATTENTION],
+        ours=attention.kernels_of(world.device, dtype),
         own_attention=method.own_attention,
     )
     if recipe.model.task == "causal-lm":

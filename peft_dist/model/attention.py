@@ -36,6 +36,11 @@ def register() -> None:
     AttentionInterface.register(VARLEN_ATTENTION, partial(_row_attention, one_call=True))
 
 
+def kernels_of(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return which of `OURS` a device has for a dtype, the fastest first."""
+    return list(OURS if varlen.has_kernel(device, dtype) else OURS[1:])
+
+
 def use_kernel(model: PreTrainedModel, name: str) -> bool:
     """Let a model compute attention with a kernel, by name; return whether it does.
 

@@ -276,7 +276,7 @@ def _difference(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> f
     In float32 the largest difference counts. In less, a router sends the odd token to another
     expert by rounding alone, so up to a quarter of a row's tokens may differ by more.
     """
-    differences = (one - other).abs().float().sort().values
+    differences = (one - other).abs().float().cpu().sort().values  # the one wait for a device
     if not differences.isfinite().all():
         return float("inf")
     last = len(differences) - 1

@@ -34,7 +34,7 @@ def ways_of(recipe: Recipe, *, picked: str, ours: list[str], own_attention: bool
     Args:
         recipe: The recipe.
         picked: The kernel that the model was built with.
-        ours: Those of our own that the device has.
+        ours: Those of our own that the device has; see `attention.kernels_of`.
         own_attention: Whether what is trained works through our attention alone.
 
     Raises:

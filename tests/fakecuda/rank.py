@@ -62,7 +62,7 @@ def prepare(
     """Do what a rank does before its first step."""
     world = first_rank(patch)
     model = folder / "model"
-    tiny_model(model, architecture)
+    tiny_model(model, architecture, **({"num_labels": 3} if architecture == "bert" else {}))
     rows = (labelled_rows if architecture == "bert" else completion_rows)(32)
     file = write_jsonl(folder / "rows.jsonl", rows)
     task = "sequence-classification" if architecture == "bert" else "causal-lm"
