@@ -7,8 +7,8 @@ import pytest
 
 from peft_dist.cli import docs as cli_docs
 from peft_dist.cli.main import build_parser
-from peft_dist.cli.submit_command import join_words
 from peft_dist.cli.options import _subcommands, _words
+from peft_dist.cli.submit_command import join_words
 from peft_dist.config import docs as config_docs
 from peft_dist.ledger import docs as ledger_docs
 from tests.processes import ROOT
