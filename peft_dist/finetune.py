@@ -31,6 +31,7 @@ from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group, rendezvous
 from peft_dist.distributed.world import World
 from peft_dist.evaluation.scoring import EvalSet, make_eval_set
+from peft_dist.model.device_settings import export_determinism
 from peft_dist.model.source import find_base
 from peft_dist.model.vocabulary import refuse_unknown_ids
 from peft_dist.model.weights import model_folder
@@ -90,6 +91,8 @@ def fine_tune(
         refuse_unknown_ids(recipe, base.files.folder, texts)
     with wait("sampling the model's weights"):
         inputs = describe_inputs(recipe, {"data.train": rows, "data.eval": held}, base.files)
+    if recipe.train.deterministic:
+        export_determinism()  # before NCCL and cuBLAS are used
     with stage(f"waiting until all {world.size} processes are there", log):
         process_group.start(world, meeting)
         attempt.share_run()

@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
+from transformers import PretrainedConfig
 
 from peft_dist.common.errors import DataError, RecipeError, TrainingError
 from peft_dist.common.paths import TOKENIZER_FILES
@@ -33,7 +34,8 @@ from peft_dist.distributed.world import World
 from peft_dist.methods import METHODS, BaseAccess, Method
 from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
-from peft_dist.model import architectures, attention, base, precision
+from peft_dist.model import architectures, attention, base, precision, varlen
+from peft_dist.model.device_settings import set_up_device
 from peft_dist.model.loss import CausalLM, Decoder, RewardModel, SequenceClassifier
 from peft_dist.model.nf4 import weights_per_element
 from peft_dist.model.plan import BasePlan, plan_base
@@ -188,9 +190,15 @@ class ModelSetup:
             )
 
 
-def _attention(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
+def _attention(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, config: PretrainedConfig
+) -> str:
+    """Return the kernel to build the model with, which ours may take the place of."""
     if recipe.model.attention != "auto" or device.type != "cuda" or dtype == torch.float32:
         return recipe.model.attention
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if varlen.has_kernel(device, dtype) and not capped:
+        return "auto"  # torch's own kernels do the same, and need no package
     from transformers.utils import is_flash_attn_2_available
 
     return "flash_attention_2" if is_flash_attn_2_available() else "auto"
@@ -221,6 +229,7 @@ def set_up_model(
     """
     started = time.monotonic()
     launched = resolve(recipe.parallel, world, os.environ)
+    set_up_device(world.device, deterministic=recipe.train.deterministic)
     dtype, why = precision.compute_dtype(recipe.model, world.device)
     if world.is_main:
         log.log(logging.WARNING if why else logging.INFO, "computing in %s%s", dtype, why)
@@ -231,15 +240,17 @@ def set_up_model(
         config,
         task=recipe.head,
         dtype=dtype,
-        attention=_attention(recipe, world.device, dtype),
+        attention=_attention(recipe, world.device, dtype, config),
         label_names=("reward",) if recipe.head == "reward" else label_names,
     )
     released = source.released(recipe)
     settings = with_token_ids(recipe, config.get_text_config().vocab_size)
     method = METHODS[recipe.method.kind](settings, seed=recipe.train.seed)
+    ours = [attention.VARLEN_ATTENTION] if varlen.has_kernel(world.device, dtype) else []
     ways = ways_of(
         recipe,
         picked=skeleton.config._attn_implementation,
+        ours=[*ours, attention.ROW_ATTENTION],
         own_attention=method.own_attention,
     )
     if recipe.model.task == "causal-lm":

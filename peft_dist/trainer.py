@@ -163,10 +163,7 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float32, device=device)
         figures = torch.zeros(len(self.objective.metrics), device=device)
         for index, micro in enumerate(groups):
-            batch = self.setup.pack(self.rows, self.objective.rows(micro))
-            if device.type == "cuda":
-                batch = batch.pin_memory()
-            batch = batch.to(device)
+            batch = self.setup.pack(self.rows, self.objective.rows(micro)).to(device)
             self._seed_dropout(step, index)
             with self.setup.autocast():
                 losses = self.setup.model(batch)

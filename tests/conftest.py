@@ -8,7 +8,7 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-LONGEST_FIRST = ("cluster", "equivalence", "faults", "distributed", "unit", "gpu")
+LONGEST_FIRST = ("cluster", "equivalence", "faults", "distributed", "unit", "gpu", "fakecuda")
 TOGETHER = ("cluster", "equivalence")
 """Folders whose tests all stand on one thing that takes long to make."""
 

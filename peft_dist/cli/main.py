@@ -10,7 +10,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from peft_dist.cli import decoders, models, plan, recipes, slurm, training, validate, wandb
+from peft_dist.cli import (
+    decoders,
+    models,
+    plan,
+    recipes,
+    slurm,
+    submit_command,
+    training,
+    validate,
+    wandb,
+)
 from peft_dist.cli.options import SHELLS, add_verbosity, begin_logs, completion
 from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import show
@@ -59,6 +69,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
+    argv = submit_command.join_words(argv)
     arguments, rest = parser.parse_known_args(["--help"] if argv == ["help"] else argv)
     # argparse stops collecting key=value at the first option; those after it end up here.
     stray = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
@@ -158,6 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--open", choices=("yes", "no"), default="no", help="show it in a browser (default: no)"
     )
     slurm.add_commands(command, count=_count)
+    submit_command.add_commands(command, count=_count)
     wandb.add_commands(command)
     plan.add_commands(command)
     decoders.add_commands(command)

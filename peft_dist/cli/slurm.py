@@ -30,19 +30,7 @@ def add_commands(
     submit.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
     )
-    submit.add_argument(
-        "--cluster",
-        metavar="FILE",
-        required=True,
-        help="cluster file (YAML), or the name of a shipped one",
-    )
-    submit.add_argument(
-        "--sbatch",
-        action="append",
-        default=[],
-        metavar="NAME[=VALUE]",
-        help="one more option of sbatch, such as mail-type=END or account=NAME",
-    )
+    add_cluster(submit)
     submit.add_argument(
         "--run-dir", metavar="DIR", help="folder to make or go on with (default: runs/RECIPE)"
     )
@@ -72,6 +60,17 @@ def add_commands(
     submit.add_argument(
         "--anyway", action="store_true", help="submit what cannot fit into the GPUs' memory too"
     )
+    add_after(submit)
+    submit.add_argument(
+        "--frozen",
+        action="store_true",
+        help="end where packages or checkouts are others than now; else a start only says so",
+    )
+    submit.add_argument(
+        "--snapshot",
+        action="store_true",
+        help="copy the checkouts that code is imported from beside the run, and run the copies",
+    )
     submit.add_argument("--singleton", action="store_true", help="wait for other jobs of this name")
     submit.add_argument(
         "--fresh", action="store_true", help="start anew; a run that is there is renamed"
@@ -81,6 +80,19 @@ def add_commands(
         action="store_true",
         help="print the scripts and the command; make and submit nothing",
     )
+    fetch = command(
+        "fetch",
+        _fetch,
+        "bring a recipe's model, tokenizer and rows here, for nodes without network",
+    )
+    fetch.add_argument("recipe", metavar="RECIPE", help="recipe file (YAML)")
+    fetch.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"
+    )
+    fetch.add_argument(
+        "--cluster", metavar="FILE", help="fetch into the caches that its environment: names"
+    )
+    fetch.add_argument("--pack", action="store_true", help="fill the cache of packed bases as well")
     cluster = command("cluster", _probe, "list shipped cluster files, or write a first one")
     actions = cluster.add_subparsers(metavar="probe | list | show", required=True)
     text = "list the cluster files that are shipped; submit takes their names too"
@@ -119,6 +131,35 @@ def add_commands(
     )
 
 
+def add_cluster(parser: argparse.ArgumentParser) -> None:
+    """Add where a job goes."""
+    parser.add_argument(
+        "--cluster",
+        metavar="FILE",
+        required=True,
+        help="cluster file (YAML), or the name of a shipped one",
+    )
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="one more option of sbatch, such as mail-type=END or account=NAME",
+    )
+
+
+def add_after(parser: argparse.ArgumentParser) -> None:
+    """Add what a job waits for."""
+    parser.add_argument(
+        "--after",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="wait until this run, array or command's job has ended well, over all its restarts; "
+        "may be given again",
+    )
+
+
 def _add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes of the job")
     parser.add_argument("--time", metavar="HH:MM:SS", help="time limit of the job, or D-HH:MM:SS")
@@ -139,6 +180,9 @@ def _submit(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         singleton=arguments.singleton,
         chain=arguments.chain,
+        after=arguments.after,
+        frozen=arguments.frozen,
+        snapshot=arguments.snapshot,
         anyway=arguments.anyway,
     )
     if arguments.try_here:
@@ -174,9 +218,33 @@ def _hand_over(request: Any, *, by: str, dry_run: bool = False, fresh: bool = Fa
             show(f"==> {path} <==\n{text}")
         show(shlex.join(submission.argv(submission.wanted(fresh=fresh))))
         return EXIT_DONE
-    job = submit(submission, command=sys.argv, by=by, fresh=fresh)
-    show(f"job {job}: {request.folder}; `peft-dist status {request.folder}` shows how it is")
+    queued = submit(submission, command=sys.argv, by=by, fresh=fresh)
+    show(queued.describe(request.folder))
     return EXIT_DONE
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from peft_dist.config import load_recipe
+    from peft_dist.config.cluster import load_cluster
+    from peft_dist.launch.command import fetch_command, quantize_command, worker_environment
+    from peft_dist.launch.local import run_tool
+    from peft_dist.launch.packages import require_training_packages
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    environment = worker_environment()
+    if arguments.cluster is not None:
+        given = load_cluster(arguments.cluster).environment
+        # What keeps nodes off the network must not keep us off it.
+        kept = {name: str(given[name]) for name in given if not name.endswith("_OFFLINE")}
+        environment |= kept
+    require_training_packages()
+    words = [str(Path(arguments.recipe).absolute()), *arguments.overrides]
+    code = run_tool(fetch_command(words), environment=environment)
+    if code != EXIT_DONE or not arguments.pack or recipe.quantization == "none":
+        return code
+    revision = [] if recipe.model.revision is None else ["--revision", recipe.model.revision]
+    pack = quantize_command([recipe.model.name, *revision, "--task", recipe.model.task])
+    return run_tool(pack, environment=environment)
 
 
 def _probe(arguments: argparse.Namespace) -> int:
@@ -223,7 +291,7 @@ def _logs(arguments: argparse.Namespace) -> int:
 
 
 def _cancel(arguments: argparse.Namespace) -> int:
-    from peft_dist.run.directory import RunDir
+    from peft_dist.run.command_folder import find_folder
     from peft_dist.run.sweep import array_elements
     from peft_dist.slurm.job_control import cancel
 
@@ -231,7 +299,7 @@ def _cancel(arguments: argparse.Namespace) -> int:
     for name in arguments.run_dirs:
         folder = Path(name).absolute()
         elements = array_elements(folder)
-        runs = [folder / element["run_dir"] for element in elements] or [RunDir.open(folder).path]
+        runs = [folder / element["run_dir"] for element in elements] or [find_folder(folder)]
         folders += runs
     cancel(folders, now=arguments.now, report=print)
     return EXIT_DONE

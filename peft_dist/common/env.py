@@ -7,6 +7,8 @@ CACHE = "PEFT_DIST_CACHE"
 """Set by users: the folder for what can be made again."""
 CACHE_SHARED = "PEFT_DIST_CACHE_SHARED"
 """Set by users: 1 where other users may write to the cache on purpose."""
+WEBHOOK = "PEFT_DIST_WEBHOOK"
+"""Set by users, in the file of secrets: an address that is told of stops, ends and lost nodes."""
 STAGED = "PEFT_DIST_STAGED"
 """JSON that maps a recipe's `model.name` to this node's own copy of it."""
 

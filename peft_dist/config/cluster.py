@@ -159,6 +159,9 @@ class Cluster(Section):
     Default: the one that submits; in a container python3."""
     container: Container | None = None
     """Image that everything runs in."""
+    offline: bool = False
+    """Whether nodes reach no network: submit refuses what they could not fetch, and
+    `peft-dist fetch` brings it. Hugging Face's libraries are told to ask nobody."""
     shared: tuple[AbsolutePath, ...] = ()
     """Folders that all nodes share; recipes and runs must lie in one of them. Empty: not known."""
     stage: Stage | None = None

@@ -39,7 +39,8 @@ class Model(Section):
     """Compute dtype and dtype of unquantized base weights. auto: bfloat16 on GPUs that have it and
     do not emulate it, else float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """Attention kernel. auto: flash_attention_2 where installed on a GPU, else what the
+    """Attention kernel. auto: torch's own flash kernels on a GPU that has them, in one call for all
+    rows; for models that cap their scores flash_attention_2 where installed; else what the
     architecture supports."""
 
 
@@ -156,6 +157,10 @@ class Train(Section):
     rows after the step. stop: end the run."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10
     """Steps in a row that may be skipped or rolled back before the run ends."""
+    deterministic: bool = False
+    """On GPUs, use only kernels whose sums come in the same order every time, so that the same
+    recipe on as many GPUs of the same kind gives the same bits, and a resumed run those of one
+    that was not interrupted; slower. On CPUs that is so anyway."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of adapter initialisation, row order and dropout."""
 

@@ -19,6 +19,7 @@ FREE = (
     "tracking",
     "train.micro_batch_size",
     "train.activation_checkpointing",
+    "train.deterministic",
     "train.non_finite",
     "train.max_skipped_steps",
 )

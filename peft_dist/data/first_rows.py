@@ -39,19 +39,30 @@ def check_first_rows(recipe: Recipe) -> None:
     Raises:
         DataError: For a source that cannot be read, has no rows, or has more bad ones than may be.
     """
+    for opened in _sources(recipe):
+        if opened.kind == "folder":
+            _check_folder(Path(opened.name))
+        elif _can_look(opened):
+            bad = BadRows(opened, recipe.data.max_bad_rows)
+            for _ in read_examples(recipe, opened, bad, most=ROWS):
+                pass
+
+
+def hub_sources(recipe: Recipe) -> list[Source]:
+    """Return the sources of a recipe's rows that are on a hub.
+
+    Raises:
+        DataError: As `open_row_source`.
+    """
+    return [source for source in _sources(recipe) if source.kind == "hub"]
+
+
+def _sources(recipe: Recipe) -> list[Source]:
     data = recipe.data
-    for field, sources in (
-        ("data.train", data.sources("train")),
-        ("data.eval", () if data.held_out is not None else data.sources("eval")),
-    ):
-        for source in sources:
-            opened = open_row_source(source, field)
-            if opened.kind == "folder":
-                _check_folder(Path(opened.name))
-            elif _can_look(opened):
-                bad = BadRows(opened, data.max_bad_rows)
-                for _ in read_examples(recipe, opened, bad, most=ROWS):
-                    pass
+    given = {"data.train": data.sources("train")}
+    if data.held_out is None:
+        given["data.eval"] = data.sources("eval")
+    return [open_row_source(source, field) for field, found in given.items() for source in found]
 
 
 def _can_look(source: Source) -> bool:

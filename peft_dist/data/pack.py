@@ -48,13 +48,9 @@ class Batch:
     """int64 [rows * P] flat index into [B * T] of the positions of learned embeddings, row by
     row, in front of its tokens; None where there are none."""
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
-        """Return the batch on a device; from pinned memory the copy runs beside the host."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        """Return the batch in page-locked memory, without which CUDA copies wait."""
-        return self._mapped(Tensor.pin_memory)
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device; the host does not wait for the copy."""
+        return self._mapped(lambda tensor: to_device(tensor, device))
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         mask = self.attention_mask
@@ -73,6 +69,16 @@ class Batch:
             if self.virtual_positions is None
             else change(self.virtual_positions),
         )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor on a device, by way of page-locked memory: other copies to a GPU wait.
+
+    torch reuses that memory no sooner than the copy is done.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def unlabelled(ids: Sequence[int]) -> Batch:

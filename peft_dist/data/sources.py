@@ -47,7 +47,7 @@ class Source:
         try:
             match self.kind:
                 case "hub":
-                    return str(self._dataset()._fingerprint)
+                    return str(self.dataset()._fingerprint)
                 case "folder":
                     return _sha256_of_folder(path)
                 case _:
@@ -88,12 +88,17 @@ class Source:
         wanted = {*COLUMNS, *self.columns.values()}
         if self.kind == "parquet":
             return arrow_files.parquet_records(path, wanted)
-        return arrow_files.dataset_records(self._dataset(), wanted, self.columns)
+        return arrow_files.dataset_records(self.dataset(), wanted, self.columns)
 
     def _count(self) -> int:
-        return len(self._dataset()) if self.kind == "folder" else sum(1 for _ in self._whole())
+        return len(self.dataset()) if self.kind == "folder" else sum(1 for _ in self._whole())
 
-    def _dataset(self) -> Any:
+    def dataset(self) -> Any:
+        """Return the `datasets.Dataset` of a hub name, or of a folder.
+
+        Raises:
+            DataError: There is no such thing.
+        """
         from peft_dist.data import arrow_files
 
         return arrow_files.open_dataset(self.name, self.kind, self.split)

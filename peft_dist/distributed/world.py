@@ -5,10 +5,12 @@ Reads the environment that torchrun and Accelerate export.
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from peft_dist.common.errors import LaunchError
+from peft_dist.common.gpus import DEVICES, visible_gpus
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,15 @@ def env_int(name: str, default: int) -> int:
         ) from None
 
 
-def read_world() -> World:
+def read_world(device_folder: Path = DEVICES) -> World:
     """Read rank and world size from the environment; one process without a launcher is a world.
 
+    Args:
+        device_folder: Where the driver puts a file for each GPU.
+
     Raises:
-        LaunchError: For numbers that contradict each other, or more processes than GPUs.
+        LaunchError: For numbers that contradict each other, more processes than GPUs, or GPUs that
+            torch does not see.
     """
     rank, size = env_int("RANK", 0), env_int("WORLD_SIZE", 1)
     local_rank = env_int("LOCAL_RANK", 0)
@@ -71,6 +77,16 @@ def read_world() -> World:
         )
     wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if wants_cpu or not torch.cuda.is_available():
+        if not wants_cpu and (present := visible_gpus(os.environ, device_folder)):
+            build = torch.version.cuda
+            raise LaunchError(
+                f"{present} GPUs are here, and torch {torch.__version__} sees none"
+                + ("" if build is None else f"; it is built for CUDA {build}"),
+                where="torch",
+                remedy="install a build for CUDA"
+                if build is None
+                else "update the driver, or set CUDA_VISIBLE_DEVICES= to compute on the CPU",
+            )
         return World(rank, size, local_rank, local_size, torch.device("cpu"))
     if local_rank >= torch.cuda.device_count():
         raise LaunchError(

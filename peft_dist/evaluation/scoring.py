@@ -16,9 +16,10 @@ from peft_dist.common.errors import DataError
 from peft_dist.common.screen import wait
 from peft_dist.config import Recipe
 from peft_dist.data.order import RowIds, assign
-from peft_dist.data.pack import Batch
+from peft_dist.data.pack import Batch, to_device
 from peft_dist.data.tokenize import TokenizedRows, encode_completions
-from peft_dist.distributed.collectives import any_of, sum_over
+from peft_dist.distributed.collectives import sum_over
+from peft_dist.distributed.stop_vote import StopVote
 from peft_dist.model.loss import Losses
 from peft_dist.model_setup import ModelSetup
 from peft_dist.objective.passes import Scores, make_pass, with_margin
@@ -142,7 +143,8 @@ def score_rows(
     Args:
         setup: The model.
         eval_set: The rows.
-        wants_stop: Asked before every micro-batch; may differ from process to process.
+        wants_stop: Asked before every micro-batch; may differ from process to process. On a GPU
+            a yes counts a few micro-batches later, or not where these are the last.
 
     Raises:
         ScoringStopped: On every process, where it said yes on any.
@@ -161,7 +163,9 @@ def _score(setup: ModelSetup, eval_set: EvalSet, wants_stop: Callable[[], bool] 
     if setup.recipe.objective.kind != "sft":
         return Scoring(_preferences(setup, eval_set, wants_stop), None)
     choices = eval_set.choices if eval_set.single_token else ()
-    choice_ids = torch.tensor(np.concatenate(choices), device=device) if choices else None
+    choice_ids = None
+    if choices:
+        choice_ids = to_device(torch.from_numpy(np.concatenate(choices)), device)
     total = torch.zeros(1, dtype=torch.float64, device=device)
     predicted = torch.zeros(eval_set.rows.n_rows, dtype=torch.int64, device=device)
     for ids, batch in _batches(setup, eval_set.rows, wants_stop, "held-out rows"):
@@ -170,7 +174,7 @@ def _score(setup: ModelSetup, eval_set: EvalSet, wants_stop: Callable[[], bool] 
             continue
         total += losses.nll.sum()
         if losses.choice_logits is not None:
-            predicted[torch.from_numpy(ids).to(device)] = losses.choice_logits.argmax(dim=1)
+            predicted[to_device(torch.from_numpy(ids), device)] = losses.choice_logits.argmax(dim=1)
     loss = sum_over(total).item() / int(eval_set.rows.predicted_counts.sum())
     if eval_set.truth is None:
         return Scoring(Score(loss, None, eval_set.rows.n_rows), None)
@@ -192,14 +196,11 @@ def _preferences(
     groups = _own_groups(setup, rows)
     divisor = objective.begin(np.arange(rows.n_examples), groups)
     total = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=device)
-    with wait("evaluating answers", total=sum(map(len, groups)), unit="rows here") as bar:
-        for examples in groups:
-            _stop_if_asked(setup, wants_stop)
-            batch = setup.pack(rows, objective.rows(examples)).to(device)
-            share = objective.share(setup.model(batch), batch, examples)
-            total[0] += share.loss
-            total[1:] += share.metrics
-            bar.advance(len(examples))
+    for examples in _until_stopped(setup, rows, wants_stop, "answers"):
+        batch = setup.pack(rows, objective.rows(examples)).to(device)
+        share = objective.share(setup.model(batch), batch, examples)
+        total[0] += share.loss
+        total[1:] += share.metrics
     loss, *figures = sum_over(total).tolist()
     named = dict(zip(objective.metrics, figures, strict=True))
     found = {name: None if isnan(value) else value for name, value in named.items()}
@@ -217,19 +218,23 @@ def _own_groups(setup: ModelSetup, rows: TokenizedRows) -> list[RowIds]:
     )[setup.world.rank]
 
 
-def _stop_if_asked(setup: ModelSetup, wants_stop: Callable[[], bool] | None) -> None:
-    if wants_stop is not None and any_of(wants_stop(), setup.world.device):
-        raise ScoringStopped
-
-
 def _batches(
     setup: ModelSetup, rows: TokenizedRows, wants_stop: Callable[[], bool] | None, doing: str
 ) -> Iterator[tuple[RowIds, Batch]]:
-    mine = _own_groups(setup, rows)
+    for ids in _until_stopped(setup, rows, wants_stop, doing):
+        yield ids, setup.pack(rows, ids).to(setup.world.device)
+
+
+def _until_stopped(
+    setup: ModelSetup, rows: TokenizedRows, wants_stop: Callable[[], bool] | None, doing: str
+) -> Iterator[RowIds]:
+    """Yield this process's micro-batches of examples, as long as no process wants to stop."""
+    mine, vote = _own_groups(setup, rows), StopVote(setup.world.device)
     with wait(f"evaluating {doing}", total=sum(map(len, mine)), unit="rows here") as bar:
         for ids in mine:
-            _stop_if_asked(setup, wants_stop)
-            yield ids, setup.pack(rows, ids).to(setup.world.device)
+            if wants_stop is not None and vote.ask(wants_stop()):
+                raise ScoringStopped
+            yield ids
             bar.advance(len(ids))
 
 
@@ -242,7 +247,7 @@ def _likeliest(
     for ids, batch in _batches(setup, crossed, wants_stop, "every choice"):
         losses: Losses = setup.model(batch)
         if len(ids):
-            rows = torch.from_numpy(ids).to(scores.device)[batch.target_rows]
+            rows = to_device(torch.from_numpy(ids), scores.device)[batch.target_rows]
             scores.index_add_(0, rows, -losses.nll.double())
     return sum_over(scores).reshape(eval_set.rows.n_rows, len(eval_set.choices)).argmax(dim=1)
 

@@ -85,6 +85,11 @@ def quantize_command(arguments: Sequence[str], *, python: str = sys.executable) 
     return [python, "-m", "peft_dist.entrypoints.tool", "quantize", *arguments]
 
 
+def fetch_command(arguments: Sequence[str], *, python: str = sys.executable) -> list[str]:
+    """Return the argv that brings a recipe's model, tokenizer and rows to this machine."""
+    return [python, "-m", "peft_dist.entrypoints.fetch", *arguments]
+
+
 def show_rows_command(arguments: Sequence[str], *, python: str = sys.executable) -> list[str]:
     """Return the argv that tokenises the first rows of a recipe and prints them."""
     return [python, "-m", "peft_dist.entrypoints.show_rows", *arguments]
@@ -96,7 +101,7 @@ def check_models_command(arguments: Sequence[str], *, python: str = sys.executab
 
 
 def merge_command(
-    run_dir: Path, out: Path, *, base: str, python: str = sys.executable
+    run_dir: Path, out: Path, *, base: str = "full", python: str = sys.executable
 ) -> list[str]:
     """Return the argv that merges a run's adapter into its base."""
     words = ["merge", str(run_dir), "--out", str(out), "--base", base]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from peft_dist.common.errors import LaunchError
+from peft_dist.common.gpus import DEVICES, visible_gpus
 from peft_dist.config import Recipe
 
 Strategy: TypeAlias = Literal["ddp", "fsdp", "hsdp", "zero2", "zero3"]
@@ -58,11 +59,9 @@ class Placement:
         return max(1, self.machine.cores // self.processes_per_node)
 
 
-def this_machine(
-    environ: Mapping[str, str] = os.environ, device_folder: Path = Path("/dev")
-) -> Machine:
+def this_machine(environ: Mapping[str, str] = os.environ, device_folder: Path = DEVICES) -> Machine:
     """Count the NVIDIA GPUs that CUDA would show, and the cores this process may use."""
-    return Machine(gpus=_visible_gpus(environ, device_folder), cores=_cores())
+    return Machine(gpus=visible_gpus(environ, device_folder), cores=_cores())
 
 
 def plan_processes(
@@ -116,21 +115,6 @@ def plan_processes(
             remedy=f"set it to a divisor of {processes}",
         )
     return Placement(strategy, processes, shard_size, machine, nodes)
-
-
-def _visible_gpus(environ: Mapping[str, str], device_folder: Path) -> int:
-    present = sum(1 for path in device_folder.glob("nvidia[0-9]*") if path.name[6:].isdigit())
-    chosen = environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None or present == 0:
-        return present
-    count = 0
-    for device in chosen.split(","):  # CUDA stops at the first entry it cannot use
-        name = device.strip()
-        number = int(name) if name.lstrip("-").isdigit() else None
-        if not name or (number is not None and not 0 <= number < present):
-            break
-        count += 1
-    return count
 
 
 def _cores() -> int:

@@ -5,7 +5,7 @@ import torch
 
 from peft_dist.config import Recipe
 from peft_dist.data.order import RowIds
-from peft_dist.data.pack import Batch
+from peft_dist.data.pack import Batch, to_device
 from peft_dist.data.tokenize import TokenizedRows
 
 
@@ -27,10 +27,7 @@ class SourceLosses:
         """
         if not self._count or not len(ids):
             return
-        sources = torch.from_numpy(self._rows.source_of_row[ids])
-        if self._device.type == "cuda":
-            sources = sources.pin_memory()
-        sources = sources.to(self._device, non_blocking=True)
+        sources = to_device(torch.from_numpy(self._rows.source_of_row[ids]), self._device)
         self._sums.index_add_(0, sources[batch.target_rows], nll.detach().float())
 
     def take(self) -> torch.Tensor:

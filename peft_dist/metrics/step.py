@@ -98,13 +98,13 @@ def make_extras(
     extras = torch.zeros(per_rank + len(objective), device=world.device)
     extras[per_rank:] = objective
     extras[0] = loss
-    # Fills on the device; a copy of the whole to it would wait for it.
+    # Fills on the device: `extras[i] = 1.0` would copy a number to it, and wait for it.
     for index, flag in enumerate(flags, start=1):
         if flag:
-            extras[index] = 1.0
+            extras[index].fill_(1.0)
     if step_s is not None:
-        extras[SHARED_EXTRAS + world.rank] = step_s
-    extras[SHARED_EXTRAS + world.size + world.rank] = float(memory_bytes)
+        extras[SHARED_EXTRAS + world.rank].fill_(step_s)
+    extras[SHARED_EXTRAS + world.size + world.rank].fill_(float(memory_bytes))
     return extras if source_nll is None else torch.cat([extras, source_nll])
 
 

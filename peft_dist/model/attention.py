@@ -1,4 +1,4 @@
-"""Causal attention over rows laid end to end, one row at a time, without a mask.
+"""Causal attention over rows laid end to end, without a mask: one row at a time, or in one call.
 
 A block-diagonal mask over a packed micro-batch costs its length squared; the rows cost the sum of
 theirs. It is also where a learned prefix enters. Not for encoders.
@@ -6,6 +6,7 @@ theirs. It is also where a learned prefix enters. Not for encoders.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,13 @@ from torch.nn.functional import dropout as drop
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from peft_dist.model import varlen
+
 ROW_ATTENTION = "peft_dist_rows"
 """The name it has in transformers, which makes no mask for names it does not know."""
+VARLEN_ATTENTION = "peft_dist_varlen"
+"""The same in one call for all rows, where `varlen.has_kernel` says that there is one."""
+OURS = (VARLEN_ATTENTION, ROW_ATTENTION)
 
 _NOT_TOLD = "not told"
 _HARMLESS = ("cache_position", "position_ids")
@@ -25,8 +31,9 @@ _recorded: dict[int, torch.Tensor] | None = None
 
 
 def register() -> None:
-    """Make `ROW_ATTENTION` known to transformers."""
+    """Make `OURS` known to transformers."""
     AttentionInterface.register(ROW_ATTENTION, _row_attention)
+    AttentionInterface.register(VARLEN_ATTENTION, partial(_row_attention, one_call=True))
 
 
 def use_kernel(model: PreTrainedModel, name: str) -> bool:
@@ -72,6 +79,8 @@ def _row_attention(
     attention_mask: torch.Tensor | None,
     *,
     row_lengths: tuple[int, ...] | str | None = _NOT_TOLD,
+    row_bounds: torch.Tensor | None = None,
+    one_call: bool = False,
     prefix: tuple[torch.Tensor, ...] | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -88,6 +97,8 @@ def _row_attention(
         value: Like `key`.
         attention_mask: Not used. Rows padded on the right need none: no real token looks ahead.
         row_lengths: Tokens of each packed row, B is 1 then; None for one row per sequence.
+        row_bounds: int32 [rows + 1] where each packed row begins, and the end, on the device.
+        one_call: Compute all packed rows at once where the kernel for it can.
         prefix: Of every layer, keys and values that stand before each row's own:
             [2, key-value heads, P, head size].
         dropout: Probability of dropping an attention weight.
@@ -109,6 +120,29 @@ def _row_attention(
     if _recorded is not None:
         _recorded[module.layer_idx] = torch.stack([key[0], value[0]])
     past = None if prefix is None else prefix[module.layer_idx].to(key.dtype)
+    if (
+        one_call
+        and row_lengths is not None
+        and row_bounds is not None
+        and varlen.can_attend(query, dropout=dropout, softcap=softcap)
+    ):
+        out = varlen.attend_rows(
+            query,
+            key,
+            value,
+            row_bounds=row_bounds,
+            longest=max(row_lengths),
+            past=past,
+            scaling=scaling,
+            sliding_window=sliding_window,
+        )
+        return out, None
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.is_cuda:
+        # Of a GPU's kernels only flash knows groups; where it is not picked, with a mask or in
+        # float32, torch would take the one that keeps all scores.
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        past = None if past is None else past.repeat_interleave(groups, dim=1)
     lengths = [query.shape[2]] if row_lengths is None else list(row_lengths)
     outputs = []
     for q, k, v in zip(

@@ -25,7 +25,7 @@ from peft_dist.model.proof import ProofRun, Way, prove
 log = logging.getLogger(__name__)
 
 
-def ways_of(recipe: Recipe, *, picked: str, own_attention: bool) -> list[Way]:
+def ways_of(recipe: Recipe, *, picked: str, ours: list[str], own_attention: bool) -> list[Way]:
     """Return the ways to compute a micro-batch, best first.
 
     Our attention does the same as transformers' with less work; where it does not, the kernel that
@@ -34,6 +34,7 @@ def ways_of(recipe: Recipe, *, picked: str, own_attention: bool) -> list[Way]:
     Args:
         recipe: The recipe.
         picked: The kernel that the model was built with.
+        ours: Those of our own that the device has.
         own_attention: Whether what is trained works through our attention alone.
 
     Raises:
@@ -48,14 +49,16 @@ def ways_of(recipe: Recipe, *, picked: str, own_attention: bool) -> list[Way]:
         )
     kernels = [picked]
     if own_attention:
-        kernels = [attention.ROW_ATTENTION]
+        kernels = ours
     elif picked == "sdpa" or (chosen == "auto" and picked == "eager"):
-        kernels = [attention.ROW_ATTENTION, picked]
+        kernels = [*ours, picked]
     if chosen == "auto" and not own_attention and "eager" not in kernels:
         kernels.append("eager")
     packing = recipe.data.packing
     layouts = [True, False] if packing is None else [packing]
-    return [Way(kernel, layout) for layout in layouts for kernel in kernels]
+    ways = [Way(kernel, layout) for layout in layouts for kernel in kernels]
+    # Padded rows are one call as it is.
+    return [way for way in ways if way.packing or way.attention != attention.VARLEN_ATTENTION]
 
 
 def prove_once(run: ProofRun, ways: list[Way], facts: list[Any], cache_dir: Path) -> Way:

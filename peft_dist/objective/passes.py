@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from peft_dist.config.objective import Dpo, Ipo, Kto, Orpo, Preference, Reward, Sft, Simpo
 from peft_dist.data.order import RowIds
-from peft_dist.data.pack import Batch
+from peft_dist.data.pack import Batch, to_device
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.collectives import sum_over
 from peft_dist.model.loss import Losses
@@ -100,10 +100,7 @@ class _Preferences(ObjectivePass):
 
     def _to_device(self, values: NDArray[np.float32]) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values))
-        device = self.setup.world.device
-        if device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(device, non_blocking=True)
+        return to_device(tensor, self.setup.world.device)
 
     def _scored(self, losses: Losses, batch: Batch, rows: RowIds) -> Scored:
         counts, reference = self._to_device(self._known[:, rows])
@@ -202,10 +199,7 @@ class JudgedPass(_Preferences):
             with torch.no_grad(), setup.autocast():
                 for micro in groups:
                     rows = self.rows(micro) + 1
-                    batch = setup.pack(self.data, rows)
-                    if device.type == "cuda":
-                        batch = batch.pin_memory()
-                    batch = batch.to(device)
+                    batch = setup.pack(self.data, rows).to(device)
                     losses: Losses = setup.model(batch)
                     if len(micro):
                         total += self._scored(losses, batch, rows).log_ratios.sum()

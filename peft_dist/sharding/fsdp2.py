@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as torch_dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -86,8 +87,7 @@ class HSDPEngine(FSDP2Engine):
     def _make_mesh(self) -> DeviceMesh:
         size, shards = self.world.size, self.shard_size
         assert size % shards == 0, (size, shards)
-        return init_device_mesh(
-            self.world.device.type,
-            (size // shards, shards),
-            mesh_dim_names=("replicate", "shard"),
-        )
+        # Not a mesh of two axes, whose second communicator would take memory and never be used:
+        # no parameter that is sharded has a gradient.
+        group, _ = torch_dist.new_subgroups(shards)
+        return DeviceMesh.from_group(group, self.world.device.type, mesh_dim_names=("shard",))

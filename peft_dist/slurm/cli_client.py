@@ -1,5 +1,6 @@
 """Run Slurm's own commands: argument lists, no shell, and its own words where it refuses."""
 
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,7 @@ def run_slurm(
     timeout_s: float | None = 30,
     environment: Mapping[str, str] | None = None,
     text: str | None = None,
+    with_errors: bool = False,
 ) -> str:
     """Return what a command prints.
 
@@ -20,6 +22,7 @@ def run_slurm(
         timeout_s: How long it may take; None for as long as it takes.
         environment: Its whole environment. Default: ours.
         text: What it reads on standard input.
+        with_errors: Whether to return what it prints on standard error too.
 
     Raises:
         SlurmError: Where there is no such command, or it fails, in its own words.
@@ -52,7 +55,23 @@ def run_slurm(
             )
         output = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
         raise SlurmError(output.removeprefix(f"{argv[0]}: error: "), where=argv[0])
-    return done.stdout
+    return done.stdout + (done.stderr if with_errors else "")
+
+
+def ask_slurm(argv: Sequence[str], *, timeout_s: float) -> str:
+    """Return what a command answers, whatever the user has set for their own use of it.
+
+    Args:
+        argv: The command: squeue, sacct or sshare, say.
+        timeout_s: How long it may take.
+
+    Raises:
+        SlurmError: As `run_slurm`.
+    """
+    # A user's SQUEUE_PARTITION, say, would hide jobs from us.
+    own = ("SQUEUE_", "SACCT_")
+    environment = {name: text for name, text in os.environ.items() if not name.startswith(own)}
+    return run_slurm(argv, timeout_s=timeout_s, environment=environment)
 
 
 def scancel(jobs: Sequence[str], *, options: Sequence[str] = ()) -> None:

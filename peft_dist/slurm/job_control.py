@@ -8,7 +8,7 @@ from peft_dist.common.atomic import replace_file
 from peft_dist.common.errors import RunDirError
 from peft_dist.run import job_events
 from peft_dist.run.directory import RunDir
-from peft_dist.slurm import cli_client
+from peft_dist.slurm import cli_client, waves
 from peft_dist.slurm.job_state import JobState, is_live, is_over, job_states
 from peft_dist.slurm.save_lead import lead_s
 
@@ -47,6 +47,7 @@ def cancel(folders: Sequence[Path], *, now: bool, report: Callable[[str], None])
             remedy=f"where it runs, use `peft-dist stop {folders[0]}`",
         )
     for folder, names in wanted.items():
+        waves.drop(folder)
         if names:  # whatever is queued of it from here on ends as soon as it starts
             replace_file(folder / "slurm" / "cancelled", f"{int(time.time())}\n")
     states = job_states([job for names in wanted.values() for job in names])

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from peft_dist.common.errors import SlurmError
-from peft_dist.slurm.cli_client import by_cluster, of_cluster, run_slurm
+from peft_dist.slurm.cli_client import ask_slurm, by_cluster, of_cluster
 
 UNKNOWN = "UNKNOWN"
 """The state of a job that no command could tell; its `reason` says why."""
@@ -93,7 +93,7 @@ def _ask(wanted: Sequence[str], cluster: str, timeout_s: float) -> dict[str, Job
     who = ["-j", wanted[0]] if len(wanted) == 1 else [f"--user={os.getuid()}"]
     argv = ["squeue", *at, "--noheader", "--array", "--states=all", *who, "-o", FORMAT]
     try:
-        found = _pick(parse_squeue(_run(argv, timeout_s)), wanted)
+        found = _pick(parse_squeue(ask_slurm(argv, timeout_s=timeout_s)), wanted)
     except SlurmError as error:
         if len(wanted) > 1 or NOT_THERE not in str(error):
             # Whoever else answers now may not know that the job was queued again.
@@ -117,7 +117,7 @@ def _ask_sacct(
 ) -> None:
     argv = ["sacct", *at, "--noheader", "--allocations", "--parsable2", "-o", FIELDS]
     try:
-        text = _run([*argv, "-j", ",".join(unknown)], timeout_s)
+        text = ask_slurm([*argv, "-j", ",".join(unknown)], timeout_s=timeout_s)
     except SlurmError as error:
         for reasons in unknown.values():
             reasons.append(_reason("sacct", error))
@@ -142,7 +142,7 @@ def _ask_scontrol(
     timeout_s: float,
 ) -> None:
     try:
-        text = _run(["scontrol", *at, "show", "job", "-o", job], timeout_s)
+        text = ask_slurm(["scontrol", *at, "show", "job", "-o", job], timeout_s=timeout_s)
     except SlurmError as error:
         unknown[job].append(_reason("scontrol", error))
         return
@@ -152,13 +152,6 @@ def _ask_scontrol(
     else:
         found[job] = answer
         del unknown[job]
-
-
-def _run(argv: Sequence[str], timeout_s: float) -> str:
-    # A user's SQUEUE_PARTITION, say, would hide jobs from us.
-    own = ("SQUEUE_", "SACCT_")
-    environment = {name: text for name, text in os.environ.items() if not name.startswith(own)}
-    return run_slurm(argv, timeout_s=timeout_s, environment=environment)
 
 
 def parse_squeue(text: str) -> list[tuple[str, JobState]]:

@@ -53,6 +53,7 @@ def again(
         time=time_limit or (None if cluster else last.get("time_limit")),
         limit=array_limit(folder) if elements else None,
         singleton=bool(last.get("singleton", False)),
+        frozen=bool(last.get("frozen", False)),
         elements=elements,
         allow_changed=allow_changed,
     )

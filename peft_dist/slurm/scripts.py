@@ -17,6 +17,7 @@ from peft_dist.config.slurm_options import option_words, static_exclude
 from peft_dist.launch.command import Meeting, launch_environment, worker_command
 from peft_dist.launch.placement import Placement
 from peft_dist.slurm.container import mounts, node_command, srun_options
+from peft_dist.slurm.offline import VARIABLES as OFFLINE
 from peft_dist.slurm.submitting import kept_variables
 from peft_dist.slurm.template import fill
 
@@ -58,6 +59,17 @@ class Job:
     """Whether to wait until no other job of this name runs."""
     allow_changed: tuple[str, ...] = ()
     """Settings that may differ from those a run was trained with."""
+    frozen: bool = False
+    """Whether a start refuses an environment that is not that of the submission."""
+    import_paths: tuple[str, ...] = ()
+    """Where Python finds code before it looks at what is installed."""
+    command: tuple[str, ...] = ()
+    """What each node runs where this job does not train: its folder is that of a command."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that it has in all."""
+        return self.placement.nodes * self.cluster.gpus_per_node
 
 
 def render_job(job: Job) -> str:
@@ -76,6 +88,8 @@ def render_job(job: Job) -> str:
         run=str(job.folder),
         script=str(job.folder / JOB_SCRIPT),
         nodes=job.placement.nodes,
+        gpus=job.gpus,
+        limit=job.array.limit if job.array else None,
         umask="007" if cluster.sharing == GROUP else "077",
         requeue=cluster.requeue.allowed,
         usual="requeue" if cluster.requeue.allowed else "submit",
@@ -105,24 +119,20 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
     cluster, placement = job.cluster, job.placement
     environment = {
         **launch_environment(placement, {"OMP_NUM_THREADS": ""}),  # each node counts its CPUs
+        **(OFFLINE if cluster.offline else {}),
         **({SHARING: GROUP} if cluster.sharing == GROUP else {}),
         # What is installed in a home must not hide what is in the image.
         **({} if cluster.container is None else {"PYTHONNOUSERSITE": "1"}),
         **{name: str(value) for name, value in cluster.environment.items()},
     }
-    # On a node's own disk only the node knows where.
-    interpreter = "$interpreter" if cluster.interpreter.startswith("$") else cluster.interpreter
-    launcher = worker_command(
+    interpreter = interpreter_of(cluster)
+    changed = [word for name in job.allow_changed for word in ("--allow-changed", name)]
+    launcher = job.command or workers(
+        cluster,
         placement,
         "train.py",
-        [
-            str(run_dir / "recipe.yaml"),
-            *(word for name in job.allow_changed for word in ("--allow-changed", name)),
-        ],
-        python=interpreter,
-        root=SHARE,
+        [str(run_dir / "recipe.yaml"), *changed],
         max_restarts=job.max_restarts,
-        meeting=MEETING if placement.nodes > 1 else None,
     )
     stage = None
     if cluster.stage is not None and model is not None:
@@ -136,6 +146,7 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
         setup=setup,
         inside=inside,
         environment=sorted(environment.items()),
+        import_paths=":".join(job.import_paths),
         processes_per_node=placement.processes_per_node,
         several_nodes=placement.nodes > 1,
         python=[
@@ -147,6 +158,39 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
         stage=stage,
         supervisor=_supervisor(job, run_dir),
         launcher=launcher,
+    )
+
+
+def interpreter_of(cluster: Cluster) -> str:
+    """Return the interpreter as `node.sh` names it; only a node knows where its own disk is."""
+    return "$interpreter" if cluster.interpreter.startswith("$") else cluster.interpreter
+
+
+def workers(
+    cluster: Cluster,
+    placement: Placement,
+    script: str,
+    arguments: Sequence[str],
+    *,
+    max_restarts: int = 0,
+) -> list[str]:
+    """Return the command by which a node starts its share of the workers.
+
+    Args:
+        cluster: Where.
+        placement: How many there are.
+        script: `train.py` or `score.py`.
+        arguments: What every worker gets.
+        max_restarts: How often all are started again in place.
+    """
+    return worker_command(
+        placement,
+        script,
+        arguments,
+        python=interpreter_of(cluster),
+        root=SHARE,
+        max_restarts=max_restarts,
+        meeting=MEETING if placement.nodes > 1 else None,
     )
 
 
@@ -204,16 +248,19 @@ def _mounts(job: Job) -> list[str]:
 
 def _supervisor(job: Job, run_dir: Path) -> list[str]:
     cluster = job.cluster
-    words = ["-m", "peft_dist.slurm.supervisor", "--run-dir", str(run_dir)]
+    module = "command_supervisor" if job.command else "supervisor"
+    words = ["-m", f"peft_dist.slurm.{module}", "--run-dir", str(run_dir)]
     words += ["--max-starts", str(cluster.requeue.max_starts)]
     limit = cluster.requeue.max_starts_without_progress
     words += ["--max-starts-without-progress", str(limit)]
     if cluster.secrets_file is not None:
         words += ["--secrets", cluster.secrets_file]
+    if job.frozen:
+        words += ["--frozen"]
     interface = cluster.interface or ("auto" if cluster.head is not None else None)
     if interface is not None:
         words += [f"--interface={interface}"]
-    if cluster.preflight.enabled:
+    if cluster.preflight.enabled and not job.command:
         words += ["--devices", str(cluster.gpus_per_node)]
         words += ["--preflight-timeout-s", f"{cluster.preflight.timeout_s:.12g}"]
         words += ["--arrival-s", f"{cluster.preflight.arrival_s:.12g}"]

@@ -5,17 +5,13 @@ Slurm. Runs nothing itself.
 """
 
 import os
-import re
-import sys
-import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peft_dist.common import env
-from peft_dist.common.console import show
 from peft_dist.common.durations import duration_s, duration_text
-from peft_dist.common.errors import LaunchError, RecipeError, RunDirError, SlurmError
+from peft_dist.common.errors import LaunchError, RecipeError, RunDirError
 from peft_dist.common.sharing import GROUP, folder_mode, set_run_umask
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, render_cluster
@@ -23,8 +19,8 @@ from peft_dist.data.first_rows import check_first_rows
 from peft_dist.launch.model_folder import check_model_folder
 from peft_dist.launch.placement import Machine, plan_processes
 from peft_dist.plan.settle import check_memory, cluster_hardware, settle_alike
-from peft_dist.run import job_events
 from peft_dist.run.directory import RunDir, write_text_atomic
+from peft_dist.run.environment import FILE, write_environment
 from peft_dist.run.prediction import Prediction, write_prediction
 from peft_dist.run.sweep import (
     Element,
@@ -32,17 +28,16 @@ from peft_dist.run.sweep import (
     refuse_another_array,
     write_array,
 )
-from peft_dist.slurm import validate
+from peft_dist.slurm import offline, validate
+from peft_dist.slurm.after import wait_for
+from peft_dist.slurm.chain import queue_chain
 from peft_dist.slurm.ensure_not_running import ensure_not_running
+from peft_dist.slurm.queue_job import Queued, alone, queue_job
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.scripts import JOB_SCRIPT, Array, Job, scripts
-from peft_dist.slurm.submitting import (
-    SubmissionUnknown,
-    alone,
-    check_script,
-    new_token,
-    sbatch,
-)
+from peft_dist.slurm.snapshot import copy_trees, environment_of, import_paths, trees_to_copy
+from peft_dist.slurm.submitting import check_script
+from peft_dist.slurm.waves import queue_in_waves
 
 
 @dataclass(frozen=True)
@@ -65,6 +60,12 @@ class Request:
     """An array that has been submitted before; each of its runs has a recipe of its own."""
     allow_changed: Sequence[str] = ()
     """Settings that may differ from those a run was trained with."""
+    after: Sequence[str] = ()
+    """Folders of runs and of other commands' jobs that must have ended well before."""
+    frozen: bool = False
+    """Whether a start refuses packages or checkouts that differ from those of now."""
+    snapshot: bool = False
+    """Whether to copy the checkouts that code is imported from, and run the copies."""
     anyway: bool = False
     """Whether to submit what cannot fit into memory all the same."""
 
@@ -91,6 +92,9 @@ class Submission:
     """Every script, by where it belongs."""
     warnings: Sequence[str]
     chain: int = 0
+    after: Sequence[str] = ()
+    trees: Mapping[str, Path] = field(default_factory=dict)
+    """Checkouts to copy."""
 
     def wanted(self, *, fresh: bool) -> dict[int, Run]:
         """Return the runs that have not finished, by their index; all of them with `fresh`."""
@@ -126,10 +130,11 @@ def prepare(request: Request) -> Submission:
     machine = Machine(gpus=cluster.gpus_per_node, cores=cluster.cpus_of_a_node or 1)
     per_node = cluster.processes_per_node or 0
     placement = plan_processes(recipes[0], machine, request.nodes, per_node=per_node)
-    time_limit, time_from = _time_limit(request)
+    time_limit, time_from = validate.time_limit(cluster, request.time)
     time_s = None if time_limit is None else duration_s(time_limit, where=time_from)
+    trees = trees_to_copy() if request.snapshot else {}
     job = Job(
-        name=_job_name(folder.name),
+        name=validate.job_name(folder.name),
         folder=folder,
         cluster=cluster,
         placement=placement,
@@ -139,6 +144,8 @@ def prepare(request: Request) -> Submission:
         array=Array(len(runs), request.limit) if _is_array(request) else None,
         singleton=request.singleton,
         allow_changed=tuple(request.allow_changed),
+        frozen=request.frozen,
+        import_paths=import_paths(folder, trees if request.snapshot else None),
     )
     validate.check_limits(job, time_from=time_from)
     validate.check_cluster_files(cluster)
@@ -146,12 +153,15 @@ def prepare(request: Request) -> Submission:
     for run in runs:
         warnings += validate.check_paths(cluster, request.nodes, run.folder, run.recipe)
         warnings += validate.check_batch(run.recipe, placement.processes)
+    offline.check_image(cluster)
     for recipe in {recipe.data: recipe for recipe in recipes}.values():
         check_first_rows(recipe)
+        warnings += offline.check_recipe(cluster, recipe, request.recipe)
     for recipe in recipes:
         check_model_folder(recipe)
     files = scripts(job, [(run.folder, validate.local_model(run.recipe)) for run in runs])
-    return Submission(job, runs, files, list(dict.fromkeys(warnings)), request.chain)
+    warnings = list(dict.fromkeys(warnings))
+    return Submission(job, runs, files, warnings, request.chain, request.after, trees)
 
 
 def submit(
@@ -160,8 +170,8 @@ def submit(
     command: Sequence[str],
     by: str = "submit",
     fresh: bool = False,
-) -> str:
-    """Submit, and return the job's id.
+) -> Queued:
+    """Submit, and return the job.
 
     Args:
         submission: What `prepare` returned.
@@ -193,7 +203,7 @@ def _submit(
     command: Sequence[str],
     by: str,
     fresh: bool,
-) -> str:
+) -> Queued:
     job = submission.job
     elements = [
         {"run_dir": run.folder.name, "settings": [*run.settings]} for run in submission.runs
@@ -202,77 +212,60 @@ def _submit(
     if job.array:
         refuse_another_array(job.folder, elements)
     ensure_not_running([run.folder for run in wanted.values()], script)
-    check_script(submission.files[script])
+    waiting = wait_for(submission.after, singleton=job.singleton)
+    # The whole array may be more than Slurm takes at once.
+    alone_first = ["--array=0"] if job.array else []
+    start = check_script(submission.files[script], alone_first)
     for run in wanted.values():
         made = RunDir.claim(
             run.folder, run.recipe, command=command, fresh=fresh, allow_changed=job.allow_changed
         )
         write_prediction(made, run.prediction)
         _make_slurm_folder(made, job.cluster)
+    _freeze(submission, [run.folder for run in wanted.values()])
     if job.array:
         write_array(job.folder, elements, job.array.limit)
     job.folder.joinpath("logs").mkdir(mode=folder_mode(), exist_ok=True)
     for path, text in submission.files.items():
         write_text_atomic(path, text)
     facts = {
-        "time": int(time.time()),
         "by": by,
         "nodes": job.placement.nodes,
+        "gpus": job.gpus,
         "time_limit": None if job.time_s is None else duration_text(job.time_s),
         "singleton": job.singleton,
+        "frozen": job.frozen,
     }
-    clusters = str(job.cluster.sbatch.get("clusters", ""))
-    if clusters:
-        facts["cluster"] = clusters
-    token = new_token()
-    for index, run in wanted.items():
-        element = {"element": index} if job.array else {}
-        event = {"event": "submitting", "job": "", "token": token, **element, **facts}
-        job_events.record(run.folder, event)
-    try:
-        job_id = sbatch(
-            submission.argv(wanted, f"--comment={token}"),
-            token=token,
+
+    def queue(indexes: Collection[int]) -> str:
+        return queue_job(
+            submission.argv(indexes, *waiting.options),
+            {wanted[index].folder: index if job.array else None for index in indexes},
             script=submission.files[script],
-            clusters=clusters,
+            facts=facts,
+            waiting=waiting,
+            clusters=str(job.cluster.sbatch.get("clusters", "")),
         )
-    except SubmissionUnknown:  # the next command asks again
-        raise
-    except SlurmError:
-        for run in wanted.values():
-            job_events.record(run.folder, {"event": "refused", "job": ""})
-        raise
-    own_id, _, cluster = job_id.partition("@")
-    if cluster:
-        facts["cluster"] = cluster
-    for index, run in wanted.items():
-        name = f"{own_id}_{index}" if job.array else own_id
-        job_events.record(run.folder, {"event": "submitted", "job": name, **facts})
-    _queue_chain(submission, own_id)
-    return job_id
+
+    if job.array:
+        job_id = queue_in_waves(queue, [*wanted], job.folder, job.array.limit)
+    else:
+        job_id = queue([*wanted])
+    base, text = ["sbatch", "--parsable"], submission.files[script]
+    queue_chain(job, submission.chain, base, script=text, first=job_id)
+    return Queued(job_id, "" if waiting.jobs else start)
 
 
-def _queue_chain(submission: Submission, first: str) -> None:
-    """Queue the jobs that go on for one another, as far as Slurm takes them."""
-    job, after = submission.job, first
-    clusters = str(job.cluster.sbatch.get("clusters", ""))
-    script = submission.files[job.folder / JOB_SCRIPT]
-    for number in range(1, submission.chain + 1):
-        token = new_token()
-        dependency = f"--dependency=afterany:{after}{',singleton' if job.singleton else ''}"
-        argv = submission.argv([], f"--comment={token}", dependency)
-        try:
-            queued = sbatch(argv, token=token, script=script, after=after, clusters=clusters)
-            after = job_events.bare(queued)
-        except SlurmError as error:
-            show(
-                f"peft-dist: warning: --chain: {number - 1} of {submission.chain} jobs are queued: "
-                f"{error}",
-                sys.stderr,
-            )
-            return
-        with (job.folder / "slurm" / "successor").open("a", encoding="utf-8") as file:
-            file.write(f"{after}\n")
+def _freeze(submission: Submission, folders: Sequence[Path]) -> None:
+    """Note with what the runs are submitted, and copy what would change."""
+    job = submission.job
+    if submission.trees:
+        copy_trees(submission.trees, job.folder)
+    found = environment_of(job.cluster, with_checkouts=not job.import_paths)
+    for folder in folders:
+        (folder / FILE).unlink(missing_ok=True)
+        if found is not None:
+            write_environment(folder, found)
 
 
 def _check_numbers(request: Request) -> None:
@@ -327,20 +320,6 @@ def _settled(request: Request, runs: Sequence[Run]) -> tuple[list[Run], list[str
         replace(run, recipe=found.recipe, prediction=found.prediction())
         for run, found in zip(runs, settled, strict=True)
     ], warnings
-
-
-def _time_limit(request: Request) -> tuple[str | None, str]:
-    """Return the time limit, and where it was given."""
-    if request.time is not None:
-        return request.time, "--time"
-    if request.cluster.default_time is not None:
-        return request.cluster.default_time, "default_time"
-    return request.cluster.max_time, "max_time"
-
-
-def _job_name(name: str) -> str:
-    """Return a name that is safe in a path, in a table and in a script."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-")[:64] or "run"
 
 
 def _make_slurm_folder(run: RunDir, cluster: Cluster) -> None:

@@ -3,18 +3,13 @@
 Each submission has a token, its comment, by which Slurm can be asked for the job afterwards.
 """
 
-import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
-from peft_dist.common import paths
 from peft_dist.common.env import AFTER_JOB
 from peft_dist.common.errors import SlurmError
-from peft_dist.common.locks import lock_file
 from peft_dist.slurm.cli_client import of_cluster, run_slurm
 
 OF_USERS = ("SLURM_CLUSTERS", "SLURM_CONF", "SLURM_JWT", "SBATCH_ACCOUNT", "SBATCH_CLUSTERS",
@@ -27,18 +22,6 @@ VARIABLES = {"array": "SBATCH_ARRAY_INX", "time": "SBATCH_TIMELIMIT", "mem": "SB
 
 class SubmissionUnknown(SlurmError):
     """A submission of which nobody can tell whether it has made a job."""
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Let one command of a user at a time submit what is beside a folder."""
-    name = hashlib.sha256(str(folder.parent).encode()).hexdigest()
-    with ExitStack() as stack:
-        with suppress(OSError):  # a cache that cannot be written
-            locks = paths.cache_dir() / "submit"
-            locks.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock_file(locks / f"{name[:32]}.lock"))
-        yield
 
 
 def new_token() -> str:
@@ -116,14 +99,24 @@ def find_job(token: str, clusters: str = "") -> str | None:
     return None
 
 
-def check_script(script: str) -> None:
-    """Have Slurm check a batch script without submitting it.
+def check_script(script: str, options: Sequence[str] = ()) -> str:
+    """Have Slurm check a batch script without submitting it; return when it would start.
+
+    Args:
+        script: Its text.
+        options: What counts more than what the script says.
+
+    Returns:
+        Date and time on Slurm's clock; empty where it does not say.
 
     Raises:
         SlurmError: Where Slurm would refuse it.
     """
     environment = submitting_environment(script)
-    run_slurm(["sbatch", "--test-only"], environment=environment, text=script)
+    argv = ["sbatch", "--test-only", *options]
+    told = run_slurm(argv, environment=environment, text=script, with_errors=True)
+    found = re.search(r"\bto start at (\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)", told)
+    return "" if found is None else f"{found[1]} {found[2]}"
 
 
 def kept_variables(options: Iterable[str]) -> list[str]:

@@ -27,6 +27,7 @@ from peft_dist.preflight.verdict import PORT_TAKEN, Report
 from peft_dist.run import job_events
 from peft_dist.run.attempt_records import latest, records
 from peft_dist.run.directory import RunDir
+from peft_dist.run.environment import changes_since_submit
 from peft_dist.run.history import ending_of_launch, mark_launch, read_history
 from peft_dist.run.lease import end_for
 from peft_dist.run.restart_policy import STOPS, Decision, Ending, Kind, RestartLimits, decide
@@ -35,9 +36,11 @@ from peft_dist.slurm.excluded_nodes import exclude
 from peft_dist.slurm.failed_nodes import FailedNodes
 from peft_dist.slurm.interfaces import interface_variables
 from peft_dist.slurm.look_back import ending_of_start
+from peft_dist.slurm.notice import notify
 from peft_dist.slurm.old_logs import pack_old_logs
 from peft_dist.slurm.save_lead import lead_s
 from peft_dist.slurm.secrets import read_secrets
+from peft_dist.slurm.supervisor_options import parser
 
 DECISION_WAIT_S = 60.0
 """How long other nodes wait for the head's decision before they end on their own."""
@@ -47,38 +50,23 @@ LOOK_EVERY_S = 5.0
 """Seconds between two looks at how much time is left, and whether the run is cancelled."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run this node's share of a job; return its exit code."""
+def main(argv: Sequence[str] | None = None, kind: "type[Node] | None" = None) -> int:
+    """Run this node's share of a job; return its exit code.
+
+    Args:
+        argv: The arguments.
+        kind: What works on the node. Default: `Node`, which trains.
+    """
     own, launcher = _split(list(sys.argv[1:] if argv is None else argv))
     options = parser().parse_args(own)
     set_run_umask()
-    node = Node(options, launcher)
+    node = (kind or Node)(options, launcher)
     try:
         ending = node.work() if options.after is None else node.look_back()
     except PeftDistError as error:
         say(f"{ERROR_PREFIX}{error}", sys.stderr)
         ending = Ending(Kind.USER_ERROR, str(error))
     return EXIT_DONE if ending is None else node.finish(ending)
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of what `node.sh` gives."""
-    parser = argparse.ArgumentParser(prog="peft_dist.slurm.supervisor", description=main.__doc__)
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--max-starts", type=int, required=True)
-    parser.add_argument("--max-starts-without-progress", type=int, required=True)
-    parser.add_argument(
-        "--after", type=int, metavar="CODE", help="only decide: the start is over, and srun's code"
-    )
-    parser.add_argument("--secrets", type=Path, help="file of mode 0600 with NAME=value lines")
-    parser.add_argument("--interface", help="network interfaces as NCCL reads them, or auto")
-    parser.add_argument("--no-preflight", action="store_true")
-    parser.add_argument("--devices", type=int, default=0, help="GPUs that the node must have")
-    parser.add_argument("--preflight-timeout-s", type=float, default=60.0)
-    parser.add_argument("--arrival-s", type=float, default=1800.0)
-    parser.add_argument("--min-free-gb", type=float, default=1.0)
-    parser.add_argument("--max-clock-offset-s", type=float, default=60.0)
-    return parser
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
@@ -145,6 +133,11 @@ class Node:
         before = mark_launch(run)
         if self.is_head and len(self.hosts) > 1 and not _is_free(self.port):
             return self._port_taken(self.port)
+        changed = changes_since_submit(run.path) if self.is_head else ""
+        if changed and self.options.frozen:
+            return Ending(Kind.USER_ERROR, f"{changed}; `peft-dist resume` accepts that")
+        if changed:
+            say(f"peft-dist: warning: {changed}", sys.stderr)
         if not self.options.no_preflight:
             failed = self._preflight(run)
             if failed is not None:
@@ -164,7 +157,7 @@ class Node:
         # A launcher ends with 0 also where a signal has ended its processes.
         otherwise = Ending(Kind.INTERRUPTED, "stopped by a signal")
         if ended.signal_name is None and ended.code != EXIT_DONE:
-            otherwise = self.failed_nodes.ending or self._failure()
+            otherwise = self.failed_nodes.ending or self.failure()
             self.failed_nodes.add_own(otherwise)
         if ended.signal_name is not None and self.is_head and not run.is_finished:
             end_for(run.attempts, "interrupted", signal=ended.signal_name)
@@ -216,6 +209,8 @@ class Node:
                 job_events.record(self.run.path, _event(decision, ending))
             replace_file(self.decision_file, f"{decision}\n")
             say(f"peft-dist: {decision}")
+            job = job_events.this_job()
+            notify(self.run.path, job, ending, decision, self.options.secrets)
             return decision.exit_code
         # Whoever ends first with another code than 0 has srun kill the others, the head among them.
         deadline = time.monotonic() + DECISION_WAIT_S
@@ -305,7 +300,7 @@ class Node:
             time.sleep(LOOK_EVERY_S)
         self.finish(Ending(Kind.INTERRUPTED, "its processes had not ended at the time limit"))
 
-    def _failure(self) -> Ending:
+    def failure(self) -> Ending:
         """Return how this node's launcher has failed."""
         if memory_kills.kills():
             return Ending(

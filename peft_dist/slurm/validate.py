@@ -4,9 +4,10 @@ Asks Slurm nothing, and makes nothing.
 """
 
 import os
+import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft_dist.common.durations import duration_s, duration_text
@@ -102,6 +103,20 @@ def check_paths(cluster: Cluster, nodes: int, folder: Path, recipe: Recipe) -> l
         "model.name": local_model(recipe),
         **_row_paths(recipe),
     }
+    return check_shared(cluster, nodes, paths)
+
+
+def check_shared(cluster: Cluster, nodes: int, paths: Mapping[str, str | None]) -> list[str]:
+    """Refuse paths that the nodes surely do not share; return what is only worth a word.
+
+    Args:
+        cluster: Where the nodes are.
+        nodes: How many the job has.
+        paths: By what gave them; those that are not absolute are left out.
+
+    Raises:
+        LaunchError: Naming the path and what gave it.
+    """
     not_shared: dict[str, list[str]] = {}
     for field, text in paths.items():
         if text is None or not text.startswith("/"):  # a hub name
@@ -267,6 +282,20 @@ def check_alike(recipes: Sequence[Recipe]) -> None:
             where="--array",
             remedy="submit them one by one",
         )
+
+
+def time_limit(cluster: Cluster, given: str | None) -> tuple[str | None, str]:
+    """Return the time limit of a job, and where it was given."""
+    if given is not None:
+        return given, "--time"
+    if cluster.default_time is not None:
+        return cluster.default_time, "default_time"
+    return cluster.max_time, "max_time"
+
+
+def job_name(name: str) -> str:
+    """Return a name that is safe in a path, in a table and in a script."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".-")[:64] or "run"
 
 
 def local_model(recipe: Recipe) -> str | None:

@@ -18,9 +18,11 @@ from typing import Any
 from peft_dist.common.errors import EXIT_DONE
 from peft_dist.common.table import joined, print_lines, stdout_form
 from peft_dist.common.terminal import is_terminal, size, terminal_console
-from peft_dist.run.directory import ARRAY_FILE, RunDir
+from peft_dist.run.command_folder import COMMAND_FILE, find_folder
+from peft_dist.run.directory import ARRAY_FILE
 from peft_dist.run.sweep import array_elements
 from peft_dist.slurm.job_state import JobState, job_states
+from peft_dist.slurm.pending import fair_shares, jobs_ahead
 from peft_dist.status.run_state import Reading, RunView, read_run, result_of, view
 from peft_dist.status.table import ArrayView, render
 
@@ -55,15 +57,17 @@ def show_status(run_dirs: Sequence[str], *, watch: bool = False, as_json: bool =
     try:
         with _display(is_live=is_live) as draw:
             while True:
-                paths = [find_run(name) for name in run_dirs] or newest_runs(Path("runs"))
+                paths = [find_folder(name) for name in run_dirs] or newest_runs(Path("runs"))
                 before, is_old = answers, time.monotonic() >= good_until_s
                 answers = {} if is_old else answers
-                views = gather(paths, answers)
+                views = gather(paths, answers, with_queue=not watch)
                 if is_old:
                     good_for_s = 1.5 * good_for_s if answers == before else ASK_SLURM_EVERY_S
                     good_until_s = time.monotonic() + min(good_for_s, ASK_SLURM_AT_LEAST_EVERY_S)
                 draw(_json(views, watch=watch) if as_json else _table(views, watch=watch))
                 if not watch:
+                    if not as_json:
+                        draw(_account(views))
                     return EXIT_DONE
                 time.sleep(REDRAW_EVERY_S)
     except KeyboardInterrupt:
@@ -72,34 +76,27 @@ def show_status(run_dirs: Sequence[str], *, watch: bool = False, as_json: bool =
         return EXIT_DONE
 
 
-def find_run(name: str | Path) -> Path:
-    """Return the folder of a run or an array.
-
-    Raises:
-        RunDirError: Where it holds neither.
-    """
-    path = Path(name).absolute()
-    return path if (path / ARRAY_FILE).is_file() else RunDir.open(name).path
-
-
 def newest_runs(folder: Path, at_most: int = SHOWN_RUNS) -> list[Path]:
     """Return the runs and arrays in a folder, the newest first."""
     made: dict[Path, float] = {}
     if folder.is_dir():
         for path in folder.absolute().iterdir():
-            for file in (path / ARRAY_FILE, path / "run.json"):
+            for file in (path / ARRAY_FILE, path / COMMAND_FILE, path / "run.json"):
                 if file.is_file():
                     made[path] = file.stat().st_mtime
                     break
     return sorted(made, key=lambda path: (-made[path], path.name))[:at_most]
 
 
-def gather(paths: Sequence[Path], answers: Answers | None = None) -> list[View]:
+def gather(
+    paths: Sequence[Path], answers: Answers | None = None, *, with_queue: bool = False
+) -> list[View]:
     """Return how runs and arrays are, after asking Slurm once for all of them.
 
     Args:
         paths: Their folders.
         answers: What Slurm has said lately; the jobs that are missing in it are asked, and added.
+        with_queue: Ask for the places of jobs that wait, too.
     """
     answers = {} if answers is None else answers
     names = _names(paths)
@@ -113,9 +110,11 @@ def gather(paths: Sequence[Path], answers: Answers | None = None) -> list[View]:
     new = [job for reading in open_runs for job in reading.jobs if job not in answers]
     answers.update(job_states(new, timeout_s=SLURM_TIMEOUT_S))
     now = time.time()
+    pending = [job for job, state in answers.items() if state.reason in ("Priority", "Resources")]
+    ahead = jobs_ahead(pending) if pending and with_queue else {}
 
     def one(reading: Reading, name: str) -> RunView:
-        return view(reading, answers, name=name, now=now)
+        return view(reading, answers, name=name, now=now, ahead=ahead)
 
     return [
         _array(path, names[path], elements, readings[path], one)
@@ -189,6 +188,21 @@ def _table(views: Sequence[View], *, watch: bool) -> list[str]:
     if left_out > 0:
         lines = [*lines[: height - 3], f"... and {left_out + 1} more lines"]
     return [*lines, f"{time.strftime('%H:%M:%S')}  Ctrl-C ends"]
+
+
+def _account(views: Sequence[View]) -> list[str]:
+    """Return lines on what all runs have used, and what one may expect to get."""
+    runs = [
+        run
+        for entry in views
+        for run in (entry.elements if isinstance(entry, ArrayView) else [entry])
+    ]
+    hours = [run.gpu_hours for run in runs if run.gpu_hours is not None]
+    lines = [f"GPU hours in all: {sum(hours):,.1f}"] if len(hours) > 1 else []
+    if any(run.state == "PENDING" for run in runs):
+        shares = fair_shares()
+        lines += [f"fair share of {name}: {share:.2f} of 1" for name, share in shares.items()]
+    return lines
 
 
 def _facts(entry: View) -> dict[str, Any]:

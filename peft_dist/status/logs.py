@@ -12,6 +12,7 @@ from pathlib import Path
 
 from peft_dist.common.console import say, show
 from peft_dist.common.errors import EXIT_DONE, RunDirError
+from peft_dist.run.command_folder import find_folder
 from peft_dist.run.directory import ARRAY_FILE, RunDir
 from peft_dist.run.job_events import newest_job
 from peft_dist.slurm.job_state import UNKNOWN, is_live, job_states
@@ -58,7 +59,7 @@ def show_logs(
         raise RunDirError(
             "is an array", where=str(run_dir), remedy=f"name one of its runs: {path / '000'}"
         )
-    run = RunDir.open(run_dir)
+    run = RunDir(find_folder(run_dir))
     shown = _Shown(lines)
     if not follow:
         files = log_files(run.path, rank=rank)

@@ -22,6 +22,8 @@ from peft_dist.run.job_events import Event, candidates, events, newest_logs, oth
 from peft_dist.run.lease import STALE_AFTER_S
 from peft_dist.run.restart_policy import Kind
 from peft_dist.slurm.job_state import UNKNOWN, JobState, is_live, is_over
+from peft_dist.slurm.pending import reason_in_words
+from peft_dist.status.gpu_hours import gpu_hours
 from peft_dist.status.progress import RunProgress, read_progress
 
 DONE = "COMPLETED"
@@ -62,6 +64,12 @@ class RunView:
     """What is wrong, in one line."""
     gap: str = ""
     """Which steps the ledger lacks, in one line."""
+    start: str = ""
+    """When a job that waits is expected to start, on Slurm's clock."""
+    waits: str = ""
+    """Of a job that waits: its expected start, its place and why, in words."""
+    gpu_hours: float | None = None
+    """What its jobs have had so far; None for a run without, or of an older version."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,14 @@ def read_run(path: Path) -> Reading:
     return Reading(run, history, record, progress, jobs, gap=_gaps(attempts))
 
 
-def view(reading: Reading, answers: Mapping[str, JobState], *, name: str, now: float) -> RunView:
+def view(
+    reading: Reading,
+    answers: Mapping[str, JobState],
+    *,
+    name: str,
+    now: float,
+    ahead: Mapping[str, int] | None = None,
+) -> RunView:
     """Put together what the directory and Slurm say of a run.
 
     Args:
@@ -112,6 +127,7 @@ def view(reading: Reading, answers: Mapping[str, JobState], *, name: str, now: f
         answers: What Slurm says of jobs; of `reading.jobs` only where it was asked.
         name: What to call the run.
         now: Unix time.
+        ahead: How many jobs come before each that waits, where that was asked.
     """
     job, heartbeat_s = reading.job(answers), _heartbeat_s(reading, now)
     state, reason = _state(reading, job, heartbeat_s)
@@ -137,7 +153,19 @@ def view(reading: Reading, answers: Mapping[str, JobState], *, name: str, now: f
         heartbeat_s=heartbeat_s,
         cause=cause,
         gap=reading.gap,
+        start=job.start if job and state in WAITING else "",
+        waits=_waits(job, (ahead or {}).get(job.job)) if job and state in WAITING else "",
+        gpu_hours=gpu_hours(reading.history, now, is_at_work=is_at_work(state)),
     )
+
+
+def _waits(job: JobState, ahead: int | None) -> str:
+    """Return when a job that waits is expected to start, its place in the queue, and why."""
+    parts = [f"expected to start {job.start.replace('T', ' ')}"] if job.start else []
+    if ahead is not None and job.reason in ("Priority", "Resources"):
+        parts.append(f"{ahead} job{'s' * (ahead != 1)} ahead of it")
+    words = reason_in_words(job.reason)
+    return "; ".join([*parts, *([words] if words not in ("", job.reason) else [])])
 
 
 def result_of(run: RunDir) -> dict[str, Any] | None:

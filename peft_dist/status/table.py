@@ -5,7 +5,7 @@ reasons share a column as in squeue, and what is too long still is cut.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft_dist.common.table import Column, table_lines, table_width
@@ -54,9 +54,10 @@ WHO = (Column("run", cut=True), Column("job"), Column("state", style=_style))
 PLACE = (Column("reason"), Column("nodes"))
 NARROW_PLACE = (Column("nodes/reason", cut=True),)
 HOW_FAR = tuple(
-    Column(title, right=True) for title in ("attempt", "step", "loss", "tok/s", "left", "seen")
+    Column(title, right=True)
+    for title in ("attempt", "step", "loss", "tok/s", "gpu-h", "left", "seen")
 )
-NARROW_HOW_FAR = tuple(column for column in HOW_FAR if column.title != "tok/s")
+NARROW_HOW_FAR = tuple(column for column in HOW_FAR if column.title not in ("tok/s", "gpu-h"))
 
 
 def render(
@@ -84,9 +85,13 @@ def _without_jobs(columns: Sequence[Column], rows: list[Row]) -> tuple[Sequence[
     """Leave out what only a cluster knows, where no run is or was a job."""
     titles = [column.title for column in columns]
     cells = [row for row in rows if not isinstance(row, str)]
-    if any(row[titles.index("job")] != NO_VALUE for row in cells):
-        return columns, rows
-    kept = [index for index, title in enumerate(titles) if title not in ("job", "nodes")]
+
+    def is_known(title: str) -> bool:
+        return title in titles and any(row[titles.index(title)] != NO_VALUE for row in cells)
+
+    dropped = {"job", "nodes"} if not is_known("job") else set()
+    dropped |= set() if is_known("gpu-h") else {"gpu-h"}
+    kept = [index for index, title in enumerate(titles) if title not in dropped]
     return [columns[index] for index in kept], [
         row if isinstance(row, str) else [row[index] for index in kept] for row in rows
     ]
@@ -99,8 +104,11 @@ def _rows(views: Sequence[RunView | ArrayView], *, narrow: bool = False) -> list
             rows += _run_rows(entry, narrow=narrow)
         else:
             rows.append(_summary(entry))
+            # Elements that wait do so alike.
+            waits = [element.waits for element in entry.elements if element.waits]
+            rows += [f"  ^ {text}" for text in waits[:1]]
             for element in entry.elements:
-                rows += _run_rows(element, narrow=narrow, indent="  ")
+                rows += _run_rows(replace(element, waits=""), narrow=narrow, indent="  ")
     return rows
 
 
@@ -110,6 +118,7 @@ def _run_rows(view: RunView, *, narrow: bool, indent: str = "") -> list[Row]:
         reason = f"({view.reason})" if view.reason else ""
         columns = [" ".join(filter(None, (view.nodes, reason))) or NO_VALUE]
     speed = NO_VALUE if view.tokens_per_s is None else f"{view.tokens_per_s:,.0f}"
+    hours = NO_VALUE if view.gpu_hours is None else f"{view.gpu_hours:,.1f}"
     row = [
         indent + view.run,
         view.job or NO_VALUE,
@@ -118,11 +127,12 @@ def _run_rows(view: RunView, *, narrow: bool, indent: str = "") -> list[Row]:
         str(view.attempt) if view.attempt else NO_VALUE,
         _progress(view),
         NO_VALUE if view.loss is None else f"{view.loss:.4f}",
-        *([] if narrow else [speed]),
+        *([] if narrow else [speed, hours]),
         NO_VALUE if view.eta_s is None else duration(view.eta_s),
         NO_VALUE if view.heartbeat_s is None else duration(view.heartbeat_s),
     ]
-    return [row, *(f"{indent}  ^ {_cut(text)}" for text in (view.cause, view.gap) if text)]
+    remarks = [text for text in (view.cause, view.gap, view.waits) if text]
+    return [row, *(f"{indent}  ^ {_cut(text)}" for text in remarks)]
 
 
 def _cut(text: str) -> str:

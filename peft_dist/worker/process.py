@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -137,6 +137,7 @@ def run_worker(work: Callable[[WorkerContext], None]) -> int:
     own teardown can abort while gloo's threads still run, or wait minutes for a lost peer.
     """
     set_run_umask()
+    set_allocator(os.environ)
     _close_input()
     context = WorkerContext.of_environment()
     logs.begin(context.rank)
@@ -162,6 +163,16 @@ def run_worker(work: Callable[[WorkerContext], None]) -> int:
 def fix_first(run: RunDir) -> str:
     """Return the remedy for what no restart changes."""
     return f"see {run.logs}, and start again once that is fixed"
+
+
+def set_allocator(environ: MutableMapping[str, str]) -> None:
+    """Let torch's memory on a GPU grow in place, unless the environment has settings of its own.
+
+    Micro-batches of other lengths leave holes otherwise that no later one fits into. torch reads
+    it when it uses CUDA first.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environ.keys():
+        environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _close_input() -> None:

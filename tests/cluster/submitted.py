@@ -11,6 +11,7 @@ time to strike.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -51,6 +52,10 @@ class Runs:
             "environment": {"PEFT_DIST_CACHE": str(self.project.cache), "OMP_NUM_THREADS": "1"},
             "preflight": {"enabled": False},
         } | settings
+        variables = values["environment"]
+        if "PYTHONPATH" in variables:  # else jobs would run whatever tree is installed
+            ours = f"{processes.ROOT}{os.pathsep}{variables['PYTHONPATH']}"
+            values["environment"] = {**variables, "PYTHONPATH": ours}
         path = self.folder / f"cluster-{len(list(self.folder.glob('cluster-*')))}.yaml"
         path.write_text(render_yaml(values), encoding="utf-8")
         return path

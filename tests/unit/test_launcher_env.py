@@ -218,6 +218,31 @@ def test_numbers_that_no_launcher_exports_are_refused(
         read_world()
 
 
+@pytest.mark.parametrize(
+    ("environ", "refused"),
+    [
+        ({}, True),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, True),
+        ({"CUDA_VISIBLE_DEVICES": ""}, False),
+        ({"ACCELERATE_USE_CPU": "true"}, False),
+    ],
+)
+def test_gpus_that_torch_does_not_see_are_refused_unless_the_cpu_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], refused: bool
+) -> None:
+    (tmp_path / "nvidia0").touch()
+    for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, text in environ.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if not refused:
+        assert read_world(tmp_path).device.type == "cpu"
+        return
+    with pytest.raises(LaunchError, match="1 GPUs are here, and torch .* sees none"):
+        read_world(tmp_path)
+
+
 def test_a_missing_deepspeed_is_one_line_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as torch_dist
 
 from peft_dist.common.library_messages import (
+    LOST_NCCL_PEER,
     LOST_PEER,
+    OUT_OF_DEVICE_MEMORY,
     OUT_OF_MEMORY,
     PORT_TAKEN,
     is_lost_peer,
@@ -47,6 +49,17 @@ def test_torch_without_memory_on_a_cpu() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(ValueError("out of order"))
+
+
+@pytest.mark.parametrize("message", OUT_OF_DEVICE_MEMORY)
+def test_libraries_of_a_gpu_without_memory(message: str) -> None:
+    """That these are their words, tests/fakecuda asks the libraries."""
+    assert is_out_of_memory(RuntimeError(f"a call failed: {message}"))
+
+
+@pytest.mark.parametrize("message", LOST_NCCL_PEER)
+def test_nccl_whose_peer_is_gone(message: str) -> None:
+    assert is_lost_peer(torch_dist.DistBackendError(f"[Rank 1] {message} 0."))
 
 
 def test_a_store_whose_port_is_taken() -> None:

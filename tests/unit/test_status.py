@@ -407,7 +407,7 @@ def test_figures_are_never_cut_on_a_usual_terminal(tmp_path: Path, width: int) -
 def test_a_cause_is_one_line_where_there_is_no_terminal(tmp_path: Path) -> None:
     lines = render(big_table(tmp_path), None)
     assert [line.startswith("  ^ train.non_finite") for line in lines].count(True) == 1
-    assert len(lines) == 5
+    assert len(lines) == 6
 
 
 def test_what_would_steer_a_terminal_is_not_shown(run: Path) -> None:
@@ -456,8 +456,9 @@ def test_an_array_is_summed_up_and_ends_in_its_results(
     slurm("16_1|RUNNING|node1|None", "16_2|PENDING||JobArrayTaskLimit")
     lines = render(gather([first.parent]), None)
     summary = "sweep: job 16, 3 runs: 1 done, 1 running, 1 pending, 0 failed"
-    assert lines[1] == summary and len(lines) == 5
-    assert lines[2].split()[:3] == ["000", "16_0", "COMPLETED"]
+    assert lines[1] == summary and len(lines) == 6
+    assert lines[2] == "  ^ as many elements run as --limit allows"
+    assert lines[3].split()[:3] == ["000", "16_0", "COMPLETED"]
     result(second, loss=0.25)
     slurm("16_2|TIMEOUT|node1|TimeLimit")
     lines = render(gather([first.parent]), None)

@@ -31,7 +31,8 @@ def test_a_run_is_made_submitted_and_remembered(desk: Desk, capsys: Capture) -> 
     (event,) = job_events.events(desk.run)
     assert event.pop("time") > 1e9
     assert event == {"event": "submitted", "job": "4711", "by": "submit", "nodes": 2,
-                     "time_limit": "02:00:00", "singleton": False}  # fmt: skip
+                     "gpus": 4, "time_limit": "02:00:00", "singleton": False,
+                     "frozen": False}  # fmt: skip
     assert "seed: 7" in (desk.run / "recipe.yaml").read_text()
     assert "--num_processes 4" in (desk.run / "node.sh").read_text()
     assert "#SBATCH --time=02:00:00\n" in (desk.run / "job.sbatch").read_text()
@@ -44,6 +45,15 @@ def test_slurm_checks_the_very_script_that_is_submitted(desk: Desk) -> None:
     desk.answer(sbatch=f"case $* in --test-only) cat >{desk.slurm}/checked ;; *) echo 7 ;; esac")
     assert desk.submit() == 0
     assert (desk.slurm / "checked").read_text() == (desk.run / "job.sbatch").read_text()
+
+
+def test_the_start_that_slurm_expects_is_printed(desk: Desk, capsys: Capture) -> None:
+    line = "sbatch: Job 9 to start at 2026-11-27T08:00:00 using 8 processors on nodes n1"
+    desk.answer(sbatch=f"case $* in --test-only) echo '{line}' >&2 ;; *) echo 7 ;; esac")
+    assert desk.submit() == 0
+    assert capsys.readouterr().out.startswith(
+        "job 7: runs/mine, expected to start 2026-11-27 08:00:00; `peft-dist status"
+    )
 
 
 def test_a_dry_run_prints_the_scripts_and_makes_nothing(desk: Desk, capsys: Capture) -> None:
@@ -182,8 +192,8 @@ def test_an_array_goes_on_with_the_runs_that_have_not_finished(desk: Desk, capsy
         assert "seed: 4" in (runs[3] / "recipe.yaml").read_text()
         desk.answer(squeue=f"cat <<'END'\n{over.replace('4711_', '4800_')}\nEND")
     assert job_events.events(runs[1])[1] | {"time": 0} == {
-        "event": "submitted", "job": "4800_1", "time": 0, "by": "resume", "nodes": 2,
-        "time_limit": "08:00:00", "singleton": True,
+        "event": "submitted", "job": "4800_1", "time": 0, "by": "resume", "nodes": 2, "gpus": 4,
+        "time_limit": "08:00:00", "singleton": True, "frozen": False,
     }  # fmt: skip
     capsys.readouterr()
     for run in (runs[1], runs[3]):

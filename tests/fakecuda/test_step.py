@@ -1,0 +1,188 @@
+"""What a step asks of the device: no wait, few kernels, memory without holes."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from peft_dist.data.pack import Batch
+from peft_dist.evaluation.scoring import score_rows
+from peft_dist.model.attention import VARLEN_ATTENTION
+from peft_dist.model_setup import ModelSetup
+from tests.configs import CONFIGS
+from tests.fakecuda.device import Counted, counting
+from tests.fakecuda.rank import RANKS, live, of_shape, prepare, steps
+from tests.fakecuda.test_life import METHODS
+
+EIGHT_B = CONFIGS["llama-3.1-8b"]
+LAYERS = 4
+"""Of the 32 that it has: what a layer costs, every layer costs."""
+GIB = 1 << 30
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """Raise where the host waits for the device, at that line."""
+    try:
+        with warnings.catch_warnings():  # that this is a prototype, said once
+            warnings.simplefilter("ignore", UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def attention_of(setup: ModelSetup) -> str:
+    return str(setup.peft.get_base_model().config._attn_implementation)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp"])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_step_waits_for_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, strategy: str
+) -> None:
+    rank = prepare(tmp_path, monkeypatch, method=METHODS[method], parallel={"strategy": strategy})
+    assert attention_of(rank.setup) == VARLEN_ATTENTION
+    # A flag is the one number of a step that is not always there.
+    rank.trainer.hooks.stop_requested = lambda: True  # type: ignore[method-assign]
+    for index, step in enumerate(steps(rank.trainer)):
+        if index == 0:  # makes the optimizer's state, and settles what is made once
+            step()
+            continue
+        with no_waits(), counting() as counted:
+            step()
+        # The one wait is for the step before, which the device has long been given.
+        assert counted.calls["cudaEventSynchronize"] <= 1
+        assert counted.waits == counted.calls["cudaEventSynchronize"]
+        assert counted.calls["copy to a device from pageable memory"] == 0
+
+
+def test_a_wait_in_a_step_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = prepare(tmp_path, monkeypatch, parallel={"strategy": "ddp"})
+    take = next(iter(steps(rank.trainer)))
+    pack = ModelSetup.pack
+
+    def looks(setup: ModelSetup, *arguments: Any) -> Batch:
+        float(torch.zeros((), device=setup.world.device))
+        return pack(setup, *arguments)
+
+    monkeypatch.setattr(ModelSetup, "pack", looks)
+    with no_waits(), pytest.raises(RuntimeError, match="called a synchronizing CUDA operation"):
+        take()
+
+
+def test_a_batch_left_on_the_host_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = prepare(tmp_path, monkeypatch, parallel={"strategy": "ddp"})
+    monkeypatch.setattr(Batch, "to", lambda batch, _device: batch)
+    with pytest.raises(RuntimeError, match="same device|device type"):
+        live(rank)
+
+
+@pytest.mark.parametrize("rows", [8, 32])
+def test_an_evaluation_waits_for_its_result_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    rank = prepare(
+        tmp_path,
+        monkeypatch,
+        parallel={"strategy": "fsdp"},
+        evaluate={"choices": [" cat", " dog"], "micro_batch_size": 1, "max_rows": rows},
+    )
+    assert rank.trainer.eval_set is not None
+    with counting() as counted:
+        score_rows(rank.setup, rank.trainer.eval_set, wants_stop=lambda: False)
+    late = counted.calls["cudaEventSynchronize"]  # of votes that the device has long been given
+    assert late == rows // RANKS - 2
+    assert counted.waits - late <= 2, counted.calls
+
+
+def step_of_8b(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: list[int],
+    *,
+    strategy: str = "fsdp",
+    layers: int = LAYERS,
+) -> Counted:
+    """Return what the second step of some layers of an 8B counts; every rank has such rows."""
+    trainer = of_shape(
+        folder,
+        monkeypatch,
+        EIGHT_B | {"num_hidden_layers": layers},
+        lengths * (2 * RANKS),
+        quantization="nf4",
+        method={"rank": 16, "alpha": 32},
+        parallel={"strategy": strategy},
+        train={
+            "steps": 2,
+            "global_batch_size": len(lengths) * RANKS,
+            "micro_batch_size": len(lengths),
+        },
+    )
+    assert attention_of(trainer.setup) == VARLEN_ATTENTION
+    seen = []
+    for step in steps(trainer):
+        with counting() as counted:
+            step()
+        seen.append(counted)
+    return seen[-1]
+
+
+KERNELS_OF_A_LAYER, PRODUCTS_OF_A_LAYER = 190, 58
+"""Budget of forward and backward together, LoRA on all linears, 4-bit base."""
+KERNELS_BESIDE, PRODUCTS_BESIDE = 600, 34
+"""Of embedding, loss, optimizer and metrics."""
+
+
+def test_kernels_of_a_step_are_within_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = step_of_8b(tmp_path, monkeypatch, [2048] * 4)
+    assert counted.kernels <= LAYERS * KERNELS_OF_A_LAYER + KERNELS_BESIDE, counted.kernels
+    assert counted.products <= LAYERS * PRODUCTS_OF_A_LAYER + PRODUCTS_BESIDE, counted.products
+
+
+def test_many_short_rows_cost_no_more_kernels_than_few_long_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, many = (
+        step_of_8b(tmp_path, monkeypatch, lengths, layers=1) for lengths in ([2048] * 4, [128] * 64)
+    )
+    assert many.kernels == few.kernels
+
+
+def ragged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float, int]:
+    """Return GiB allocated, GiB reserved and retries of 8B steps with rows of 200-3000 tokens."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_accumulated_memory_stats()
+    lengths = np.random.default_rng(0).integers(200, 3001, 10 * 4 * RANKS).tolist()
+    trainer = of_shape(
+        folder,
+        monkeypatch,
+        EIGHT_B,
+        lengths,
+        quantization="nf4",
+        method={"rank": 16, "alpha": 32},
+        parallel={"strategy": "fsdp"},
+        train={"steps": 6, "global_batch_size": 4 * RANKS, "micro_batch_size": 4},
+    )
+    for step in steps(trainer):
+        step()
+    stats = torch.cuda.memory_stats()
+    allocated = torch.cuda.max_memory_allocated() / GIB
+    return allocated, torch.cuda.max_memory_reserved() / GIB, stats["num_alloc_retries"]
+
+
+def test_rows_of_any_length_leave_no_holes_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocated, reserved, retries = ragged(tmp_path, monkeypatch)
+    assert retries == 0
+    assert reserved < 1.1 * allocated, (reserved, allocated)
+    assert reserved < 55, (reserved, allocated)
