@@ -165,8 +165,8 @@ def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
     if ending.kind is Kind.INTERRUPTED:
         facts = {} if ending.signal is None else {"signal": ending.signal}
         how = ending.error
-        if ended.killed:
-            facts["error"] = lost = _lost_steps(run)
+        if ended.killed and (lost := _lost_steps(run)):
+            facts["error"] = lost
             how = f"{how} without saving; {lost}"
         end_for(run.attempts, "interrupted", wait_s=KILLED_WAIT_S, **facts)
         say(f"peft-dist: {how}; {go_on}", sys.stderr)
@@ -217,7 +217,7 @@ def _tell(text: str) -> None:
 
 
 def _lost_steps(run: RunDir) -> str:
-    """Return which steps the newest attempt has trained and not saved."""
+    """Return which steps the newest attempt has trained and not saved, or nothing."""
     newest, saved = latest(run.attempts) or {}, run.newest_step()
     found = LedgerReader(run.ledger).tail(1, StepEvent)
     steps = [
@@ -227,7 +227,7 @@ def _lost_steps(run: RunDir) -> str:
     ]
     lost = range(saved + 1, max(steps, default=0) + 1)
     if not lost:
-        return "no finished step is lost"
+        return ""
     return f"step {lost[0]} is lost" if len(lost) == 1 else f"steps {lost[0]}-{lost[-1]} are lost"
 
 
