@@ -66,8 +66,9 @@ def check_the_fsdp_run(cluster: SlurmCluster, path: Path, runs: Runs) -> None:
     nodes = [log.stem for log in (path / "logs").glob("*-0/node?.log")]
     assert len(nodes) == 2
     for node in nodes:
-        found = cluster.execute(node, ["ls", str(cluster.local_disk)]).stdout
-        assert found.startswith("model-"), found
+        # Each user has a part of it.
+        found = cluster.execute(node, ["find", str(cluster.local_disk), "-name", "model-*"]).stdout
+        assert found, node
     logs = runs.command("logs", str(path)).stdout
     assert "pre-flight: 2 nodes fine" in logs and f"step {STEPS}/{STEPS}" in logs
     assert "no log of rank 7" in runs.command("logs", str(path), "--rank", "7", check=False).stderr
