@@ -8,6 +8,7 @@ import pytest
 from peft_dist.cli import docs as cli_docs
 from peft_dist.cli.main import build_parser
 from peft_dist.cli.options import _subcommands, _words
+from peft_dist.cli.submit_command import join_words
 from peft_dist.config import docs as config_docs
 from peft_dist.ledger import docs as ledger_docs
 from tests.processes import ROOT
@@ -40,7 +41,7 @@ def test_every_command_that_a_page_names_is_one_with_these_options() -> None:
     text = re.sub(r"\s#[^\n]*", "", text)
     named = re.findall(r"`peft-dist ([a-z][^`]*)`|^ *peft-dist ([a-z][^:\n]*)$", text, re.M)
     assert len(named) >= 40
-    for words in ((one or other).split() for one, other in named):
+    for words in (join_words((one or other).split()) for one, other in named):
         parser = commands[words[0]]
         for name in words[1:]:
             parser = _subcommands(parser).get(name, parser)
