@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from peft_dist.common import logs
 from peft_dist.common.console import show
@@ -46,10 +46,15 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
         parser: The parser of `peft-dist`, with its subcommands.
         shell: One of `SHELLS`.
     """
-    commands = {name: sub for name, sub in _subcommands(parser).items()}
-    words = {name: _words(sub) for name, sub in commands.items()}
+    commands = _subcommands(parser)
+    words: dict[str, list[str]] = {}
+    for name, sub in commands.items():  # some have two words, such as `submit merge`
+        first, *second = name.split()
+        known = words.setdefault(first, [])
+        known += [word for word in (*second, *_words(sub)) if word not in known]
     if shell == "fish":
-        return _fish(commands)
+        texts = {name: commands[name].description or "" for name in words}
+        return _fish(words, texts)
     cases = "\n".join(f"    {name}) words='{' '.join(words[name])}' ;;" for name in words)
     body = f"""_peft_dist() {{
   local current="${{COMP_WORDS[COMP_CWORD]}}" words=''
@@ -86,13 +91,13 @@ def _words(parser: argparse.ArgumentParser) -> list[str]:
     return [*_subcommands(parser), *(o for o in options if o.startswith("--")), *choices]
 
 
-def _fish(commands: dict[str, argparse.ArgumentParser]) -> str:
+def _fish(words: Mapping[str, Sequence[str]], texts: Mapping[str, str]) -> str:
     lines = []
-    for name, sub in commands.items():
-        text = (sub.description or "").replace("'", r"\'")
+    for name, known in words.items():
+        text = texts[name].replace("'", r"\'")
         lines.append(f"complete -c peft-dist -n __fish_use_subcommand -a {name} -d '{text}'")
         inside = f"-n '__fish_seen_subcommand_from {name}'"
-        for word in _words(sub):
+        for word in known:
             given = f"-l {word[2:]}" if word.startswith("--") else f"-a {word}"
             lines.append(f"complete -c peft-dist {inside} {given}")
     return "\n".join(lines) + "\n"
