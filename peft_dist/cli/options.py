@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from peft_dist.common import logs
 from peft_dist.common.console import show
@@ -46,25 +46,23 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
         parser: The parser of `peft-dist`, with its subcommands.
         shell: One of `SHELLS`.
     """
-    commands = {name: sub for name, sub in _subcommands(parser).items()}
-    words = {name: _words(sub) for name, sub in commands.items()}
+    commands = _subcommands(parser)
+    words: dict[str, list[str]] = {}
+    for name, sub in commands.items():  # some have two words, such as `submit merge`
+        first, *second = name.split()
+        known = words.setdefault(first, [])
+        known += [word for word in (*second, *_words(sub)) if word not in known]
     if shell == "fish":
-        return _fish(commands)
-    # Those of two words come first; where the second is not there yet, it is one of the words.
-    by_length = sorted(words, key=lambda name: -len(name.split()))
-    for name in by_length:
-        first, _, second = name.partition(" ")
-        if second:
-            words[first].append(second)
-    patterns = {name: f"'{name}'" if " " in name else f"'{name} '*" for name in by_length}
-    cases = "\n".join(f"    {patterns[n]}) words='{' '.join(words[n])}' ;;" for n in by_length)
+        texts = {name: commands[name].description or "" for name in words}
+        return _fish(words, texts)
+    cases = "\n".join(f"    {name}) words='{' '.join(words[name])}' ;;" for name in words)
     body = f"""_peft_dist() {{
   local current="${{COMP_WORDS[COMP_CWORD]}}" words=''
-  case "${{COMP_WORDS[1]}} ${{COMP_WORDS[2]}}" in
+  case "${{COMP_WORDS[1]}}" in
 {cases}
   esac
   if [ "$COMP_CWORD" -eq 1 ]; then
-    words='{" ".join(name for name in words if " " not in name)}'
+    words='{" ".join(words)}'
   fi
   COMPREPLY=($(compgen -W "$words" -- "$current") $(compgen -f -- "$current"))
 }}
@@ -93,19 +91,13 @@ def _words(parser: argparse.ArgumentParser) -> list[str]:
     return [*_subcommands(parser), *(o for o in options if o.startswith("--")), *choices]
 
 
-def _fish(commands: dict[str, argparse.ArgumentParser]) -> str:
+def _fish(words: Mapping[str, Sequence[str]], texts: Mapping[str, str]) -> str:
     lines = []
-    for name, sub in commands.items():
-        text = (sub.description or "").replace("'", r"\'")
-        first, _, second = name.partition(" ")
-        seen = f"__fish_seen_subcommand_from {first}"
-        if second:
-            lines.append(f"complete -c peft-dist -n '{seen}' -a {second} -d '{text}'")
-            inside = f"-n '{seen}; and __fish_seen_subcommand_from {second}'"
-        else:
-            lines.append(f"complete -c peft-dist -n __fish_use_subcommand -a {name} -d '{text}'")
-            inside = f"-n '{seen}'"
-        for word in _words(sub):
+    for name, known in words.items():
+        text = texts[name].replace("'", r"\'")
+        lines.append(f"complete -c peft-dist -n __fish_use_subcommand -a {name} -d '{text}'")
+        inside = f"-n '__fish_seen_subcommand_from {name}'"
+        for word in known:
             given = f"-l {word[2:]}" if word.startswith("--") else f"-a {word}"
             lines.append(f"complete -c peft-dist {inside} {given}")
     return "\n".join(lines) + "\n"

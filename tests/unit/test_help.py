@@ -126,6 +126,5 @@ def test_bash_completes_commands_options_choices_and_files(
     assert completed(script, "peft-dist", "tra") == ["train", "trained.yaml"]
     assert completed(script, "peft-dist", "train", "--dr") == ["--dry-run"]
     assert completed(script, "peft-dist", "completion", "fi") == ["fish"]
-    assert completed(script, "peft-dist", "submit", "ev") == ["evaluate"]
-    assert completed(script, "peft-dist", "submit", "merge", "--ou") == ["--out"]
+    assert completed(script, "peft-dist", "submit", "mer") == ["merge"]
     assert completed(script, "peft-dist", "validate", "trained") == ["trained.yaml"]
