@@ -14,11 +14,12 @@ from pathlib import Path
 from torch.distributed import Store
 
 from peft_dist.checkpoint import directory
-from peft_dist.checkpoint.checkpointer import Checkpointer, read_state
+from peft_dist.checkpoint.checkpointer import Checkpointer
 from peft_dist.checkpoint.room import require_room
 from peft_dist.checkpoint.run_identity import describe_run, refuse_another_run
 from peft_dist.checkpoint.same_inputs import describe_inputs, refuse_different_inputs
 from peft_dist.checkpoint.start import load_start
+from peft_dist.checkpoint.state import read_state
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.errors import RunDirError

@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -21,11 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from peft_dist.checkpoint import directory
 from peft_dist.checkpoint.adapter_file import check_file, load_adapter, write_adapter
+from peft_dist.checkpoint.state import ANEW, FORMAT, STATE_FILE, Facts, held_out_loss, read_state
 from peft_dist.checkpoint.verified_save import AdapterSaver
-from peft_dist.common.errors import RunDirError, Superseded, TrainingError
+from peft_dist.common.errors import Superseded, TrainingError
 from peft_dist.common.manifest import seal, step_name
 from peft_dist.common.sharing import folder_mode
-from peft_dist.config.recipe import Checkpoint
+from peft_dist.config.run_sections import Checkpoint
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.ledger.events import SavedEvent, SaveFailedEvent
 from peft_dist.run.saving import SaveMark
@@ -33,14 +33,9 @@ from peft_dist.sharding.optimizer import AdapterOptimizer, Moments
 
 log = logging.getLogger(__name__)
 
-Facts = dict[str, Any]
 SaveEvent = SavedEvent | SaveFailedEvent
 ADAPTER_FOLDER = "adapter"
-ANEW = "begin anew with `peft-dist train RECIPE --fresh`"
-FORMAT = 1
-"""Of what a checkpoint holds, and how."""
 OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -318,33 +313,6 @@ class Checkpointer:
 
 def _tell_bad(folder: Path, why: str, aside: Path) -> None:
     log.warning("the checkpoint %s is damaged: %s; see %s", folder, why, aside.name)
-
-
-def read_state(folder: Path) -> Facts:
-    """Return all that a checkpoint says besides its tensors.
-
-    Raises:
-        RunDirError: Where another version has written it, in another form.
-    """
-    state: Facts = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    if state.get("format") != FORMAT:
-        raise RunDirError(
-            f"is of format {state.get('format')}, and this version reads format {FORMAT}",
-            where=str(folder / STATE_FILE),
-            remedy=f"go on with the version that made it, or {ANEW}",
-        )
-    return state
-
-
-def held_out_loss(folder: Path) -> float | None:
-    """Return the held-out loss of a checkpoint made right after an evaluation, else None."""
-    try:
-        state = read_state(folder)
-        if state["evaluated"] == state["step"] and state["last"] is not None:
-            return float(state["last"]["loss"])
-    except (OSError, ValueError, KeyError, TypeError, RunDirError):
-        log.warning("%s cannot be read; its checkpoint is not among the best", folder / STATE_FILE)
-    return None
 
 
 def _require_same(wanted: set[str], found: set[str], folder: Path) -> None:

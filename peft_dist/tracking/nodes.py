@@ -13,7 +13,7 @@ from pathlib import Path
 
 from peft_dist.common.atomic import replace_file
 from peft_dist.common.sharing import folder_mode
-from peft_dist.config.recipe import Tracking
+from peft_dist.config.run_sections import Tracking
 from peft_dist.ledger.events import LedgerEvent, SystemEvent
 from peft_dist.run.directory import RunDir
 from peft_dist.tracking.system import SystemSampler

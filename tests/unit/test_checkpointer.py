@@ -13,13 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_dist.checkpoint import directory
-from peft_dist.checkpoint.checkpointer import (
-    OPTIMIZER_FILE,
-    STATE_FILE,
-    Checkpointer,
-    held_out_loss,
-    read_state,
-)
+from peft_dist.checkpoint.checkpointer import OPTIMIZER_FILE, Checkpointer
+from peft_dist.checkpoint.state import STATE_FILE, held_out_loss, read_state
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.errors import Interrupted, RunDirError, Superseded, TrainingError
 from peft_dist.common.manifest import MANIFEST_FILE, seal, verify

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from peft_dist.config.recipe import Tracking
+from peft_dist.config.run_sections import Tracking
 from peft_dist.ledger.events import LedgerEvent, SystemEvent
 from peft_dist.run.directory import RunDir
 from peft_dist.tracking.nodes import STALE_INTERVALS, NodeFile, OtherNodes, watch_machine
