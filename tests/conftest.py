@@ -9,6 +9,8 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 LONGEST_FIRST = ("cluster", "equivalence", "faults", "distributed", "unit", "gpu", "fakecuda")
+LONG_FILES = ("test_wandb.py", "test_plan_formulas.py", "test_report_in_a_browser.py")
+"""Files that take longer than others of their folder."""
 TOGETHER = ("cluster", "equivalence")
 """Folders whose tests all stand on one thing that takes long to make."""
 
@@ -20,7 +22,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest, so that no worker is left with it alone at the end."""
-    items.sort(key=lambda item: LONGEST_FIRST.index(folder_of(item.nodeid)))
+    items.sort(key=lambda item: (_place(item), item.path.name not in LONG_FILES))
+
+
+def _place(item: pytest.Item) -> int:
+    return LONGEST_FIRST.index(folder_of(item.nodeid))
 
 
 class ByFile(LoadScopeScheduling):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_dist.data.first_rows import ROWS
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.submitted import Run, Runs
 from tests.faults.long import only_long
@@ -37,10 +38,12 @@ def test_a_fault_of_the_rows_ends_the_job_at_once(
     cluster: SlurmCluster, runs: Runs, tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 7}\n' * 4, encoding="utf-8")
+    good = '{"prompt": "a", "completion": "b"}\n'
+    # Those that submit looks at are fine.
+    rows.write_text(good * ROWS + '{"prompt": 7}\n' * 4, encoding="utf-8")
     run = runs.submit("some", f"data.train={rows}")
     cause = wait_for_failure(run)
-    assert "rows.jsonl:2" in cause
+    assert f"rows.jsonl:{ROWS + 1}" in cause
     assert run.starts == 1
     assert cluster.jobs()[run.job].exit_code == "3:0"
 

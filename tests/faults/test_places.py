@@ -94,6 +94,14 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     disk.unmount()
 
 
+def is_of_step_before(line: str, step: int) -> bool:
+    """Whether a line of a ledger is whole, and of a step before this one."""
+    try:
+        return bool(json.loads(line)["step"] < step)
+    except ValueError:  # what was being written when the disk failed
+        return False
+
+
 @pytest.mark.parametrize("loses_lines", [True, False][: cases(1, 2)])
 def test_a_run_on_a_file_system_that_turned_read_only_ends_and_goes_on_after_its_repair(
     run: Run, disk: Disk, undisturbed: Undisturbed, loses_lines: bool
@@ -110,7 +118,7 @@ def test_a_run_on_a_file_system_that_turned_read_only_ends_and_goes_on_after_its
     if loses_lines:  # as a device that lies about what it has written would
         path = run.path / "ledger.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= saved - 3]
+        kept = [line for line in lines if is_of_step_before(line, saved - 2)]
         path.write_text("".join(kept), encoding="utf-8")
     again = run.command("resume", str(run.path))
     assert again.wait() == 0, again.told()

@@ -27,7 +27,7 @@ CHANGES = 59
 """Of files and folders below checkpoints/ in such a training."""
 FIRST_CHANGES = 22
 """From the folder that a new run is made in to the lease of its first attempt."""
-LAST_CHANGES = 22
+LAST_CHANGES = 28
 """From the first file of the finished adapter to the lease's last word."""
 MAKING, ADAPTER = ".partial-", "/.adapter."
 """In the paths of the folders that a run and its adapter are written in."""

@@ -50,7 +50,6 @@ method.lora.start_from method.bottleneck.start_from method.prefix.start_from
 method.prompt.start_from method.bitfit.start_from method.peft.start_from
 train.steps train.epochs train.global_batch_size train.global_batch_tokens
 train.micro_batch_size train.learning_rate train.warmup_fraction train.schedule train.betas
-train.deterministic
 train.epsilon train.max_grad_norm train.activation_checkpointing train.non_finite train.seed
 train.deterministic
 evaluate.every_steps evaluate.choices parallel.strategy parallel.processes parallel.shard_size
