@@ -13,6 +13,8 @@ LONG_FILES = ("test_wandb.py", "test_plan_formulas.py", "test_report_in_a_browse
 """Files that take longer than others of their folder."""
 TOGETHER = ("cluster", "equivalence")
 """Folders whose tests all stand on one thing that takes long to make."""
+AFTER_CLUSTER = "tests/faults/test_places.py"
+"""Mounts disks, which the nodes of a cluster that begins meanwhile would hold on to."""
 
 # Under nohup, or in the background of a shell, they would be ignored, and so they would by every
 # process that a test starts.
@@ -33,6 +35,8 @@ class ByFile(LoadScopeScheduling):
     """Gives each worker whole files, or folders, so that what their tests share is made once."""
 
     def _split_scope(self, nodeid: str) -> str:
+        if nodeid.startswith(AFTER_CLUSTER):
+            return "cluster"
         folder = folder_of(nodeid)
         return folder if folder in TOGETHER else nodeid.partition("::")[0]
 
