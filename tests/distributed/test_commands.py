@@ -25,7 +25,7 @@ from peft_dist.run.provenance import versions
 from peft_dist.worker.signals import StopRequests
 from tests.disks import tmpfs
 from tests.faults.long import cases
-from tests.processes import ROOT, environment, error_lines, run, torchrun
+from tests.processes import ROOT, environment, error_lines, free_port, run, torchrun
 from tests.tiny import completion_rows, labelled_rows, tiny_model, write_jsonl
 
 pytestmark = pytest.mark.distributed
@@ -47,6 +47,7 @@ WAYS = {
     "accelerate": [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", str(ROOT / "launch" / "strategies" / "fsdp.yaml"),
+        "--main_process_port", str(free_port()),
         str(ROOT / "launch" / "train.py"), "recipe.yaml",
     ],
     "torchrun": [*torchrun(2), str(ROOT / "launch" / "train.py"), "recipe.yaml"],

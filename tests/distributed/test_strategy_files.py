@@ -126,6 +126,7 @@ def test_a_bare_accelerate_launch_starts_the_processes(
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
                str(root / "launch" / "strategies" / f"{strategy}.yaml"),
+               "--main_process_port", str(free_port()),
                str(root / "launch" / "train.py"), str(tmp_path / "out")]  # fmt: skip
     seen = launched(command, tmp_path / "out", {})
     assert [facts["GROUP_SIZE"] for facts in seen] == [str(processes)] * processes
