@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
-PYTEST := $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --no-loadscope-reorder
 RECIPE := configs/recipes/quickstart.yaml
 
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINNED := $(PIP) install --quiet -c configs/constraints.txt
 

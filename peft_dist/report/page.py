@@ -141,8 +141,8 @@ def _how_to_read(runs: Sequence[RunData]) -> str:
     for run in runs:
         if run.is_thinned:
             notes.append(
-                f"Of the {run.ledger_steps:,} steps of {run.name}, {len(run.of(StepEvent)):,} were "
-                "read: evenly spread ones and, between them, those of the lowest and highest loss, "
+                f"Of the {run.ledger_steps:,} steps of {run.name}, {len(run.of(StepEvent)):,} are "
+                "used: evenly spread ones and, between them, those of the lowest and highest loss, "
                 "gradient and speed. Times of phases count every step."
             )
         notes += [f"Of {run.name}, {gap}, which no figure has." for gap in run.goodput.gaps]

@@ -122,7 +122,6 @@ def test_the_base_install_has_no_torch() -> None:
         "filelock",
         "jinja2",
         "pydantic",
-        "rich",
         "ruamel-yaml",
     }
 
