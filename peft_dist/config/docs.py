@@ -25,8 +25,8 @@ CLUSTER = """\
 <!-- Generated from peft_dist/config by `python -m peft_dist.config.docs cluster`. -->
 
 A cluster file says what a job may ask Slurm for; see [Slurm](slurm.md).
-`peft-dist schema --cluster` prints the same as JSON Schema. A default of "-" means that the key must
-be given, or that its text says what happens without it.
+`peft-dist schema --cluster` prints the same as JSON Schema. A default of "-" means that the key
+must be given, or that its text says what happens without it.
 """
 
 Schema = Mapping[str, Any]

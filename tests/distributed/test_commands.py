@@ -423,8 +423,10 @@ def test_without_our_command_the_same_command_goes_on(project: Path) -> None:
     (line,) = error_lines(changed)
     assert "data.train is not what the run has been trained with: 32 rows, fingerprint" in line
     write_jsonl(project / "rows.jsonl", completion_rows(32))
+    newest = max(path.name for path in (project / "run" / "checkpoints").iterdir())
     done = start(project, [*WAYS["python"], "--run-dir", "run", LONGER])
     assert done.returncode == 0, done.stderr
+    assert f"going on after step {int(newest.removeprefix('step-'))} (attempt " in done.stdout
     assert [record["step"] for record in ledger(project / "run", "step")] == list(range(1, 61))
 
 
