@@ -1,5 +1,6 @@
 """The pre-flight: real processes as nodes, which find out who of them cannot take part."""
 
+import re
 import signal
 import socket
 import subprocess
@@ -216,8 +217,9 @@ def test_a_taken_port_is_told_apart_from_every_other_fault(nodes: Nodes) -> None
         assert nodes.codes() == [PORT_TAKEN, 1], nodes.said
     assert nodes.lines(0) == [f"{SAID}port {port} of node1 is taken"]
     (line,) = nodes.lines(1)
-    assert line.startswith(f"{SAID}node2 cannot reach node1 at 127.0.0.1:{port} within 3 s: ")
-    assert nodes.seconds < 7
+    # It has found nobody there, or its time was over first.
+    words = f"(cannot reach|gave up after 6 s of waiting for) node1 at 127.0.0.1:{port}"
+    assert re.match(f"{re.escape(SAID)}node2 {words}", line)
 
 
 def test_a_run_directory_that_nobody_can_write_is_no_nodes_fault(nodes: Nodes) -> None:
