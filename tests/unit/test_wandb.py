@@ -39,9 +39,9 @@ pytestmark = pytest.mark.slow
 
 FAULTS = ("refuse", "hang", "500", "429", "reset", "401")
 END_LIMIT_S = 10.0 + 1.5
+"""What the end of training may wait, and as much as a loaded machine may add to it."""
 WAIT_FOR_A_SERVER_S = 2.0
 """Who waits for one that hangs waits longer."""
-"""What the end of training may wait, and as much as a loaded machine may add to it."""
 
 
 @pytest.fixture
