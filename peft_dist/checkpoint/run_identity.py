@@ -16,6 +16,10 @@ from peft_dist.optim.lr_schedule import peak_learning_rate
 RNG_RULE = "dropout is seeded by (train.seed, step, global micro-batch); rows by (seed, epoch)"
 
 
+EARLIER = {"objective.kind": "sft", "model.dropout": "as-configured"}
+"""What versions did that had no field for it."""
+
+
 def describe_run(
     setup: ModelSetup, rows: TokenizedRows, eval_set: EvalSet | None
 ) -> dict[str, Any]:
@@ -69,6 +73,7 @@ def refuse_another_run(
         RunDirError: With the difference.
     """
     changes = differences(saved["content"], now["content"])
-    # Checkpoints of earlier versions have no field for it, and knew no other.
-    changes |= differences({"objective.kind": "sft", **saved["recipe"]}, now["recipe"])
+    # Checkpoints of earlier versions lack fields: what is off now was off before there was one.
+    off = {field: value for field, value in now["recipe"].items() if not value}
+    changes |= differences({**off, **EARLIER, **saved["recipe"]}, now["recipe"])
     refuse_changes(changes, allowed, where=where)

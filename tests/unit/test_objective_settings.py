@@ -65,7 +65,7 @@ def test_what_does_not_apply_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
-def test_a_run_of_a_version_without_objectives_goes_on_and_another_objective_does_not() -> None:
+def test_a_run_of_an_earlier_version_goes_on_where_what_it_lacks_is_off() -> None:
     from peft_dist.checkpoint.run_identity import refuse_another_run
     from peft_dist.common.errors import RunDirError
     from peft_dist.config.resume_rules import learning_settings
@@ -73,8 +73,13 @@ def test_a_run_of_a_version_without_objectives_goes_on_and_another_objective_doe
     raw = {"model": {"name": "m"}, "data": {"train": "t"}}
     now = {"content": {}, "recipe": learning_settings(Recipe.model_validate(raw))}
     old = {"content": {}, "recipe": dict(now["recipe"])}
-    del old["recipe"]["objective.kind"]
+    for field in ("objective.kind", "method.modules_to_save", "method.rank_pattern"):
+        old["recipe"].pop(field, None)  # what is off now was off when there was no field for it
     refuse_another_run(old, now, (), where="run")
+    before = {"content": {}, "recipe": dict(old["recipe"])}
+    del before["recipe"]["model.dropout"]  # the base's own was on
+    with pytest.raises(RunDirError, match="model.dropout .*: as-configured before, off now"):
+        refuse_another_run(before, now, (), where="run")
     other = learning_settings(Recipe.model_validate(raw | {"objective": "dpo"}))
     with pytest.raises(RunDirError, match=r"objective\.beta .*objective\.kind"):
         refuse_another_run(old, {"content": {}, "recipe": other}, (), where="run")
