@@ -1,7 +1,8 @@
 """Put a run's model together on one process: base, adapter and engine, proven to be sharded.
 
 The order is what makes it right: build on `meta`, swap linears, attach adapters, shard, and only
-then read the rows that belong here. Trains nothing.
+then read the rows that belong here. Trains nothing. A long file, so that this order can be read in
+one place.
 """
 
 import logging
@@ -16,9 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
-from transformers import PretrainedConfig
 
 from peft_dist.common.errors import DataError, RecipeError, TrainingError
 from peft_dist.common.paths import TOKENIZER_FILES
@@ -34,7 +33,8 @@ from peft_dist.distributed.world import World
 from peft_dist.methods import METHODS, BaseAccess, Method
 from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
-from peft_dist.model import architectures, attention, base, precision, varlen
+from peft_dist.methods.trained_parts import left_frozen
+from peft_dist.model import architectures, attention, base, precision
 from peft_dist.model.device_settings import set_up_device
 from peft_dist.model.loss import CausalLM, Decoder, RewardModel, SequenceClassifier
 from peft_dist.model.nf4 import weights_per_element
@@ -42,7 +42,7 @@ from peft_dist.model.plan import BasePlan, plan_base
 from peft_dist.model.proof import ProofRun, Way
 from peft_dist.model.source import BaseSource, Released
 from peft_dist.model.vocabulary import untrained_rows, with_token_ids
-from peft_dist.model.ways import prove_once, ways_of
+from peft_dist.model.ways import kernel_to_build_with, prove_once, ways_of
 from peft_dist.sharding import ENGINES, Engine, Group
 from peft_dist.sharding.launcher_env import resolve
 from peft_dist.sharding.verify import verify_one_base, verify_sharded
@@ -135,15 +135,10 @@ class ModelSetup:
 
     def warn_of_untrained_rows(self, rows: TokenizedRows) -> None:
         """Say which tokens of the rows stand for nothing yet and stay so. Collective."""
-        embedding: Any = architectures.bare_model(self.peft).get_input_embeddings()
-        used = np.unique(rows.tokens).astype(np.int64)
-        if isinstance(embedding, ModulesToSaveWrapper):
+        weight, used = left_frozen(self.peft, np.unique(rows.tokens).astype(np.int64))
+        if weight is None:
             return
-        if isinstance(embedding, TrainableTokensWrapper):
-            layer: Any = embedding.token_adapter
-            used = np.setdiff1d(used, layer.token_ids.cpu().numpy())
-            embedding = layer.get_base_layer()
-        odd = untrained_rows(self.engine.full_tensor(embedding.weight), used)
+        odd = untrained_rows(self.engine.full_tensor(weight), used)
         if odd and self.world.is_main:
             words = load_tokenizer(self.recipe).convert_ids_to_tokens(odd[:3])
             log.warning(
@@ -190,20 +185,6 @@ class ModelSetup:
             )
 
 
-def _attention(
-    recipe: Recipe, device: torch.device, dtype: torch.dtype, config: PretrainedConfig
-) -> str:
-    """Return the kernel to build the model with, which ours may take the place of."""
-    if recipe.model.attention != "auto" or device.type != "cuda" or dtype == torch.float32:
-        return recipe.model.attention
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    if varlen.has_kernel(device, dtype) and not capped:
-        return "auto"  # torch's own kernels do the same, and need no package
-    from transformers.utils import is_flash_attn_2_available
-
-    return "flash_attention_2" if is_flash_attn_2_available() else "auto"
-
-
 def set_up_model(
     recipe: Recipe,
     world: World,
@@ -240,7 +221,7 @@ def set_up_model(
         config,
         task=recipe.head,
         dtype=dtype,
-        attention=_attention(recipe, world.device, dtype, config),
+        attention=kernel_to_build_with(recipe, world.device, dtype, config),
         label_names=("reward",) if recipe.head == "reward" else label_names,
     )
     released = source.released(recipe)

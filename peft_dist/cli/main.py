@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from peft_dist.cli import (
-    decoders,
+    make_model,
     models,
     plan,
     recipes,
@@ -154,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_overrides(evaluate, "such as data.eval=other.jsonl")
     _add_nproc(evaluate)
     add_verbosity(evaluate)
-    models.add_commands(command)
+    make_model.add_commands(command)
     goodput = command("goodput", _goodput, "show where the time of a run went")
     goodput.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     goodput.add_argument("--json", action="store_true", help="print every figure as JSON")
@@ -172,7 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     submit_command.add_commands(command, count=_count)
     wandb.add_commands(command)
     plan.add_commands(command)
-    decoders.add_commands(command)
+    models.add_commands(command)
     recipes.add_commands(command)
     complete = command(
         "completion", _completion, "print a script that completes commands: source it in your shell"
@@ -217,7 +217,8 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 def _goodput(arguments: argparse.Namespace) -> int:
     from peft_dist.common.table import print_lines, stdout_form
-    from peft_dist.ledger.goodput import goodput, render
+    from peft_dist.ledger.goodput import goodput
+    from peft_dist.ledger.goodput_table import render
     from peft_dist.ledger.reader import LedgerReader
     from peft_dist.run.directory import RunDir
 

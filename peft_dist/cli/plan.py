@@ -14,7 +14,7 @@ MOST_COUNTS = 32
 
 def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) -> None:
     """Add the commands, each made by `command` from its name, function and description."""
-    plan = command("plan", _plan, "say whether a recipe fits, how fast it is and how much it takes")
+    plan = command("plan", _plan, "predict memory, speed and time of a recipe, and what fits")
     plan.add_argument("recipe", metavar="RECIPE", help="recipe file (YAML)")
     plan.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's"

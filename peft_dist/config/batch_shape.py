@@ -44,6 +44,14 @@ def micro_batch_rows(recipe: Recipe) -> int:
     return DEFAULT_MICRO_ROWS if rows == "auto" else rows
 
 
+def longest_rows_of_step(recipe: Recipe) -> int:
+    """Return how many examples a step has where all are as long as `data.max_length` allows."""
+    tokens = recipe.train.global_batch_tokens
+    if tokens is not None:
+        return max(1, tokens // (recipe.data.max_length * recipe.rows_per_example))
+    return recipe.train.global_batch_size or DEFAULT_GLOBAL_ROWS
+
+
 def batch_shape(recipe: Recipe, processes: int) -> BatchShape | None:
     """Return the shape of a step, or None where `global_batch_tokens` leaves it to the rows."""
     if recipe.train.global_batch_tokens is not None:

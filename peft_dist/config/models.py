@@ -1,8 +1,12 @@
-"""Which decoders a test trains, and which others the installed transformers knows; no torch."""
+"""What is known of models without torch: their config.json, and which decoders there are."""
 
 import ast
 import importlib.util
+import json
 from pathlib import Path
+from typing import Any
+
+from peft_dist.common.errors import ModelError
 
 TESTED = (
     "gemma2",
@@ -19,6 +23,29 @@ TESTED = (
 """Model types that tests train on every engine."""
 _TABLE = ("models", "auto", "modeling_auto.py")
 _NAMES = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+
+
+def read_model_config(file: Path) -> dict[str, Any]:
+    """Return what a model's config.json holds.
+
+    Raises:
+        ModelError: Where there is none, or no JSON object in it.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problem = f"no {file.name} in {file.parent}"
+    except (OSError, ValueError, RecursionError) as error:  # one that nests without an end
+        problem = f"{file} cannot be read ({error})"
+    else:
+        if isinstance(config, dict):
+            return config
+        problem = f"{file} holds no object"
+    raise ModelError(
+        problem,
+        where="model.name",
+        remedy="name the folder that holds config.json and the safetensors files",
+    )
 
 
 def known_to_transformers() -> list[str]:

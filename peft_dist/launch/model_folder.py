@@ -7,10 +7,9 @@ import json
 import re
 import struct
 from pathlib import Path
-from typing import Any
 
-from peft_dist.common.errors import ModelError, RecipeError, nearest
-from peft_dist.config.models import TESTED
+from peft_dist.common.errors import RecipeError, nearest
+from peft_dist.config.models import TESTED, read_model_config
 from peft_dist.config.recipe import Recipe
 
 MOST_HEADER_BYTES = 100_000_000
@@ -29,7 +28,7 @@ def check_model_folder(recipe: Recipe) -> None:
     folder = Path(recipe.model.name).expanduser()
     if not folder.is_dir():
         return
-    config = _json(folder / "config.json")
+    config = read_model_config(folder / "config.json")
     targets = getattr(recipe.method, "targets", None)
     if not isinstance(targets, tuple) or config.get("model_type") not in TESTED:
         return
@@ -41,24 +40,6 @@ def check_model_folder(recipe: Recipe) -> None:
                 where="method.targets",
                 remedy=nearest(target, {layer.rpartition(".")[2] for layer in layers}),
             )
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problem = f"no config.json in {file.parent}"
-    except (OSError, ValueError) as error:
-        problem = f"{file} cannot be read: {error}"
-    else:
-        if isinstance(config, dict):
-            return config
-        problem = f"{file} holds no object"
-    raise ModelError(
-        problem,
-        where="model.name",
-        remedy="name the folder that holds config.json and the safetensors files",
-    )
 
 
 def _layers(folder: Path) -> set[str]:

@@ -5,12 +5,9 @@ classes; `docs/ledger.md` is generated from them. A new kind of event is one cla
 in `EVENT_TYPES`. Keys and events that this version does not know are kept as they are.
 """
 
-import json
-from functools import cache, reduce
-from operator import or_
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -313,42 +310,3 @@ EVENT_TYPES: tuple[type[LedgerEvent], ...] = (
 def event_name(kind: type[LedgerEvent]) -> str:
     """Return the name that the lines of a class bear."""
     return str(kind.model_fields["event"].default)
-
-
-@cache
-def _adapter() -> TypeAdapter[LedgerEvent]:
-    union: Any = reduce(or_, EVENT_TYPES)
-    return TypeAdapter(Annotated[union, Field(discriminator="event")])
-
-
-def from_fields(fields: Any) -> LedgerEvent:
-    """Return the event that these fields make.
-
-    Raises:
-        ValueError: Where a field is missing or of another type.
-    """
-    name = fields.get("event") if isinstance(fields, dict) else None
-    if isinstance(name, str) and name not in map(event_name, EVENT_TYPES):
-        return UnknownEvent.model_validate(fields)
-    return _adapter().validate_python(fields)
-
-
-def from_line(line: bytes) -> LedgerEvent:
-    """Return the event that a line of a ledger holds.
-
-    Raises:
-        ValueError: Where it holds none; its text names the field.
-    """
-    try:
-        try:
-            event = _adapter().validate_json(line)
-        except ValidationError:  # an unknown event, or a lone surrogate
-            event = from_fields(json.loads(line))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"][-1:])
-        raise ValueError(f"`{field}`: {first['msg']}" if field else first["msg"]) from error
-    if not event.model_fields_set.issuperset(STAMP):
-        missing = next(name for name in STAMP if name not in event.model_fields_set)
-        raise ValueError(f"`{missing}`: Field required")
-    return event

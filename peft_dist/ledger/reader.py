@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peft_dist.common.errors import RunDirError
-from peft_dist.ledger.events import LedgerEvent, StartEvent, from_line
+from peft_dist.ledger.events import LedgerEvent, StartEvent
+from peft_dist.ledger.read_event import from_line
 
 BLOCK_BYTES = 65_536
 """How much of a file's end is read at once: some hundred steps; of a thousand ranks, a few."""

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -120,6 +122,23 @@ def fill_token_rows(peft: PeftModel, start: BaseAccess) -> None:
             rows = start.full_tensor(base.weight)[module.token_ids]
             for parameter in module.trainable_tokens_delta.values():
                 assign(parameter, rows.float())
+
+
+def left_frozen(
+    peft: PeftModel, token_ids: NDArray[np.int64]
+) -> tuple[nn.Parameter | None, NDArray[np.int64]]:
+    """Return the base's token embedding, and which of some tokens it alone stands for.
+
+    None where the embedding is trained whole.
+    """
+    embedding: Any = bare_model(peft).get_input_embeddings()
+    if isinstance(embedding, ModulesToSaveWrapper):
+        return None, token_ids
+    if isinstance(embedding, TrainableTokensWrapper):
+        layer: Any = embedding.token_adapter
+        token_ids = np.setdiff1d(token_ids, layer.token_ids.cpu().numpy())
+        embedding = layer.get_base_layer()
+    return embedding.weight, token_ids
 
 
 def _vocabulary(model: PreTrainedModel) -> tuple[Any, Any]:

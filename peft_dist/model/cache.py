@@ -9,19 +9,15 @@ each load checks against the rows it really read.
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
-import struct
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.utils import pack_dict_to_tensor
 from torch import nn
 
 from peft_dist.common.atomic import FolderTaken, folder_beside, put_in_place, remove_unfinished
@@ -29,9 +25,17 @@ from peft_dist.common.locks import lock_file
 from peft_dist.distributed.collectives import Shard, broadcast_object, gather_objects
 from peft_dist.distributed.world import World
 from peft_dist.model.base import CopyInto, copy_rows, fill_base
+from peft_dist.model.packed_file import (
+    code_map,
+    config_text,
+    header_of,
+    layout_of,
+    quant_state,
+    raw_bytes,
+)
 from peft_dist.model.plan import BasePlan, BaseTensor
 from peft_dist.model.stored import Stored
-from peft_dist.model.weights import FLOATS, QUANT_STATE, WeightFiles
+from peft_dist.model.weights import QUANT_STATE, WeightFiles
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +110,7 @@ def read_manifest(entry: Path, plan: BasePlan, files: WeightFiles) -> dict[str, 
             manifest["format"] == _FORMAT
             and _name_of(manifest["source"]) == entry.name
             and all((entry / n).stat().st_size == size for n, size in manifest["bytes"].items())
-            and (entry / "config.json").read_text() == _config_text(files, plan)
+            and (entry / "config.json").read_text() == config_text(files, plan)
             and _frame_is_intact(entry / "model.safetensors", plan, files)
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -116,16 +120,16 @@ def read_manifest(entry: Path, plan: BasePlan, files: WeightFiles) -> dict[str, 
 
 def _frame_is_intact(file: Path, plan: BasePlan, files: WeightFiles) -> bool:
     """Compare everything in a packed file but its rows: header, code maps and quant states."""
-    pieces = [(piece, tensor) for tensor in plan.tensors for piece in _layout(tensor)]
-    header = _header([piece for piece, _ in pieces])
+    pieces = [(piece, tensor) for tensor in plan.tensors for piece in layout_of(tensor)]
+    header = header_of([piece for piece, _ in pieces])
     with file.open("rb") as stream:
         if stream.read(len(header)) != header:
             return False
         for (key, _, _, size), tensor in pieces:
             if key.endswith(".quant_map"):
-                intact = stream.read(size) == _raw(_code_map())
+                intact = stream.read(size) == raw_bytes(code_map())
             elif QUANT_STATE in key:
-                intact = stream.read(size) == _raw(_quant_state(tensor))
+                intact = stream.read(size) == raw_bytes(quant_state(tensor))
             else:
                 stream.seek(size, os.SEEK_CUR)
                 continue
@@ -233,14 +237,14 @@ class PackedWriter:
         self._stream: BinaryIO | None = None
         self._temporary = entry
         self._source: dict[str, str] = {}
-        layout = [spec for tensor in plan.tensors for spec in _layout(tensor)]
+        layout = [spec for tensor in plan.tensors for spec in layout_of(tensor)]
         try:
             self._source = _source(entry.parent.parent, files)
             remove_unfinished(entry, older_than_s=STALE_AFTER_S)
             self._temporary = folder_beside(entry)
             self._stream = (self._temporary / "model.safetensors").open("wb")
-            self._stream.write(_header(layout))
-            (self._temporary / "config.json").write_text(_config_text(files, plan))
+            self._stream.write(header_of(layout))
+            (self._temporary / "config.json").write_text(config_text(files, plan))
         except OSError as error:
             self._give_up(error)
 
@@ -250,10 +254,10 @@ class PackedWriter:
             return
         pieces = [*parts]
         if tensor.block_size is not None:
-            pieces += [_code_map(), _quant_state(tensor)]
+            pieces += [code_map(), quant_state(tensor)]
         try:
             for piece in pieces:
-                self._stream.write(_raw(piece))
+                self._stream.write(raw_bytes(piece))
         except OSError as error:
             self._give_up(error)
 
@@ -284,68 +288,3 @@ class PackedWriter:
             self._stream.close()
             self._stream = None
         shutil.rmtree(self._temporary, ignore_errors=True)
-
-
-def _config_text(files: WeightFiles, plan: BasePlan) -> str:
-    """Return the config.json by which transformers loads an entry."""
-    config = json.loads((files.folder / "config.json").read_text())
-    unquantized = [t.name for t in plan.tensors if t.block_size is None and len(t.shape) == 2]
-    skipped = [name.rpartition(".")[0] for name in (*unquantized, *plan.fresh)]
-    config["quantization_config"] = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": False,
-        "bnb_4bit_compute_dtype": "float32",
-        "llm_int8_skip_modules": list(dict.fromkeys(["lm_head", *skipped])),
-    }
-    return json.dumps(config, indent=2)
-
-
-def _layout(tensor: BaseTensor) -> list[tuple[str, str, tuple[int, ...], int]]:
-    """Return (key, safetensors dtype, shape, bytes) of each piece `add` writes for a tensor."""
-    if tensor.block_size is None:
-        dtype = tensor.source.dtype
-        elements = math.prod(tensor.shape)
-        return [(tensor.name, dtype, tensor.shape, elements * FLOATS[dtype].itemsize)]
-    values = math.prod(tensor.shape)
-    blocks = values // tensor.block_size
-    state_bytes = _quant_state(tensor).numel()
-    return [
-        (tensor.name, "U8", (values // 2, 1), values // 2),
-        (f"{tensor.name}.absmax", "F32", (blocks,), blocks * 4),
-        (f"{tensor.name}.quant_map", "F32", (16,), 64),
-        (f"{tensor.name}{QUANT_STATE}nf4", "U8", (state_bytes,), state_bytes),
-    ]
-
-
-def _header(layout: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
-    """Return the head of a safetensors file: its length, then JSON padded to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for key, dtype, shape, size in layout:
-        entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _code_map() -> torch.Tensor:
-    codes: torch.Tensor = bnb.get_4bit_type("nf4", device="cpu")
-    return codes
-
-
-def _quant_state(tensor: BaseTensor) -> torch.Tensor:
-    facts = {
-        "quant_type": "nf4",
-        "blocksize": tensor.block_size,
-        "dtype": "float32",
-        "shape": list(tensor.shape),
-    }
-    packed: torch.Tensor = pack_dict_to_tensor(facts)
-    return packed
-
-
-def _raw(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().data

@@ -17,6 +17,9 @@ from peft_dist.config.method import Lora, Method
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.model.architectures import read_config
 
+_ROWS_AT_ONCE = 1024
+_WHOLE_NUMBERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def with_token_ids(recipe: Recipe, rows: int) -> Method:
     """Return the method's settings with an id for each token that is trained by its name.
@@ -71,10 +74,20 @@ def untrained_rows(
         used: Token ids, each once.
         least: What part of the median length a trained row has at least.
     """
-    rows = weight[torch.from_numpy(used).to(weight.device)].float()
-    lengths = rows.norm(dim=1)
-    _, group, count = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
-    odd = (lengths < least * lengths.median()) | (count[group] > 1)
+    width = weight.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(1 << 40, (width,), generator=generator).to(weight.device)
+    lengths, sums = [], []
+    # Part by part: a copy of the whole in float32 could be larger than the rest of a GPU.
+    for ids in torch.from_numpy(used).to(weight.device).split(_ROWS_AT_ONCE):
+        rows = weight[ids].contiguous()
+        lengths.append(rows.float().norm(dim=1))
+        # Equal rows have equal sums, exactly: of whole numbers the order does not matter.
+        bits = rows.view(_WHOLE_NUMBERS[rows.element_size()]).long()
+        sums.append((bits * factors).sum(dim=1))
+    length = torch.cat(lengths)
+    _, group, count = torch.unique(torch.cat(sums), return_inverse=True, return_counts=True)
+    odd = (length < least * length.median()) | (count[group] > 1)
     return [int(one) for one in used[odd.cpu().numpy()]]
 
 

@@ -13,16 +13,31 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PretrainedConfig
 
 from peft_dist.common.errors import RecipeError
 from peft_dist.common.screen import stage
 from peft_dist.config import Recipe
 from peft_dist.distributed.collectives import broadcast_object
-from peft_dist.model import attention
+from peft_dist.model import attention, varlen
 from peft_dist.model.architectures import bare_model
 from peft_dist.model.proof import ProofRun, Way, prove
 
 log = logging.getLogger(__name__)
+
+
+def kernel_to_build_with(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, config: PretrainedConfig
+) -> str:
+    """Return the kernel to build the model with, which ours may take the place of."""
+    if recipe.model.attention != "auto" or device.type != "cuda" or dtype == torch.float32:
+        return recipe.model.attention
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if varlen.has_kernel(device, dtype) and not capped:
+        return "auto"  # torch's own kernels do the same, and need no package
+    from transformers.utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if is_flash_attn_2_available() else "auto"
 
 
 def ways_of(recipe: Recipe, *, picked: str, ours: list[str], own_attention: bool) -> list[Way]:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from peft_dist.common import paths
 from peft_dist.common.errors import ModelError
 from peft_dist.common.sharing import users_umask
+from peft_dist.config.models import read_model_config
 
 QUANT_STATE = ".quant_state.bitsandbytes__"
 """Behind a weight's name: JSON about its packing, stored as bytes."""
@@ -46,12 +47,7 @@ def model_folder(name: str, revision: str | None) -> Path:
     """
     local = paths.staged(name) or Path(name).expanduser()
     if local.is_dir():
-        if not (local / "config.json").is_file():
-            raise ModelError(
-                f"no config.json in {local}",
-                where="model.name",
-                remedy="name the folder that holds config.json and the safetensors files",
-            )
+        read_model_config(local / "config.json")
         return local
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -55,9 +55,9 @@ class ObjectivePass(ABC):
             groups: This process's share of them, micro-batch by micro-batch.
         """
 
-    @abstractmethod
     def rows(self, examples: RowIds) -> RowIds:
-        """Return the rows that the pass over these examples reads."""
+        """Return the rows that the pass over these examples reads: all that they have."""
+        return self.data.rows_of(examples)
 
     @abstractmethod
     def share(self, losses: Losses, batch: Batch, examples: RowIds) -> Share:
@@ -76,10 +76,6 @@ class SftPass(ObjectivePass):
         """Count the predictions of the batch."""
         self._no_metrics = torch.zeros(0, device=self.setup.world.device)
         return int(self.data.predicted_counts[examples].sum())
-
-    def rows(self, examples: RowIds) -> RowIds:
-        """Return the examples: each is a row."""
-        return examples
 
     def share(self, losses: Losses, batch: Batch, examples: RowIds) -> Share:
         """Return the sum of the losses."""
@@ -128,10 +124,6 @@ class PairPass(_Preferences):
         self._chosen_tokens = int(self.data.predicted_counts[2 * examples].sum())
         return self._pairs
 
-    def rows(self, examples: RowIds) -> RowIds:
-        """Return both rows of each pair."""
-        return self.data.rows_of(examples)
-
     def share(self, losses: Losses, batch: Batch, examples: RowIds) -> Share:
         """Return the sum of the pairs' losses, and their part in the batch's mean rewards."""
         if not len(examples):
@@ -159,10 +151,6 @@ class RewardPass(ObjectivePass):
         """Count the pairs of the batch."""
         self._pairs = len(examples)
         return self._pairs
-
-    def rows(self, examples: RowIds) -> RowIds:
-        """Return both rows of each pair."""
-        return self.data.rows_of(examples)
 
     def share(self, losses: Losses, batch: Batch, examples: RowIds) -> Share:
         """Return the sum of the pairs' losses, and their part in the batch's mean rewards."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from peft_dist.config import Recipe
-from peft_dist.config.batch_shape import DEFAULT_GLOBAL_ROWS
+from peft_dist.config.batch_shape import longest_rows_of_step
 from peft_dist.metrics.mfu import FLOPS_PER_TOKEN_AND_PARAMETER
 from peft_dist.plan.adapter import AdapterShape
 from peft_dist.plan.hardware import GIB, Hardware
@@ -151,7 +151,7 @@ def estimate(
     """
     setting = setting_of(recipe, candidate, hardware)
     assumed, gpu = hardware.assumed, hardware.gpu
-    per_process = -(-rows_of_step(recipe) // candidate.processes)
+    per_process = -(-longest_rows_of_step(recipe) // candidate.processes)
     micro = min(candidate.micro_batch, per_process)
     setting = replace(setting, micro_batch=micro * recipe.rows_per_example)
     found = peak_bytes(shape, adapter, setting)
@@ -167,7 +167,7 @@ def estimate(
     accumulation = -(-per_process // micro)
     seconds = _seconds(shape, adapter, setting, candidate, hardware, accumulation)
     inside, between = _received(shape, adapter, setting, candidate, accumulation)
-    rows = rows_of_step(recipe)
+    rows = longest_rows_of_step(recipe)
     tokens = rows * setting.length * recipe.rows_per_example
     tokens_per_s = tokens / seconds.total
     hours = None if steps is None else steps * seconds.total / 3600
@@ -201,13 +201,6 @@ def estimate(
         first_start_s=first_s,
         requeue_s=again_s,
     )
-
-
-def rows_of_step(recipe: Recipe) -> int:
-    """Return the rows of an optimizer step, each as long as `data.max_length`."""
-    if recipe.train.global_batch_tokens is not None:
-        return max(1, recipe.train.global_batch_tokens // recipe.data.max_length)
-    return recipe.train.global_batch_size or DEFAULT_GLOBAL_ROWS
 
 
 def block_flops(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> tuple[int, int, int]:

@@ -1,6 +1,5 @@
 """Which ways there are to run a recipe on some nodes, what each takes, and which is best."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,10 +9,13 @@ from typing import Any
 from peft_dist.common import paths
 from peft_dist.common.errors import ModelError, PeftDistError
 from peft_dist.config import Recipe
+from peft_dist.config.batch_shape import longest_rows_of_step
+from peft_dist.config.models import read_model_config
 from peft_dist.plan.adapter import AdapterShape, adapter_shape
-from peft_dist.plan.estimate import Candidate, Estimate, estimate, rows_of_step
+from peft_dist.plan.estimate import Candidate, Estimate, estimate
 from peft_dist.plan.hardware import Hardware
-from peft_dist.plan.shapes import ModelShape, read_shape
+from peft_dist.plan.read_shape import read_shape
+from peft_dist.plan.shapes import ModelShape
 
 COUNTED_ROW_BYTES = 256 << 20
 """Largest file whose rows are counted to know how long a run takes."""
@@ -93,17 +95,7 @@ def read_config(name: str, revision: str | None, *, network: bool = True) -> dic
     file = folder / "config.json"
     if not folder.is_dir():
         file = _from_hub(name, revision, network=network)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{file} cannot be read ({error})",
-            where="model.name",
-            remedy="give a folder with a Hugging Face config.json",
-        ) from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file} holds no object", where="model.name", remedy="download it again")
-    return config
+    return read_model_config(file)
 
 
 def _from_hub(name: str, revision: str | None, *, network: bool) -> Path:
@@ -155,7 +147,7 @@ def _steps(recipe: Recipe) -> int | None:
     rows = _count_rows(Path(sources[0].path)) if len(sources) == 1 else None
     if rows is None:
         return None
-    return max(1, int(rows * (recipe.train.epochs or 1)) // rows_of_step(recipe))
+    return max(1, int(rows * (recipe.train.epochs or 1)) // longest_rows_of_step(recipe))
 
 
 def _count_rows(file: Path) -> int | None:
@@ -227,7 +219,9 @@ def _candidates(
     on_node = max(1, processes // nodes)
     shards = {"ddp": 1, "zero2": 1, "hsdp": recipe.parallel.shard_size or on_node}
     micro, recompute = recipe.train.micro_batch_size, recipe.train.activation_checkpointing
-    for rows in [micro] if micro != "auto" else _powers(-(-rows_of_step(recipe) // processes)):
+    for rows in (
+        [micro] if micro != "auto" else _powers(-(-longest_rows_of_step(recipe) // processes))
+    ):
         for again in [recompute] if recompute != "auto" else [False, True]:
             yield Candidate(
                 strategy=strategy,

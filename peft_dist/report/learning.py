@@ -49,6 +49,18 @@ def with_series(
     return [indexed for indexed, _ in pairs], [series for _, series in pairs]
 
 
+def lines_of_steps(
+    runs: Sequence[RunData], name: str
+) -> tuple[list[RunData], list[Series], list[Trace]]:
+    """Return the runs whose steps have a field, its series, and their lines in a figure."""
+    indexed, lines = with_series(runs, name)
+    traces: list[Trace] = []
+    for (index, run), series in zip(indexed, lines, strict=True):
+        alone = len(runs) == 1
+        traces += line_over_steps(series, TraceStyle(index), name=legend_name(run), alone=alone)
+    return [run for _, run in indexed], lines, traces
+
+
 def _unit_of_loss(runs: Sequence[RunData]) -> str:
     supervised = all(run.recipe.get("objective.kind", "sft") == "sft" for run in runs)
     return "loss, nats per token" if supervised else "loss"
@@ -58,14 +70,9 @@ def _over_steps(
     runs: Sequence[RunData], name: str, title: str, unit: str, shown: Callable[[float], str]
 ) -> Panel | None:
     """Return a figure of every step, such as an objective reports besides its loss."""
-    indexed, lines = with_series(runs, name)
-    if not indexed:
+    own, lines, traces = lines_of_steps(runs, name)
+    if not own:
         return None
-    traces: list[Trace] = []
-    for (index, run), series in zip(indexed, lines, strict=True):
-        alone = len(runs) == 1
-        traces += line_over_steps(series, TraceStyle(index), name=legend_name(run), alone=alone)
-    own = [run for _, run in indexed]
     return make_panel(
         name.replace("_", "-"),
         title,
@@ -193,14 +200,9 @@ def _learning_rate(runs: Sequence[RunData]) -> Panel | None:
 
 
 def _gradient_norm(runs: Sequence[RunData]) -> Panel | None:
-    indexed, lines = with_series(runs, "grad_norm")
-    if not indexed:
+    own, lines, traces = lines_of_steps(runs, "grad_norm")
+    if not own:
         return None
-    traces: list[Trace] = []
-    for (index, run), series in zip(indexed, lines, strict=True):
-        alone = len(runs) == 1
-        traces += line_over_steps(series, TraceStyle(index), name=legend_name(run), alone=alone)
-    own = [run for _, run in indexed]
     text = in_words(own, lines, figure, highest=True)
     limits = {number(run.recipe.get("train.max_grad_norm")) for run in own}
     limit = limits.pop() if len(limits) == 1 else None

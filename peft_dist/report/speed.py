@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from peft_dist.ledger.events import StepEvent
-from peft_dist.report.learning import STEP_AXIS, with_series
+from peft_dist.report.learning import STEP_AXIS, lines_of_steps, with_series
 from peft_dist.report.panel import (
     OVER_STEPS_HEAD,
     Panel,
@@ -87,14 +87,9 @@ def _throughput(runs: Sequence[RunData]) -> Panel | None:
 
 
 def _utilisation(runs: Sequence[RunData]) -> Panel | None:
-    indexed, lines = with_series(runs, "mfu")
-    if not indexed:
+    own, lines, traces = lines_of_steps(runs, "mfu")
+    if not own:
         return None
-    traces: list[Trace] = []
-    for (index, run), series in zip(indexed, lines, strict=True):
-        alone = len(runs) == 1
-        traces += line_over_steps(series, TraceStyle(index), name=legend_name(run), alone=alone)
-    own = [run for _, run in indexed]
     middles = ", ".join(share(median(series.y)) for series in lines)
     return make_panel(
         "mfu",

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from peft_dist.common.errors import LaunchError
 from peft_dist.config import Recipe
+from peft_dist.config.batch_shape import longest_rows_of_step
 from peft_dist.data.counts import SourceRows
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.world import World
@@ -229,10 +230,7 @@ def _engines(
 def _rows(recipe: Recipe, processes: int) -> TokenizedRows:
     """Return rows of the longest length that the recipe allows, enough for every step."""
     length = recipe.data.max_length
-    per_step = recipe.train.global_batch_size or max(
-        1, (recipe.train.global_batch_tokens or 16 * length) // length
-    )
-    examples = STEPS * max(per_step, processes)
+    examples = STEPS * max(longest_rows_of_step(recipe), processes)
     count = examples * recipe.rows_per_example
     tokens = np.zeros(count * length, dtype=np.int32)
     return TokenizedRows(

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from peft_dist.checkpoint.directory import newest_good
 from peft_dist.common.manifest import MANIFEST_FILE, seal, step_name
-from peft_dist.ledger.goodput import goodput, render
+from peft_dist.ledger.goodput import goodput
+from peft_dist.ledger.goodput_table import render
 from peft_dist.ledger.reader import LedgerReader
 from peft_dist.status.run_state import read_run
 from tests.faults.conftest import Undisturbed

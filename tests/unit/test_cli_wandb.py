@@ -21,8 +21,8 @@ from peft_dist.ledger.events import (
     SkippedEvent,
     StepEvent,
     SystemEvent,
-    from_fields,
 )
+from peft_dist.ledger.read_event import from_fields
 from peft_dist.run.directory import RunDir
 from peft_dist.tracking.wandb import rows
 from peft_dist.tracking.wandb.dashboard import COMPARED, SECTIONS

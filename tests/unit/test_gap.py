@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from peft_dist.ledger.events import GapEvent, LedgerEvent, from_fields
+from peft_dist.ledger.events import GapEvent, LedgerEvent
 from peft_dist.ledger.gap import TAIL_STEPS, find_gap, read_gap
-from peft_dist.ledger.goodput import LedgerGap, goodput, render
+from peft_dist.ledger.goodput import LedgerGap, goodput
+from peft_dist.ledger.goodput_table import render
+from peft_dist.ledger.read_event import from_fields
 from peft_dist.report.page import context
 from peft_dist.report.run_data import read_runs
 from peft_dist.report.timeline import timeline_of

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from peft_dist.cli.main import main
 from peft_dist.config import Recipe
-from peft_dist.ledger.events import LedgerEvent, StepEvent, SystemEvent, from_fields
-from peft_dist.ledger.goodput import PHASES, Goodput, GoodputMeter, counting_events, goodput, render
+from peft_dist.ledger.events import LedgerEvent, StepEvent, SystemEvent
+from peft_dist.ledger.goodput import PHASES, Goodput, GoodputMeter, counting_events, goodput
+from peft_dist.ledger.goodput_table import render
+from peft_dist.ledger.read_event import from_fields
 from peft_dist.run.directory import RunDir
 
 LAUNCH = 1_000_000.0

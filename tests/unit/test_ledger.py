@@ -18,9 +18,8 @@ from peft_dist.ledger.events import (
     StartEvent,
     StepEvent,
     UnknownEvent,
-    from_fields,
-    from_line,
 )
+from peft_dist.ledger.read_event import from_fields, from_line
 from peft_dist.ledger.reader import BLOCK_BYTES, LedgerReader
 from peft_dist.ledger.writer import LedgerWriter
 

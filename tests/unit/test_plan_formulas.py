@@ -16,7 +16,7 @@ from peft_dist.plan import memory
 from peft_dist.plan.adapter import adapter_shape
 from peft_dist.plan.estimate import gathered_bytes
 from peft_dist.plan.memory import Setting, peak_bytes
-from peft_dist.plan.shapes import read_shape
+from peft_dist.plan.read_shape import read_shape
 from peft_dist.simulation.run import Simulated, simulate
 from tests.configs import model_folder
 from tests.faults.long import IS_LONG

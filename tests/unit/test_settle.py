@@ -10,7 +10,7 @@ from peft_dist.common.errors import RecipeError
 from peft_dist.config import load_recipe
 from peft_dist.config.batch_shape import require_settled
 from peft_dist.launch.placement import Machine
-from peft_dist.ledger.events import from_fields
+from peft_dist.ledger.read_event import from_fields
 from peft_dist.plan.hardware import find_gpu, hardware_of, recognise_gpu
 from peft_dist.plan.settle import settle
 from peft_dist.run.directory import RunDir

@@ -7,7 +7,8 @@ import pytest
 
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.distributed.world import World
-from peft_dist.ledger.events import LedgerEvent, from_fields
+from peft_dist.ledger.events import LedgerEvent
+from peft_dist.ledger.read_event import from_fields
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import set_up_model
 from peft_dist.trainer import Trainer

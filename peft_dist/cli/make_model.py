@@ -1,0 +1,92 @@
+"""The commands that make models: their arguments, and the process of each.
+
+Imports are inside the commands, as in `cli`; torch is only imported by those processes.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from peft_dist.cli.options import add_verbosity
+from peft_dist.common.errors import PeftDistError
+
+Run = Callable[[argparse.Namespace], int]
+
+
+def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) -> None:
+    """Add the commands.
+
+    Args:
+        command: Makes one, from its name, function and description.
+    """
+    quantize = command(
+        "quantize",
+        _quantize,
+        "store a model in 4 bits in the cache, ahead of the first run that needs it",
+    )
+    quantize.add_argument("model", metavar="MODEL", help="folder with safetensors files, or hub id")
+    quantize.add_argument(
+        "--revision", metavar="NAME", help="branch, tag or commit of a hub model (default: main)"
+    )
+    quantize.add_argument(
+        "--task",
+        choices=("causal-lm", "sequence-classification"),
+        default="causal-lm",
+        help="what the model will be trained to do (default: causal-lm)",
+    )
+    add_verbosity(quantize)
+    merge = command(
+        "merge",
+        _merge,
+        "add a run's LoRA to its base: a plain model that needs no PEFT",
+    )
+    merge.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
+    merge.add_argument("--out", metavar="DIR", required=True, help="folder to make for the model")
+    merge.add_argument(
+        "--base",
+        choices=("full", "dequantized"),
+        default="full",
+        help="add it to the weights of the files, or to those that 4-bit training saw "
+        "(default: full)",
+    )
+    merge.add_argument("--gguf", metavar="TYPE", help="not offered; the error says what is")
+    add_verbosity(merge)
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    from peft_dist.launch.command import quantize_command, worker_environment
+    from peft_dist.launch.local import run_tool
+    from peft_dist.launch.packages import require_training_packages
+
+    words = [arguments.model, "--task", arguments.task]
+    if arguments.revision is not None:
+        words += ["--revision", arguments.revision]
+    require_training_packages()
+    return run_tool(quantize_command(words), environment=worker_environment())
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from peft_dist.launch.command import merge_command, worker_environment
+    from peft_dist.launch.local import run_tool
+    from peft_dist.launch.packages import require_training_packages
+    from peft_dist.run.directory import RunDir
+
+    run = RunDir.open(arguments.run_dir)
+    out = Path(arguments.out).absolute()
+    if arguments.gguf is not None:
+        # The `gguf` package writes the format, but what a model's tensors and tokenizer are called
+        # and how they are turned stands in that script alone, which is on no package index.
+        raise PeftDistError(
+            "is written by llama.cpp's own converter alone",
+            where=f"--gguf {arguments.gguf}",
+            remedy=f"merge without it, then run llama.cpp's `convert_hf_to_gguf.py {out} "
+            f"--outtype {arguments.gguf}`",
+        )
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise PeftDistError(
+            "already there", where=str(out), remedy="choose another folder with --out"
+        )
+    require_training_packages()
+    return run_tool(
+        merge_command(run.path, out, base=arguments.base), environment=worker_environment()
+    )
