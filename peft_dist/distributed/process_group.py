@@ -9,6 +9,9 @@ from peft_dist.distributed.world import World
 def start(world: World, store: torch_dist.Store | None = None) -> None:
     """Start the process group, of one process too, so that every engine has its collectives.
 
+    On return every rank is connected to every other. Gloo alone returns when a rank's own sockets
+    are open: one that ended right after would break the connections its peers still make.
+
     Args:
         world: Rank and size of this process's world.
         store: What `meet` returned. Default: meet now.
@@ -24,6 +27,8 @@ def start(world: World, store: torch_dist.Store | None = None) -> None:
         timeout=COLLECTIVE_TIMEOUT,
         device_id=world.device if on_gpu else None,
     )
+    if not on_gpu:
+        torch_dist.barrier()
 
 
 def stop() -> None:
