@@ -57,6 +57,7 @@ def test_help_starts_at_once() -> None:
     assert min(seconds() for _ in range(5)) < HELP_LIMIT_S
 
 
+@pytest.mark.slow
 def test_what_speaks_to_slurm_imports_nothing_heavy_and_costs_little(
     recipe_file: Path, tmp_path: Path
 ) -> None:
