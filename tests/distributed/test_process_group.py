@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 # One rank is stopped when its address is known and goes on when the others could have ended.
 RANKS = """
 import os, signal, sys, time
