@@ -83,13 +83,13 @@ def test_an_interrupted_and_a_killed_start_go_on_in_the_same_run(project: Path, 
     path = project / "runs" / "again"
     longer = ("--run-dir", str(path), "train.steps=200", "checkpoint.every_steps=5")
     process = start(project, stub, *longer)
-    wait_for(lambda: steps_done(path) >= 10, timeout_s=90)
+    wait_for(lambda: steps_done(path) >= 10 and stub.runs and stub.run().inits == 1, timeout_s=90)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 75
     before = steps_done(path)
     process = start(project, stub, *longer)
-    wait_for(lambda: steps_done(path) >= before + 10, timeout_s=90)
+    wait_for(lambda: steps_done(path) >= before + 10 and stub.run().inits == 2, timeout_s=90)
     newest = max((path / "attempts").glob("????????.json"))
     os.kill(json.loads(newest.read_text(encoding="utf-8"))["pid"], signal.SIGKILL)
     _, errors = process.communicate(timeout=240)

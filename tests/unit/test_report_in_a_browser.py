@@ -12,6 +12,7 @@ from tests.faults.long import cases
 from tests.unit.test_report import EVENTFUL, HOSTILE
 from tests.unit.whole_runs import Story, write_run
 
+pytestmark = pytest.mark.slow
 SIZES = {"desktop": DESKTOP, "phone": PHONE}
 FIGURES = 13
 DRAWN_WIDTH = """
