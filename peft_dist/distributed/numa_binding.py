@@ -53,7 +53,7 @@ def bind(local_rank: int, local_size: int, device: torch.device) -> None:
         )
         return
     os.sched_setaffinity(0, cpus)
-    log.info("bound to %d CPUs of NUMA node %d: %s", len(cpus), homes[local_rank], ranges(cpus))
+    log.info("bound to CPUs %s of NUMA node %d", ranges(cpus), homes[local_rank])
 
 
 def cpus_by_numa_node(allowed: set[int], sys: Path = SYS) -> dict[int, set[int]]:
