@@ -55,6 +55,13 @@ def add_commands(
     merge = command("submit merge", _merge, "merge a run's LoRA into its base in a Slurm job")
     merge.add_argument("run_dir", metavar="RUN_DIR", help="folder that train or submit made")
     merge.add_argument("--out", metavar="DIR", required=True, help="folder to make")
+    merge.add_argument(
+        "--base",
+        choices=("full", "dequantized"),
+        default="full",
+        help="add it to the weights of the files, or to those that 4-bit training saw "
+        "(default: full)",
+    )
     _add_place(merge, "RUN_DIR/merge")
 
 
@@ -92,7 +99,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
 def _merge(arguments: argparse.Namespace) -> int:
     from peft_dist.slurm.submit_command import merge_job
 
-    made = merge_job(_where(arguments), arguments.run_dir, arguments.out)
+    made = merge_job(_where(arguments), arguments.run_dir, arguments.out, base=arguments.base)
     return _hand_over(made, dry_run=arguments.dry_run)
 
 

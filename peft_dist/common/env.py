@@ -31,6 +31,8 @@ RANK_LOGS = "PEFT_DIST_RANK_LOGS"
 """Where each rank writes a log of its own, PREFIX.rank-3.0.log: in a job on many nodes nobody could
 tell their lines apart."""
 
+NUMA_BINDING = "PEFT_DIST_NUMA_BINDING"
+"""`node` or `exclusive`: how each process is bound to CPUs; see `distributed.numa_binding`."""
 SHARING = "PEFT_DIST_SHARING"
 """`group` where the group of a run's folder may read and write what its processes write."""
 UMASK = "PEFT_DIST_UMASK"

@@ -125,6 +125,10 @@ class Cluster(Section):
     launcher: Literal["torchrun", "srun"] = "torchrun"
     """Who starts the ranks of a node. torchrun: one task of Slurm does. srun: Slurm does, a task
     for each, and binds them as `srun:` says (cpu-bind, gpu-bind, mem-bind)."""
+    numa_binding: Literal["node", "exclusive"] | None = None
+    """With torchrun, the CPUs that each process keeps to, as `torchrun --numa-binding`: node: those
+    of its GPU's NUMA node; exclusive: whole cores of these that no other process has. On CPUs, the
+    processes are shared out over the NUMA nodes. Off: all CPUs of the job."""
     cpus_per_gpu: PositiveInt | None = None
     """CPUs of a node to ask for, per GPU."""
     cpus_per_node: PositiveInt | None = None
@@ -210,6 +214,14 @@ class Cluster(Section):
             raise ValueError(
                 f"processes_per_node {self.processes_per_node} is more than gpus_per_node "
                 f"{self.gpus_per_node}; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_binds(self) -> Self:
+        if self.numa_binding is not None and self.launcher == "srun":
+            raise ValueError(
+                "numa_binding is for launcher: torchrun; remove it, and set srun: {cpu-bind: cores}"
             )
         return self
 

@@ -11,6 +11,7 @@ import torch
 
 from peft_dist.common.errors import LaunchError
 from peft_dist.common.gpus import DEVICES, visible_gpus
+from peft_dist.distributed import numa_binding
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def env_int(name: str, default: int) -> int:
 def read_world(device_folder: Path = DEVICES) -> World:
     """Read rank and world size from the environment; one process without a launcher is a world.
 
+    Where the environment asks for it, this process is bound to the CPUs of its place.
+
     Args:
         device_folder: Where the driver puts a file for each GPU.
 
@@ -87,6 +90,7 @@ def read_world(device_folder: Path = DEVICES) -> World:
                 if build is None
                 else "update the driver, or set CUDA_VISIBLE_DEVICES= to compute on the CPU",
             )
+        numa_binding.bind(local_rank, local_size, torch.device("cpu"))
         return World(rank, size, local_rank, local_size, torch.device("cpu"))
     if local_rank >= torch.cuda.device_count():
         raise LaunchError(
@@ -96,4 +100,5 @@ def read_world(device_folder: Path = DEVICES) -> World:
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
+    numa_binding.bind(local_rank, local_size, device)
     return World(rank, size, local_rank, local_size, device)

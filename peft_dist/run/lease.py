@@ -44,7 +44,7 @@ STALE_AFTER_S = 90.0
 attributes that are 60 s old (acregmax, acdirmax in nfs(5)); three beats fit in the rest."""
 LOOK_EVERY_S = 1.0
 """Seconds between two looks at a holder on another machine."""
-CHECK_EVERY_S = 3.0
+CHECK_EVERY_S = 5.0
 """Seconds between two looks of `Attempt.check` for a later attempt: two metadata operations."""
 PAUSE_S = 0.5
 """A process that has not run for so long was stopped: another attempt may hold the run by now."""

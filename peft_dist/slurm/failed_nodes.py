@@ -1,6 +1,7 @@
-"""Tell the nodes of a job that the launcher of one of them has failed, by a file for each.
+"""Tell the head of a job that the launcher of another node has failed, by a file for each.
 
-torchrun on the other nodes would wait minutes for it to come back.
+torchrun on the other nodes would wait minutes for it to come back. The head alone looks, as one
+file system serves everybody: when it ends with a fault, Slurm ends the others.
 """
 
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 from peft_dist.common.atomic import replace_file
 from peft_dist.run.restart_policy import Ending, Kind
 
-LOOK_EVERY_S = 1.0
+LOOK_EVERY_S = 5.0
 GRACE_S = 10.0
 """How long ours may run on after another node's launcher failed: most often it ends by itself."""
 
@@ -19,8 +20,16 @@ GRACE_S = 10.0
 class FailedNodes:
     """The nodes of this start of the job whose launcher has failed."""
 
-    def __init__(self, folder: Path, *, name: str, nonce: str) -> None:
-        """Take the folder of this start's logs, this node's name, and what tells this try apart."""
+    def __init__(self, folder: Path, *, name: str, nonce: str, looks: bool) -> None:
+        """Look for nothing yet.
+
+        Args:
+            folder: That of this start's logs.
+            name: This node's, or this task's.
+            nonce: What tells this try apart.
+            looks: Whether it looks at all.
+        """
+        self._looks = looks
         self._folder, self._suffix = folder, f".{nonce}.failed"
         self._own = folder / f"{name}{self._suffix}"
         self._look_at_s = 0.0
@@ -29,14 +38,14 @@ class FailedNodes:
         """How another node's launcher failed while ours went on."""
 
     def add_own(self, ending: Ending) -> None:
-        """Tell the other nodes how this node's launcher has failed."""
+        """Tell the head how this node's launcher has failed."""
         with suppress(OSError):  # then they wait until srun ends them
             replace_file(self._own, json.dumps({"kind": ending.kind, "error": ending.error}))
 
     def have_one(self) -> bool:
-        """Whether another node's launcher has failed some time ago."""
+        """Whether another node's launcher has failed some time ago, as far as this one looks."""
         now_s = time.monotonic()
-        if now_s < self._look_at_s:
+        if not self._looks or now_s < self._look_at_s:
             return False
         self._look_at_s = now_s + LOOK_EVERY_S
         failed = sorted(self._folder.glob(f"*{self._suffix}"))

@@ -28,7 +28,7 @@ class RankNode(Node):
         super().__init__(options, launcher)
         name = f"{self.name}.{os.environ['SLURM_LOCALID']}"
         nonce = os.environ[env.NONCE]
-        self.failed_nodes = FailedNodes(self.log.parent, name=name, nonce=nonce)
+        self.failed_nodes = FailedNodes(self.log.parent, name=name, nonce=nonce, looks=False)
 
     @property
     def is_head(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft_dist import __version__
 from peft_dist.common.durations import duration_text
-from peft_dist.common.env import SHARING
+from peft_dist.common.env import NUMA_BINDING, SHARING
 from peft_dist.common.sharing import GROUP
 from peft_dist.config.cluster import Cluster, Head
 from peft_dist.config.slurm_options import option_words, static_exclude
@@ -114,7 +114,7 @@ def render_job(job: Job) -> str:
         head_interface=head.interface,
         srun_options=[
             *srun_options(cluster.container, _mounts(job)),
-            *option_words(cluster.srun),
+            *option_words(_options_of_tasks(job)),
         ],
     )
 
@@ -135,6 +135,7 @@ def render_node(job: Job, run_dir: Path, *, model: str | None = None) -> str:
         **launch_environment(job.launchers, {"OMP_NUM_THREADS": ""}),  # each node counts its CPUs
         **(OFFLINE if cluster.offline else {}),
         **({SHARING: GROUP} if cluster.sharing == GROUP else {}),
+        **({} if cluster.numa_binding is None else {NUMA_BINDING: cluster.numa_binding}),
         # What is installed in a home must not hide what is in the image.
         **({} if cluster.container is None else {"PYTHONNOUSERSITE": "1"}),
         **{name: str(value) for name, value in cluster.environment.items()},
@@ -246,6 +247,15 @@ def _directives(job: Job) -> list[tuple[str, str | None]]:
         *((flag, None) for flag in flags),
         *option_words(cluster.sbatch),
     ]
+
+
+def _options_of_tasks(job: Job) -> dict[str, str | int | bool]:
+    """Return the cluster file's options of srun, as far as they fit the tasks of this job."""
+    given = job.cluster.srun
+    if job.cluster.launcher != "srun" or not job.command:
+        return dict(given)
+    # They bind ranks; the one task of a command's node needs all that the node has.
+    return {name: given[name] for name in given if not name.endswith(("-bind", "-per-task"))}
 
 
 def _array(array: Array) -> str:

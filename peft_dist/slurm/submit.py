@@ -1,7 +1,7 @@
 """Hand a run, or an array of runs, to Slurm; everything is checked before anything is made.
 
-Decides what is submitted; `refusals` says what cannot be, `render` writes it, `client` speaks to
-Slurm. Runs nothing itself.
+Decides what is submitted; `validate` says what cannot be, `scripts` writes it, `queue_job` asks
+Slurm for it. Runs nothing itself.
 """
 
 import os

@@ -98,23 +98,29 @@ def evaluate_job(
     return _job(where, folder, placement, ["evaluate", *arguments], command, paths)
 
 
-def merge_job(where: Where, run_dir: str, out: str) -> CommandJob:
+def merge_job(where: Where, run_dir: str, out: str, *, base: str = "full") -> CommandJob:
     """Return the job that merges a run's adapter into its base, once it is there.
 
     Args:
         where: On what; one process works, with at most one GPU.
         run_dir: The run.
         out: The folder to make.
+        base: What the adapter is added to: `full`, the weights of the files, or `dequantized`,
+            those that 4-bit training saw.
 
     Raises:
         PeftDistError: For what cannot run there.
     """
     run, target = RunDir.open(run_dir), Path(out).absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise LaunchError(
+            f"{target} is already there", where="--out", remedy="choose another folder"
+        )
     recipe = load_recipe(run.recipe)
     _check_model(where, recipe.model.name, recipe.model.revision)
     where, placement = _one_process(where)
-    command = merge_command(run.path, target, python=interpreter_of(where.cluster))
-    words = ["merge", str(run.path), "--out", str(target)]
+    command = merge_command(run.path, target, base=base, python=interpreter_of(where.cluster))
+    words = ["merge", str(run.path), "--out", str(target), "--base", base]
     folder = Path(where.job_dir or run.path / "merge").absolute()
     paths = {"RUN_DIR": str(run.path), "model.name": recipe.model.name, "--out": str(target)}
     return _job(where, folder, placement, words, command, paths)

@@ -96,8 +96,9 @@ class Node:
         """What came while no launcher ran; it would have ended this process."""
         for number in PASSED_ON:
             signal.signal(number, lambda got, _: self.signals.append(signal.Signals(got).name))
+        nonce = os.environ[env.NONCE]
         self.failed_nodes = FailedNodes(
-            self.log.parent, name=self.name, nonce=os.environ[env.NONCE]
+            self.log.parent, name=self.name, nonce=nonce, looks=self.is_head
         )
 
     @property

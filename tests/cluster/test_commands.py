@@ -26,7 +26,8 @@ def test_a_chain_of_commands_holds_over_the_restarts_of_its_run(
                  "--run-dir", "some", "--after", str(packed))  # fmt: skip
     run = Run(runs, runs.folder / "some")
     runs.command("submit", "evaluate", "some", *where, "--nodes", "2", "--after", "some")
-    runs.command("submit", "merge", "some", *where, "--out", "merged", "--after", "some/evaluate")
+    runs.command("submit", "merge", "some", *where, "--out", "merged", "--base", "dequantized",
+                 "--after", "some/evaluate")  # fmt: skip
     run.wait_for_step(10)
     assert (packed / "result.json").exists()
     first = run.job

@@ -171,7 +171,7 @@ def test_in_a_sites_image_the_model_trains(runs: Runs, tmp_path: Path) -> None:
     command.write_text(SINGULARITY.format(folder=tmp_path), encoding="utf-8")
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     container = here("lumi-g")["container"]
-    trained(
+    run = trained(
         runs, "lumi-g", 2,
         setup=f"export PATH={command.parent}:$PATH",
         container={**container, "mounts": ["/"], "setup": "export FROM_INSIDE=1"},
@@ -181,6 +181,8 @@ def test_in_a_sites_image_the_model_trains(runs: Runs, tmp_path: Path) -> None:
     assert all(call.startswith("run --bind /:/ --bind ") for call in calls)
     assert len(calls) == 4  # each of two nodes looks for launch/, and trains
     assert "--nv" not in calls[0] and container["image"] in calls[0]
+    (of_main,) = run.path.rglob("node1.rank-0.*.log")
+    assert "bound to CPUs" in of_main.read_text(encoding="utf-8")  # numa_binding
 
 
 @only_long

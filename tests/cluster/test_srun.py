@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_dist.data.first_rows import ROWS
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.submitted import Runs
 from tests.faults.long import only_long
@@ -29,11 +30,13 @@ def test_a_task_for_each_rank_is_the_same_run_and_comes_back(
 
 def test_ranks_of_several_nodes_meet_and_a_fault_ends_them_all(runs: Runs, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 7}\n' * 4, encoding="utf-8")
+    good = '{"prompt": "a", "completion": "b"}\n'
+    # Those that submit looks at are fine.
+    rows.write_text(good * ROWS + '{"prompt": 7}\n' * 4, encoding="utf-8")
     many = {"launcher": "srun", "processes_per_node": 2, "cpus_per_node": 2}
     bad = runs.submit("bad", f"data.train={rows}", nodes=2, **many)
     good = runs.submit("good", "train.steps=5", "parallel.strategy=hsdp", nodes=2, **many)
     good.wait_for_end()
     bad.wait_until(lambda: bad.row()["state"] == "FAILED", "the end of the bad one")
-    assert "rows.jsonl:2" in bad.row()["cause"]
+    assert f"rows.jsonl:{ROWS + 1}" in bad.row()["cause"]
     assert bad.starts == 1

@@ -35,6 +35,7 @@ EVERYTHING = {
     "reservation": "course",
     "constraint": "[rack1*2&rack2*4]",
     "exclusive": True,
+    "numa_binding": "exclusive",
     "interface": "ib0",
     "environment": {"HF_HOME": "/scratch/hf", "NOTE": 'it\'s a "test" of $HOME', "NCCL_IB_PKEY": 1},
     "secrets_file": "/home/alice/.config/peft-dist/secrets",

@@ -91,6 +91,8 @@ def test_a_time_that_slurm_and_people_read_differently_is_refused(text: str) -> 
 
 NAME = "letters, digits and _ . , : @ / + = -"
 MISTAKES = {
+    "launcher: srun\nnuma_binding: node": "cluster: numa_binding is for launcher: torchrun; "
+    "remove it, and set srun: {cpu-bind: cores}",
     "partitoin: gpu": "partitoin: no such key; did you mean 'partition'?",
     "partition: a b": f"partition: got 'a b'; must be {NAME}",
     "partition: --wrap=x": f"partition: got '--wrap=x'; must be {NAME}",

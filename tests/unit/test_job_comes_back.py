@@ -88,6 +88,25 @@ def test_the_timer_of_a_job_that_ends_before_its_limit_does_nothing(tmp_path: Pa
     assert abs(end_s - time.time() - 3600) < 300
 
 
+def test_a_limit_that_is_extended_while_the_job_runs_is_the_one_that_counts(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    later_s = int(time.time()) + 3600
+    # Until the third answer the end is near; once the new one is known, the ranks end.
+    known = f'until grep -q {later_s} "$PEFT_DIST_LOGS/job-end"; do /usr/bin/sleep 0.1; done'
+    extended = f"""case "$1 $2" in
+      "show job") echo >>$SEEN/asked; end="28 seconds"
+        if [ $(wc -l <$SEEN/asked) -ge 3 ]; then
+          end=@{later_s}
+          sh -c '{known}; touch $SEEN/requeued' >/dev/null 2>&1 &
+        fi
+        echo "JobId=12 JobState=RUNNING Restarts=0 EndTime=$(date -d "$end" +%FT%T)" ;;
+      *) {SCONTROL} ;;
+    esac"""
+    site.answer(scontrol=extended)
+    assert site.run(decision="done", STAND_IN_HANGS="1").returncode == 0
+    assert not [call for call in site.calls("scontrol") if " requeue " in call]
+
+
 def test_the_id_of_a_successor_is_found_behind_what_a_site_prints_first(tmp_path: Path) -> None:
     site = Site(tmp_path, **CHAIN)
     site.answer(sbatch=f"case $* in *--parsable*) {BANNER}; echo '77;vista' ;; esac")

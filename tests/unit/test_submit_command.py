@@ -11,7 +11,7 @@ import pytest
 
 from peft_dist.cli.main import main
 from peft_dist.run import job_events
-from peft_dist.run.command_folder import make_command_folder
+from peft_dist.run.command_folder import make_command_folder, read_command
 from tests.processes import ROOT
 from tests.unit.run_folders import array, make_run, result, submitted
 from tests.unit.slurm_desk import NOT_THERE, Capture, Desk, told
@@ -54,6 +54,29 @@ def test_one_process_asks_for_one_gpu_of_a_node(desk: Desk) -> None:
     assert "#SBATCH --cpus-per-task=4\n" in script
     node = (desk.run / "merge" / "node.sh").read_text()
     assert f" {desk.run} \\\n  --out {desk.folder / 'm'}" in node
+
+
+def test_what_binds_ranks_does_not_bind_the_one_task_of_a_command(desk: Desk) -> None:
+    options = {"gpus-per-task": 1, "gpu-bind": "closest", "mpi": "none"}
+    desk.cluster({"launcher": "srun", "srun": options})
+    assert desk.submit("data.eval=train.jsonl") == 0
+    assert "--gpus-per-task=1" in (desk.run / "job.sbatch").read_text()
+    assert main(["submit", "evaluate", "runs/mine", "--cluster", "cluster.yaml"]) == 0
+    script = (desk.run / "evaluate" / "job.sbatch").read_text()
+    assert "--mpi=none" in script
+    assert "--gpus-per-task" not in script and "--gpu-bind" not in script
+
+
+def test_what_an_adapter_is_added_to_reaches_the_job(desk: Desk, capsys: Capture) -> None:
+    assert desk.submit() == 0
+    words = ["submit", "merge", "runs/mine", "--cluster", "cluster.yaml", "--out"]
+    assert main([*words, "m", "--base", "dequantized"]) == 0
+    folder = desk.run / "merge"
+    assert "--base dequantized" in (folder / "node.sh").read_text()
+    assert read_command(folder)[-2:] == ["--base", "dequantized"]
+    capsys.readouterr()
+    assert main([*words, "model"]) == 2  # the base itself
+    assert told(capsys) == f"--out: {desk.folder / 'model'} is already there; choose another folder"
 
 
 def test_a_base_is_packed_and_a_run_waits_for_it(desk: Desk) -> None:

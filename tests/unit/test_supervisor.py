@@ -6,13 +6,14 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from peft_dist.run import job_events
+from peft_dist.run import job_events, lease
 from peft_dist.run.directory import RunDir
 from peft_dist.run.restart_policy import Ending, Kind
-from peft_dist.slurm import excluded_nodes, failed_nodes, memory_kills
+from peft_dist.slurm import excluded_nodes, failed_nodes, memory_kills, supervisor
 from peft_dist.slurm.excluded_nodes import exclude
 from peft_dist.slurm.failed_nodes import FailedNodes
 from peft_dist.slurm.old_logs import pack_old_logs
@@ -187,8 +188,11 @@ def test_a_node_sees_after_a_while_that_another_one_has_failed(
 ) -> None:
     monkeypatch.setattr(failed_nodes, "GRACE_S", 0.3)
     monkeypatch.setattr(failed_nodes, "LOOK_EVERY_S", 0.0)
-    ours, other = (FailedNodes(tmp_path, name=name, nonce="ab") for name in ("node1", "node2"))
-    FailedNodes(tmp_path, name="node3", nonce="of another try").add_own(Ending(Kind.CRASHED))
+    ours, other, stale = (
+        FailedNodes(tmp_path, name=name, nonce=nonce, looks=name == "node1")
+        for name, nonce in (("node1", "ab"), ("node2", "ab"), ("node3", "of another try"))
+    )
+    stale.add_own(Ending(Kind.CRASHED))
     assert not ours.have_one()
     other.add_own(Ending(Kind.CRASHED, "node2 crashed"))
     assert not ours.have_one()
@@ -198,6 +202,29 @@ def test_a_node_sees_after_a_while_that_another_one_has_failed(
     other.add_own(Ending(Kind.OUT_OF_MEMORY, "node2 ran out"))
     assert ours.have_one()
     assert ours.ending == Ending(Kind.OUT_OF_MEMORY, "node2 ran out")
+    assert not other.have_one()  # the head ends the job
+
+
+@pytest.mark.parametrize("launchers", [1, 128])
+def test_a_run_of_any_size_asks_its_file_system_at_most_once_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launchers: int
+) -> None:
+    looks, now_s = 0, 1000.0
+
+    def glob(_: Path, __: str) -> list[Path]:
+        nonlocal looks
+        looks += 1
+        return []
+
+    monkeypatch.setattr(Path, "glob", glob)
+    monkeypatch.setattr(failed_nodes, "time", SimpleNamespace(monotonic=lambda: now_s))
+    nodes = [FailedNodes(tmp_path, name=str(n), nonce="a", looks=n == 0) for n in range(launchers)]
+    for _ in range(600):
+        now_s += 1
+        for node in nodes:
+            assert not node.have_one()
+    of_the_lease = 1 / lease.HEARTBEAT_S + 2 / lease.CHECK_EVERY_S
+    assert of_the_lease + 1 / supervisor.LOOK_EVERY_S + looks / 600 <= 1
 
 
 @pytest.mark.parametrize(

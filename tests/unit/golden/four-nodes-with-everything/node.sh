@@ -44,6 +44,7 @@ export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 export HF_HOME=/scratch/hf
 export NCCL_IB_PKEY=1
 export NOTE='it'"'"'s a "test" of $HOME'
+export PEFT_DIST_NUMA_BINDING=exclusive
 export PYTHONSAFEPATH=1
 python=(/opt/venv/bin/python)
 share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root())' | tail -n 1) # behind what an image says first
