@@ -17,16 +17,17 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dist.common import logs
 from peft_dist.common.console import show
-from peft_dist.common.errors import PeftDistError, TrainingError
+from peft_dist.common.errors import PeftDistError, RecipeError, TrainingError
 from peft_dist.config import Recipe
 from peft_dist.config.models import known_to_transformers
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import World, read_world
 from peft_dist.methods.method import base_name_in
 from peft_dist.model import architectures, attention
+from peft_dist.model.expected import LOOKS_AHEAD
 from peft_dist.model.loss import Losses
 from peft_dist.model.nf4 import dequantize
-from peft_dist.model.proof import LOOKS_AHEAD, probe_rows
+from peft_dist.model.probe import probe_rows
 from peft_dist.model.source import find_base
 from peft_dist.model.tiny_config import tiny_config
 from peft_dist.model_setup import ModelSetup, set_up_model
@@ -64,7 +65,7 @@ def check(model_type: str, folder: Path, world: World, *, quantization: str = "n
     )
     dense = not any("expert" in name for name, _ in model.named_parameters())
     try:
-        setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"))
+        setup = _set_up(recipe, world, folder / "cache")
         plain = AutoModelForCausalLM.from_pretrained(
             folder / "model", dtype=torch.float32, trust_remote_code=False
         ).eval()
@@ -80,7 +81,20 @@ def check(model_type: str, folder: Path, world: World, *, quantization: str = "n
     if problem:
         return Result("different", problem, dense)
     way = f"{'packed' if setup.packing else 'padded'}, {plain_name(setup)}"
+    way += ", ddp" if setup.strategy == "ddp" else ""
     return Result("equal", way, dense)
+
+
+def _set_up(recipe: Recipe, world: World, cache: Path) -> ModelSetup:
+    """Load it as a run does, without shards where its layers share weights."""
+    try:
+        return set_up_model(recipe, world, find_base(recipe, cache))
+    except RecipeError as error:
+        if error.where != "parallel.strategy":
+            raise
+    ddp = recipe.parallel.model_copy(update={"strategy": "ddp"})
+    recipe = recipe.model_copy(update={"parallel": ddp})
+    return set_up_model(recipe, world, find_base(recipe, cache))
 
 
 def build_tiny(model_type: str) -> PreTrainedModel:

@@ -67,7 +67,7 @@ def test_experts_are_sharded_as_they_are_quantized_and_only_those_hit_are_dequan
     monkeypatch.setattr(experts_module, "expert_weight", noted)
     hidden, index = torch.randn(3, 64), torch.tensor([[1, 3], [3, 1], [1, 3]])
     experts_module.experts_forward(experts, hidden, index, torch.ones(3, 2))
-    assert used == [1, 1, 3, 3]
+    assert used == [1, 3, 1, 3]
 
 
 def set_up(folder: Path, world: World, model_type: str, **sections: Any) -> ModelSetup:
