@@ -17,7 +17,7 @@ from peft_dist.data.pack import Batch, pack
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.model import attention
 from peft_dist.model.head import with_wide_matrix
-from peft_dist.model.loss import CausalLM, Decoder, Losses
+from peft_dist.model.loss import CausalLM, Decoder, Losses, RewardModel, SequenceClassifier
 from peft_dist.model.probe import SAME_TOKENS, cut, probe_rows
 from peft_dist.model.router import Routing, auxiliary_loss, router_term
 
@@ -31,7 +31,8 @@ class Expected(NamedTuple):
     """What transformers computes of the probe."""
 
     losses: list[torch.Tensor]
-    """[tokens - 1] of each row; of a reward model its reward [1], with the sign turned."""
+    """[tokens - 1] of each row; of a reward model its reward [1], with the sign turned; of a
+    classifier its logits [classes]."""
     layers: dict[str, torch.Tensor]
     """[tokens, H] of all rows, of the token embedding and of the blocks, by name."""
     allowed: float
@@ -40,8 +41,11 @@ class Expected(NamedTuple):
     """Of all rows; none of a model whose router is not trained to be even."""
 
 
+Model = Decoder | SequenceClassifier
+
+
 def by_transformers(
-    model: Decoder,
+    model: Model,
     bare: PreTrainedModel,
     blocks: dict[str, nn.Module],
     device: torch.device,
@@ -54,12 +58,12 @@ def by_transformers(
     """
     attention.use_kernel(bare, "eager")
     with _refused_in_one_line(bare):
-        score = _score_rows if isinstance(model, CausalLM) else _score_rewards
+        score = _score_tokens if isinstance(model, CausalLM) else _score_rows
         return score(model, bare, blocks, device, dtype)
 
 
-def _score_rows(
-    model: Decoder,
+def _score_tokens(
+    model: Model,
     bare: PreTrainedModel,
     blocks: dict[str, nn.Module],
     device: torch.device,
@@ -94,27 +98,28 @@ def _score_rows(
     )
 
 
-def _score_rewards(
-    model: Decoder,
+def _score_rows(
+    model: Model,
     bare: PreTrainedModel,
     blocks: dict[str, nn.Module],
     device: torch.device,
     dtype: torch.dtype,
 ) -> Expected:
-    """Score each row alone: its reward is that of its last token."""
+    """Score each row alone: it has a reward, or a logit of each class."""
     rows = probe_rows(bare)
-    rewards, layers = [], []
+    released = _released_reward if isinstance(model, RewardModel) else _released_classes
+    scores, layers = [], []
     for row in range(rows.n_rows):
         batch = pack(rows, np.array([row]), packing=False).to(device)
         with layers_of(bare, blocks) as seen:
-            rewards.append(model(batch, None, _released_reward).nll)
+            scores.append(model(batch, None, released).nll)
         layers.append({name: value.flatten(0, -2) for name, value in seen.items()})
     joined = {name: torch.cat([one[name] for one in layers]) for name in layers[0]}
-    return Expected(rewards, joined, ROUNDING[dtype], None)
+    return Expected(scores, joined, ROUNDING[dtype], None)
 
 
 def noise_of(
-    model: Decoder, bare: PreTrainedModel, device: torch.device, dtype: torch.dtype
+    model: CausalLM, bare: PreTrainedModel, device: torch.device, dtype: torch.dtype
 ) -> float:
     """Return by how much transformers' losses of a row differ between two lengths of it.
 
@@ -183,6 +188,11 @@ def _released(
 def _released_reward(model: PreTrainedModel, batch: Batch) -> Losses:
     """Return the reward of one row by the model's own forward, its sign turned."""
     return Losses(-model(input_ids=batch.input_ids).logits[:, 0].float(), None)
+
+
+def _released_classes(model: PreTrainedModel, batch: Batch) -> Losses:
+    """Return the logits of one row by the model's own forward."""
+    return Losses(model(input_ids=batch.input_ids).logits.flatten().float(), None)
 
 
 def difference(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.model.architectures import pad_id
 
 ROW_TOKENS = (15, 3, 24)
 """Tokens of each row."""
@@ -18,12 +19,15 @@ SAME_TOKENS = 10
 _MOST_TOKENS = 4096
 
 
-def probe_rows(bare: PreTrainedModel, *, whole: bool = False) -> TokenizedRows:
+def probe_rows(
+    bare: PreTrainedModel, *, whole: bool = False, classified: bool = False
+) -> TokenizedRows:
     """Return made-up rows of ordinary tokens.
 
     Args:
         bare: The model.
         whole: Return the sequences that the rows begin, each of as many tokens as the longest.
+        classified: Let each row have a class, the first, and no token to predict.
     """
     config = bare.config.get_text_config()
     vocabulary: int = config.vocab_size
@@ -38,14 +42,15 @@ def probe_rows(bare: PreTrainedModel, *, whole: bool = False) -> TokenizedRows:
     sequences = np.random.default_rng(0).choice(ordinary, (count, longest)).astype(np.int32)
     sequences[0, :SAME_TOKENS] = sequences[-1, :SAME_TOKENS]
     lengths = [longest] * count if whole else ROW_TOKENS
+    padding = pad_id(bare.config) if classified else None
     tokens = np.concatenate([one[:n] for one, n in zip(sequences, lengths, strict=True)])
     return TokenizedRows(
         tokens=tokens,
         trained=np.ones(len(tokens), dtype=np.bool_),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        class_ids=None,
+        class_ids=np.zeros(count, dtype=np.int32) if classified else None,
         label_names=(),
-        pad_id=int(ordinary[0]),
+        pad_id=int(ordinary[0]) if padding is None else padding,
         sources=(),
         fingerprint="",
     )

@@ -24,13 +24,14 @@ from peft_dist.model import attention
 from peft_dist.model.architectures import bare_model
 from peft_dist.model.expected import (
     Expected,
+    Model,
     by_transformers,
     difference,
     layers_of,
     line_of,
     noise_of,
 )
-from peft_dist.model.loss import CausalLM, Decoder
+from peft_dist.model.loss import CausalLM, SequenceClassifier
 from peft_dist.model.probe import probe_rows
 from peft_dist.model.router import Routing
 
@@ -64,7 +65,7 @@ class ProofRun(NamedTuple):
         autocast: Returns the context of every pass.
     """
 
-    model: Decoder
+    model: Model
     peft: PeftModel
     blocks: dict[str, nn.Module]
     world: World
@@ -86,7 +87,7 @@ def prove(run: ProofRun, ways: Sequence[Way]) -> tuple[Way, list[str]]:
     # Learned tokens stand in front of rows and are not the model's.
     learned = run.peft.active_peft_config.is_prompt_learning
     alone = run.peft.disable_adapter() if learned else nullcontext()
-    rows = probe_rows(bare)
+    rows = probe_rows(bare, classified=isinstance(model, SequenceClassifier))
     problems: list[str] = []
     model.eval()
     with alone, torch.no_grad(), run.autocast(), _short_windows(bare):
@@ -113,7 +114,7 @@ def prove(run: ProofRun, ways: Sequence[Way]) -> tuple[Way, list[str]]:
 
 
 def _problem(
-    model: Decoder,
+    model: Model,
     bare: PreTrainedModel,
     blocks: dict[str, nn.Module],
     rows: TokenizedRows,
@@ -129,21 +130,23 @@ def _problem(
         if not attention.use_kernel(bare, way.attention):
             return "the model keeps the kernel that it was built with"
         with layers_of(bare, blocks) as layers:
-            nll, _, routing = model(batch)
+            nll, logits, routing = model(batch)
     except Exception as error:  # each model fails in its own way
         return line_of(error)
     if (gap := attention.find_gap()) is not None:
         return gap
+    scores = logits.flatten() if isinstance(model, SequenceClassifier) else nll
     counts = [len(losses) for losses in expected.losses]
     differences = [
         difference(found, theirs, dtype)
-        for found, theirs in zip(nll.split(counts), expected.losses, strict=True)
+        for found, theirs in zip(scores.split(counts), expected.losses, strict=True)
     ]
     worst = int(np.argmax(differences))
     if differences[worst] <= expected.allowed:
         return _problem_of_routing(routing, expected)
+    what = "the loss of a token" if scores is nll else "a logit"
     return (
-        f"the loss of a token differs by {differences[worst]:.2g}, "
+        f"{what} differs by {differences[worst]:.2g}, "
         f"{_first_difference(batch, layers, expected)} is the first to differ"
     )
 

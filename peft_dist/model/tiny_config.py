@@ -64,6 +64,7 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
     },
     "cohere": {"logit_scale": 0.25},
     "cohere2": {"logit_scale": 0.25},
+    "distilbert": {"dim": 64, "hidden_dim": 128},
     "falcon": {"alibi": True, "num_kv_heads": 4},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128},
     "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
@@ -105,9 +106,17 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
-    """Return a configuration without dropout; raises whatever the type's own class raises."""
-    changes = _changes(AutoConfig.for_model(model_type)) | _OF_TYPE.get(model_type, {})
+def tiny_config(model_type: str, *, as_decoder: bool = True) -> PretrainedConfig:
+    """Return a configuration without dropout; raises whatever the type's own class raises.
+
+    Args:
+        model_type: As transformers has it.
+        as_decoder: Let an encoder, of which there is a decoder too, be one.
+    """
+    given = AutoConfig.for_model(model_type)
+    changes = _changes(given) | _OF_TYPE.get(model_type, {})
+    if as_decoder and getattr(given, "is_decoder", None) is False:
+        changes["is_decoder"] = True
     config: PretrainedConfig = AutoConfig.for_model(model_type, **changes)
     return config
 
@@ -128,8 +137,6 @@ def _changes(config: PretrainedConfig) -> dict[str, Any]:
             changes[name] = _changes(part)
     if "kv_lora_rank" in given and "num_key_value_heads" in given:
         changes["num_key_value_heads"] = 4  # latent attention has as many as there are heads
-    if given.get("is_decoder") is False:
-        changes["is_decoder"] = True  # an encoder, of which there is a decoder too
     for name in ("n_inner", "sliding_window"):
         if name in given and given[name] is None:
             changes.pop(name, None)
