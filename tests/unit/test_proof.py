@@ -28,6 +28,7 @@ WAYS = {
     "bloom": "padded, eager",  # a bias by distance in place of positions
     "qwen3_moe": "packed, peft_dist_rows",  # stores experts one by one
     "phi3": "packed, peft_dist_rows",
+    "inkling_text": "padded, sdpa",  # short convolutions, which run from row to row
     "doge": "packed, sdpa",  # learns a bias that it adds to its mask
 }
 """Types whose losses, gradients or weights were other than transformers', and how they are computed
