@@ -206,7 +206,12 @@ def _tokens_of(
     sides = [s for n in names for s in own[n if n in own else n + PACKED].shape[1:]]
     if grouped.has_kernel(x.device, dtype) and not any(side % grouped.ALIGNED for side in sides):
         return grouped.groups_of(experts, module.num_experts)
-    counts: list[int] = torch.bincount(experts, minlength=module.num_experts).tolist()
+    return tokens_of_experts(experts, module.num_experts)
+
+
+def tokens_of_experts(chosen: torch.Tensor, count: int) -> list[int]:
+    """Return how many of `chosen`, int64 numbers of `count` experts, are each expert's."""
+    counts: list[int] = torch.bincount(chosen, minlength=count).tolist()
     return counts
 
 

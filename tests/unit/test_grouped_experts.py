@@ -47,8 +47,9 @@ def test_frozen_products_and_their_gradient_are_those_of_each_expert(
     torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss"])
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize(
+    ("model_type", "quantization"), [("qwen2_moe", "nf4"), ("gpt_oss", "none")]
+)
 def test_a_layer_of_experts_and_their_lora_compute_the_same_in_one_call(
     tmp_path: Path,
     alone: World,
