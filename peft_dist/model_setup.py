@@ -100,7 +100,16 @@ class ModelSetup:
 
     def pack(self, rows: TokenizedRows, ids: RowIds) -> Batch:
         """Return the rows `ids` as one micro-batch of this model."""
-        return pack(rows, ids, packing=self.packing, virtual_tokens=self.method.virtual_tokens)
+        pad_id = None
+        if rows.class_ids is not None:  # a decoder finds a row's end by it
+            pad_id = architectures.pad_id(architectures.bare_model(self.peft).config)
+        return pack(
+            rows,
+            ids,
+            packing=self.packing,
+            pad_id=pad_id,
+            virtual_tokens=self.method.virtual_tokens,
+        )
 
     @property
     def max_positions(self) -> int | None:
@@ -230,7 +239,7 @@ def set_up_model(
     ways = ways_of(
         recipe,
         picked=skeleton.config._attn_implementation,
-        ours=attention.kernels_of(world.device, dtype),
+        ours=attention.kernels_of(world.device, dtype) if recipe.model.task == "causal-lm" else [],
         own_attention=method.own_attention,
     )
     if recipe.model.task == "causal-lm":
@@ -313,7 +322,7 @@ def set_up_model(
         tokenizer_files=source.files.others(TOKENIZER_FILES),
     )
     setup.check_adapters_agree()
-    if isinstance(model, Decoder):
+    if isinstance(model, Decoder | SequenceClassifier):
         run = ProofRun(model, peft, blocks, world, dtype, setup.autocast)
         facts = [launched.strategy, recipe.quantization, setup.released_fingerprint]
         setup.packing = prover(run, ways, facts, source.cache_dir).packing

@@ -40,6 +40,7 @@ class PeftDistError(Exception):
 
     def __init__(self, problem: str, *, where: str = "", remedy: str = "") -> None:
         """Join the parts into one line; embedded newlines are folded."""
+        self.where = where
         parts = [f"{where}: {problem}" if where else problem]
         if remedy:
             parts.append(remedy)

@@ -21,8 +21,12 @@ TESTED = (
     "qwen3",
 )
 """Model types that tests train on every engine."""
+TESTED_CLASSIFIERS = ("bert",)
 _TABLE = ("models", "auto", "modeling_auto.py")
-_NAMES = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+_NAMES = {
+    False: "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    True: "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+}
 
 
 def read_model_config(file: Path) -> dict[str, Any]:
@@ -48,10 +52,13 @@ def read_model_config(file: Path) -> dict[str, Any]:
     )
 
 
-def known_to_transformers() -> list[str]:
+def known_to_transformers(*, classify: bool = False) -> list[str]:
     """Return the model types that transformers has a decoder for; none where it is not installed.
 
     Read from its source, for it takes seconds to import.
+
+    Args:
+        classify: Return those that it has a classifier of text for.
     """
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
@@ -59,7 +66,7 @@ def known_to_transformers() -> list[str]:
     source = Path(spec.origin).parent.joinpath(*_TABLE).read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(source)):
         targets = node.targets if isinstance(node, ast.Assign) else []
-        if any(isinstance(one, ast.Name) and one.id == _NAMES for one in targets):
+        if any(isinstance(one, ast.Name) and one.id == _NAMES[classify] for one in targets):
             pairs = next(part for part in ast.walk(node) if isinstance(part, ast.List))
             return sorted({ast.literal_eval(pair)[0] for pair in pairs.elts})
     return []

@@ -1,4 +1,4 @@
-"""Try every decoder that the installed transformers can build: is it trained as it should be?
+"""Try every model that the installed transformers can build: is it trained as it should be?
 
 Each type is built tiny and random, saved, loaded by this project, and compared with what
 transformers makes of the same files: the loss of every token and the gradient of the adapter.
@@ -6,27 +6,32 @@ transformers makes of the same files: the loss of every token and the gradient o
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from peft_dist.common import logs
 from peft_dist.common.console import show
-from peft_dist.common.errors import PeftDistError, TrainingError
+from peft_dist.common.errors import PeftDistError, RecipeError, TrainingError
 from peft_dist.config import Recipe
 from peft_dist.config.models import known_to_transformers
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import World, read_world
 from peft_dist.methods.method import base_name_in
 from peft_dist.model import architectures, attention
+from peft_dist.model.expected import LOOKS_AHEAD
 from peft_dist.model.loss import Losses
 from peft_dist.model.nf4 import dequantize
-from peft_dist.model.proof import LOOKS_AHEAD, probe_rows
+from peft_dist.model.probe import probe_rows
 from peft_dist.model.source import find_base
 from peft_dist.model.tiny_config import tiny_config
 from peft_dist.model_setup import ModelSetup, set_up_model
@@ -38,6 +43,13 @@ LARGEST_DIFFERENCE = 1e-4
 """Of two losses of a token, and of gradients over their largest."""
 
 
+_CLASSES = ("a", "b", "c")
+
+
+Score = Callable[[Any, torch.Tensor], torch.Tensor]
+"""From a model and the tokens of a row to its losses."""
+
+
 class Result(NamedTuple):
     """What was found of one type: `equal`, `refused`, `not built`, `different` or `failed`."""
 
@@ -47,16 +59,28 @@ class Result(NamedTuple):
     """Whether it was built, has no experts, and does not look ahead."""
 
 
-def check(model_type: str, folder: Path, world: World, *, quantization: str = "none") -> Result:
-    """Try one type; `folder` is used up. Collective."""
+def check(
+    model_type: str,
+    folder: Path,
+    world: World,
+    *,
+    quantization: str = "none",
+    classify: bool = False,
+) -> Result:
+    """Try one type, as a classifier or as a decoder; `folder` is used up. Collective."""
+    auto = _auto(classify=classify)
     try:
-        model = build_tiny(model_type)
+        model = build_tiny(model_type, classify=classify)
     except Exception as error:  # a type may want anything
         return Result("not built", _line(error))
     model.save_pretrained(folder / "model")
     recipe = Recipe.model_validate(
         {
-            "model": {"name": str(folder / "model"), "dtype": "float32"},
+            "model": {
+                "name": str(folder / "model"),
+                "dtype": "float32",
+                "task": "sequence-classification" if classify else "causal-lm",
+            },
             "data": {"train": "none.jsonl"},
             "method": {"kind": "lora", "rank": 2},
             "quantization": quantization,
@@ -64,8 +88,8 @@ def check(model_type: str, folder: Path, world: World, *, quantization: str = "n
     )
     dense = not any("expert" in name for name, _ in model.named_parameters())
     try:
-        setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"))
-        plain = AutoModelForCausalLM.from_pretrained(
+        setup = _set_up(recipe, world, folder / "cache")
+        plain = auto.from_pretrained(
             folder / "model", dtype=torch.float32, trust_remote_code=False
         ).eval()
         plain.config.use_cache = False
@@ -80,21 +104,43 @@ def check(model_type: str, folder: Path, world: World, *, quantization: str = "n
     if problem:
         return Result("different", problem, dense)
     way = f"{'packed' if setup.packing else 'padded'}, {plain_name(setup)}"
+    way += ", ddp" if setup.strategy == "ddp" else ""
     return Result("equal", way, dense)
 
 
-def build_tiny(model_type: str) -> PreTrainedModel:
+def _set_up(recipe: Recipe, world: World, cache: Path) -> ModelSetup:
+    """Load it as a run does, without shards where its layers share weights."""
+    try:
+        return _open(recipe, world, cache)
+    except RecipeError as error:  # of layers that share weights
+        if error.where != "parallel.strategy":
+            raise
+    ddp = recipe.parallel.model_copy(update={"strategy": "ddp"})
+    return _open(recipe.model_copy(update={"parallel": ddp}), world, cache)
+
+
+def _open(recipe: Recipe, world: World, cache: Path) -> ModelSetup:
+    classes = _CLASSES if recipe.model.task == "sequence-classification" else ()
+    return set_up_model(recipe, world, find_base(recipe, cache), label_names=classes)
+
+
+def _auto(*, classify: bool) -> Any:
+    return AutoModelForSequenceClassification if classify else AutoModelForCausalLM
+
+
+def build_tiny(model_type: str, *, classify: bool = False) -> PreTrainedModel:
     """Return a random model of a type, float32; raises whatever the type raises."""
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, as_decoder=not classify)
+    if classify:
+        config.num_labels = len(_CLASSES)
+    auto = _auto(classify=classify)
     with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        bare = auto.from_config(config, trust_remote_code=False)
         size = sum(p.numel() for p in bare.parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(f"it has {size} parameters at least")
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, trust_remote_code=False
-    )
+    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
     with torch.no_grad():
         for parameter in model.parameters():
             # Released models have no zero biases and no norms of exactly one; a mix-up must show.
@@ -135,7 +181,9 @@ def _dequantize_into(plain: PreTrainedModel, setup: ModelSetup) -> None:
 def _difference(setup: ModelSetup, plain: PreTrainedModel) -> str | None:
     """Compare losses with another model's, and gradients with those of transformers' forward."""
     bare = architectures.bare_model(setup.peft)
-    rows = probe_rows(bare)
+    classify = setup.recipe.model.task == "sequence-classification"
+    rows = probe_rows(bare, classified=classify)
+    score = _nll_of_class if classify else _nll
     batch = setup.pack(rows, np.arange(rows.n_rows))
     setup.model.train()
     with torch.no_grad():
@@ -150,16 +198,18 @@ def _difference(setup: ModelSetup, plain: PreTrainedModel) -> str | None:
     theirs = []
     for ids in _ids(rows):
         with torch.no_grad():
-            theirs.append(_nll(plain, ids))
-        setup.model(batch, None, lambda model, _, ids=ids: _backward(model, ids))
+            theirs.append(score(plain, ids))
+        setup.model(batch, None, lambda model, _, ids=ids: _backward(model, ids, score))
     largest = float((ours.detach() - torch.cat(theirs)).abs().max())
     if not largest <= LARGEST_DIFFERENCE:
-        return f"the loss of a token by {largest:.2g}"
+        return f"the loss of a {'row' if classify else 'token'} by {largest:.2g}"
+    rounding = 1e-6 * max(float(gradient.abs().max()) for gradient in found.values())
     for name, parameter in setup.adapter.items():
         expected = parameter.grad
         if expected is None or not expected.any() and not found[name].any():
             continue
-        largest = float((found[name] - expected).abs().max() / expected.abs().max())
+        scale = max(float(expected.abs().max()), rounding)
+        largest = float((found[name] - expected).abs().max()) / scale
         if not largest <= 1e-3:
             return f"the gradient of {base_name_in(setup.peft, name)} by {largest:.2g}"
     if not any(gradient.any() for gradient in found.values()):
@@ -167,10 +217,10 @@ def _difference(setup: ModelSetup, plain: PreTrainedModel) -> str | None:
     return None
 
 
-def _backward(model: PreTrainedModel, ids: torch.Tensor) -> Losses:
+def _backward(model: PreTrainedModel, ids: torch.Tensor, score: Score) -> Losses:
     before = model.config._attn_implementation
     attention.use_kernel(model, "eager")
-    nll = _nll(model, ids)
+    nll = score(model, ids)
     nll.sum().backward()
     attention.use_kernel(model, before)
     return Losses(nll, None)
@@ -179,6 +229,11 @@ def _backward(model: PreTrainedModel, ids: torch.Tensor) -> Losses:
 def _nll(model: Any, ids: torch.Tensor) -> torch.Tensor:
     logits = model(input_ids=ids[None]).logits[0, :-1].float()
     return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+
+
+def _nll_of_class(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids[None]).logits.float()
+    return torch.nn.functional.cross_entropy(logits, torch.zeros(1).long(), reduction="none")
 
 
 def _ids(rows: Any) -> Iterator[torch.Tensor]:
@@ -191,9 +246,10 @@ def _line(error: Exception) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Try decoders and print a table; exit code 3 where one is different or fails."""
+    """Try models and print a table; exit code 3 where one is different or fails."""
     parser = argparse.ArgumentParser(prog="peft-dist models --check", description=main.__doc__)
     parser.add_argument("types", nargs="*", help="model types (default: all)")
+    parser.add_argument("--classify", action="store_true", help="classifiers, not decoders")
     parser.add_argument("--nf4", action="store_true", help="with a base in 4 bits")
     options = parser.parse_args(argv)
     logs.begin(on_screen=False)  # standard output holds the table alone
@@ -210,15 +266,21 @@ def _check_all(options: argparse.Namespace) -> None:
     counts: dict[str, int] = {}
     dense: list[bool] = []
     quantization = "nf4" if options.nf4 else "none"
-    for name in options.types or known_to_transformers():
+    for name in options.types or known_to_transformers(classify=options.classify):
         with tempfile.TemporaryDirectory(prefix="peft-dist-") as folder:
-            result = check(name, Path(folder), world, quantization=quantization)
+            result = check(
+                name,
+                Path(folder),
+                world,
+                quantization=quantization,
+                classify=options.classify,
+            )
         counts[result.kind] = counts.get(result.kind, 0) + 1
         if result.dense:
             dense.append(result.kind == "equal")
         show(f"{name:28} {result.kind:10} {result.detail}")
     show(", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))
-    if dense:
+    if dense and not options.classify:
         share = sum(dense) / len(dense)
         show(f"of {len(dense)} dense decoders {sum(dense)} equal, {share:.0%}")
     process_group.stop()

@@ -42,8 +42,7 @@ class ParamWrapper(PeftParamWrapper):
             self.num_experts,
             turned=not self._did_swap_in_out_features,
         )
-        # All experts at once: a gradient of one alone would be as large as that of all.
-        return LowRank(left.unbind(0), right.unbind(0), self.scaling[name])
+        return LowRank(left, right, self.scaling[name])
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the experts, which ask for `low_rank`."""

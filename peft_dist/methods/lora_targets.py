@@ -29,6 +29,12 @@ def linear_targets(model: PreTrainedModel, settings: Lora) -> tuple[list[str], l
         for name, module in block.named_modules(prefix=block_name):
             if isinstance(module, FrozenLinear4bit) or is_linear(module):
                 names.setdefault(name.rpartition(".")[2], []).append(name)
+    if not names:
+        raise RecipeError(
+            f"the blocks of {model.config.model_type} hold no linear",
+            where="method",
+            remedy="choose another model",
+        )
     linears = {name for some in names.values() for name in some}
     others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in linears}
     wanted = settings.targets

@@ -1,7 +1,7 @@
 """What transformers can build for a task, and how to find the parts of it by structure.
 
-There is no list of decoders: whether one is computed as transformers computes it is proven at every
-start (`peft_dist/proof`).
+There is no list of architectures: whether one is computed as transformers computes it is proven at
+every start (`proof.py`).
 """
 
 from pathlib import Path
@@ -19,7 +19,10 @@ from transformers import (
 )
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 from peft_dist.common.errors import ModelError, RecipeError
@@ -27,8 +30,6 @@ from peft_dist.model import special_cases
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-SEQUENCE_CLASSIFICATION = ("bert",)
 
 _TASKS = {
     "causal-lm": AutoModelForCausalLM,
@@ -48,14 +49,22 @@ def read_config(folder: Path, *, task: str) -> PretrainedConfig:
             remedy="give a folder with a Hugging Face config.json",
         ) from None
     classify = task == "sequence-classification"
-    supported = SEQUENCE_CLASSIFICATION if classify else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    supported = (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        if classify
+        else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
     if config.model_type not in supported:
         raise ModelError(
             f"architecture {config.model_type!r} is not supported for {task}",
             where="model.name",
-            remedy=f"supported: {', '.join(supported)}"
-            if classify
-            else "`peft-dist models` lists those that are",
+            remedy="`peft-dist models` lists those that are",
+        )
+    if not isinstance(getattr(config.get_text_config(), "vocab_size", None), int):
+        raise ModelError(
+            f"{config.model_type} has no vocabulary of tokens",
+            where="model.name",
+            remedy="choose another model",
         )
     reason = special_cases.refusal(config)
     if reason is not None:
@@ -196,7 +205,14 @@ def transformer_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
             remedy="choose another model",
         )
     largest = max(near, key=lambda name: (-name.count("."), _elements(near[name])))
-    return {f"{largest}.{index}": block for index, block in enumerate(near[largest])}
+    blocks = {f"{largest}.{index}": block for index, block in enumerate(near[largest])}
+    if any(isinstance(block, nn.ModuleList) for block in blocks.values()):  # stages of layers
+        blocks = {
+            f"{name}.{index}": layer
+            for name, stage in blocks.items()
+            for index, layer in enumerate(cast("nn.ModuleList", stage))
+        }
+    return blocks
 
 
 def module_name(model: nn.Module, module: nn.Module | None) -> str:
@@ -229,6 +245,12 @@ def require_own_weights(blocks: dict[str, nn.Module], model_type: str) -> None:
                     where="parallel.strategy",
                     remedy="set it to ddp or zero3",
                 )
+
+
+def pad_id(config: PretrainedConfig) -> int | None:
+    """Return the token by which a model knows padding; None where it knows none."""
+    found: int | None = getattr(config.get_text_config(), "pad_token_id", None)
+    return found
 
 
 def rope_limit(config: PretrainedConfig) -> int | None:

@@ -101,6 +101,8 @@ def _row_attention(
         key: [B, key-value heads, T, head size].
         value: Like `key`.
         attention_mask: Not used. Rows padded on the right need none: no real token looks ahead.
+            transformers makes none for this kernel, so that one of four dimensions is the model's
+            own and may hold a bias: see `find_gap`.
         row_lengths: Tokens of each packed row, B is 1 then; None for one row per sequence.
         row_bounds: int32 [rows + 1] where each packed row begins, and the end, on the device.
         one_call: Compute all packed rows at once where the kernel for it can.
@@ -122,6 +124,8 @@ def _row_attention(
     unknown = [name for name, value in more.items() if isinstance(value, torch.Tensor)]
     if unknown := [name for name in unknown if name not in _HARMLESS]:
         _gap = f"this attention knows no {unknown[0]}"
+    if attention_mask is not None and attention_mask.dim() == 4:
+        _gap = "this attention knows no mask of the model's own"
     if _recorded is not None:
         _recorded[module.layer_idx] = torch.stack([key[0], value[0]])
     past = None if prefix is None else prefix[module.layer_idx].to(key.dtype)

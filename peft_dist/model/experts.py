@@ -6,7 +6,6 @@ dimension up, and are sharded on the experts. A LoRA of each expert is added whe
 made, so that no weight of an expert is ever changed.
 """
 
-from collections.abc import Sequence
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -15,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from peft_dist.model import grouped
+from peft_dist.model.grouped import Groups
 from peft_dist.model.nf4 import dequantize
 from peft_dist.model.special_cases import DENSE_EXPERTS
 
@@ -27,18 +28,11 @@ PACKED, ABSMAX = "_packed", "_absmax"
 class LowRank(NamedTuple):
     """What a LoRA adds to each expert's weight, as it is stored: scaling * left @ right."""
 
-    left: Sequence[torch.Tensor]
-    """Of each expert [rows, r]."""
-    right: Sequence[torch.Tensor]
-    """Of each expert [r, columns]."""
+    left: torch.Tensor
+    """[E, rows, r]."""
+    right: torch.Tensor
+    """[E, r, columns]."""
     scaling: float
-
-    def times(self, x: torch.Tensor, expert: int, *, turned: bool) -> torch.Tensor:
-        """Multiply x [n, in] with what is added to one expert's weight, or its transpose."""
-        left, right = self.left[expert], self.right[expert]
-        if turned:
-            return (x @ left * self.scaling) @ right
-        return (x @ right.t() * self.scaling) @ left.t()
 
 
 def expert_parameters(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -116,37 +110,109 @@ def expert_weight(
     return dequantize(packed[expert], absmax[expert], block_size=block_size, dtype=dtype)
 
 
+Tokens = list[int] | Groups
+"""How many tokens each expert has, which the host knows, or which are whose, on the device."""
+
+
 def _project(
-    module: Any, attribute: str, x: torch.Tensor, expert: int, added: LowRank | None
+    module: Any, attribute: str, x: torch.Tensor, experts: torch.Tensor, tokens: Tokens
 ) -> torch.Tensor:
-    """Multiply x [n, in] with one expert's weight, and add its bias where it has one."""
-    turned = getattr(module, "is_transposed", True)
+    """Multiply tokens with their experts' weights, and add biases and a LoRA where there are any.
+
+    Args:
+        module: The experts of a layer.
+        attribute: The name of their weights.
+        x: [S, in], sorted by expert.
+        experts: int64 [S], those of the tokens.
+        tokens: The same by expert.
+
+    Returns:
+        [S, out].
+    """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if attribute in module._parameters:
-        weight = getattr(module, attribute)[expert]
-        y: torch.Tensor = x @ (weight if turned else weight.t())
+    lora = module.__dict__.get(f"{attribute}_lora")  # see `methods/expert_lora.py`
+    added: LowRank | None = None if lora is None else lora.low_rank()
+    if isinstance(tokens, list):
+        y = _one_by_one(module, attribute, x, tokens, added)
     else:
-        y = _FrozenExpertMatmul.apply(  # type: ignore[no-untyped-call]  # it is torch's
-            x,
-            getattr(module, attribute + PACKED),
-            getattr(module, attribute + ABSMAX),
-            expert,
-            getattr(module, f"{attribute}_block_size"),
-            turned,
-        )
+        y = _by_group(module, attribute, x, tokens, added)
     if getattr(module, "has_bias", False):
-        y = y + getattr(module, f"{attribute}_bias")[expert].to(y.dtype)
-    if added is not None:
-        y = y + added.times(x, expert, turned=turned)
+        y = y + getattr(module, f"{attribute}_bias")[experts].to(y.dtype)
     return y
 
 
-def _added(module: Any, attribute: str) -> LowRank | None:
-    """Return what a LoRA adds to a parameter now; see `methods/expert_lora.py`."""
-    lora = module.__dict__.get(f"{attribute}_lora")
-    found: LowRank | None = None if lora is None else lora.low_rank()
-    return found
+def _one_by_one(
+    module: Any, attribute: str, x: torch.Tensor, tokens: list[int], added: LowRank | None
+) -> torch.Tensor:
+    """Multiply the tokens of one expert after those of another; of the others nothing is made."""
+    turned = getattr(module, "is_transposed", True)
+    frozen = attribute not in module._parameters
+    # All experts at once: a gradient of one alone would be as large as that of all.
+    left, right = ((), ()) if added is None else (added.left.unbind(0), added.right.unbind(0))
+    outputs = []
+    for expert, part in enumerate(x.split(tokens)):
+        if not len(part):
+            continue
+        if frozen:
+            y = _FrozenExpertMatmul.apply(  # type: ignore[no-untyped-call]  # it is torch's
+                part,
+                getattr(module, attribute + PACKED),
+                getattr(module, attribute + ABSMAX),
+                expert,
+                getattr(module, f"{attribute}_block_size"),
+                turned,
+            )
+        else:
+            weight = getattr(module, attribute)[expert]
+            y = part @ (weight if turned else weight.t())
+        if added is not None:
+            first, second = left[expert], right[expert]
+            first, second = (first, second) if turned else (second.t(), first.t())
+            y = y + (part @ first * added.scaling) @ second
+        outputs.append(y)
+    return torch.cat(outputs)
+
+
+def _by_group(
+    module: Any, attribute: str, x: torch.Tensor, tokens: Groups, added: LowRank | None
+) -> torch.Tensor:
+    """Multiply all tokens in one call."""
+    turned = getattr(module, "is_transposed", True)
+    if attribute in module._parameters:
+        y = grouped.times(x, getattr(module, attribute).to(x.dtype), tokens, turned=turned)
+    else:
+        y = grouped.times_frozen(
+            x,
+            getattr(module, attribute + PACKED),
+            getattr(module, attribute + ABSMAX),
+            tokens,
+            block_size=getattr(module, f"{attribute}_block_size"),
+            turned=turned,
+        )
+    if added is None:
+        return y
+    more = grouped.times_low_rank(x, added.left, added.right, tokens, turned=turned)
+    return y + more * added.scaling
+
+
+def _tokens_of(
+    module: Any, names: tuple[str, ...], x: torch.Tensor, experts: torch.Tensor
+) -> Tokens:
+    """Return which of some sorted tokens each expert has, in the way that products want it."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    own = module._parameters
+    sides = [s for n in names for s in own[n if n in own else n + PACKED].shape[1:]]
+    if grouped.has_kernel(x.device, dtype) and not any(side % grouped.ALIGNED for side in sides):
+        return grouped.groups_of(experts, module.num_experts)
+    return tokens_of_experts(experts, module.num_experts)
+
+
+def tokens_of_experts(chosen: torch.Tensor, count: int) -> list[int]:
+    """Return how many of `chosen`, int64 numbers of `count` experts, are each expert's."""
+    counts: list[int] = torch.bincount(chosen, minlength=count).tolist()
+    return counts
 
 
 def experts_forward(
@@ -155,7 +221,7 @@ def experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Send each token through its experts; see `batched_mm_experts_forward` of transformers.
+    """Send each token through its experts; see `grouped_mm_experts_forward` of transformers.
 
     Args:
         self: The module that holds the experts of a layer.
@@ -167,21 +233,15 @@ def experts_forward(
         [T, H], the weighted sum of a token's experts, in an order that does not depend on a device.
     """
     top_k = top_k_index.shape[-1]
-    experts = top_k_index.reshape(-1)
-    order = torch.sort(experts, stable=True).indices
-    counts = torch.bincount(experts, minlength=self.num_experts).tolist()
+    experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
     first = "gate_up_proj" if self.has_gate else "up_proj"
-    added = {name: _added(self, name) for name in (first, "down_proj")}
-    outputs = []
-    for expert, places in enumerate(order.split(counts)):
-        if not len(places):
-            continue
-        y = _project(self, first, hidden_states[places // top_k], expert, added[first])
-        y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
-        y = _project(self, "down_proj", y, expert, added["down_proj"])
-        outputs.append(self.post_expert_norm(y) if self.has_post_expert_norm else y)
-    joined = torch.cat(outputs)[torch.argsort(order)]
-    weighted = joined * top_k_weights.reshape(-1, 1)
+    tokens = _tokens_of(self, (first, "down_proj"), hidden_states, experts)
+    y = _project(self, first, hidden_states[order // top_k], experts, tokens)
+    y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
+    y = _project(self, "down_proj", y, experts, tokens)
+    if self.has_post_expert_norm:
+        y = self.post_expert_norm(y)
+    weighted = y[torch.argsort(order)] * top_k_weights.reshape(-1, 1)
     summed = weighted.view(len(hidden_states), top_k, -1).sum(dim=1)
     return summed.to(hidden_states.dtype)
 
@@ -196,11 +256,9 @@ def dense_experts_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tenso
     Returns:
         [E * T, H].
     """
-    added = {name: _added(self, name) for name in ("gate_up_proj", "down_proj")}
-    outputs = []
-    for expert, x in enumerate(hidden_states.chunk(self.num_experts)):
-        products = _project(self, "gate_up_proj", x, expert, added["gate_up_proj"])
-        gate, up = products.chunk(2, dim=-1)
-        y = up * self.act_fn(gate)
-        outputs.append(_project(self, "down_proj", y, expert, added["down_proj"]))
-    return torch.cat(outputs).to(hidden_states.dtype)
+    each = len(hidden_states) // self.num_experts
+    experts = torch.arange(self.num_experts, device=hidden_states.device).repeat_interleave(each)
+    tokens = [each] * self.num_experts
+    gate, up = _project(self, "gate_up_proj", hidden_states, experts, tokens).chunk(2, dim=-1)
+    y = _project(self, "down_proj", up * self.act_fn(gate), experts, tokens)
+    return y.to(hidden_states.dtype)

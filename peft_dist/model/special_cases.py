@@ -25,6 +25,10 @@ def refusal(config: PretrainedConfig) -> str | None:
         # transformers/models/youtu/modeling_youtu.py, YoutuPreTrainedModel._init_weights: writes
         # zeros into a view of the loaded embedding, which is also the output matrix.
         return "transformers clears the stored embedding of its padding token as it loads it"
+    if config.model_type == "reformer" and config.axial_pos_embds:
+        # transformers/models/reformer/modeling_reformer.py, AxialPositionEmbeddings.forward: while
+        # it trains, it raises for any other length.
+        return "it trains on sequences of one length alone, the product of its axial_pos_shape"
     return None
 
 

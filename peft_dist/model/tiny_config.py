@@ -19,7 +19,7 @@ _SMALL: dict[str, tuple[str, ...]] = {
     "4": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
     + ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
     + ("decoder_attention_heads", "encoder_attention_heads", "num_decoder_attention_heads")
-    + ("num_encoder_attention_heads", "swa_num_attention_heads", "index_n_heads", "index_topk")
+    + ("num_encoder_attention_heads", "swa_num_attention_heads", "index_topk")
     + ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     + ("linear_num_value_heads", "linear_num_heads", "mamba_num_heads", "mamba_n_heads")
     + ("n_mamba_heads", "time_step_rank", "mamba_dt_rank", "num_layers_per_stack"),
@@ -36,7 +36,8 @@ _SMALL: dict[str, tuple[str, ...]] = {
     + ("swa_head_dim", "index_head_dim", "linear_key_head_dim", "linear_value_head_dim")
     + ("linear_head_dim", "dim_head", "d_head", "attention_head_size", "kv_channels")
     + ("mamba_d_head", "mamba_head_dim", "rotary_dim", "query_pre_attn_scalar", "global_head_dim")
-    + ("attention_head_dim", "hidden_size_per_layer_input", "o_lora_rank", "laurel_rank"),
+    + ("attention_head_dim", "hidden_size_per_layer_input", "o_lora_rank", "laurel_rank")
+    + ("index_n_heads",),  # of fewer all scores of a token may be 0, and which is first is chance
     "32": ("kv_lora_rank", "q_lora_rank", "qk_head_dim", "mamba_headdim"),
     "8": ("sliding_window", "state_size", "mamba_d_state", "ssm_state_size", "attention_chunk_size")
     + ("window_size", "attention_window_size", "sliding_window_size", "local_attention")
@@ -54,8 +55,16 @@ _DROPOUT = ("dropout", "pdrop", "_drop", "layerdrop")
 _OF_TYPE: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1, 3]},
     "codegen": {"rotary_dim": 8},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "cohere": {"logit_scale": 0.25},
     "cohere2": {"logit_scale": 0.25},
+    "distilbert": {"dim": 64, "hidden_dim": 128},
     "falcon": {"alibi": True, "num_kv_heads": 4},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128},
     "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
@@ -69,8 +78,20 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 16,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "ngram_vocab_size_base": 64,
+        "split_ngram_parts": 2,
+        "ple_layer_ids": [2],
+    },
+    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
     "xmod": {"default_language": "en_XX"},
     "xlstm": {"chunk_size": 64},
+    "zamba": {"attn_layer_offset": 0, "attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": {
         "layers_block_type": ["mamba", "hybrid"] * 2,
         "layer_types": ["mamba", "hybrid"] * 2,
@@ -85,9 +106,17 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
-    """Return a configuration without dropout; raises whatever the type's own class raises."""
-    changes = _changes(AutoConfig.for_model(model_type)) | _OF_TYPE.get(model_type, {})
+def tiny_config(model_type: str, *, as_decoder: bool = True) -> PretrainedConfig:
+    """Return a configuration without dropout; raises whatever the type's own class raises.
+
+    Args:
+        model_type: As transformers has it.
+        as_decoder: Let an encoder, of which there is a decoder too, be one.
+    """
+    given = AutoConfig.for_model(model_type)
+    changes = _changes(given) | _OF_TYPE.get(model_type, {})
+    if as_decoder and getattr(given, "is_decoder", None) is False:
+        changes["is_decoder"] = True
     config: PretrainedConfig = AutoConfig.for_model(model_type, **changes)
     return config
 
@@ -108,8 +137,6 @@ def _changes(config: PretrainedConfig) -> dict[str, Any]:
             changes[name] = _changes(part)
     if "kv_lora_rank" in given and "num_key_value_heads" in given:
         changes["num_key_value_heads"] = 4  # latent attention has as many as there are heads
-    if given.get("is_decoder") is False:
-        changes["is_decoder"] = True  # an encoder, of which there is a decoder too
     for name in ("n_inner", "sliding_window"):
         if name in given and given[name] is None:
             changes.pop(name, None)

@@ -69,7 +69,7 @@ def ways_of(recipe: Recipe, *, picked: str, ours: list[str], own_attention: bool
         kernels = [*ours, picked]
     if chosen == "auto" and not own_attention and "eager" not in kernels:
         kernels.append("eager")
-    packing = recipe.data.packing
+    packing = False if recipe.head == "sequence-classification" else recipe.data.packing
     layouts = [True, False] if packing is None else [packing]
     ways = [Way(kernel, layout) for layout in layouts for kernel in kernels]
     # Padded rows are one call as it is.

@@ -163,7 +163,7 @@ def expert_cases() -> dict[str, Case]:
     return {
         f"experts-{model_type}": Case(
             model_type,
-            (SINGLE, FSDP, ZERO3) if model_type == MIXTURES[0] else (SINGLE, FSDP),
+            (SINGLE, *MATRIX_ENGINES) if model_type == MIXTURES[0] else (SINGLE, FSDP),
             {"quantization": "nf4", "method": experts, "train": {"micro_batch_size": 4}},
         )
         for model_type in MIXTURES

@@ -48,6 +48,7 @@ def make_inputs(folder: Path) -> None:
     for model_type in cases.MIXTURES:
         mixture = build_tiny(model_type)
         mixture.config.output_router_logits = True  # where the type knows it
+        mixture.config.router_aux_loss_coef = 0.5
         mixture.save_pretrained(models / model_type)
         tiny_tokenizer(models / model_type)
     for name, double in (("bnb", False), ("bnb-double", True)):

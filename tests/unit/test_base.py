@@ -1,6 +1,8 @@
 """Planning and loading the base: what is refused before a weight is read, and what is loaded."""
 
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -170,10 +172,9 @@ def refused(folder: Path, expected: str, **options: str) -> None:
 def test_an_unsupported_architecture_is_named_with_the_supported_ones(tmp_path: Path) -> None:
     AutoConfig.for_model("vit").save_pretrained(tmp_path)
     refused(tmp_path, "architecture 'vit' is not supported for causal-lm; `peft-dist models` lists")
-    AutoConfig.for_model("llama").save_pretrained(tmp_path)
     refused(
         tmp_path,
-        "'llama' is not supported for sequence-classification",
+        "'vit' is not supported for sequence-classification",
         task="sequence-classification",
     )
 
@@ -233,6 +234,23 @@ def test_a_folder_without_safetensors_is_refused(llama: Path) -> None:
     refused(llama, "holds .bin files, which are programs to whoever loads them; where you trust")
     (llama / "pytorch_model.bin").unlink()
     refused(llama, "the model must be stored as safetensors")
+
+
+def test_the_command_for_bin_files_makes_of_them_what_is_read(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = load_file(llama / "model.safetensors")
+    torch.save(before, llama / "pytorch_model.bin")
+    (llama / "model.safetensors").unlink()
+    with pytest.raises(ModelError) as caught:
+        WeightFiles(llama)
+    python, option, code, folder = shlex.split(str(caught.value).rpartition("them: ")[2])
+    assert (python, option) == ("python", "-c")
+    monkeypatch.setattr(sys, "argv", ["-c", folder])
+    exec(code, {})
+    after = {name: WeightFiles(llama).full_tensor(name) for name in WeightFiles(llama).tensors}
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_packed_weights_are_not_taken_for_full_ones(llama: Path, tmp_path: Path) -> None:

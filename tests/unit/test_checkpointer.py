@@ -20,12 +20,13 @@ from peft_dist.common.errors import Interrupted, RunDirError, Superseded, Traini
 from peft_dist.common.manifest import MANIFEST_FILE, seal, verify
 from peft_dist.data.tokenize import tokenize_rows
 from peft_dist.distributed.world import World
+from peft_dist.entrypoints.check_models import build_tiny
 from peft_dist.evaluation.scoring import Score
 from peft_dist.ledger.events import LedgerEvent
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import set_up_model
 from peft_dist.trainer import Trainer
-from tests.tiny import completion_rows, tiny_model, tiny_recipe, write_jsonl
+from tests.tiny import completion_rows, tiny_model, tiny_recipe, tiny_tokenizer, write_jsonl
 
 STEPS = 6
 METHODS: dict[str, dict[str, Any]] = {
@@ -34,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prefix": {"method": {"kind": "prefix", "virtual_tokens": 4, "projection": True}},
     "bottleneck": {"method": {"kind": "bottleneck", "bottleneck_size": 8}},
     "bitfit": {"method": {"kind": "bitfit"}, "quantization": "none"},
+    "experts": {"method": {"rank": 2, "target_parameters": ["gate_up_proj", "down_proj"]}},
 }
 
 
@@ -78,8 +80,16 @@ def training(
     **sections: Any,
 ) -> tuple[Trainer, Records]:
     """Open a model setup and all that trains it, as a new process would."""
-    architecture = "qwen2" if sections.get("method", {}).get("kind") == "bitfit" else "llama"
-    if not (folder / architecture).is_dir():
+    method = sections.get("method", {})
+    architecture = "qwen2" if method.get("kind") == "bitfit" else "llama"
+    if method.get("target_parameters"):
+        architecture = "mixtral"
+    if not (folder / architecture).is_dir() and architecture == "mixtral":
+        mixture = build_tiny(architecture)
+        mixture.config.output_router_logits = True
+        mixture.save_pretrained(folder / architecture)
+        tiny_tokenizer(folder / architecture)
+    elif not (folder / architecture).is_dir():
         tiny_model(folder / architecture, architecture)
     path = write_jsonl(folder / "rows.jsonl", completion_rows(20))
     train = {"steps": STEPS, "global_batch_size": 4, "learning_rate": 1e-2}

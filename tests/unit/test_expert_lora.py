@@ -14,7 +14,7 @@ from peft_dist.common.errors import RecipeError
 from peft_dist.distributed.world import World
 from peft_dist.entrypoints.check_models import _dequantize_into, _ids, _nll, build_tiny
 from peft_dist.entrypoints.merge import merge
-from peft_dist.model.proof import probe_rows
+from peft_dist.model.probe import probe_rows
 from peft_dist.model.source import find_base
 from peft_dist.model.weights import WeightFiles
 from peft_dist.model_setup import ModelSetup, set_up_model
@@ -32,10 +32,10 @@ def set_up(folder: Path, world: World, model_type: str, **sections: Any) -> Mode
     return set_up_model(recipe, world, find_base(recipe, folder / "cache"))
 
 
-def losses(setup: ModelSetup) -> torch.Tensor:
+def losses(setup: ModelSetup, *, gradient: bool = False) -> torch.Tensor:
     rows = probe_rows(setup.peft.get_base_model())
     setup.model.eval()
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradient):
         return setup.model(setup.pack(rows, np.arange(rows.n_rows))).nll
 
 

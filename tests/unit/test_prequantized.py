@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,13 @@ def int8_rows(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return {name: codes, f"{name}_scale": scales}, codes.float() * scales
 
 
-def int4_groups(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+def integer_groups(name: str, weight: torch.Tensor, *, bits: int) -> tuple[Tensors, torch.Tensor]:
     rows, columns = weight.shape
+    half, of_word = 1 << (bits - 1), 32 // bits
     grouped = weight.view(rows, columns // 32, 32)
-    scales = grouped.abs().amax(2) / 7
-    codes = (grouped / scales[..., None]).round().to(torch.int64).clamp(-8, 7)
-    words = ((codes.view(rows, -1, 8) + 8) << (4 * torch.arange(8))).sum(2)
+    scales = grouped.abs().amax(2) / (half - 1)
+    codes = (grouped / scales[..., None]).round().to(torch.int64).clamp(-half, half - 1)
+    words = ((codes.view(rows, -1, of_word) + half) << (bits * torch.arange(of_word))).sum(2)
     packed = torch.from_numpy(words.numpy().astype(np.uint32).view(np.int32))
     stored = {
         f"{name}_packed": packed,
@@ -122,7 +124,8 @@ QUANTIZERS: dict[str, tuple[str, Quantizer]] = {
     "fp8-rows": ("compressed-tensors", fp8_rows),
     "fp8-whole": ("modelopt", fp8_whole),
     "int8": ("compressed-tensors", int8_rows),
-    "int4": ("compressed-tensors", int4_groups),
+    "int4": ("compressed-tensors", partial(integer_groups, bits=4)),
+    "int8-packed": ("compressed-tensors", partial(integer_groups, bits=8)),
     "nvfp4": ("compressed-tensors", lambda name, w: nvfp4(name, w, of="compressed-tensors")),
     "nvfp4-modelopt": ("modelopt", lambda name, w: nvfp4(name, w, of="modelopt")),
     "mxfp4": ("compressed-tensors", mxfp4),

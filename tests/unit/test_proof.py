@@ -28,6 +28,8 @@ WAYS = {
     "bloom": "padded, eager",  # a bias by distance in place of positions
     "qwen3_moe": "packed, peft_dist_rows",  # stores experts one by one
     "phi3": "packed, peft_dist_rows",
+    "inkling_text": "padded, sdpa",  # short convolutions, which run from row to row
+    "doge": "packed, sdpa",  # learns a bias that it adds to its mask
 }
 """Types whose losses, gradients or weights were other than transformers', and how they are computed
 now."""
@@ -40,6 +42,20 @@ def test_losses_and_gradients_are_those_of_transformers(
 ) -> None:
     found = check(model_type, tmp_path, alone)
     assert (found.kind, found.detail) == ("equal", WAYS[model_type])
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "llama"])
+def test_logits_of_classifiers_and_gradients_are_those_of_transformers(
+    tmp_path: Path, alone: World, model_type: str
+) -> None:
+    found = check(model_type, tmp_path, alone, classify=True)
+    assert (found.kind, found.detail) == ("equal", "padded, sdpa")
+
+
+def test_a_classifier_that_reads_padding_is_refused(tmp_path: Path, alone: World) -> None:
+    found = check("fnet", tmp_path, alone, classify=True)
+    assert found.kind == "refused"
+    assert "padded rows and attention eager: a logit differs" in found.detail
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "mixtral"])
@@ -68,7 +84,7 @@ def test_experts_are_sharded_as_they_are_quantized_and_only_those_hit_are_dequan
     monkeypatch.setattr(experts_module, "expert_weight", noted)
     hidden, index = torch.randn(3, 64), torch.tensor([[1, 3], [3, 1], [1, 3]])
     experts_module.experts_forward(experts, hidden, index, torch.ones(3, 2))
-    assert used == [1, 1, 3, 3]
+    assert used == [1, 3, 1, 3]
 
 
 def set_up(folder: Path, world: World, model_type: str, **sections: Any) -> ModelSetup:
@@ -186,6 +202,15 @@ def test_a_model_that_looks_ahead_is_no_causal_one(tmp_path: Path, alone: World)
     recipe = tiny_recipe(tmp_path / "model", tmp_path / "none.jsonl", quantization="none")
     with pytest.raises(ModelError, match="bert is no causal language model as it is configured"):
         set_up_model(recipe, alone, find_base(recipe, tmp_path / "cache"))
+
+
+@only_long
+def test_no_classifier_of_transformers_is_silently_different(tmp_path: Path, alone: World) -> None:
+    names = known_to_transformers(classify=True)
+    found = {name: check(name, tmp_path / name, alone, classify=True) for name in names}
+    kinds = [result.kind for result in found.values()]
+    assert not {n: r for n, r in found.items() if r.kind not in ("equal", "refused", "not built")}
+    assert kinds.count("equal") > len(kinds) / 2
 
 
 @only_long
