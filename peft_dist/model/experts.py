@@ -149,6 +149,11 @@ def _added(module: Any, attribute: str) -> LowRank | None:
     return found
 
 
+def tokens_of_experts(chosen: torch.Tensor, count: int) -> list[int]:
+    """Return how many of `chosen`, int64 numbers of `count` experts, are each expert's."""
+    return torch.bincount(chosen, minlength=count).tolist()
+
+
 def experts_forward(
     self: Any,
     hidden_states: torch.Tensor,
@@ -169,7 +174,7 @@ def experts_forward(
     top_k = top_k_index.shape[-1]
     experts = top_k_index.reshape(-1)
     order = torch.sort(experts, stable=True).indices
-    counts = torch.bincount(experts, minlength=self.num_experts).tolist()
+    counts = tokens_of_experts(experts, self.num_experts)
     first = "gate_up_proj" if self.has_gate else "up_proj"
     added = {name: _added(self, name) for name in (first, "down_proj")}
     outputs = []

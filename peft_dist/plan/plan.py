@@ -12,7 +12,8 @@ from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import longest_rows_of_step
 from peft_dist.config.models import read_model_config
 from peft_dist.plan.adapter import AdapterShape, adapter_shape
-from peft_dist.plan.estimate import Candidate, Estimate, estimate
+from peft_dist.plan.candidate import Candidate
+from peft_dist.plan.estimate import Estimate, estimate
 from peft_dist.plan.hardware import Hardware
 from peft_dist.plan.read_shape import read_shape
 from peft_dist.plan.shapes import ModelShape

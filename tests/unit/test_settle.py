@@ -1,6 +1,7 @@
 """`auto` in a recipe: what the control plane chooses is written down, and what cannot fit waits."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,38 @@ def test_what_cannot_fit_is_not_queued(gpus: Desk, capsys: Capture) -> None:
     assert gpus.run.is_dir()
 
 
+LARGE = ("data.max_length=2048", "train.micro_batch_size=1", "train.global_batch_size=64",
+         "train.activation_checkpointing=true")  # fmt: skip
+
+
+def test_nodes_time_and_save_lead_are_the_plans_where_nobody_gives_them(
+    gpus: Desk, capsys: Capture
+) -> None:
+    model_folder(gpus.folder / "model", "llama-3.1-405b")
+    gpus.cluster({"gpu": "h100-80gb", "gpus_per_node": 4, "max_nodes": 8, "max_time": None})
+    assert gpus.submit(*LARGE, "train.steps=100", "parallel.strategy=fsdp") == 0
+    assert "on 2 nodes: it does not fit on fewer; --nodes asks" in capsys.readouterr().err
+    foreseen = json.loads((gpus.run / "plan.json").read_text())
+    script = (gpus.run / "job.sbatch").read_text()
+    assert "#SBATCH --nodes=2\n" in script
+    (limit,) = re.findall(r"#SBATCH --time=(?:(\d+)-)?(\d+):(\d+):00\n", script)
+    given_s = 86400 * int(limit[0] or 0) + 3600 * int(limit[1]) + 60 * int(limit[2])
+    planned_s = 3600 * foreseen["hours"]
+    assert 2 * planned_s < given_s < 2 * planned_s + 3600 + foreseen["first_start_s"]
+    (lead,) = re.findall(r"#SBATCH --signal=B?:?\w+@(\d+)", script)
+    assert foreseen["step_s"] > 30 and int(lead) > 30 + 3 * foreseen["step_s"]
+
+
+def test_what_is_given_of_nodes_and_time_stands(gpus: Desk) -> None:
+    model_folder(gpus.folder / "model", "llama-3.1-405b")
+    gpus.cluster(
+        {"gpu": "h100-80gb", "gpus_per_node": 4, "max_nodes": 8, "default_time": "3:00:00"}
+    )
+    assert gpus.submit(*LARGE, "train.steps=100", "parallel.strategy=fsdp", "--nodes", "4") == 0
+    script = (gpus.run / "job.sbatch").read_text()
+    assert "#SBATCH --nodes=4\n" in script and "#SBATCH --time=03:00:00\n" in script
+
+
 def test_the_runs_of_an_array_share_a_strategy_that_suits_all(gpus: Desk) -> None:
     gpus.cluster({"gpu": "a100-40gb", "gpus_per_node": 8})
     hardware = hardware_of(None, find_gpu("a100-40gb", where="gpu"), gpus_per_node=8)
@@ -88,7 +121,12 @@ def test_without_a_kind_of_gpu_nothing_is_refused_or_said(desk: Desk, capsys: Ca
     recipe = load_recipe(desk.run / "recipe.yaml", check_paths=False)
     assert (recipe.train.micro_batch_size, recipe.train.activation_checkpointing) == (4, False)
     assert recipe.parallel.strategy == "auto"
-    assert not (desk.run / "plan.json").exists()
+    # Whatever GPU it is, its first start measures how many rows fit.
+    foreseen = json.loads((desk.run / "plan.json").read_text())
+    assert foreseen == {"micro_batch_size": 4, "measures_rows": True}
+    other = desk.folder / "runs" / "other"
+    assert desk.submit("--run-dir", str(other)) == 0
+    assert not (other / "plan.json").exists()
 
 
 def test_a_model_that_cannot_be_looked_at_is_said(gpus: Desk, capsys: Capture) -> None:
