@@ -226,7 +226,7 @@ def main() -> int:
 def per_gpu_at_first(points: list[dict[str, Any]]) -> float:
     """Return the tokens per second and GPU on the fewest GPUs on which anything fits."""
     fewest = min(point["gpus"] for point in points)
-    return float(max(p["tokens_per_s"] for p in points if p["gpus"] == fewest)) / fewest
+    return max(float(p["tokens_per_s"]) for p in points if p["gpus"] == fewest) / float(fewest)
 
 
 def requeue_gpu_hours(one: dict[str, Any]) -> float:

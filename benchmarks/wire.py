@@ -22,8 +22,8 @@ from typing import Any
 
 LINK = "eth0"
 """Name of a node's link, inside its namespace."""
-QUEUE = "200ms"
-"""Longest that a packet waits for its turn: the buffer of a switch."""
+QUEUE = "60s"
+"""Longest that a packet waits for its turn: long enough that none is lost, as on InfiniBand."""
 BURST = "80kb"
 """Larger than any packet that the kernel hands over at once."""
 SHAPE = {
@@ -71,7 +71,7 @@ class Nodes:
                 _ip("-n", name, "addr", "add", f"10.77.0.{index + 1}/24", "dev", LINK)
                 _ip("-n", name, "link", "set", LINK, "up")
                 # BBR, which some kernels begin with, looks for a link's rate anew after each pause.
-                rule = "net.ipv4.tcp_congestion_control=cubic"
+                rule = "net.ipv4.tcp_congestion_control=reno"
                 _ip("netns", "exec", name, "sysctl", "-qw", rule)
         except BaseException:
             self.__exit__()
