@@ -70,9 +70,9 @@ class Nodes:
                 _ip("-n", self._switch, "link", "set", port, "master", "bridge", "up")
                 _ip("-n", name, "addr", "add", f"10.77.0.{index + 1}/24", "dev", LINK)
                 _ip("-n", name, "link", "set", LINK, "up")
-                # BBR, which some kernels begin with, looks for a link's rate anew after each pause.
-                rule = "net.ipv4.tcp_congestion_control=reno"
-                _ip("netns", "exec", name, "sysctl", "-qw", rule)
+                # TCP is not to look for a link's rate anew after each pause.
+                for rule in ("congestion_control=reno", "slow_start_after_idle=0"):
+                    _ip("netns", "exec", name, "sysctl", "-qw", f"net.ipv4.tcp_{rule}")
         except BaseException:
             self.__exit__()
             raise

@@ -6,10 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from peft_dist.cli.main import main
+from peft_dist.config import load_recipe
+from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.distributed.world import World
+from peft_dist.ledger.events import LedgerEvent, StepEvent
+from peft_dist.model.source import find_base
+from peft_dist.model.tiny_config import tiny_config
+from peft_dist.model_setup import set_up_model
+from peft_dist.trainer import Trainer
 from tests.configs import CONFIGS, model_folder
 from tests.processes import ROOT
+from tests.tiny import VOCABULARY, tiny_tokenizer
 from tests.unit.slurm_desk import Capture
 
 HEADER = re.compile(r"# Plan, (\d+) x (\d+) ([a-z0-9-]+): .*")
@@ -61,3 +72,45 @@ def test_a_recipe_says_what_its_plan_says(name: str, tmp_path: Path, capsys: Cap
     strategy = re.search(r"strategy: (\w+)", text)
     assert strategy is not None
     assert stated[0] == plan_line(found, nodes, gpus, gpu, strategy[1])
+
+
+class Events(list[LedgerEvent]):
+    """A tracker that keeps what it is told."""
+
+    def write(self, event: LedgerEvent) -> None:
+        """Keep one."""
+        self.append(event)
+
+    def close(self) -> None:
+        """Nothing is held back."""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_a_tiny_model_of_its_architecture(
+    name: str, tmp_path: Path, alone: World
+) -> None:
+    kind = next(config["model_type"] for key, config in CONFIGS.items() if name.startswith(key))
+    config = tiny_config(kind)
+    config.vocab_size = VOCABULARY
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(tmp_path / "model")
+    own = load_recipe(RECIPES[name], check_paths=False)
+    rows = Path(own.data.sources("train")[0].path).read_text(encoding="utf-8").splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows[:8]) + "\n", encoding="utf-8")
+    sharded = own.parallel.strategy in ("fsdp", "hsdp")
+    recipe = load_recipe(
+        RECIPES[name],
+        [f"model.name={tmp_path / 'model'}", f"data.train={tmp_path / 'rows.jsonl'}",
+         "data.eval=null", "data.max_length=48", "train.epochs=null", "train.steps=1",
+         "train.global_batch_size=2", "train.micro_batch_size=1", "parallel.processes=1",
+         f"parallel.strategy={'fsdp' if sharded else 'ddp'}", "parallel.shard_size=null"],
+    )  # fmt: skip
+    setup = set_up_model(recipe, alone, find_base(recipe, tmp_path / "cache"))
+    before = setup.engine.adapter_state()
+    trainer = Trainer(setup, tokenize_rows(recipe, "train", tmp_path / "cache"), None)
+    trainer.trackers = [events := Events()]
+    assert trainer.run().step == 1
+    assert [event.step for event in events if isinstance(event, StepEvent)] == [1]
+    after = setup.engine.adapter_state()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
