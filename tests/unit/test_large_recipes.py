@@ -23,7 +23,7 @@ from tests.processes import ROOT
 from tests.tiny import VOCABULARY, tiny_tokenizer
 from tests.unit.slurm_desk import Capture
 
-HEADER = re.compile(r"# Plan, (\d+) x (\d+) ([a-z0-9-]+): .*")
+HEADER = re.compile(r"# Plan, (\d+) x (\d+) ([a-z0-9-]+)(?:, with ([^:]+))?: .*")
 RECIPES = {
     path.stem: path
     for path in sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
@@ -31,8 +31,8 @@ RECIPES = {
 }
 
 
-def plan_line(found: dict[str, Any], nodes: int, gpus: int, gpu: str, strategy: str) -> str:
-    """Return what a recipe says of its plan."""
+def plan_line(found: dict[str, Any], strategy: str, stated: re.Match[str]) -> str:
+    """Return what a recipe says of its plan: the beginning of `stated`, with the plan's figures."""
     (row,) = [row for row in found["rows"] if row["candidate"]["strategy"] == strategy]
     assert row["fits"]
     tensors, in_all, limit = (
@@ -41,7 +41,7 @@ def plan_line(found: dict[str, Any], nodes: int, gpus: int, gpu: str, strategy: 
     )
     step_s, speed = row["seconds"]["total"], row["tokens_per_s"]
     return (
-        f"# Plan, {nodes} x {gpus} {gpu}: {tensors:.1f} GiB of tensors, "
+        f"{stated[0].partition(': ')[0]}: {tensors:.1f} GiB of tensors, "
         f"{in_all:.1f} of {limit:.1f} in all; {step_s:.1f} s a step, {speed:,.0f} tokens/s."
     )
 
@@ -55,23 +55,31 @@ def test_the_recipes_of_real_size_are_these() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_says_what_its_plan_says(name: str, tmp_path: Path, capsys: Capture) -> None:
-    text = RECIPES[name].read_text(encoding="utf-8")
-    stated = HEADER.search(text)
-    assert stated is not None
+STATED = [
+    pytest.param(name, stated, id=f"{name} {stated[1]} x {stated[2]}")
+    for name, path in RECIPES.items()
+    for stated in HEADER.finditer(path.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize(("name", "stated"), STATED)
+def test_a_recipe_says_what_its_plan_says(
+    name: str, stated: re.Match[str], tmp_path: Path, capsys: Capture
+) -> None:
     nodes, gpus, gpu = int(stated[1]), int(stated[2]), stated[3]
+    words = (stated[4] or "").split()
     config = next(key for key in CONFIGS if name.startswith(key))
     model = model_folder(tmp_path / "model", config)
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text(f"gpus_per_node: {gpus}\ngpu: {gpu}\n")
-    code = main(["plan", str(RECIPES[name]), f"model.name={model}", "--cluster", str(cluster),
-                 "--nodes", str(nodes), "--json"])  # fmt: skip
+    code = main(["plan", str(RECIPES[name]), f"model.name={model}", *words, "--cluster",
+                 str(cluster), "--nodes", str(nodes), "--json"])  # fmt: skip
     found = json.loads(capsys.readouterr().out)
     assert code == 0
-    strategy = re.search(r"strategy: (\w+)", text)
+    text = RECIPES[name].read_text(encoding="utf-8")
+    strategy = re.search(r"strategy: (\w+)", " ".join(words).replace("=", ": ") + text)
     assert strategy is not None
-    assert stated[0] == plan_line(found, nodes, gpus, gpu, strategy[1])
+    assert stated[0] == plan_line(found, strategy[1], stated)
 
 
 class Events(list[LedgerEvent]):

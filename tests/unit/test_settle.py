@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from peft_dist.config.batch_shape import require_settled
 from peft_dist.launch.placement import Machine
 from peft_dist.ledger.read_event import from_fields
 from peft_dist.plan.hardware import find_gpu, hardware_of, recognise_gpu
+from peft_dist.plan.plan import choose, subject_of
 from peft_dist.plan.settle import settle
 from peft_dist.run.directory import RunDir
 from peft_dist.run.prediction import planned_facts
@@ -202,3 +204,22 @@ def test_the_ledger_notes_what_was_foreseen_and_no_nonsense(gpus: Desk) -> None:
     for nonsense in ("[]", "{", '{"bytes_per_rank": "many", "step_s": NaN}'):
         run.plan.write_text(nonsense)
         assert planned_facts(run) == {}
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-4])
+def test_the_fastest_is_chosen_however_slow_all_are(
+    recipe_file: Path, tmp_path: Path, factor: float
+) -> None:
+    model_folder(tmp_path / "model", "llama-3.1-8b")
+    recipe = load_recipe(recipe_file, [*OPEN, "data.max_length=64"])
+    subject = subject_of(recipe, json.loads((tmp_path / "model" / "config.json").read_text()))
+    hardware = hardware_of(None, find_gpu("h100-80gb", where="gpu"), gpus_per_node=8)
+    hardware = replace(hardware, assumed=hardware.assumed.times(factor))
+    found = choose(subject, hardware, 1, strategies=["ddp"])
+    every = [
+        subject.estimate(replace(found.candidate, micro_batch=rows, recompute=again), hardware)
+        for rows in (1, 2, 4, 8)
+        for again in (False, True)
+    ]
+    fastest = max(one.tokens_per_s for one in every if one.fits)
+    assert found.fits and found.tokens_per_s > 0.99 * fastest
