@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from peft_dist.run.directory import RunDir
-from tests.faults.long import cases
+from tests.faults.long import cases, only_long
 from tests.tiny import completion_rows, tiny_model, write_jsonl
 from tests.unit.wandb_runs import ledger, rows_of, side_cars, sync, user, wait_for, wanted_rows
 from tests.wandb_stub import Stub, wandb_stub
@@ -108,6 +108,7 @@ def steps_done(path: Path) -> int:
     return file.read_text(encoding="utf-8").count('"event": "step"') if file.exists() else 0
 
 
+@only_long
 @pytest.mark.parametrize("fault", ["hang", "500"][: cases(1, 2)])
 def test_a_server_that_fails_changes_neither_the_exit_code_nor_the_adapter(
     project: Path, stub: Stub, fault: str

@@ -17,7 +17,7 @@ from peft_dist.ledger.events import SkippedEvent
 from peft_dist.ledger.gap import read_gap
 from peft_dist.run.directory import RunDir
 from peft_dist.tracking.wandb.identity import identity, wandb_environment
-from tests.faults.long import only_long
+from tests.faults.long import cases, only_long
 from tests.unit.wandb_runs import (
     VERSIONS,
     Training,
@@ -115,7 +115,13 @@ def test_the_configuration_is_recipe_placement_and_versions(
     assert axes["*"]["5"] == 1  # every figure is drawn over the first
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        fault if fault in ("hang", "401") else pytest.param(fault, marks=only_long)
+        for fault in FAULTS
+    ],
+)
 def test_a_server_that_fails_at_the_start_costs_training_nothing(
     stub: Stub, here: dict[str, str], tmp_path: Path, fault: str
 ) -> None:
@@ -132,10 +138,7 @@ def test_a_server_that_fails_at_the_start_costs_training_nothing(
 
 @pytest.mark.parametrize(
     "fault",
-    [
-        fault if fault in ("hang", "401") else pytest.param(fault, marks=only_long)
-        for fault in FAULTS
-    ],
+    [fault if fault == "refuse" else pytest.param(fault, marks=only_long) for fault in FAULTS],
 )
 def test_a_server_that_dies_in_the_middle_costs_training_nothing(
     stub: Stub, here: dict[str, str], tmp_path: Path, fault: str
@@ -334,7 +337,7 @@ def rows_in(file: Path) -> list[dict[str, Any]]:
     return [{k: row[k] for k in row if not k.startswith("_")} for row in rows]
 
 
-@pytest.mark.parametrize("mode", ["auto", "online"])
+@pytest.mark.parametrize("mode", ["auto", "online"][: cases(1, 2)])
 def test_a_key_that_is_refused_is_one_warning(
     stub: Stub,
     here: dict[str, str],
