@@ -24,6 +24,10 @@ LINK = "eth0"
 """Name of a node's link, inside its namespace."""
 QUEUE = "60s"
 """Longest that a packet waits for its turn: long enough that none is lost, as on InfiniBand."""
+TCP = ("congestion_control=reno", "slow_start_after_idle=0",
+       "rmem=4096 16777216 16777216", "wmem=4096 16777216 16777216")  # fmt: skip
+"""TCP is not to look for a link's rate anew after each pause, nor to wait for acknowledgements that
+stand behind data of the other direction."""
 BURST = "80kb"
 """Larger than any packet that the kernel hands over at once."""
 SHAPE = {
@@ -70,8 +74,7 @@ class Nodes:
                 _ip("-n", self._switch, "link", "set", port, "master", "bridge", "up")
                 _ip("-n", name, "addr", "add", f"10.77.0.{index + 1}/24", "dev", LINK)
                 _ip("-n", name, "link", "set", LINK, "up")
-                # TCP is not to look for a link's rate anew after each pause.
-                for rule in ("congestion_control=reno", "slow_start_after_idle=0"):
+                for rule in TCP:
                     _ip("netns", "exec", name, "sysctl", "-qw", f"net.ipv4.tcp_{rule}")
         except BaseException:
             self.__exit__()
