@@ -30,8 +30,10 @@ from peft_dist.config.run_date import with_date
 from peft_dist.data.mixture import source_shares
 from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group, rendezvous
+from peft_dist.distributed.collectives import broadcast_object
 from peft_dist.distributed.world import World
 from peft_dist.evaluation.scoring import EvalSet, make_eval_set
+from peft_dist.micro_batch import CudaMemory, fit_micro_batch
 from peft_dist.model.device_settings import export_determinism
 from peft_dist.model.source import find_base
 from peft_dist.model.vocabulary import refuse_unknown_ids
@@ -39,6 +41,7 @@ from peft_dist.model.weights import model_folder
 from peft_dist.model_setup import ModelSetup, set_up_model
 from peft_dist.objective.passes import Scores
 from peft_dist.objective.reference import reference_scores
+from peft_dist.run.prediction import measures_rows, note_measured_rows
 from peft_dist.run.saving import being_saved
 from peft_dist.tracking.attempt import TrainingAttempt
 from peft_dist.trainer import Trainer
@@ -115,6 +118,7 @@ def fine_tune(
     trainer = _trainer(saver, rows, eval_set, reference, attempt, allow_changed)
 
     with attempt.follow(trainer):
+        _fit_micro_batch(trainer, attempt)
         trainer.run()
         attempt.end_training(trainer.progress.step)
         with wait("comparing the base with what it was"):
@@ -172,6 +176,25 @@ def _described(rows: TokenizedRows, eval_set: EvalSet | None) -> list[str]:
             log.info("%s", source.line(what))
     kept = f"rows: {rows.n_examples:,} to train on, {len(rows.tokens):,} tokens"
     return [kept + ("" if eval_set is None else f", {eval_set.rows.n_examples:,} held out")]
+
+
+def _fit_micro_batch(trainer: Trainer, attempt: TrainingAttempt) -> None:
+    """Measure how many rows fit into a pass, where the recipe left that open. Collective.
+
+    Once in a run, before its first step, and on a GPU alone: a host's memory is shared.
+    """
+    device = trainer.world.device
+    if device.type != "cuda" or trainer.progress.step:
+        return
+    if not broadcast_object(trainer.world.is_main and measures_rows(attempt.run)):
+        return
+    with stage("measuring how many rows fit into a pass", log) as told:
+        found = fit_micro_batch(trainer, CudaMemory(device))
+        told.append(f"rows of a pass: {found.chosen}; the plan had {found.planned}")
+    if trainer.world.is_main:
+        attempt.require_lease()
+        note_measured_rows(attempt.run, found.chosen)
+    trainer.write(found)
 
 
 def _trainer(

@@ -39,7 +39,7 @@ from peft_dist.metrics.mfu import Utilisation
 from peft_dist.metrics.source_loss import SourceLosses
 from peft_dist.metrics.step import StepInputs, StepMetrics, StepMetricsReader, make_extras
 from peft_dist.model_setup import ModelSetup
-from peft_dist.objective.passes import Scores, make_pass
+from peft_dist.objective.passes import Scores, Share, make_pass
 from peft_dist.objective.router import RouterBalance
 from peft_dist.optim.lr_schedule import learning_rate, peak_learning_rate
 from peft_dist.sharding.optimizer import AdapterOptimizer
@@ -163,15 +163,9 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float32, device=device)
         figures = torch.zeros(len(self.objective.metrics), device=device)
         for index, micro in enumerate(groups):
-            batch = self.setup.pack(self.rows, self.objective.rows(micro)).to(device)
             self._seed_dropout(step, index)
-            with self.setup.autocast():
-                losses = self.setup.model(batch)
-                share = self.objective.share(losses, batch, micro)
-            self._source_losses.add(micro, batch, losses.nll)
-            share_loss = share.loss + divisor * self.router.share(losses)
-            (share_loss / divisor).backward()
-            loss += share_loss.detach()
+            share = self.learn(micro, divisor)
+            loss += share.loss
             figures += share.metrics
         engine.compute_timer.end()
         # Flags and metrics of all processes are carried by the gradient all-reduce.
@@ -200,6 +194,27 @@ class Trainer:
         # To roll back a step later would undo one that was sound, and is in the ledger.
         waits = not self._reader.is_late or self.recipe.train.non_finite == "rollback"
         self._publish(keep=0 if waits else 1)
+
+    def learn(self, micro: RowIds, divisor: float) -> Share:
+        """Run the examples of one micro-batch forward and backward; gradients add up.
+
+        Args:
+            micro: The examples.
+            divisor: What `objective.begin` has returned for the global batch.
+        """
+        batch = self.setup.pack(self.rows, self.objective.rows(micro)).to(self.world.device)
+        with self.setup.autocast():
+            losses = self.setup.model(batch)
+            share = self.objective.share(losses, batch, micro)
+        self._source_losses.add(micro, batch, losses.nll)
+        loss = share.loss + divisor * self.router.share(losses)
+        (loss / divisor).backward()
+        return Share(loss.detach(), share.metrics)
+
+    def forget_gradients(self) -> None:
+        """Leave no trace of passes that were made to measure something."""
+        self._source_losses.take()
+        self.setup.engine.zero_gradients()
 
     def _flags(self) -> tuple[bool, bool, bool]:
         """Return what this process asks of all at the end of a step: stop, save, give up."""

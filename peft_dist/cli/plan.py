@@ -29,6 +29,13 @@ def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) ->
         action="store_true",
         help="run the best way's start and two steps without memory: exact, and takes a minute",
     )
+    plan.add_argument(
+        "--runs",
+        action="append",
+        default=[],
+        metavar="FOLDERS",
+        help="learn the efficiency of the GPUs from runs, such as 'runs/*'; may be given again",
+    )
     plan.add_argument("--json", action="store_true", help="print every figure as JSON")
     doctor = command("doctor", _doctor, "look for what would end a run on this machine")
     doctor.add_argument("recipe", nargs="?", metavar="RECIPE", help="recipe file (YAML)")
@@ -61,4 +68,5 @@ def _plan(arguments: argparse.Namespace) -> int:
         gpu=arguments.gpu,
         simulate=arguments.simulate,
         as_json=arguments.json,
+        runs=arguments.runs,
     )

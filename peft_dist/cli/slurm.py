@@ -161,8 +161,14 @@ def add_after(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=int, metavar="N", help="nodes of the job")
-    parser.add_argument("--time", metavar="HH:MM:SS", help="time limit of the job, or D-HH:MM:SS")
+    parser.add_argument(
+        "--nodes", type=int, metavar="N", help="nodes of the job (submit: as few as fit)"
+    )
+    parser.add_argument(
+        "--time",
+        metavar="HH:MM:SS",
+        help="time limit of the job, or D-HH:MM:SS (submit: the cluster file's, or the plan's)",
+    )
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -174,7 +180,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         overrides=arguments.overrides,
         folder=Path(arguments.run_dir or Path("runs") / Path(arguments.recipe).stem),
         cluster=load_cluster(arguments.cluster, options=arguments.sbatch),
-        nodes=1 if arguments.nodes is None else arguments.nodes,
+        nodes=arguments.nodes,
         time=arguments.time,
         array=arguments.array,
         limit=arguments.limit,

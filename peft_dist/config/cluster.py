@@ -72,12 +72,14 @@ class Stage(Section):
 
 
 class Links(Section):
-    """What one GPU receives per second from others in a collective; only plans use it."""
+    """Speed of the network in collectives; only plans use it."""
 
     inside_gb_s: PositiveFloat | None = None
-    """From GPUs of its node, in GB/s. Default: about three quarters of what its kind of GPU has."""
+    """What a GPU receives from others of its node, in GB/s. Default: about three quarters of what
+    its kind of GPU has."""
     between_gb_s: PositiveFloat | None = None
-    """From GPUs of other nodes, in GB/s. Default: 45, as with one 400 Gb/s adapter per GPU."""
+    """What a node receives from others, in GB/s, over the number of its GPUs. Default: 45, as with
+    one 400 Gb/s adapter per GPU."""
 
 
 class Preflight(Section):

@@ -45,7 +45,7 @@ from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_launch, mark_launch
 from peft_dist.run.holder import wait_for_orphans
 from peft_dist.run.lease import end_for, refuse_if_held
-from peft_dist.run.prediction import Prediction, write_prediction
+from peft_dist.run.prediction import Prediction, as_measured, write_prediction
 from peft_dist.run.restart_policy import Ending, History, Kind, RestartLimits, decide
 
 log = logging.getLogger(__name__)
@@ -130,14 +130,17 @@ def train_here(start: LocalLaunch, *, fresh: bool = False) -> int:
     if not fresh and _has_finished(start.run, start.recipe):
         say(f"{start.run.path} has finished; nothing is left to do")
         return EXIT_DONE
+    recipe, prediction = start.recipe, start.prediction
+    if not fresh:
+        recipe, prediction = as_measured(start.run, recipe, prediction)
     run = RunDir.claim(
         start.run.path,
-        start.recipe,
+        recipe,
         command=start.command,
         fresh=fresh,
         allow_changed=start.allow_changed,
     )
-    write_prediction(run, start.prediction)
+    write_prediction(run, prediction)
     _introduce(start)
     before = mark_launch(run)
     facts = {LAUNCHED_AT: repr(time.time()), WATCHED_LEASE: watched}

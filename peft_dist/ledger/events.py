@@ -84,6 +84,22 @@ class StartEvent(LedgerEvent):
     """Unix time at which the launcher was started; missing where it is not known."""
 
 
+class MicroBatchEvent(LedgerEvent):
+    """Before step 1 it was measured how many rows fit, where the recipe leaves that open."""
+
+    event: Literal["micro_batch"] = "micro_batch"
+    planned: Count | None = None
+    """Rows per process and pass that the plan has chosen."""
+    chosen: Count
+    """Rows per process and pass that the run trains with from now on."""
+    tried: list[int] | None = None
+    """Numbers of rows that were tried: a forward and a backward pass of the longest rows."""
+    peak_memory_bytes: list[int] | None = None
+    """Most memory that the fullest process took in each of them, AdamW's moments added."""
+    limit_bytes: int | None = None
+    """What the process with the least memory may take."""
+
+
 class StepEvent(LedgerEvent):
     """An optimizer step updated the adapter."""
 
@@ -292,6 +308,7 @@ class UnknownEvent(LedgerEvent):
 
 EVENT_TYPES: tuple[type[LedgerEvent], ...] = (
     StartEvent,
+    MicroBatchEvent,
     StepEvent,
     EvaluationEvent,
     SampleEvent,

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from peft_dist.common.console import show
@@ -13,6 +14,7 @@ from peft_dist.config import load_recipe
 from peft_dist.config.cluster import Cluster, load_cluster
 from peft_dist.plan.estimate import Estimate
 from peft_dist.plan.hardware import GIB, Hardware, find_gpu, hardware_of
+from peft_dist.plan.learn import learn
 from peft_dist.plan.plan import Plan, Subject, hub_is_off, make_plan, read_config, subject_of
 from peft_dist.plan.table import render
 
@@ -30,8 +32,19 @@ def show_plan(
     gpu: str | None,
     simulate: bool,
     as_json: bool,
+    runs: Sequence[str] = (),
 ) -> int:
     """Print what a recipe takes; return 2 where nothing fits.
+
+    Args:
+        recipe_file: What to train.
+        overrides: Settings that replace the recipe's.
+        cluster_file: File or name of a cluster.
+        nodes: Numbers of nodes to look at. Default: 1, 2 and 4.
+        gpu: Kind of GPU. Default: the cluster's.
+        simulate: Whether to run the best way on fake tensors.
+        as_json: Whether to print JSON.
+        runs: Folders of runs, or patterns of such, to learn efficiency from.
 
     Raises:
         PeftDistError: For a recipe, model or cluster that cannot be planned.
@@ -39,17 +52,25 @@ def show_plan(
     recipe = load_recipe(recipe_file, overrides, check_paths=False)
     cluster = None if cluster_file is None else load_cluster(cluster_file)
     hardware = _hardware(cluster, gpu)
+    learned = learn(runs, hardware) if runs else None
+    if learned is not None:
+        hardware = learned.applied_to(hardware)
     config = read_config(recipe.model.name, recipe.model.revision, network=not hub_is_off())
     subject = subject_of(recipe, config)
     plan = make_plan(subject, hardware, _nodes(subject, cluster, hardware, nodes))
     found = _simulated(plan, recipe_file, overrides, config) if simulate else ""
     if as_json:
         simulated = {"simulated": json.loads(found)} if found else {}
-        show(json.dumps({**plan.figures(), **simulated}, indent=2))
+        lessons = (
+            {} if learned is None else {"learned": {**asdict(learned), "factor": learned.factor}}
+        )
+        show(json.dumps({**plan.figures(), **simulated, **lessons}, indent=2))
     else:
         width, colour = stdout_form()
         title, words = Path(recipe_file).name, _in_words(plan, found)
-        print_lines(render(plan, title=title, simulated=words, width=width, colour=colour))
+        print_lines(
+            render(plan, title=title, simulated=words, learned=learned, width=width, colour=colour)
+        )
     return EXIT_DONE if plan.best is not None else EXIT_USER_ERROR
 
 

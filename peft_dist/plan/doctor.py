@@ -12,9 +12,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.errors import EXIT_DONE, EXIT_USER_ERROR, PeftDistError
@@ -23,6 +21,9 @@ from peft_dist.common.table import Column, print_lines, stdout_form, table_lines
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, load_cluster
 from peft_dist.launch.placement import this_machine
+from peft_dist.plan.doctor_network import examine_network
+from peft_dist.plan.finding import Finding
+from peft_dist.plan.known_faults import driver_fault, installed, keeps, known_faults
 from peft_dist.plan.plan import hub_is_off, read_config, subject_of
 from peft_dist.plan.settle import cluster_hardware, settle
 
@@ -33,21 +34,14 @@ QUERY = ["nvidia-smi", "--query-gpu=index,name,memory.total,memory.used,driver_v
          "--format=csv,noheader,nounits"]  # fmt: skip
 BUSY_MIB = 1024
 """Of a GPU's memory that others may use before that is worth a word."""
+HANG_MARGIN = 3.0
+"""Times a planned step that a watchdog should wait at least."""
 STALE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
          "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # fmt: skip
 """What a launcher exports to its workers; in a shell it is left over from something."""
 
-Level = Literal["ok", "note", "bad"]
 _STYLES = {"ok": "green", "note": "yellow", "bad": "red"}
 _COLUMNS = (Column("", style=lambda level: _STYLES[level]), Column("", wrap=True))
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line."""
-
-    level: Level
-    text: str
 
 
 def examine(recipe_file: str | None, cluster_file: str | None) -> int:
@@ -58,6 +52,7 @@ def examine(recipe_file: str | None, cluster_file: str | None) -> int:
     """
     cluster = None if cluster_file is None else load_cluster(cluster_file)
     found = [*_packages(), *_gpus(), *_caches(), *_environment(os.environ)]
+    found += examine_network(os.environ)
     if recipe_file is not None:
         try:
             found += _recipe(load_recipe(recipe_file), cluster)
@@ -91,60 +86,24 @@ def _packages() -> Iterator[Finding]:
             yield Finding("bad", f"{name} is not installed; pip install 'peft-dist[train]'")
             continue
         versions.append(f"{name} {version}")
-        broken = [limit for limit in limits.split(",") if limit and not _keeps(version, limit)]
+        broken = [limit for limit in limits.split(",") if limit and not keeps(version, limit)]
         if broken:
             yield Finding("bad", f"{name} {version} is not {limits}; pip install '{name}{limits}'")
     yield Finding("ok", f"installed: {', '.join(versions)}")
-    yield from _known_faults()
-
-
-def _known_faults() -> Iterator[Finding]:
-    """Name versions that work, but with a fault that upstream knows."""
-    torch = _version("torch")
-    if torch is not None and _numbers(torch) < (2, 12):
-        yield Finding(
-            "note",
-            f"torchrun of torch {torch} kills workers 30 s after SIGTERM "
-            "(pytorch issue 119856); use 2.12 or newer where saving takes longer",
-        )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
-
-
-def _keeps(version: str, limit: str) -> bool:
-    """Whether a version keeps one limit, such as `<6` or `>=5.17`."""
-    match = re.fullmatch(r"\s*(>=|<=|==|!=|<|>)\s*([0-9.]+)\s*", limit)
-    if match is None:
-        return True
-    own, other = _numbers(version), _numbers(match[2])
-    width = max(len(own), len(other))
-    own, other = (numbers + (0,) * (width - len(numbers)) for numbers in (own, other))
-    return {
-        ">=": own >= other, "<=": own <= other, "==": own == other,
-        "!=": own != other, "<": own < other, ">": own > other,
-    }[match[1]]  # fmt: skip
+    yield from known_faults()
 
 
 def _gpus() -> Iterator[Finding]:
     """Look at the driver, its GPUs, and whether torch and bitsandbytes are made for them."""
     count = this_machine().gpus
-    build = (_version("torch") or "").partition("+")[2]
+    build = (installed("torch") or "").partition("+")[2]
     if not count:
         yield Finding("ok", "no GPU is visible here: training would run on the CPU")
         return
     if build == "cpu":
         yield Finding(
             "bad",
-            f"{count} GPUs, but torch is built for the CPU ({_version('torch')}); "
+            f"{count} GPUs, but torch is built for the CPU ({installed('torch')}); "
             "install a CUDA or ROCm build from download.pytorch.org",
         )
     if build.startswith("rocm"):
@@ -170,6 +129,12 @@ def _gpus() -> Iterator[Finding]:
         text = f"GPU {index}: {name}, {total} MiB, {used} in use, driver {driver}"
         busy = int(used) > BUSY_MIB
         yield Finding("note" if busy else "ok", text + ("; end what uses it" if busy else ""))
+        fault = driver_fault(build, driver)
+        if fault is not None:
+            yield fault
+    nccl = installed("nvidia-nccl-cu13") or installed("nvidia-nccl-cu12")
+    if nccl is not None:
+        yield Finding("ok", f"NCCL {nccl}, torch built for {build or 'an unknown CUDA'}")
 
 
 def _amd_gpus(count: int) -> Iterator[Finding]:
@@ -243,7 +208,7 @@ def _file_system(folder: Path) -> str:
 
 
 def _environment(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Look for what a launcher left behind, and for what keeps libraries off the network."""
+    """Look for what a launcher left behind."""
     stale = [name for name in STALE if name in environ]
     if stale:
         yield Finding(
@@ -256,8 +221,6 @@ def _environment(environ: Mapping[str, str]) -> Iterator[Finding]:
             f"this shell is inside Slurm job {environ['SLURM_JOB_ID']}: "
             "`submit` from a login node, or `train` on this node alone",
         )
-    off = "off the network (HF_HUB_OFFLINE)" if hub_is_off() else "may download"
-    yield Finding("ok", f"Hugging Face's libraries are {off}")
 
 
 def _recipe(recipe: Recipe, cluster: Cluster | None) -> Iterator[Finding]:
@@ -277,5 +240,14 @@ def _recipe(recipe: Recipe, cluster: Cluster | None) -> Iterator[Finding]:
     if hardware is None:
         return
     settled = settle(recipe, hardware, 1)
-    if settled.estimate is not None and not settled.fits:
+    if settled.estimate is None:
+        return
+    if not settled.fits:
         yield Finding("bad", f"does not fit on one node: {settled.remedy}")
+    step_s, limit_s = settled.estimate.seconds.total, recipe.watchdog.min_s
+    if HANG_MARGIN * step_s > limit_s:
+        yield Finding(
+            "note",
+            f"a step is planned to take {step_s:.0f} s, and counts as hung after {limit_s:g}; "
+            f"raise watchdog.min_s to {HANG_MARGIN * step_s:.0f}",
+        )

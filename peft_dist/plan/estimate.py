@@ -6,9 +6,11 @@ from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import longest_rows_of_step
 from peft_dist.metrics.mfu import FLOPS_PER_TOKEN_AND_PARAMETER
 from peft_dist.plan.adapter import AdapterShape
+from peft_dist.plan.candidate import Candidate
 from peft_dist.plan.hardware import GIB, Hardware
 from peft_dist.plan.memory import (
     FLOAT,
+    REUSE_ELEMENTS,
     Bytes,
     Setting,
     base_bytes,
@@ -17,21 +19,8 @@ from peft_dist.plan.memory import (
     outer_bytes,
     peak_bytes,
 )
+from peft_dist.plan.ring import Ring
 from peft_dist.plan.shapes import ModelShape
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to run a recipe."""
-
-    strategy: str
-    nodes: int
-    processes: int
-    shard_size: int
-    """Processes that hold one copy of the base together; 1 under ddp and zero2."""
-    micro_batch: int
-    recompute: bool
-    offload: bool
 
 
 @dataclass(frozen=True)
@@ -82,7 +71,7 @@ class Estimate:
     sent_inside_bytes: int
     """That a GPU receives in a step from others of its node."""
     sent_between_bytes: int
-    """From other nodes."""
+    """From other nodes, all that its node receives shared by the node's GPUs."""
     rows_per_step: int
     tokens_per_step: int
     tokens_per_s: float
@@ -95,6 +84,8 @@ class Estimate:
     """To read and quantize the model."""
     requeue_s: float
     """To read what the first start has packed."""
+    save_s: float
+    """To write a checkpoint: adapter and moments."""
 
     @property
     def fits(self) -> bool:
@@ -127,6 +118,7 @@ def setting_of(recipe: Recipe, candidate: Candidate, hardware: Hardware) -> Sett
         quantized=recipe.quantization == "nf4",
         compute_bytes=4 if wide else 2,
         moments_shared_by=candidate.processes if zero else 1,
+        reuse_elements=REUSE_ELEMENTS if candidate.strategy == "zero3" else 0,
     )
 
 
@@ -200,6 +192,7 @@ def estimate(
         gpu_hours=None if hours is None else hours * candidate.processes,
         first_start_s=first_s,
         requeue_s=again_s,
+        save_s=3 * FLOAT * adapter.parameters / (assumed.disk_gb_s * 1e9),
     )
 
 
@@ -241,12 +234,11 @@ def _seconds(
     halves = per_block / passes, per_block * (passes - 1) / passes
     block = block_bytes(shape, setting)
     waits = 0.0
-    rate = _gather_rate(candidate, hardware)
     if setting.sharded and setting.shards > 1:
-        share = (setting.shards - 1) / setting.shards
-        gather_s = block * share / rate
+        ring = Ring.of(candidate, setting.shards)
+        gather_s = ring.seconds(block, hardware)
         waits = shape.layers * sum(max(0.0, gather_s - own_s) for own_s in halves)
-        waits += outer_bytes(shape, setting) * share / rate
+        waits += ring.seconds(outer_bytes(shape, setting), hardware)
     if candidate.offload:
         copy_s = block / setting.shards / (assumed.host_gb_s * 1e9)
         waits += shape.layers * sum(max(0.0, copy_s - own_s) for own_s in halves)
@@ -257,8 +249,7 @@ def _seconds(
     loss_s = 13 * logits * FLOAT / memory  # passes over the logits, which nothing fuses
 
     summed = adapter.parameters * FLOAT
-    others = (candidate.processes - 1) / candidate.processes
-    link = hardware.between_gb_s if candidate.nodes > 1 else hardware.inside_gb_s
+    everyone = Ring.of(candidate, candidate.processes)
     update_s = 7 * summed / memory
     layers = shape.layers * accumulation
     return Seconds(
@@ -267,15 +258,8 @@ def _seconds(
         other_kernels=layers * other_s + accumulation * loss_s + update_s,
         dequantize=layers * dequantize_s,
         waits_for_gathers=accumulation * waits,
-        reduce=2 * others * summed / (link * 1e9),
+        reduce=2 * everyone.seconds(summed, hardware),
     )
-
-
-def _gather_rate(candidate: Candidate, hardware: Hardware) -> float:
-    """Return bytes per second that a GPU receives when the base is gathered."""
-    on_node = candidate.processes // candidate.nodes
-    inside = candidate.shard_size <= on_node
-    return (hardware.inside_gb_s if inside else hardware.between_gb_s) * 1e9
 
 
 def gathered_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -291,17 +275,12 @@ def _received(
     accumulation: int,
 ) -> tuple[int, int]:
     """Return the bytes that a GPU receives in a step: inside its node, and from others."""
-    inside = between = 0
-    on_node = candidate.processes // candidate.nodes
+    everyone = Ring.of(candidate, candidate.processes)
+    inside, between = everyone.received(2 * adapter.parameters * FLOAT)
     if setting.sharded and setting.shards > 1:
         whole = accumulation * gathered_bytes(shape, setting)
-        near = min(setting.shards, on_node)
-        inside = whole * (near - 1) // setting.shards
-        between = whole * (setting.shards - near) // setting.shards
-    summed = 2 * adapter.parameters * FLOAT
-    if candidate.nodes > 1:
-        between += summed * (candidate.nodes - 1) // candidate.nodes
-    inside += summed * (on_node - 1) // on_node
+        of_gathers = Ring.of(candidate, setting.shards).received(whole)
+        inside, between = inside + of_gathers[0], between + of_gathers[1]
     return inside, between
 
 

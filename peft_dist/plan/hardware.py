@@ -4,7 +4,8 @@ Every assumption is a named number here, and `peft-dist plan` prints those that 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from peft_dist.common.errors import PeftDistError, nearest
 from peft_dist.config.cluster import Cluster
@@ -27,11 +28,13 @@ class Gpu:
     """What a GPU is assumed to receive from the others of its node, in a collective."""
     bfloat16: bool = True
     """Whether it computes in bfloat16."""
+    measured_flops: float | None = None
+    """What `flops` is, for a device that no table has."""
 
     @property
     def flops(self) -> float:
         """Dense bfloat16 operations per second at most."""
-        peak = peak_flops(self.name)
+        peak = self.measured_flops or peak_flops(self.name)
         assert peak is not None, self.name
         return peak
 
@@ -67,7 +70,11 @@ class Assumed:
     passes_over_kept: float = 15.0
     """How often all that forward keeps is read or written by kernels other than products."""
     between_gb_s: float = 45.0
-    """What a GPU receives from other nodes, in a collective; a cluster file's `links` knows."""
+    """What a node receives from others, per GPU of it; a cluster file's `links` knows."""
+    hop_inside_us: float = 3.4
+    """From a GPU of a ring to the next one of its node (NCCL's own estimate, `graph/tuning.cc`)."""
+    hop_between_us: float = 14.0
+    """To the first one of the next node (the same)."""
     host_gb_s: float = 25.0
     """What a GPU receives from its host's memory, where the base waits there."""
     disk_gb_s: float = 2.0
@@ -84,6 +91,15 @@ class Assumed:
     """Of the allocated bytes, what the allocator holds back besides (0.01 without gathers)."""
     margin_weights: float = 5.0
     """And this many of the largest weight in full: odd sizes leave gaps."""
+
+    def times(self, factor: float) -> Self:
+        """Return the same with every efficiency multiplied, as runs have shown."""
+        return replace(
+            self,
+            gemm_efficiency=self.gemm_efficiency * factor,
+            attention_efficiency=self.attention_efficiency * factor,
+            memory_efficiency=self.memory_efficiency * factor,
+        )
 
 
 @dataclass(frozen=True)
@@ -116,10 +132,14 @@ def recognise_gpu(driver_name: str, memory_gib: float) -> Gpu | None:
     same = [
         gpu
         for gpu in GPUS.values()
-        if _words(gpu.name) - _MAKERS_WORDS <= words
-        and abs(gpu.memory_gib - memory_gib) < 0.1 * gpu.memory_gib
+        if is_gpu(driver_name, gpu) and abs(gpu.memory_gib - memory_gib) < 0.1 * gpu.memory_gib
     ]
     return max(same, key=lambda gpu: len(_words(gpu.name) & words), default=None)
+
+
+def is_gpu(driver_name: str, gpu: Gpu) -> bool:
+    """Whether a driver's words have all that a GPU's name consists of."""
+    return _words(gpu.name) - _MAKERS_WORDS <= _words(driver_name)
 
 
 _MAKERS_WORDS = {"NVIDIA", "TESLA", "GEFORCE", "80GB", "40GB", "HBM3"}

@@ -11,6 +11,8 @@ from peft_dist.plan.shapes import Linear, ModelShape
 
 LOGIT_BYTES_PER_CHUNK = 256 << 20
 """As in `model.loss`, which cannot be imported without torch; a test compares them."""
+REUSE_ELEMENTS = 50_000_000
+"""As in `sharding.deepspeed_zero`; a test compares them too."""
 FLOAT = 4
 """Bytes of what is trained, and of copies that norms and losses compute on."""
 
@@ -38,6 +40,8 @@ class Setting:
     """Of a value's place in the mask of a dropout; a CPU keeps a factor in its stead."""
     moments_shared_by: int = 1
     """Processes among which AdamW's moments are divided (DeepSpeed)."""
+    reuse_elements: int = 0
+    """A gathered block stays until its next use where so many elements or fewer come between."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,14 @@ def _reads(linear: Linear) -> str:
     return f"{name} {linear.in_features}"
 
 
+def _stays(shape: ModelShape, setting: Setting) -> int:
+    """Return the bytes of the last blocks, which stay gathered from forward to backward."""
+    size = block_bytes(shape, setting)
+    elements = size if setting.quantized else size // setting.compute_bytes
+    # Between the two uses of a block come all later blocks, twice.
+    return size * min(shape.layers - 1, setting.reuse_elements // (2 * elements))
+
+
 def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> Bytes:
     """Return the bytes of the fullest moment of a step.
 
@@ -182,11 +194,12 @@ def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> By
     vocabulary = outer_bytes(shape, setting) if gathers else 0
     # The buffer that a gather is received in lives until the next one.
     buffer = block if gathers else 0
+    stays = _stays(shape, setting) if gathers else 0
     moments = [
         (inputs, 0, vocabulary + 2 * buffer),
-        (at_loss + last, logits, buffer),
-        (at_norm + norm, 0, buffer),
-        (at_block + backward, 0, 2 * buffer),
+        (at_loss + last, logits, buffer + stays),
+        (at_norm + norm, 0, buffer + stays),
+        (at_block + backward, 0, 2 * buffer + stays),
     ]
     activations, logits, gathered = max(moments, key=sum)
     return Bytes(

@@ -12,7 +12,8 @@ from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import longest_rows_of_step
 from peft_dist.config.models import read_model_config
 from peft_dist.plan.adapter import AdapterShape, adapter_shape
-from peft_dist.plan.estimate import Candidate, Estimate, estimate
+from peft_dist.plan.candidate import Candidate
+from peft_dist.plan.estimate import Estimate, estimate
 from peft_dist.plan.hardware import Hardware
 from peft_dist.plan.read_shape import read_shape
 from peft_dist.plan.shapes import ModelShape
@@ -203,8 +204,13 @@ def best_setting(subject: Subject, hardware: Hardware, strategy: str, nodes: int
 
 def _order(found: Estimate) -> tuple[bool, float, int]:
     """What fits comes first, then what is faster; of what does not, what is smaller."""
-    worth = -round(found.tokens_per_s, -1) if found.fits else found.device_bytes
+    worth = -_told(found.tokens_per_s) if found.fits else found.device_bytes
     return not found.fits, worth, found.sent_inside_bytes + found.sent_between_bytes
+
+
+def _told(speed: float) -> float:
+    """Return a speed as exactly as a model of it is worth: three digits."""
+    return float(f"{speed:.3g}")
 
 
 def processes_on(recipe: Recipe, hardware: Hardware, nodes: int) -> int:
@@ -280,7 +286,7 @@ def _best(rows: Sequence[Row]) -> tuple[Row | None, str]:
     def per_gpu(row: Row) -> float:
         return row.estimate.tokens_per_s / row.estimate.candidate.processes
 
-    best = max(fitting, key=lambda row: (round(per_gpu(row), -1), -row.estimate.device_bytes))
+    best = max(fitting, key=lambda row: (_told(per_gpu(row)), -row.estimate.device_bytes))
     found = best.estimate
     spare = (found.limit_bytes - found.device_bytes) / (1 << 30)
     return best, (

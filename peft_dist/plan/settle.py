@@ -3,6 +3,7 @@
 Done on the control plane, before a run is made: its resolved recipe holds the choice.
 """
 
+import math
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +15,15 @@ from peft_dist.config.cluster import Cluster
 from peft_dist.launch.placement import this_machine
 from peft_dist.plan.estimate import Estimate
 from peft_dist.plan.hardware import GIB, Hardware, find_gpu, hardware_of, recognise_gpu
-from peft_dist.plan.plan import choose, read_config, remedy_for, subject_of
-from peft_dist.run.prediction import Prediction
+from peft_dist.plan.plan import MOST_NODES, choose, read_config, remedy_for, subject_of
+from peft_dist.run.prediction import MEASURES_ROWS, Prediction
 
 QUERY = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
 QUERY_LIMIT_S = 20.0
+TIME_MARGIN = 2.0
+"""Times the planned hours: what no GPU has confirmed must not end a job early."""
+AROUND_TRAINING_S = 1800.0
+"""For nodes to come, checks, evaluations and the last save."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Settled:
     """What would make it fit, where it does not."""
     unknown: str = ""
     """Why nothing is foreseen."""
+    measures_rows: bool = False
+    """Whether the rows of a pass were left open: a start on a GPU may correct the choice."""
 
     @property
     def fits(self) -> bool:
@@ -38,15 +45,21 @@ class Settled:
         return self.estimate is None or self.estimate.fits
 
     def prediction(self) -> Prediction | None:
-        """Return what the run's plan file holds; None where nothing is foreseen."""
+        """Return what the run's plan file holds; None where nothing is foreseen or to be found."""
         found = self.estimate
+        is_open = {MEASURES_ROWS: True} if self.measures_rows else {}
         if found is None:
-            return None
+            rows = self.recipe.train.micro_batch_size
+            return {"micro_batch_size": rows, **is_open} if is_open else None
         return {
+            **is_open,
             "bytes_per_rank": found.bytes.allocated,
             "reserved_bytes_per_rank": found.reserved_bytes,
             "step_s": found.seconds.total,
             "tokens_per_s": found.tokens_per_s,
+            "hours": found.hours,
+            "first_start_s": found.first_start_s,
+            "save_s": found.save_s,
             "strategy": found.candidate.strategy,
             "micro_batch_size": found.candidate.micro_batch,
             "activation_checkpointing": found.candidate.recompute,
@@ -67,12 +80,14 @@ def settle(
     Raises:
         PeftDistError: Where a field is `auto` and the model cannot be looked at.
     """
+    is_open = recipe.train.micro_batch_size == "auto"
     if hardware is None:
         recompute = recipe.train.activation_checkpointing is True
         return Settled(
             _with(recipe, micro_batch_size=micro_batch_rows(recipe), recompute=recompute),
             None,
             unknown="the kind of GPU is not known",
+            measures_rows=is_open,
         )
     try:
         # A submission waits for no network: the model of a job is there, or the job cannot start.
@@ -94,7 +109,42 @@ def settle(
         strategy=one.strategy,
     )
     remedy = "" if found.fits else remedy_for(subject, hardware, found)
-    return Settled(settled, found, remedy)
+    return Settled(settled, found, remedy, measures_rows=is_open)
+
+
+def time_limit_s(foreseen: Sequence[Prediction | None]) -> int | None:
+    """Return seconds in which each of some runs is done, with room to spare; None: nobody knows.
+
+    Whatever takes longer goes on in the next job.
+    """
+    limits = []
+    for one in foreseen:
+        if one is None or one.get("hours") is None:
+            return None
+        needed_s = TIME_MARGIN * one["hours"] * 3600 + one["first_start_s"] + AROUND_TRAINING_S
+        limits.append(math.ceil(needed_s / 600) * 600)
+    return max(limits, default=None)
+
+
+def fewest_nodes(recipes: Sequence[Recipe], hardware: Hardware | None, most: int | None) -> int:
+    """Return the fewest nodes, 1, 2, 4 and so on, on which recipes fit; 1 where none suffice.
+
+    Args:
+        recipes: Those of one submission.
+        hardware: The nodes. None: not known.
+        most: Nodes that a job may have.
+
+    Raises:
+        PeftDistError: Where a field is `auto` and the model cannot be looked at.
+    """
+    if hardware is None or any(recipe.parallel.processes is not None for recipe in recipes):
+        return 1
+    count = 1
+    while count <= min(most or MOST_NODES, MOST_NODES):
+        if all(settle(recipe, hardware, count).fits for recipe in recipes):
+            return count
+        count *= 2
+    return 1
 
 
 def _with(

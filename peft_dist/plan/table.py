@@ -6,6 +6,7 @@ from dataclasses import fields
 from peft_dist.common.table import Column, table_lines, table_width
 from peft_dist.plan.estimate import Estimate
 from peft_dist.plan.hardware import GIB, Assumed
+from peft_dist.plan.learn import Learned
 from peft_dist.plan.plan import Plan, Row
 
 
@@ -14,6 +15,7 @@ def render(
     *,
     title: str,
     simulated: str = "",
+    learned: Learned | None = None,
     width: int | None = None,
     colour: bool = False,
 ) -> list[str]:
@@ -23,6 +25,7 @@ def render(
         plan: What to show.
         title: Name of the recipe.
         simulated: What a simulation has found of the best row.
+        learned: What runs say, where the plan has learned from some.
         width: Columns of the terminal; None for as many as it takes.
         colour: Whether lines may hold escape sequences.
     """
@@ -51,6 +54,8 @@ def render(
         lines.append(f"best: {_name(plan.best.estimate)}: {plan.reason}")
     if simulated:
         lines.append(simulated)
+    if learned is not None:
+        lines += ["", *_lessons(learned, width, colour=colour)]
     return [*lines, "", *_basis(plan)]
 
 
@@ -154,6 +159,29 @@ def _plain(_text: str) -> str:
 
 def _verdict_style(verdict: str) -> str:
     return {"fits": "green", "tight": "yellow"}.get(verdict, "red")
+
+
+def _lessons(learned: Learned, width: int | None, *, colour: bool) -> list[str]:
+    """Return what runs have taught: each one calculated and measured, and what follows."""
+    titles = ("run", "calculated s/step", "measured", "off by", "GiB calculated", "measured")
+    columns = [Column(title, right=index > 0) for index, title in enumerate(titles)]
+    rows = [
+        (
+            one.run,
+            f"{one.calculated_s:.3g}",
+            f"{one.measured_s:.3g}",
+            f"{one.calculated_s / one.measured_s - 1:+.0%}",
+            f"{one.calculated_bytes / GIB:.2f}",
+            "?" if one.measured_bytes is None else f"{one.measured_bytes / GIB:.2f}",
+        )
+        for one in learned.lessons
+    ]
+    count = len(learned.lessons)
+    lines = [f"learned from {count} run{'s' if count != 1 else ''}"]
+    if rows:
+        lines += table_lines(columns, rows, width=width, colour=colour)
+        lines.append(f"every efficiency below is the usual one times {learned.factor:.3g}")
+    return [*lines, *(f"left out {text}" for text in learned.left_out)]
 
 
 def _basis(plan: Plan) -> list[str]:

@@ -18,7 +18,7 @@ from peft_dist.report.panel import (
 )
 from peft_dist.report.run_data import RunData
 from peft_dist.report.series import Series, number, short
-from peft_dist.report.text import size, sizes
+from peft_dist.report.text import off_by, size, sizes
 
 LINES_OF_RANKS = 8
 """Most ranks of one run that get a line each; of more, the fullest and the emptiest do."""
@@ -97,7 +97,9 @@ def _over_steps(runs: Sequence[RunData]) -> Panel | None:
         if run.planned_bytes:
             planned = max(run.planned_bytes)
             of_run = f" for {run.name}" if len(runs) > 1 else ""
-            text += f" Planned{of_run}: {sizes(run.planned_bytes)}."
+            peaks = [line.y[-1] for line, own in zip(lines, labels, strict=True) if own is run]
+            off = off_by(planned, max(peaks, default=0.0))
+            text += f" Planned{of_run}: {sizes(run.planned_bytes)}{off}."
             steps = [min(line.x[0] for line in lines), max(line.x[-1] for line in lines)]
             colour = TraceStyle(run_index).colour if len(runs) > 1 else "var(--ink)"
             traces.append(

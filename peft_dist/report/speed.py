@@ -20,7 +20,7 @@ from peft_dist.report.panel import (
 )
 from peft_dist.report.run_data import RunData
 from peft_dist.report.series import Series, quantile, short
-from peft_dist.report.text import duration, figure, share
+from peft_dist.report.text import duration, figure, off_by, share
 
 BARS_OF_RANKS = 16
 """Ranks that get a bar each; of more, each gets a mark."""
@@ -69,8 +69,9 @@ def _throughput(runs: Sequence[RunData]) -> Panel | None:
     own = [run for _, run in indexed]
     if len(own) == 1:
         text = f"Median {figure(middles[0])} tokens per second."
-        if own[0].planned_tokens_per_s is not None:
-            text += f" Planned: {figure(own[0].planned_tokens_per_s)}."
+        planned = own[0].planned_tokens_per_s
+        if planned is not None:
+            text += f" Planned: {figure(planned)}{off_by(planned, middles[0])}."
     else:
         fastest = max(range(len(own)), key=middles.__getitem__)
         text = f"Fastest: {own[fastest].name}, median {figure(middles[fastest])} tokens/s."

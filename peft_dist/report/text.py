@@ -68,3 +68,8 @@ def duration(seconds: float) -> str:
 def some(word: str, number: int) -> str:
     """Return a number with its noun: `1 attempt`, `3 attempts`."""
     return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
+
+
+def off_by(planned: float, measured: float) -> str:
+    """Return how far a plan is from what was measured, in brackets; nothing without either."""
+    return f" ({planned / measured - 1:+.0%})" if planned and measured else ""

@@ -25,7 +25,7 @@ from peft_dist.data.counts import SourceRows
 from peft_dist.data.tokenize import TokenizedRows
 from peft_dist.distributed.world import World
 from peft_dist.metrics.step import StepMetricsReader
-from peft_dist.model import architectures
+from peft_dist.model import architectures, experts
 from peft_dist.model.proof import Way
 from peft_dist.model.source import BaseSource
 from peft_dist.model.weights import Stored, WeightFiles
@@ -132,6 +132,8 @@ def measure(
 ) -> Simulated:
     """Run a start and two steps with a base that is not read; return what was counted. Collective.
 
+    Routers choose by values, which there are none of: every expert gets as many tokens.
+
     Args:
         recipe: What to train.
         folder: Has the model's config.json; its weights are not read.
@@ -139,7 +141,7 @@ def measure(
         mode: What the steps run in: fake tensors, or nothing to use real ones.
     """
     recipe, meter = _settled(recipe, world), Meter()
-    with ExitStack() as stack, _one_thread():
+    with ExitStack() as stack, _one_thread(), _even_experts():
         engines = _engines(stack, meter, mode)
         setup = set_up_model(
             recipe, world, _source(recipe, folder), engines=engines, prover=_first_way
@@ -176,6 +178,20 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _even_experts() -> Iterator[None]:
+    def evenly(chosen: torch.Tensor, count: int) -> list[int]:
+        tokens, more = divmod(chosen.numel(), count)
+        return [tokens + (expert < more) for expert in range(count)]
+
+    before = experts.tokens_of_experts
+    experts.tokens_of_experts = evenly
+    try:
+        yield
+    finally:
+        experts.tokens_of_experts = before
 
 
 def _settled(recipe: Recipe, world: World) -> Recipe:

@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from peft_dist.ledger.events import SavedEvent, SaveFailedEvent, StepEvent, SystemEvent
 from peft_dist.ledger.reader import LedgerReader
@@ -19,13 +20,16 @@ SEARCH_BYTES = 16 << 20
 """Where to stop looking for them, from the ledger's end: some 20,000 steps."""
 
 
-def lead_s(ledger: Path, least_s: int) -> int:
+def lead_s(ledger: Path, least_s: int, foreseen: Mapping[str, Any] | None = None) -> int:
     """Return the seconds that a run needs between the signal to save and its end.
 
     Args:
         ledger: The run's; it need not exist yet.
         least_s: What the cluster file asks for.
+        foreseen: `step_s` and `save_s`, where a plan says so.
     """
+    if foreseen is not None and "step_s" in foreseen:
+        least_s = max(least_s, needed_lead_s(foreseen["step_s"], foreseen["save_s"]))
     reader, saves = LedgerReader(ledger), (SavedEvent, SaveFailedEvent)
     events = reader.tail(RECENT + 1, StepEvent, limit_bytes=SEARCH_BYTES)
     if not events:  # not begun yet
@@ -42,8 +46,12 @@ def lead_s(ledger: Path, least_s: int) -> int:
         if isinstance(before, StepEvent) and isinstance(event, StepEvent)
     ]
     saves_s = [event.write_s for event in saved if event.write_s is not None]
-    needed_s = SETTLE_S + MARGIN * (_long(steps_s) + _long(saves_s))
-    return max(least_s, math.ceil(needed_s))
+    return max(least_s, needed_lead_s(_long(steps_s), _long(saves_s)))
+
+
+def needed_lead_s(step_s: float, save_s: float) -> int:
+    """Return the seconds that a step and a save of such lengths need, with a margin."""
+    return math.ceil(SETTLE_S + MARGIN * (step_s + save_s))
 
 
 def _long(times_s: Sequence[float]) -> float:

@@ -18,10 +18,16 @@ from peft_dist.config.cluster import Cluster, render_cluster
 from peft_dist.data.first_rows import check_first_rows
 from peft_dist.launch.model_folder import check_model_folder
 from peft_dist.launch.placement import Machine, plan_processes
-from peft_dist.plan.settle import check_memory, cluster_hardware, settle_alike
+from peft_dist.plan.settle import (
+    check_memory,
+    cluster_hardware,
+    fewest_nodes,
+    settle_alike,
+    time_limit_s,
+)
 from peft_dist.run.directory import RunDir, write_text_atomic
 from peft_dist.run.environment import FILE, write_environment
-from peft_dist.run.prediction import Prediction, write_prediction
+from peft_dist.run.prediction import Prediction, as_measured, write_prediction
 from peft_dist.run.sweep import (
     Element,
     grid,
@@ -48,7 +54,8 @@ class Request:
     overrides: Sequence[str]
     folder: Path
     cluster: Cluster
-    nodes: int
+    nodes: int | None = None
+    """Default: the fewest that the plan finds enough, and 1 where it knows nothing."""
     time: str | None = None
     array: Sequence[str] = ()
     """`key=v1,v2,...` or a YAML file that maps keys to lists of values; all combinations."""
@@ -123,15 +130,18 @@ def prepare(request: Request) -> Submission:
     _check_numbers(request)
     validate.check_account(cluster)
     validate.check_folder(folder)
-    runs, warnings = _settled(request, _runs(request, folder))
+    runs, nodes, warnings = _settled(request, _runs(request, folder))
     recipes = [run.recipe for run in runs]
     validate.check_alike(recipes)
-    validate.check_processes(cluster, request.nodes, recipes[0])
+    validate.check_processes(cluster, nodes, recipes[0])
     machine = Machine(gpus=cluster.gpus_per_node, cores=cluster.cpus_of_a_node or 1)
     per_node = cluster.processes_per_node or 0
-    placement = plan_processes(recipes[0], machine, request.nodes, per_node=per_node)
+    placement = plan_processes(recipes[0], machine, nodes, per_node=per_node)
     time_limit, time_from = validate.time_limit(cluster, request.time)
-    time_s = None if time_limit is None else duration_s(time_limit, where=time_from)
+    if time_limit is None:
+        time_s = time_limit_s([run.prediction for run in runs])
+    else:
+        time_s = duration_s(time_limit, where=time_from)
     trees = trees_to_copy() if request.snapshot else {}
     job = Job(
         name=validate.job_name(folder.name),
@@ -139,7 +149,9 @@ def prepare(request: Request) -> Submission:
         cluster=cluster,
         placement=placement,
         time_s=time_s,
-        lead_s=max(lead_s(RunDir(run.folder).ledger, cluster.signal_lead_s) for run in runs),
+        lead_s=max(
+            lead_s(RunDir(run.folder).ledger, cluster.signal_lead_s, run.prediction) for run in runs
+        ),
         max_restarts=recipes[0].parallel.max_restarts,
         array=Array(len(runs), request.limit) if _is_array(request) else None,
         singleton=request.singleton,
@@ -151,7 +163,7 @@ def prepare(request: Request) -> Submission:
     validate.check_cluster_files(cluster)
     warnings += validate.check_cpus(cluster)
     for run in runs:
-        warnings += validate.check_paths(cluster, request.nodes, run.folder, run.recipe)
+        warnings += validate.check_paths(cluster, nodes, run.folder, run.recipe)
         warnings += validate.check_batch(run.recipe, placement.processes)
     offline.check_image(cluster)
     for recipe in {recipe.data: recipe for recipe in recipes}.values():
@@ -217,10 +229,13 @@ def _submit(
     alone_first = ["--array=0"] if job.array else []
     start = check_script(submission.files[script], alone_first)
     for run in wanted.values():
+        recipe, prediction = run.recipe, run.prediction
+        if not fresh:
+            recipe, prediction = as_measured(RunDir(run.folder), recipe, prediction)
         made = RunDir.claim(
-            run.folder, run.recipe, command=command, fresh=fresh, allow_changed=job.allow_changed
+            run.folder, recipe, command=command, fresh=fresh, allow_changed=job.allow_changed
         )
-        write_prediction(made, run.prediction)
+        write_prediction(made, prediction)
         _make_slurm_folder(made, job.cluster)
     _freeze(submission, [run.folder for run in wanted.values()])
     if job.array:
@@ -301,25 +316,30 @@ def _runs(request: Request, folder: Path) -> list[Run]:
     return [Run(folder, load_recipe(request.recipe, request.overrides), ())]
 
 
-def _settled(request: Request, runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
-    """Return the runs with every `auto` replaced, and what there is to say of their memory.
+def _settled(request: Request, runs: Sequence[Run]) -> tuple[list[Run], int, list[str]]:
+    """Return the runs with every `auto` replaced, their nodes, and what there is to say of memory.
 
     Raises:
         LaunchError: For one that cannot fit.
     """
-    hardware = cluster_hardware(request.cluster)
-    settled = settle_alike([run.recipe for run in runs], hardware, request.nodes)
+    hardware, most = cluster_hardware(request.cluster), request.cluster.max_nodes
+    recipes = [run.recipe for run in runs]
+    nodes = request.nodes or fewest_nodes(recipes, hardware, most)
+    settled = settle_alike(recipes, hardware, nodes)
     warnings = [
         f"memory was not checked: {found.unknown}"
         for found in settled
         if hardware is not None and found.unknown
     ]
+    if request.nodes is None and nodes > 1:
+        warnings.append(f"on {nodes} nodes: it does not fit on fewer; --nodes asks for others")
     for found in settled:
         warnings += check_memory(found, anyway=request.anyway)
-    return [
+    settled_runs = [
         replace(run, recipe=found.recipe, prediction=found.prediction())
         for run, found in zip(runs, settled, strict=True)
-    ], warnings
+    ]
+    return settled_runs, nodes, warnings
 
 
 def _make_slurm_folder(run: RunDir, cluster: Cluster) -> None:

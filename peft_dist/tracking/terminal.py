@@ -36,6 +36,8 @@ class Terminal:
         match event:
             case events.StepEvent():
                 self._step(event)
+            case events.MicroBatchEvent():
+                log.info("%d rows per pass fit; planned were %s", event.chosen, event.planned)
             case events.EvaluationEvent():
                 log.info("%s", _evaluation(event))
             case events.RollbackEvent():

@@ -1,7 +1,7 @@
-"""What a simulation counts is what two real processes do, to the byte."""
+"""What a simulation counts is what real processes do, to the byte; and what the kernel says."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,10 @@ import torch
 
 from peft_dist.config.recipe import Recipe
 from peft_dist.distributed.world import World
-from peft_dist.simulation.run import simulate
+from peft_dist.plan.candidate import Candidate
+from peft_dist.plan.hardware import find_gpu, hardware_of
+from peft_dist.plan.plan import subject_of
+from peft_dist.simulation.run import Simulated, simulate
 from tests.configs import model_folder
 from tests.faults.long import only_long
 from tests.processes import ROOT, environment, run, torchrun
@@ -34,15 +37,28 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe_of(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the values of a recipe for two processes."""
+FOUR: dict[str, dict[str, Any]] = {
+    "fsdp": {"parallel": {"strategy": "fsdp"}},
+    "ddp": {"parallel": {"strategy": "ddp"}},
+    "fsdp recomputed": CASES["fsdp recomputed"],
+    "hsdp": {"parallel": {"strategy": "hsdp", "shard_size": 2}},
+}
+SIZES = {
+    "hidden_size": 128, "intermediate_size": 256, "vocab_size": 1024, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_hidden_layers": 2,
+}  # fmt: skip
+EXPERTS = {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2}
+
+
+def recipe_of(case: dict[str, Any], folder: Path, processes: int = 2) -> dict[str, Any]:
+    """Return the values of a recipe for so many processes."""
     sections = {
         "model": {"name": str(folder), "dtype": "float32"},
         "quantization": "nf4",
         "method": LORA,
         "data": {"train": "x.jsonl", "max_length": 32},
-        "train": {"global_batch_size": 4, "micro_batch_size": 2},
-        "parallel": {"processes": 2},
+        "train": {"global_batch_size": 2 * processes, "micro_batch_size": 2},
+        "parallel": {"processes": processes},
     }
     for name, section in case.items():
         old = sections[name]
@@ -51,26 +67,78 @@ def recipe_of(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     return sections
 
 
+def measured(
+    folder: Path, recipes: dict[str, dict[str, Any]], processes: int, script: str
+) -> dict[str, Any]:
+    """Return what rank 0 of real processes says of recipes."""
+    (folder / "recipes.json").write_text(json.dumps(recipes))
+    done = run(
+        [*torchrun(processes), str(ROOT / "tests" / "distributed" / script),
+         str(folder / "recipes.json"), str(folder / "out.json")],
+        environment=environment(folder / "cache", MALLOC_MMAP_THRESHOLD_="65536"),
+        cwd=folder,
+        timeout_s=1800,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
+    return found
+
+
+def simulated(values: dict[str, Any], processes: int) -> Simulated:
+    """Return what a simulation says of rank 0."""
+    recipe = Recipe.model_validate(values)
+    world = World(0, processes, 0, processes, torch.device("cpu"))
+    return simulate(recipe, Path(recipe.model.name), world)
+
+
 @only_long
 @pytest.mark.distributed
-def test_a_simulation_counts_what_two_processes_do(tmp_path: Path) -> None:
-    folder = model_folder(
-        tmp_path / "model", "shallow", hidden_size=128, intermediate_size=256, vocab_size=1024,
-        num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3,
-    )  # fmt: skip
-    recipes = {name: recipe_of(case, folder) for name, case in CASES.items()}
-    (tmp_path / "recipes.json").write_text(json.dumps(recipes))
-    script = str(ROOT / "tests" / "distributed" / "measured_steps.py")
-    done = run(
-        [*torchrun(2), script, str(tmp_path / "recipes.json"), str(tmp_path / "out.json")],
-        environment=environment(tmp_path / "cache"),
-        cwd=tmp_path,
-        timeout_s=550,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    real = json.loads((tmp_path / "out.json").read_text())
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_simulation_counts_what_real_processes_do(tmp_path: Path, processes: int) -> None:
+    dense = model_folder(tmp_path / "model", "shallow", **SIZES)
+    mixture = model_folder(tmp_path / "mixture", "qwen3-30b-a3b", **SIZES, **EXPERTS)
+    cases = CASES if processes == 2 else FOUR
+    recipes = {name: recipe_of(case, dense, processes) for name, case in cases.items()}
+    recipes["mixture"] = recipe_of(cases["fsdp"], mixture, processes)
+    recipes["mixture, ddp"] = recipe_of(cases["ddp"], mixture, processes)
+    real = measured(tmp_path, recipes, processes, "measured_steps.py")
     for name, values in recipes.items():
-        world = World(0, 2, 0, 2, torch.device("cpu"))
-        found = asdict(simulate(Recipe.model_validate(values), folder, world))
+        found = asdict(simulated(values, processes))
         assert found["flops"] > 0 and found["peak_bytes"] > found["base_bytes"]
         assert {**found, "start_peak_bytes": 0} == {**real[name], "start_peak_bytes": 0}, name
+
+
+LARGER = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
+    "num_hidden_layers": 3, "vocab_size": 16384,
+}  # fmt: skip
+
+
+def larger(folder: Path, strategy: str) -> dict[str, Any]:
+    """Return a recipe whose tensors are much larger than what else a process needs."""
+    model = model_folder(folder / "larger", "shallow", **LARGER)
+    values = recipe_of({"parallel": {"strategy": strategy}}, model)
+    values["data"] = {**values["data"], "max_length": 256}
+    return values
+
+
+@only_long
+@pytest.mark.distributed
+def test_the_kernel_sees_what_a_simulation_counts(tmp_path: Path) -> None:
+    values = larger(tmp_path, "fsdp")
+    real = measured(tmp_path, {"fsdp": values}, 2, "resident_steps.py")
+    assert real["fsdp"] == pytest.approx(simulated(values, 2).peak_bytes, rel=0.10)
+
+
+@only_long
+@pytest.mark.distributed
+def test_zero3_takes_what_its_formula_says(tmp_path: Path) -> None:
+    values = larger(tmp_path, "zero3")
+    real = measured(tmp_path, {"zero3": values}, 2, "measured_steps.py")
+    recipe = Recipe.model_validate(values)
+    config = json.loads((tmp_path / "larger" / "config.json").read_text())
+    subject = subject_of(recipe, config)
+    one = Candidate("zero3", 1, 2, 2, micro_batch=2, recompute=False, offload=False)
+    gpu = replace(find_gpu("h100-80gb", where=""), bfloat16=False)
+    planned = subject.estimate(one, hardware_of(None, gpu, gpus_per_node=2))
+    assert planned.bytes.allocated == pytest.approx(real["zero3"]["peak_bytes"], rel=0.03)

@@ -1,6 +1,7 @@
 """`peft-dist doctor`: one line per finding, with its remedy, and exit code 2 where one is bad."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from peft_dist.cli.main import main
 from peft_dist.launch.placement import Machine
 from peft_dist.plan import doctor
+from peft_dist.plan.doctor_network import examine_network
+from peft_dist.plan.known_faults import driver_fault, keeps
 from tests.configs import model_folder
 from tests.unit.run_folders import slurm_commands
 from tests.unit.slurm_desk import Capture
@@ -73,7 +76,7 @@ def test_a_version_that_we_are_not_made_for_is_bad(
     ],
 )
 def test_limits_of_versions(version: str, limit: str, kept: bool) -> None:
-    assert doctor._keeps(version, limit) is kept
+    assert keeps(version, limit) is kept
 
 
 def test_gpus_are_read_and_a_build_without_them_is_bad(
@@ -145,3 +148,68 @@ def test_a_gpu_whose_name_is_no_text_steers_nothing(
     monkeypatch.setattr(doctor, "this_machine", lambda: Machine(gpus=1, cores=1))
     _, found = findings(capsys)
     assert any("GPU 0: ?]0;t?H\ufffd, 80000 MiB, 9 in use" in text for text in found["ok"]), found
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "told_in"),
+    [
+        ("nvidia-nccl-cu13", "2.29.2", "pytorch/pytorch#174338"),
+        ("torch", "2.11.0+cu130", "pytorch/pytorch#119856"),
+        ("nvidia-nccl-cu13", "2.29.3", ""),
+    ],
+)
+def test_known_faults_are_named_with_where_they_are_told(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, package: str, version: str, told_in: str
+) -> None:
+    real = doctor.importlib.metadata.version
+    monkeypatch.setattr(
+        doctor.importlib.metadata,
+        "version",
+        lambda name: version if name == package else real(name),
+    )
+    _, found = findings(capsys)
+    told = [text for text in found["note"] if text.startswith(f"{package} {version}: ")]
+    assert [text.endswith(f"({told_in})") for text in told] == ([True] if told_in else [])
+
+
+@pytest.mark.parametrize(
+    ("build", "driver", "bad"),
+    [
+        ("cu130", "570.133.20", True),
+        ("cu130", "580.65.06", False),
+        ("cu128", "525.60.13", False),
+        ("cu126", "470.82.01", True),
+        ("cpu", "470.82.01", False),
+        ("cu130", "", False),
+    ],
+)
+def test_a_driver_that_is_too_old_for_torch_is_bad(build: str, driver: str, bad: bool) -> None:
+    found = driver_fault(build, driver)
+    assert (found is not None and found.level == "bad") is bad
+
+
+def test_the_network_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        hub = f"http://127.0.0.1:{server.getsockname()[1]}"
+        reached = {one.text: one.level for one in examine_network({"HF_ENDPOINT": hub})}
+    assert reached["Hugging Face's libraries may download (127.0.0.1 is reached)"] == "ok"
+    assert any(text.startswith("links: ") for text in reached)
+    away = [one for one in examine_network({"HF_ENDPOINT": hub, "NCCL_SOCKET_IFNAME": "nowhere0"})
+            if one.level != "ok"]  # fmt: skip
+    told = {one.text.partition(" ")[0]: one for one in away}
+    assert told["127.0.0.1"].level == "note" and "is not reached" in told["127.0.0.1"].text
+    assert told["NCCL_SOCKET_IFNAME=nowhere0"].level == "bad"
+    assert told["NCCL_SOCKET_IFNAME=nowhere0"].text.endswith("; unset it")
+
+
+def test_a_step_as_long_as_a_hang_is_told(
+    recipe_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    model_folder(tmp_path / "model", "llama-3.3-70b")
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("gpus_per_node: 8\ngpu: h100-80gb\n")
+    text = recipe_file.read_text() + "watchdog: {min_s: 1}\n"
+    recipe_file.write_text(text)
+    _, found = findings(capsys, str(recipe_file), "--cluster", str(cluster))
+    assert any("raise watchdog.min_s to" in one for one in found["note"])

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAMP = {"attempt": 1, "time": 5.0, "at_s": 2.5}
 OLD_LINES: list[dict[str, Any]] = [
     {**STAMP, "event": "start", "step": 0, "steps": 9, "startup_s": 1.0, "load_s": 1.5},
+    {**STAMP, "event": "micro_batch", "step": 0, "planned": 4, "chosen": 8},
     {**STAMP, "event": "step", "step": 1, "lr": 0.1, "tokens": 8, "rows": 1, "loss": 2.0,
      "grad_norm": 1.0, "tokens_per_s": 8, "peak_memory_bytes": 10},
     {**STAMP, "event": "evaluation", "step": 1, "eval_loss": 2.0, "eval_accuracy": None},
@@ -182,7 +183,7 @@ def test_a_rollback_without_its_step_takes_nothing_back() -> None:
 
 
 def test_a_line_of_half_a_surrogate_pair_is_read() -> None:
-    line = json.dumps(OLD_LINES[3]).encode()
+    line = json.dumps(OLD_LINES[4]).encode()
     event: LedgerEvent = from_line(line)
     assert isinstance(event, SampleEvent) and event.prompt == "\ud800"
     assert isinstance(from_line(json.dumps(OLD_LINES[0]).encode()), StartEvent)

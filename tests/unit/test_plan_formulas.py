@@ -17,6 +17,7 @@ from peft_dist.plan.adapter import adapter_shape
 from peft_dist.plan.estimate import gathered_bytes
 from peft_dist.plan.memory import Setting, peak_bytes
 from peft_dist.plan.read_shape import read_shape
+from peft_dist.sharding import deepspeed_zero
 from peft_dist.simulation.run import Simulated, simulate
 from tests.configs import model_folder
 from tests.faults.long import IS_LONG
@@ -31,6 +32,13 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3": {"model": "qwen3-32b", "rows": 2, "changes": FEW},
     "qwen3, recomputed": {"model": "qwen3-32b", "rows": 2, "changes": FEW, "recompute": True},
     "mistral": {"model": "mistral-small-24b", "rows": 2, "changes": FEW},
+    "mixture": {"model": "qwen3-30b-a3b", "rows": 2, "changes": FEW},
+    "mixture, recomputed": {
+        "model": "qwen3-30b-a3b",
+        "rows": 2,
+        "changes": FEW,
+        "recompute": True,
+    },
     "fsdp": {},
     "fsdp, little vocabulary": {"model": "shallow-few-words"},
     "fsdp, recomputed": {"recompute": True},
@@ -143,5 +151,6 @@ def test_every_parameter_of_a_decoder_is_counted(kind: str, tied: bool) -> None:
     assert read_shape(config.to_dict(), where="test").parameters == counted
 
 
-def test_the_formulas_know_the_chunks_of_the_loss() -> None:
+def test_the_formulas_know_the_numbers_of_the_code() -> None:
     assert memory.LOGIT_BYTES_PER_CHUNK == cross_entropy.LOGIT_BYTES_PER_CHUNK
+    assert memory.REUSE_ELEMENTS == deepspeed_zero._REUSE_ELEMENTS

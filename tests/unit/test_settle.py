@@ -1,6 +1,8 @@
 """`auto` in a recipe: what the control plane chooses is written down, and what cannot fit waits."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from peft_dist.config.batch_shape import require_settled
 from peft_dist.launch.placement import Machine
 from peft_dist.ledger.read_event import from_fields
 from peft_dist.plan.hardware import find_gpu, hardware_of, recognise_gpu
+from peft_dist.plan.plan import choose, subject_of
 from peft_dist.plan.settle import settle
 from peft_dist.run.directory import RunDir
 from peft_dist.run.prediction import planned_facts
@@ -66,6 +69,38 @@ def test_what_cannot_fit_is_not_queued(gpus: Desk, capsys: Capture) -> None:
     assert gpus.run.is_dir()
 
 
+LARGE = ("data.max_length=2048", "train.micro_batch_size=1", "train.global_batch_size=64",
+         "train.activation_checkpointing=true")  # fmt: skip
+
+
+def test_nodes_time_and_save_lead_are_the_plans_where_nobody_gives_them(
+    gpus: Desk, capsys: Capture
+) -> None:
+    model_folder(gpus.folder / "model", "llama-3.1-405b")
+    gpus.cluster({"gpu": "h100-80gb", "gpus_per_node": 4, "max_nodes": 8, "max_time": None})
+    assert gpus.submit(*LARGE, "train.steps=100", "parallel.strategy=fsdp") == 0
+    assert "on 2 nodes: it does not fit on fewer; --nodes asks" in capsys.readouterr().err
+    foreseen = json.loads((gpus.run / "plan.json").read_text())
+    script = (gpus.run / "job.sbatch").read_text()
+    assert "#SBATCH --nodes=2\n" in script
+    (limit,) = re.findall(r"#SBATCH --time=(?:(\d+)-)?(\d+):(\d+):00\n", script)
+    given_s = 86400 * int(limit[0] or 0) + 3600 * int(limit[1]) + 60 * int(limit[2])
+    planned_s = 3600 * foreseen["hours"]
+    assert 2 * planned_s < given_s < 2 * planned_s + 3600 + foreseen["first_start_s"]
+    (lead,) = re.findall(r"#SBATCH --signal=B?:?\w+@(\d+)", script)
+    assert foreseen["step_s"] > 30 and int(lead) > 30 + 3 * foreseen["step_s"]
+
+
+def test_what_is_given_of_nodes_and_time_stands(gpus: Desk) -> None:
+    model_folder(gpus.folder / "model", "llama-3.1-405b")
+    gpus.cluster(
+        {"gpu": "h100-80gb", "gpus_per_node": 4, "max_nodes": 8, "default_time": "3:00:00"}
+    )
+    assert gpus.submit(*LARGE, "train.steps=100", "parallel.strategy=fsdp", "--nodes", "4") == 0
+    script = (gpus.run / "job.sbatch").read_text()
+    assert "#SBATCH --nodes=4\n" in script and "#SBATCH --time=03:00:00\n" in script
+
+
 def test_the_runs_of_an_array_share_a_strategy_that_suits_all(gpus: Desk) -> None:
     gpus.cluster({"gpu": "a100-40gb", "gpus_per_node": 8})
     hardware = hardware_of(None, find_gpu("a100-40gb", where="gpu"), gpus_per_node=8)
@@ -88,7 +123,12 @@ def test_without_a_kind_of_gpu_nothing_is_refused_or_said(desk: Desk, capsys: Ca
     recipe = load_recipe(desk.run / "recipe.yaml", check_paths=False)
     assert (recipe.train.micro_batch_size, recipe.train.activation_checkpointing) == (4, False)
     assert recipe.parallel.strategy == "auto"
-    assert not (desk.run / "plan.json").exists()
+    # Whatever GPU it is, its first start measures how many rows fit.
+    foreseen = json.loads((desk.run / "plan.json").read_text())
+    assert foreseen == {"micro_batch_size": 4, "measures_rows": True}
+    other = desk.folder / "runs" / "other"
+    assert desk.submit("--run-dir", str(other)) == 0
+    assert not (other / "plan.json").exists()
 
 
 def test_a_model_that_cannot_be_looked_at_is_said(gpus: Desk, capsys: Capture) -> None:
@@ -164,3 +204,22 @@ def test_the_ledger_notes_what_was_foreseen_and_no_nonsense(gpus: Desk) -> None:
     for nonsense in ("[]", "{", '{"bytes_per_rank": "many", "step_s": NaN}'):
         run.plan.write_text(nonsense)
         assert planned_facts(run) == {}
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-4])
+def test_the_fastest_is_chosen_however_slow_all_are(
+    recipe_file: Path, tmp_path: Path, factor: float
+) -> None:
+    model_folder(tmp_path / "model", "llama-3.1-8b")
+    recipe = load_recipe(recipe_file, [*OPEN, "data.max_length=64"])
+    subject = subject_of(recipe, json.loads((tmp_path / "model" / "config.json").read_text()))
+    hardware = hardware_of(None, find_gpu("h100-80gb", where="gpu"), gpus_per_node=8)
+    hardware = replace(hardware, assumed=hardware.assumed.times(factor))
+    found = choose(subject, hardware, 1, strategies=["ddp"])
+    every = [
+        subject.estimate(replace(found.candidate, micro_batch=rows, recompute=again), hardware)
+        for rows in (1, 2, 4, 8)
+        for again in (False, True)
+    ]
+    fastest = max(one.tokens_per_s for one in every if one.fits)
+    assert found.fits and found.tokens_per_s > 0.99 * fastest
