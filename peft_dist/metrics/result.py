@@ -3,6 +3,7 @@
 Computes nothing that is not a sum or a ratio of what the run measured.
 """
 
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -127,9 +128,10 @@ def summary(
         ),
         ("adapter", str(run.adapter)),
         ("serving", result["serving"]),
+        ("report", f"peft-dist report {shlex.quote(str(run.path))}"),
     ]
     if result["device"] == "cuda":
-        rows.insert(-3, ("peak GPU", f"{_list(result['peak_device_bytes_per_rank'])} per rank"))
+        rows.insert(-5, ("peak GPU", f"{_list(result['peak_device_bytes_per_rank'])} per rank"))
     table = table_lines(_COLUMNS, [["", *row] for row in rows], width=width, colour=colour)
     code = loading_code(run.adapter, result, base)
     return ["", "Done.", *table, "  load it:", *(f"    {line}" for line in code), ""]
