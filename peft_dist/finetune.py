@@ -97,7 +97,8 @@ def fine_tune(
         inputs = describe_inputs(recipe, {"data.train": rows, "data.eval": held}, base.files)
     if recipe.train.deterministic:
         export_determinism()  # before NCCL and cuBLAS are used
-    with stage(f"waiting until all {world.size} processes are there", log):
+    many = f"all {world.size} processes are" if world.size > 1 else "torch.distributed is"
+    with stage(f"waiting until {many} there", log):
         process_group.start(world, meeting)
         attempt.share_run()
         refuse_different_inputs(inputs)
@@ -230,7 +231,10 @@ def _trainer(
             if setup.world.is_main:
                 run.drop_next_recipe()
             raise
-        trainer.resume(newest)
+        with stage("reading the checkpoint", log) as told:
+            trainer.resume(newest)
+            size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
+            told.append(f"checkpoint: step {trainer.progress.step}, {megabytes(size)}")
     if setup.world.is_main:
         attempt.require_lease()
         run.accept_recipe()

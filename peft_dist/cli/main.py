@@ -21,7 +21,13 @@ from peft_dist.cli import (
     validate,
     wandb,
 )
-from peft_dist.cli.options import SHELLS, add_verbosity, begin_logs, completion
+from peft_dist.cli.options import (
+    SHELLS,
+    add_verbosity,
+    begin_logs,
+    completion,
+    remedy_for_option,
+)
 from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import show
 from peft_dist.common.errors import (
@@ -74,7 +80,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     # argparse stops collecting key=value at the first option; those after it end up here.
     stray = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
     if stray:
-        arguments.parser.error(f"unrecognized argument {stray[0]!r}")
+        raise PeftDistError(
+            f"unrecognized argument {stray[0]!r}",
+            remedy=remedy_for_option(stray[0], arguments.parser),
+        )
     if rest:
         arguments.overrides += rest
     return arguments

@@ -1,13 +1,15 @@
 """`peft-dist models`: which models can be trained; without torch, unless it is to try them."""
 
 import argparse
-import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE, PeftDistError
 
 Run = Callable[[argparse.Namespace], int]
+
+COLUMNS_OF_A_FILE = 96
+"""How wide the list is where standard output is no terminal."""
 
 
 def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) -> None:
@@ -38,19 +40,33 @@ def _models(arguments: argparse.Namespace) -> int:
     if arguments.types or arguments.nf4:
         raise PeftDistError("TYPE and --nf4 are for --check", remedy="add --check")
     tested = TESTED_CLASSIFIERS if arguments.classify else TESTED
-    show("tested: trained by the tests, on every engine")
-    _show_names(tested)
     what = "logits" if arguments.classify else "losses"
-    show(f"proven at start: trained where the {what} are those of transformers, else refused")
-    _show_names([name for name in known if name not in tested])
+    _show_table(tested, [name for name in known if name not in tested], what)
     if not known:
-        show("  those of transformers, which is not installed here")
+        show("transformers, whose other decoders are proven at start, is not installed here")
     return EXIT_DONE
 
 
-def _show_names(names: tuple[str, ...] | list[str]) -> None:
-    for line in textwrap.wrap(", ".join(names), 96, break_on_hyphens=False):
-        show(f"  {line}")
+def _show_table(tested: Sequence[str], proven: Sequence[str], what: str) -> None:
+    from peft_dist.common.table import Column, print_lines, stdout_form, table_lines
+
+    columns = [
+        Column("", style=lambda _: "cyan"),
+        Column("", wrap=True),
+    ]
+    rows = [["tested", ", ".join(tested)]]
+    if proven:
+        rows.append(["proven at start", ", ".join(proven)])
+    width, colour = stdout_form()
+    lines = table_lines(columns, rows, width=width or COLUMNS_OF_A_FILE, colour=colour)
+    print_lines(
+        [
+            *lines,
+            "",
+            "tested: trained by the tests, on every engine",
+            f"proven at start: trained where the {what} are those of transformers, else refused",
+        ]
+    )
 
 
 def _check(arguments: argparse.Namespace) -> int:

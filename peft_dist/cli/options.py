@@ -10,6 +10,20 @@ from peft_dist.common.console import show
 from peft_dist.common.env import VERBOSITY
 
 SHELLS = ("bash", "zsh", "fish")
+_OPTIONS = {
+    "config": "the recipe's path alone",
+    "dryrun": "--dry-run",
+    "gpus": "--nproc",
+    "num_gpus": "--nproc",
+    "num_processes": "--nproc",
+    "nproc_per_node": "--nproc",
+    "overwrite_output_dir": "--fresh",
+    "resume": "`peft-dist resume RUN_DIR`, or the same command again",
+    "resume_from_checkpoint": "`peft-dist resume RUN_DIR`, or the same command again",
+}
+"""Options of other programs, and ours for each."""
+LEAST_ALIKE = 0.8
+"""Of two words, from 0 to 1, for one to be taken for a slip of the other."""
 
 
 def add_verbosity(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +51,35 @@ def tell_given_twice(overrides: Sequence[str]) -> None:
 
     for line in given_twice(overrides):
         show(f"peft-dist: {line}", sys.stderr)
+
+
+def remedy_for_option(word: str, parser: argparse.ArgumentParser) -> str:
+    """Return what to write in place of an option that a command does not have.
+
+    Args:
+        word: As it was typed.
+        parser: Of the command.
+    """
+    import difflib
+
+    from peft_dist.config.explain import remedy_for_unknown
+    from peft_dist.config.recipe import Recipe
+
+    name = word.lstrip("-").partition("=")[0]
+    known, plain = _words(parser), name.replace("-", "_")
+    takes_settings = any(action.dest == "overrides" for action in parser._actions)
+    near = difflib.get_close_matches(f"--{name}", known, n=1, cutoff=LEAST_ALIKE)
+    setting = remedy_for_unknown([plain], Recipe) if takes_settings else ""
+    remedy = ""
+    if plain in _OPTIONS and (takes_settings or _OPTIONS[plain] in known):
+        remedy = f"here that is {_OPTIONS[plain]}; "
+    elif takes_settings and "." in name:
+        remedy = f"settings have no dashes: {name}=VALUE; "
+    elif setting.startswith("here that is"):
+        remedy = f"{setting}; " if "option" in setting else f"{setting}, written key=value; "
+    elif near:
+        remedy = f"did you mean {near[0]!r}? "
+    return f"{remedy}see {parser.prog} --help"
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:

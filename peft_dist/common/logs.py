@@ -1,8 +1,8 @@
 """The one logger of this program: what its lines look like, and which stream takes them.
 
-Every line has the time, and the rank of the process where it is one of several. Lines of rank 0 go
-to standard output, above what is drawn there; those of all processes to standard error, which
-`peft-dist` keeps in a file.
+Every line has the time, and that of a training process its rank. Lines of rank 0 go to standard
+output, above what is drawn there; those of all processes to standard error, which `peft-dist` keeps
+in a file.
 """
 
 import logging
@@ -62,7 +62,7 @@ def begin(rank: int | None = None, *, on_screen: bool = True) -> None:
     """Let log lines be seen from now on.
 
     Args:
-        rank: Which of the processes that work together this is; None for a command.
+        rank: Which of the training processes this is; None for a command.
         on_screen: Whether this process may use standard output, where it is rank 0 or a command.
     """
     level = LEVELS.get(os.environ.get(VERBOSITY, ""), logging.INFO)

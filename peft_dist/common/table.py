@@ -65,7 +65,8 @@ def table_lines(
     cells = [row for row in rows if not isinstance(row, str)]
     console = _console(width, colour=colour)
     table = _table(columns, cells, GAPS[0])
-    if width is not None and table_width(columns, cells) > width:
+    wraps = any(column.wrap for column in columns)
+    if width is not None and not wraps and table_width(columns, cells) > width:
         table = _table(columns, cells, GAPS[1])
     with console.capture() as captured:
         console.print(table)

@@ -44,11 +44,16 @@ def describe_failure(
             if error["type"] == "extra_forbidden" and root is Recipe:
                 lines[dotted] = "no such key", remedy_for_unknown(path, section)
     (dotted, (problem, remedy)), *rest = lines.items()
-    if rest:
-        others = ", ".join(other for other, _ in rest[:MOST_OTHERS])
-        more = f" and {len(rest) - MOST_OTHERS} more" if len(rest) > MOST_OTHERS else ""
-        remedy = f"{remedy} (also wrong: {others}{more})".strip()
-    return RecipeError(problem, where=f"{where}: {dotted}", remedy=remedy)
+    remedy += also_wrong([other for other, _ in rest])
+    return RecipeError(problem, where=f"{where}: {dotted}", remedy=remedy.strip())
+
+
+def also_wrong(fields: Sequence[str]) -> str:
+    """Return what follows the remedy for the first field, about the others that are wrong."""
+    if not fields:
+        return ""
+    more = f" and {len(fields) - MOST_OTHERS} more" if len(fields) > MOST_OTHERS else ""
+    return f" (also wrong: {', '.join(fields[:MOST_OTHERS])}{more})"
 
 
 def remedy_for_unknown(path: Sequence[str], section: SectionType) -> str:

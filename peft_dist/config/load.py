@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 from peft_dist.common.errors import RecipeError
 from peft_dist.config.explain import (
+    also_wrong,
     describe_failure,
     quote,
     refuse_booleans_as_numbers,
@@ -30,7 +31,9 @@ PATH_FIELDS = (("model", "name"), ("data", "train"), ("data", "eval"), ("method"
 """Fields that hold a local path or, where no such path exists, a hub name; or a list of sources."""
 _NEVER_ON_THE_HUB = (("method", "start_from"),)
 
-_FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+_FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".tsv", ".txt", ".xls", ".xlsx",
+                 ".gz", ".zip", ".yaml", ".yml", ".xml")  # fmt: skip
+"""What no hub name ends with; of these files not all can be read."""
 
 
 def load_recipe(
@@ -47,7 +50,11 @@ def load_recipe(
     """
     where = str(path)
     raw = read_mapping(path, remedy="start with model: {name: ...}")
-    typed = [_apply_override(raw, override, where) for override in overrides]
+    unknown: dict[str, str] = {}
+    typed = [_apply_override(raw, override, where, unknown) for override in overrides]
+    for key, remedy in unknown.items():
+        others = also_wrong([other for other in unknown if other != key])
+        raise RecipeError("no such key", where=key, remedy=f"{remedy}{others}")
     refuse_booleans_as_numbers(raw, where)
     try:
         recipe = Recipe.model_validate(raw)
@@ -132,8 +139,10 @@ def given_twice(overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def _apply_override(raw: dict[str, Any], override: str, where: str) -> tuple[str, ...]:
-    """Set `a.b=value` in `raw`, and return its path."""
+def _apply_override(
+    raw: dict[str, Any], override: str, where: str, unknown: dict[str, str]
+) -> tuple[str, ...]:
+    """Set `a.b=value` in `raw`, and return its path; of a key that there is not, the remedy."""
     key, equals, text = override.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
@@ -154,11 +163,8 @@ def _apply_override(raw: dict[str, Any], override: str, where: str) -> tuple[str
                 "no such key", where=key.strip(), remedy=f"{parent} has no parts; set it as a whole"
             )
         if name not in model.model_fields and model.model_config.get("extra") != "allow":
-            raise RecipeError(
-                "no such key",
-                where=key.strip(),
-                remedy=remedy_for_unknown(path[: depth + 1], model),
-            )
+            unknown[key.strip()] = remedy_for_unknown(path[: depth + 1], model)
+            break
         if depth == len(path) - 1:
             section[name] = value
             break

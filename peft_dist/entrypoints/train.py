@@ -17,6 +17,7 @@ from peft_dist.common.console import to_rank_log
 from peft_dist.common.env import WATCHED_LEASE
 from peft_dist.common.errors import RunDirError, TrainingError
 from peft_dist.common.process_identity import is_launcher_gone
+from peft_dist.common.screen import wait
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.batch_shape import require_settled
 from peft_dist.config.run_date import date_in, with_date
@@ -105,9 +106,10 @@ def _train(
         _take(options, recipe, context)
         recipe = with_date(recipe, _date_of_run(context.run_dir))
     # Only now, for it takes seconds: torch, transformers and all that stands on them.
-    import_bitsandbytes()
-    from peft_dist.finetune import fine_tune
-    from peft_dist.sharding.launcher_env import deepspeed_exports
+    with wait("loading torch and transformers"):
+        import_bitsandbytes()
+        from peft_dist.finetune import fine_tune
+        from peft_dist.sharding.launcher_env import deepspeed_exports
 
     if options.deepspeed is not None:
         os.environ.update(deepspeed_exports(options.deepspeed))

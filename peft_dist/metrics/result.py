@@ -3,6 +3,7 @@
 Computes nothing that is not a sum or a ratio of what the run measured.
 """
 
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,12 +13,14 @@ from peft import LoraConfig, PeftConfig
 
 from peft_dist.checkpoint.progress import Progress
 from peft_dist.common.sizes import megabytes
+from peft_dist.common.table import Column, table_lines
 from peft_dist.data.counts import SourceRows
 from peft_dist.model.architectures import bare_model
 from peft_dist.model_setup import ModelSetup
 from peft_dist.run.directory import RunDir
 
 Result = dict[str, Any]
+_COLUMNS = (Column(""), Column("", style=lambda _name: "cyan"), Column("", wrap=True))
 
 
 def make_result(
@@ -91,16 +94,26 @@ def serving(config: PeftConfig, trained: Collection[str]) -> str:
     return f"LoRA of rank {rank}: a server needs room for that (vLLM: --max-lora-rank)"
 
 
-def summary(result: Result, run: RunDir, *, base: str) -> str:
-    """Return the summary of a run: a few aligned lines, then how to load the adapter."""
+def summary(
+    result: Result, run: RunDir, *, base: str, width: int | None = None, colour: bool = False
+) -> list[str]:
+    """Return the lines of a run's summary: a table, then how to load the adapter.
+
+    Args:
+        result: What `make_result` returned.
+        run: Where it is.
+        base: Name of the base model, as the adapter has it.
+        width: Columns of the terminal; None for as many as it takes.
+        colour: Whether lines may hold escape sequences.
+    """
     first, last = result["eval"]["first"], result["eval"]["last"]
-    lines = [("steps", f"{result['steps']}, final loss {result['final_loss']:.4f}")]
+    rows = [("steps", f"{result['steps']}, final loss {result['final_loss']:.4f}")]
     if last is not None:
         if last["accuracy"] is not None:
-            lines.append(("accuracy", _change(first, last, "accuracy", 3)))
-        lines.append(("held-out loss", _change(first, last, "loss", 4)))
+            rows.append(("accuracy", _change(first, last, "accuracy", 3)))
+        rows.append(("held-out loss", _change(first, last, "loss", 4)))
     per_rank = result["base_bytes_per_rank"]
-    lines += [
+    rows += [
         (
             "base per rank",
             f"{_list(per_rank)} of {megabytes(result['base_bytes_total'])} "
@@ -115,13 +128,13 @@ def summary(result: Result, run: RunDir, *, base: str) -> str:
         ),
         ("adapter", str(run.adapter)),
         ("serving", result["serving"]),
+        ("report", f"peft-dist report {shlex.quote(str(run.path))}"),
     ]
     if result["device"] == "cuda":
-        lines.insert(-3, ("peak GPU", f"{_list(result['peak_device_bytes_per_rank'])} per rank"))
-    width = max(len(name) for name, _ in lines)
-    text = "\n".join(f"  {name:<{width}}  {value}" for name, value in lines)
-    code = "\n".join(f"    {line}" for line in loading_code(run.adapter, result, base))
-    return f"\nDone.\n{text}\n  load it:\n{code}\n"
+        rows.insert(-5, ("peak GPU", f"{_list(result['peak_device_bytes_per_rank'])} per rank"))
+    table = table_lines(_COLUMNS, [["", *row] for row in rows], width=width, colour=colour)
+    code = loading_code(run.adapter, result, base)
+    return ["", "Done.", *table, "  load it:", *(f"    {line}" for line in code), ""]
 
 
 def loading_code(adapter: Path, result: Result, base: str) -> list[str]:

@@ -5,16 +5,16 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from peft_dist.common.console import say
 from peft_dist.common.env import LAUNCHED_AT
 from peft_dist.common.errors import Interrupted, LaunchError, PeftDistError, Superseded
 from peft_dist.common.logs import NOTICE
 from peft_dist.common.process_identity import launcher, slurm_job
+from peft_dist.common.table import print_lines, stdout_form
 from peft_dist.config import Recipe
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.distributed.world import read_world
@@ -75,7 +75,7 @@ class TrainingAttempt:
         self._load_s = self._train_s = 0.0
         self._phase = ""
         self._peaks: list[Any] = []
-        self._summary = ""
+        self._summary: list[str] = []
         self._ledger: LedgerWriter | None = None
         """On rank 0, from when it begins to train."""
         self.world = read_world()
@@ -229,12 +229,15 @@ class TrainingAttempt:
         self.require_lease()
         write_text_atomic(self.run.result, json.dumps(result, indent=2) + "\n")
         self.lease.end("done", step=trainer.progress.step)
-        self._summary = summary(result, self.run, base=trainer.setup.released.name)
+        width, colour = stdout_form()
+        self._summary = summary(
+            result, self.run, base=trainer.setup.released.name, width=width, colour=colour
+        )
 
     def show_result(self) -> None:
         """Print the result on rank 0, once nothing is left to wait for."""
-        if self._summary:
-            say(self._summary)
+        with suppress(OSError):  # a stream that is full or gone
+            print_lines(self._summary)
 
     def _report_start(self, trainer: Trainer, hosts: list[str]) -> None:
         """Write into lease and ledger, and print, where this attempt begins."""

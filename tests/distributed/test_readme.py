@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[str]:
     """Return the lines of all shell blocks, in order, without comments."""
     lines = [line.split("  #")[0].strip() for text in blocks("bash") for line in text.splitlines()]
-    return [line for line in lines if line]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,11 @@ def test_losses_before_and_after_are_of_rows_that_are_named(
     tmp_path: Path, first: dict[str, Any] | None, told: str
 ) -> None:
     result = RESULT | {"eval": {"first": first, "last": AFTER}}
-    text = summary(result, RunDir(tmp_path), base="m")
+    text = "\n".join(summary(result, RunDir(tmp_path), base="m"))
     assert told in text
     assert "0.750 after (32 held-out rows)" in text
 
 
 def test_a_run_without_held_out_rows_says_nothing_of_them(tmp_path: Path) -> None:
     result = RESULT | {"eval": {"first": None, "last": None}}
-    assert "held-out" not in summary(result, RunDir(tmp_path), base="m")
+    assert "held-out" not in "".join(summary(result, RunDir(tmp_path), base="m"))
