@@ -80,7 +80,7 @@ def _run_rank(args: argparse.Namespace) -> int:
     import torch.distributed as torch_dist
 
     from peft_dist.common.cache_folder import usable_cache_dir
-    from peft_dist.data.tokenize import tokenize_rows
+    from peft_dist.data.token_cache import tokenize_rows
     from peft_dist.distributed import process_group
     from peft_dist.distributed.world import read_world
     from peft_dist.model.source import find_base

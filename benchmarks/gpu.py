@@ -30,7 +30,7 @@ from transformers import LlamaConfig
 
 from peft_dist.config import Recipe
 from peft_dist.data.counts import SourceRows
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import World, read_world
 from peft_dist.ledger.events import LedgerEvent, StepEvent

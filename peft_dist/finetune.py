@@ -18,7 +18,7 @@ from peft_dist.checkpoint.checkpointer import Checkpointer
 from peft_dist.checkpoint.room import require_room
 from peft_dist.checkpoint.run_identity import describe_run, refuse_another_run
 from peft_dist.checkpoint.same_inputs import describe_inputs, refuse_different_inputs
-from peft_dist.checkpoint.start import load_start
+from peft_dist.checkpoint.start_adapter import load_start
 from peft_dist.checkpoint.state import read_state
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.cache_folder import usable_cache_dir
@@ -28,7 +28,7 @@ from peft_dist.common.sizes import megabytes
 from peft_dist.config import Recipe
 from peft_dist.config.run_date import with_date
 from peft_dist.data.mixture import source_shares
-from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group, rendezvous
 from peft_dist.distributed.collectives import broadcast_object
 from peft_dist.distributed.world import World

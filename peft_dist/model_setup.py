@@ -28,13 +28,13 @@ from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.order import RowIds
 from peft_dist.data.pack import Batch, pack, unlabelled
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.world import World
 from peft_dist.methods import METHODS, BaseAccess, Method
 from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
 from peft_dist.methods.trained_parts import left_frozen
-from peft_dist.model import architectures, attention, base, precision
+from peft_dist.model import architectures, attention, fill_base, precision
 from peft_dist.model.device_settings import set_up_device
 from peft_dist.model.loss import CausalLM, Decoder, RewardModel, SequenceClassifier
 from peft_dist.model.nf4 import weights_per_element
@@ -357,7 +357,7 @@ def _load_base(
     for name, parameter in trained.items():
         twin = by_name.get(base_name_in(peft, name))
         if twin is not None and twin is not parameter:
-            base.copy_rows(parameter, engine.full_tensor(twin))
+            fill_base.copy_rows(parameter, engine.full_tensor(twin))
     return packed
 
 

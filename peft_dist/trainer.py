@@ -20,7 +20,7 @@ from peft_dist.common.screen import wait
 from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.mixture import source_shares
 from peft_dist.data.order import RowIds, StepPlan, assign
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.collectives import barrier
 from peft_dist.evaluation.generation import Sampler
 from peft_dist.evaluation.scoring import EvalSet, ScoringStopped, score_rows
@@ -42,25 +42,7 @@ from peft_dist.model_setup import ModelSetup
 from peft_dist.objective.passes import Scores, Share, make_pass
 from peft_dist.objective.router import RouterBalance
 from peft_dist.optim.lr_schedule import learning_rate, peak_learning_rate
-from peft_dist.sharding.optimizer import AdapterOptimizer
-
-
-def make_optimizer(setup: ModelSetup) -> torch.optim.AdamW:
-    """Return AdamW over the adapter; vectors (biases, magnitudes) do not decay.
-
-    Groups are those that hold a parameter: DeepSpeed and torch's state loading trip over an empty
-    one.
-    """
-    train = setup.recipe.train
-    groups = [
-        {
-            "params": [flat],
-            "weight_decay": train.weight_decay if group.decays else 0.0,
-            "rate_factor": group.rate_factor,
-        }
-        for group, flat in setup.engine.flat_parameters().items()
-    ]
-    return torch.optim.AdamW(groups, betas=train.betas, eps=train.epsilon, fused=True)
+from peft_dist.sharding.optimizer import AdapterOptimizer, make_optimizer
 
 
 class Trainer:
@@ -98,7 +80,9 @@ class Trainer:
         shares = source_shares(self.recipe.data, [source.rows for source in rows.sources])
         self.plan = StepPlan.of(self.recipe.train, rows.example_lengths, shares)
         self.peak_rate = peak_learning_rate(self.recipe)
-        self.optimizer: AdapterOptimizer = setup.engine.share_optimizer(make_optimizer(setup))
+        self.optimizer: AdapterOptimizer = setup.engine.share_optimizer(
+            make_optimizer(setup.engine.flat_parameters(), setup.recipe.train)
+        )
         self.progress = Progress()
         device, figures = self.world.device, self.objective.metrics
         self._reader = StepMetricsReader(

@@ -19,7 +19,7 @@ from transformers import (
 
 from peft_dist.checkpoint.adapter_file import replace_adapter, write_partial
 from peft_dist.config.recipe import Recipe
-from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from peft_dist.methods import Method
 
 CHAT_TEMPLATE = (

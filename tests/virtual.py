@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from peft_dist.config.recipe import Recipe
-from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.model.nf4 import FrozenLinear4bit, dequantize
 from peft_dist.model.source import find_base

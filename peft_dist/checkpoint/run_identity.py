@@ -8,7 +8,7 @@ from typing import Any
 from peft_dist.config import Recipe
 from peft_dist.config.resume_rules import differences, learning_settings, refuse_changes
 from peft_dist.data.mixture import source_shares
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.evaluation.scoring import EvalSet
 from peft_dist.model_setup import ModelSetup
 from peft_dist.optim.lr_schedule import peak_learning_rate

@@ -15,7 +15,7 @@ from peft_dist.common.paths import TOKENIZER_FILES
 from peft_dist.config import Recipe
 from peft_dist.config.load import PATH_FIELDS
 from peft_dist.config.resume_rules import all_settings
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.collectives import gather_objects
 from peft_dist.model.weights import WeightFiles
 from peft_dist.run.provenance import versions

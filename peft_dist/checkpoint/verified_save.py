@@ -23,7 +23,7 @@ from peft_dist.checkpoint import adapter_file as adapter_file
 from peft_dist.common.errors import PeftDistError, TrainingError
 from peft_dist.common.paths import cache_dir
 from peft_dist.config.batch_shape import micro_batch_rows
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.methods.virtual import SAVED
 from peft_dist.model import architectures

@@ -81,8 +81,8 @@ def resume(arguments: argparse.Namespace) -> int:
     """Go on with a run, here or on its cluster; return the exit code."""
     from peft_dist.launch.here import refuse_changes_of_finished
     from peft_dist.run.directory import ARRAY_FILE, RunDir
+    from peft_dist.slurm.job_scripts import JOB_SCRIPT
     from peft_dist.slurm.resubmit import was_submitted
-    from peft_dist.slurm.scripts import JOB_SCRIPT
 
     folder = Path(arguments.run_dir)
     is_local_array = (folder / ARRAY_FILE).is_file() and not (folder / JOB_SCRIPT).is_file()

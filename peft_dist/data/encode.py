@@ -2,7 +2,7 @@
 
 What is trained is decided by position, never by token id, because pad and end are one id in many
 tokenizers. How a conversation is rendered stands in `conversation.py`; nothing is cached or written
-here (see `tokenize.py`).
+here (see `token_cache.py`).
 """
 
 import hashlib

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 
 DUMMY_TOKENS = 8
 """Length of the stand-in for an empty micro-batch: short, since its result is thrown away."""

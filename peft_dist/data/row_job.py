@@ -1,6 +1,6 @@
 """Which rows are tokenised, and what is kept of each: the path from a source to its tokens.
 
-Nothing is written here (see `tokenize.py`).
+Nothing is written here (see `token_cache.py`).
 """
 
 import time

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from peft_dist.checkpoint import adapter_file as adapter_file
 from peft_dist.checkpoint.same_inputs import describe_inputs, refuse_different_inputs
-from peft_dist.checkpoint.start import load_start
+from peft_dist.checkpoint.start_adapter import load_start
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.console import show
 from peft_dist.common.errors import RecipeError, RunDirError
 from peft_dist.config import load_recipe
 from peft_dist.config.recipe import Parallel
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import read_world
 from peft_dist.evaluation.scoring import make_eval_set, score

@@ -13,7 +13,7 @@ from peft_dist.config import load_recipe
 from peft_dist.data.encode import EncodedRow
 from peft_dist.data.preview import SourcePreview, preview
 from peft_dist.data.row_job import RowJob
-from peft_dist.data.tokenize import row_job
+from peft_dist.data.token_cache import row_job
 from peft_dist.worker.process import run_worker
 
 SHOWN_CHARACTERS = 400

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from peft_dist.common.screen import wait
 from peft_dist.data.encode import load_tokenizer
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.collectives import any_of, first_of_all
 from peft_dist.evaluation.scoring import EvalSet, ScoringStopped
 from peft_dist.ledger.events import SampleEvent

@@ -17,7 +17,7 @@ from peft_dist.common.screen import wait
 from peft_dist.config import Recipe
 from peft_dist.data.order import RowIds, assign
 from peft_dist.data.pack import Batch, to_device
-from peft_dist.data.tokenize import TokenizedRows, encode_completions
+from peft_dist.data.token_cache import TokenizedRows, encode_completions
 from peft_dist.distributed.collectives import sum_over
 from peft_dist.distributed.stop_vote import StopVote
 from peft_dist.model.loss import Losses

@@ -6,7 +6,7 @@ import torch
 from peft_dist.config import Recipe
 from peft_dist.data.order import RowIds
 from peft_dist.data.pack import Batch, to_device
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 
 
 class SourceLosses:

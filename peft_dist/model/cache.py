@@ -24,7 +24,7 @@ from peft_dist.common.atomic import FolderTaken, folder_beside, put_in_place, re
 from peft_dist.common.locks import lock_file
 from peft_dist.distributed.collectives import Shard, broadcast_object, gather_objects
 from peft_dist.distributed.world import World
-from peft_dist.model.base import CopyInto, copy_rows, fill_base
+from peft_dist.model.fill_base import CopyInto, copy_rows, fill_base
 from peft_dist.model.packed_file import (
     code_map,
     config_text,

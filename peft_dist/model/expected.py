@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from peft_dist.common.errors import ModelError
 from peft_dist.data.pack import Batch, pack
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.model import attention
 from peft_dist.model.head import with_wide_matrix
 from peft_dist.model.loss import CausalLM, Decoder, Losses, RewardModel, SequenceClassifier

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from transformers import PreTrainedModel
 
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.model.architectures import pad_id
 
 ROW_TOKENS = (15, 3, 24)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from peft_dist.common.errors import ModelError
 from peft_dist.data.pack import Batch, pack
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.world import World
 from peft_dist.model import attention
 from peft_dist.model.architectures import bare_model

@@ -10,7 +10,7 @@ from torch import nn
 from peft_dist.config import Recipe
 from peft_dist.distributed.collectives import Shard
 from peft_dist.distributed.world import World
-from peft_dist.model import base, cache
+from peft_dist.model import cache, fill_base
 from peft_dist.model.plan import BasePlan
 from peft_dist.model.weights import WeightFiles, model_folder
 
@@ -54,14 +54,14 @@ class BaseSource:
         shard: Shard,
         *,
         world: World,
-        copy_into: base.CopyInto,
+        copy_into: fill_base.CopyInto,
     ) -> Path | None:
         """Fill every parameter of the plan; return the cache entry that now holds them, if any.
 
         Collective; the arguments are those of `fill_base`.
         """
         if self.entry is None:
-            base.fill_base(
+            fill_base.fill_base(
                 parameters, plan, self.files, shard, device=world.device, copy_into=copy_into
             )
             return None

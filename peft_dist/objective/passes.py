@@ -16,11 +16,17 @@ from numpy.typing import NDArray
 from peft_dist.config.objective import Dpo, Ipo, Kto, Orpo, Preference, Reward, Sft, Simpo
 from peft_dist.data.order import RowIds
 from peft_dist.data.pack import Batch, to_device
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.collectives import sum_over
 from peft_dist.model.loss import Losses
 from peft_dist.model_setup import ModelSetup
-from peft_dist.objective.losses import Scored, judged_losses, pair_losses, reward_losses, rewards
+from peft_dist.objective.preference_losses import (
+    Scored,
+    judged_losses,
+    pair_losses,
+    reward_losses,
+    rewards,
+)
 
 Scores = NDArray[np.float32]
 

@@ -19,7 +19,7 @@ import torch
 from peft_dist.common.atomic import replace_file
 from peft_dist.common.screen import wait
 from peft_dist.data.order import assign
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.collectives import broadcast_object, first_of_all, sum_over
 from peft_dist.model.architectures import bare_model
 from peft_dist.model.loss import Losses

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from peft_dist.data.order import RowIds
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.collectives import sum_over
 from peft_dist.model.loss import CausalLM, Losses
 from peft_dist.model.router import Routing

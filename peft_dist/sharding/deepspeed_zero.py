@@ -15,7 +15,7 @@ from torch import nn
 from peft_dist.common.errors import LaunchError, TrainingError
 from peft_dist.distributed.collectives import Shard
 from peft_dist.distributed.world import World
-from peft_dist.model import base
+from peft_dist.model import fill_base
 from peft_dist.sharding.ddp import DDPEngine
 from peft_dist.sharding.engine import Engine
 from peft_dist.sharding.optimizer import AdapterOptimizer
@@ -177,7 +177,7 @@ class ZeRO3Engine(Engine):
                 self._deepspeed.zero.Init(nn.ParameterList(first), config_dict_or_path=config)
             return made
 
-        base.materialize(model, self.world.device, make)
+        fill_base.materialize(model, self.world.device, make)
         _list_frozen_alone(model, self._in_blocks)
         # What stands outside the blocks (embedding, last norm, head) is gathered with the model,
         # as one unit: a rank without work would else miss the exchange for a head it never reads.

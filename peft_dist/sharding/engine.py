@@ -7,7 +7,6 @@ no recipe, no data and no optimizer.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -15,24 +14,15 @@ from torch.distributed.tensor import DTensor
 
 from peft_dist.distributed.collectives import Shard, gather_objects, sum_over
 from peft_dist.distributed.world import World
-from peft_dist.model import base
+from peft_dist.model import fill_base
 from peft_dist.model.fingerprint import fingerprint_piece, fingerprint_rows, wrap_int64
 from peft_dist.sharding.compute_timer import ComputeTimer
-from peft_dist.sharding.optimizer import AdapterOptimizer
+from peft_dist.sharding.optimizer import AdapterOptimizer, Group
 
 SHARED_EXTRAS = 4
 """Values carried by the gradient all-reduce, one for all processes: the loss and three flags."""
 RANK_EXTRAS = 2
 """Values carried by it for each process: its own time, and its memory."""
-
-
-class Group(NamedTuple):
-    """Trained parameters that an optimizer treats alike."""
-
-    decays: bool
-    """Whether weight decay is for them; matrices decay, vectors do not."""
-    rate_factor: float
-    """Their learning rate over the recipe's."""
 
 
 class Engine(ABC):
@@ -70,7 +60,7 @@ class Engine(ABC):
 
     def materialize(self, model: nn.Module) -> None:
         """Give every parameter memory: this process's part of the base, the adapter whole."""
-        base.materialize(model, self.world.device)
+        fill_base.materialize(model, self.world.device)
 
     def flatten_adapter(
         self,

@@ -16,7 +16,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 
 from peft_dist.distributed.collectives import Shard
 from peft_dist.distributed.world import World
-from peft_dist.model import base
+from peft_dist.model import fill_base
 from peft_dist.sharding.compute_timer import ComputeTimer
 from peft_dist.sharding.engine import Engine
 
@@ -75,7 +75,7 @@ class FSDP2Engine(Engine):
             empty = torch.empty_like(parameter, device=device)
             return nn.Parameter(empty, parameter.requires_grad)
 
-        base.materialize(model, self.world.device, make)
+        fill_base.materialize(model, self.world.device, make)
 
 
 class HSDPEngine(FSDP2Engine):

@@ -1,8 +1,12 @@
 """AdamW over the flat adapter: updates that a non-finite step cannot reach, and a state to keep."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+
+from peft_dist.config.recipe import Train
 
 
 class Moments(NamedTuple):
@@ -15,6 +19,36 @@ class Moments(NamedTuple):
     """float32 [trained parameters], of their squares."""
     updates: int
     """Steps that changed the adapter; what bias correction counts."""
+
+
+class Group(NamedTuple):
+    """Trained parameters that an optimizer treats alike."""
+
+    decays: bool
+    """Whether weight decay is for them; matrices decay, vectors do not."""
+    rate_factor: float
+    """Their learning rate over the recipe's."""
+
+
+def make_optimizer(parameters: Mapping[Group, nn.Parameter], train: Train) -> torch.optim.AdamW:
+    """Return AdamW over the adapter; vectors (biases, magnitudes) do not decay.
+
+    Groups are those that hold a parameter: DeepSpeed and torch's state loading trip over an empty
+    one.
+
+    Args:
+        parameters: `Engine.flat_parameters`.
+        train: The recipe's settings.
+    """
+    groups = [
+        {
+            "params": [flat],
+            "weight_decay": train.weight_decay if group.decays else 0.0,
+            "rate_factor": group.rate_factor,
+        }
+        for group, flat in parameters.items()
+    ]
+    return torch.optim.AdamW(groups, betas=train.betas, eps=train.epsilon, fused=True)
 
 
 class AdapterOptimizer:

@@ -22,7 +22,7 @@ from peft_dist.common.errors import LaunchError
 from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import longest_rows_of_step
 from peft_dist.data.counts import SourceRows
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.world import World
 from peft_dist.metrics.step import StepMetricsReader
 from peft_dist.model import architectures, experts

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from peft_dist.common.console import show
 from peft_dist.common.errors import SlurmError
 from peft_dist.run import job_events
-from peft_dist.slurm.scripts import JOB_SCRIPT, Job
+from peft_dist.slurm.job_scripts import JOB_SCRIPT, Job
 from peft_dist.slurm.submitting import new_token, sbatch
 
 

@@ -14,7 +14,7 @@ from peft_dist.config import Recipe
 from peft_dist.config.cluster import Cluster
 from peft_dist.config.load import read_mapping
 from peft_dist.launch.placement import Machine, plan_processes
-from peft_dist.slurm.scripts import Array, Job, scripts
+from peft_dist.slurm.job_scripts import Array, Job, scripts
 
 RUNS = Path("/scratch/alice/runs")
 MODEL = "/scratch/models/llama"

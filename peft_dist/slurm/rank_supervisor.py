@@ -6,6 +6,7 @@ lets them, and end with it.
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from peft_dist.run.history import mark_launch
 from peft_dist.run.restart_policy import Ending, Kind
 from peft_dist.slurm.failed_nodes import FailedNodes
 from peft_dist.slurm.interfaces import interface_variables
-from peft_dist.slurm.supervisor import Node
+from peft_dist.slurm.supervisor import Node, main
 
 LOOK_EVERY_S = 0.5
 
@@ -48,3 +49,8 @@ class RankNode(Node):
                 return Ending(Kind.DONE)  # or whatever else the head has decided
             time.sleep(LOOK_EVERY_S)
         return self.train(run, before)
+
+
+if __name__ == "__main__":
+    # Outside a step, where the script looks back at one, there is no such variable.
+    sys.exit(main(kind=Node if os.environ.get("SLURM_LOCALID", "0") == "0" else RankNode))

@@ -38,9 +38,9 @@ from peft_dist.slurm import offline, validate
 from peft_dist.slurm.after import wait_for
 from peft_dist.slurm.chain import queue_chain
 from peft_dist.slurm.ensure_not_running import ensure_not_running
+from peft_dist.slurm.job_scripts import JOB_SCRIPT, Array, Job, scripts
 from peft_dist.slurm.queue_job import Queued, alone, queue_job
 from peft_dist.slurm.save_lead import lead_s
-from peft_dist.slurm.scripts import JOB_SCRIPT, Array, Job, scripts
 from peft_dist.slurm.snapshot import copy_trees, environment_of, import_paths, trees_to_copy
 from peft_dist.slurm.submitting import check_script
 from peft_dist.slurm.waves import queue_in_waves

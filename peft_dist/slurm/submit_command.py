@@ -22,8 +22,8 @@ from peft_dist.run.directory import RunDir, write_text_atomic
 from peft_dist.slurm import offline, validate
 from peft_dist.slurm.after import wait_for
 from peft_dist.slurm.ensure_not_running import ensure_not_running
+from peft_dist.slurm.job_scripts import JOB_SCRIPT, Job, interpreter_of, scripts, workers
 from peft_dist.slurm.queue_job import Queued, alone, queue_job
-from peft_dist.slurm.scripts import JOB_SCRIPT, Job, interpreter_of, scripts, workers
 from peft_dist.slurm.submitting import check_script
 
 LEAD_S = 30

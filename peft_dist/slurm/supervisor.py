@@ -60,10 +60,6 @@ def main(argv: Sequence[str] | None = None, kind: "type[Node] | None" = None) ->
     own, launcher = _split(list(sys.argv[1:] if argv is None else argv))
     options = parser().parse_args(own)
     set_run_umask()
-    if options.per_rank and options.after is None and os.environ["SLURM_LOCALID"] != "0":
-        from peft_dist.slurm.rank_supervisor import RankNode  # which is a kind of ours
-
-        kind = RankNode
     node = (kind or Node)(options, launcher)
     try:
         ending = node.work() if options.after is None else node.look_back()

@@ -18,7 +18,7 @@ from peft_dist.config.cluster import Cluster
 from peft_dist.config.cluster_sites import PLACEHOLDER
 from peft_dist.run.directory import RunDir
 from peft_dist.slurm.container import node_command
-from peft_dist.slurm.scripts import Job
+from peft_dist.slurm.job_scripts import Job
 from peft_dist.slurm.secrets import read_secrets
 
 IMPORTS = "import peft_dist, torch, transformers, accelerate, peft"

@@ -1,6 +1,6 @@
 """`peft-dist status`: how runs are, in one table, now or again and again.
 
-Gathers what directories and Slurm say; `run_view.py` judges it and `table.py` draws it. Changes
+Gathers what directories and Slurm say; `run_state.py` judges it and `table.py` draws it. Changes
 nothing.
 """
 

@@ -13,7 +13,7 @@ import pytest
 from peft_dist.config.cluster import Cluster, load_cluster
 from peft_dist.config.cluster_sites import shipped_clusters
 from peft_dist.config.load import read_mapping
-from peft_dist.slurm.scripts import render_job
+from peft_dist.slurm.job_scripts import render_job
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.submitted import Run, Runs
 from tests.faults.long import only_long

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import read_world
 from peft_dist.model.architectures import transformer_blocks

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from peft_dist.checkpoint.verified_save import AdapterSaver
-from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group
 from peft_dist.distributed.collectives import barrier, gather_objects
 from peft_dist.distributed.world import World, read_world

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from tests.equivalence.cases import CASES, DDP, FSDP, PROBE_ROWS, SINGLE
 from tests.equivalence.conftest import Outcomes
 from tests.tiny import tiny_recipe

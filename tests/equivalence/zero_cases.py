@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed import process_group
 from peft_dist.distributed.collectives import gather_objects
 from peft_dist.distributed.world import World, read_world
-from peft_dist.model import base
+from peft_dist.model import fill_base
 from peft_dist.model.architectures import transformer_blocks
 from peft_dist.model.nf4 import FrozenLinear4bit
 from peft_dist.model.source import find_base
@@ -80,7 +80,7 @@ def watch_a_load(folder: Path, world: World) -> dict[str, Any]:
     """Load a base under zero3; return what stood whole meanwhile, and what the engine gives."""
     most = {"made": 0, "filled": 0}
     parameters: list[nn.Parameter] = []
-    materialize, copy_into = base.materialize, deepspeed_zero.ZeRO3Engine.copy_into
+    materialize, copy_into = fill_base.materialize, deepspeed_zero.ZeRO3Engine.copy_into
 
     def whole_bytes() -> int:
         return sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
@@ -101,14 +101,14 @@ def watch_a_load(folder: Path, world: World) -> dict[str, Any]:
         copy_into(engine, parameter, value)
         most["filled"] = max(most["filled"], whole_bytes())
 
-    base.materialize, deepspeed_zero.ZeRO3Engine.copy_into = watched_materialize, watched_put  # type: ignore
+    fill_base.materialize, deepspeed_zero.ZeRO3Engine.copy_into = watched_materialize, watched_put  # type: ignore
     try:
         recipe = tiny_recipe(
             folder / "models" / "odd", folder / "completion.jsonl", parallel={"strategy": "zero3"}
         )
         setup = set_up_model(recipe, world, find_base(recipe, folder / "cache-load"))
     finally:
-        base.materialize, deepspeed_zero.ZeRO3Engine.copy_into = materialize, copy_into  # type: ignore[method-assign]
+        fill_base.materialize, deepspeed_zero.ZeRO3Engine.copy_into = materialize, copy_into  # type: ignore[method-assign]
     returned = {}
     for name, parameter in setup.base.items():
         whole = setup.engine.full_tensor(parameter).clone()

@@ -17,7 +17,7 @@ from peft_dist.checkpoint.checkpointer import Checkpointer
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.config import Recipe
 from peft_dist.data.counts import SourceRows
-from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from peft_dist.distributed.world import World, read_world
 from peft_dist.evaluation.scoring import EvalSet, make_eval_set
 from peft_dist.model.source import find_base

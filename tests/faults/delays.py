@@ -41,9 +41,9 @@ def slow(
 
     at_steps(nothing)
     if where == "tokenising":
-        from peft_dist.data import tokenize
+        from peft_dist.data import token_cache
 
-        read = tokenize.tokenize_rows
+        read = token_cache.tokenize_rows
         replace_function(read, lambda *rest, **named: around(read, *rest, **named))
     elif where == "loading":
         from peft_dist import model_setup

@@ -14,7 +14,7 @@ import numpy as np
 
 from peft_dist.config import load_recipe
 from peft_dist.data.order import RowOrder, StepPlan
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 
 Record = dict[str, Any]
 

@@ -13,9 +13,9 @@ def without_rows(here: "Rank", *, rank: int) -> None:
     """Let one rank look for its rows in a folder that does not have them."""
     if not here.is_one_of(rank):
         return
-    from peft_dist.data import tokenize
+    from peft_dist.data import token_cache
 
-    read = tokenize.tokenize_rows
+    read = token_cache.tokenize_rows
 
     def read_elsewhere(recipe: Any, *rest: Any) -> Any:
         absent = Path(recipe.data.train).with_name("absent") / "rows.jsonl"
@@ -29,12 +29,12 @@ def bug_while_loading(here: "Rank", *, rank: int) -> None:
     """Let one rank meet a fault of code in its rows, as a broken template is one."""
     if not here.is_one_of(rank):
         return
-    from peft_dist.data import tokenize
+    from peft_dist.data import token_cache
 
     def broken(*_rest: Any) -> Any:
         raise TypeError("planted while loading")
 
-    replace_function(tokenize.tokenize_rows, broken)
+    replace_function(token_cache.tokenize_rows, broken)
 
 
 def other_recipe(here: "Rank", *, rank: int, changes: dict[str, Any]) -> None:

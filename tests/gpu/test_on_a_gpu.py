@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from peft_dist.data.pack import pack
-from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import World, read_world
 from peft_dist.metrics.mfu import peak_flops

@@ -14,7 +14,7 @@ from typing import Any
 from peft_dist.config import Recipe
 from peft_dist.config.cluster import Cluster
 from peft_dist.launch.placement import Machine, plan_processes
-from peft_dist.slurm.scripts import Array, Job, scripts
+from peft_dist.slurm.job_scripts import Array, Job, scripts
 from tests.unit.run_folders import slurm_commands
 
 FOLDER = Path("/scratch/alice/runs/first")

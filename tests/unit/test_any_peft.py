@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from peft_dist.checkpoint import adapter_file as adapter_file
 from peft_dist.common.errors import RecipeError
 from peft_dist.config import load_recipe
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.ledger.events import LedgerEvent, StepEvent
 from peft_dist.model.source import find_base

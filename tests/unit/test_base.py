@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_dist.common.errors import ModelError
 from peft_dist.distributed.collectives import Shard
 from peft_dist.model import architectures
-from peft_dist.model.base import fill_base, materialize, read_rows
+from peft_dist.model.fill_base import fill_base, materialize, read_rows
 from peft_dist.model.nf4 import FrozenLinear4bit
 from peft_dist.model.plan import BasePlan, plan_base
 from peft_dist.model.weights import WeightFiles, model_folder

@@ -8,7 +8,7 @@ import pytest
 
 from peft_dist.common.errors import DataError, ModelError
 from peft_dist.data import chat_template
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer, tokenised
 
 END = "<|end|>"

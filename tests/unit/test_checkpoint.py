@@ -14,7 +14,7 @@ from peft_dist.checkpoint.adapter_file import ADAPTER_FILE, load_adapter
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.errors import PeftDistError, RunDirError, Superseded, TrainingError
 from peft_dist.config.method import Lora
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.methods.lora import LoraMethod
 from peft_dist.model import architectures
@@ -353,7 +353,7 @@ import json, os, sys
 from pathlib import Path
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import read_world
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.common.errors import TrainingError
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.model.source import find_base

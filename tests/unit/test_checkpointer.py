@@ -18,7 +18,7 @@ from peft_dist.checkpoint.state import STATE_FILE, held_out_loss, read_state
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.errors import Interrupted, RunDirError, Superseded, TrainingError
 from peft_dist.common.manifest import MANIFEST_FILE, seal, verify
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.entrypoints.check_models import build_tiny
 from peft_dist.evaluation.scoring import Score

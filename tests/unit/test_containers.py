@@ -10,7 +10,7 @@ import pytest
 
 from peft_dist.common.errors import ClusterError
 from peft_dist.config.cluster import check_cluster
-from peft_dist.slurm.scripts import render_job, render_node
+from peft_dist.slurm.job_scripts import render_job, render_node
 from peft_dist.slurm.validate import check_cluster_files, try_set_up
 from tests.unit.run_folders import slurm_commands
 from tests.unit.slurm_jobs import APPTAINER_COMMAND, CPUS, GPUS, Machines, job

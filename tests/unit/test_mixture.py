@@ -14,7 +14,7 @@ from peft_dist.common.errors import DataError
 from peft_dist.config.recipe import Data, Recipe, Train
 from peft_dist.data.mixture import source_shares
 from peft_dist.data.order import RowOrder, SourceShare, StepPlan
-from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from tests.tiny import tiny_encoder_tokenizer, tiny_recipe, tiny_tokenizer, write_jsonl
 
 some_shares = st.lists(

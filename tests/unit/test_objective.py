@@ -13,9 +13,9 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from peft_dist.checkpoint.checkpointer import Checkpointer
-from peft_dist.checkpoint.start import load_start
+from peft_dist.checkpoint.start_adapter import load_start
 from peft_dist.checkpoint.verified_save import AdapterSaver
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.evaluation.scoring import EvalSet, make_eval_set
 from peft_dist.ledger.events import LedgerEvent

@@ -20,7 +20,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from peft_dist.config.objective import Dpo, Ipo, Kto, Orpo, Reward, Simpo
-from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import read_world
 from peft_dist.model.source import find_base

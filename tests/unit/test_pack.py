@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peft_dist.data.pack import Batch, pack
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from tests.tiny import VOCABULARY, tiny_tokenizer, tokenised
 
 PAD = 0

@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from peft_dist.common.errors import DataError
-from peft_dist.data.tokenize import TokenizedRows
+from peft_dist.data.token_cache import TokenizedRows
 from tests.tiny import tiny_tokenizer, tokenised
 
 USER, GOOD, BAD = ({"role": role, "content": text} for role, text in

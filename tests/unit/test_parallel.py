@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from peft_dist.data import row_job
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from tests.tiny import CHAT_TEMPLATE, tiny_recipe, tiny_tokenizer, write_jsonl
 
 REFUSES_X = (

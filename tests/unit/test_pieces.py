@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from peft_dist.common.errors import DataError
 from peft_dist.data.pieces import CLOSE, OPEN, Piece, PieceEncoder
-from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from tests.tiny import CHAT_TEMPLATE, tiny_recipe, tiny_tokenizer, tokenised, write_jsonl
 
 BLANK_BEFORE = """{%- for m in messages -%}{{ m.role }}: {{ m.content }}<|end|>{%- endfor -%}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peft_dist.config.recipe import Model
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.model.precision import compute_dtype
 from peft_dist.model.source import find_base

@@ -24,7 +24,7 @@ def task(run: Path, place: int) -> subprocess.CompletedProcess[str]:
     launcher = ["bash", "-c", f"echo $CUDA_VISIBLE_DEVICES >{run}/seen-{place}; exit 1"]
     logs = run / "logs" / "7-0"
     return subprocess.run(
-        [sys.executable, "-m", "peft_dist.slurm.supervisor", "--run-dir", str(run),
+        [sys.executable, "-m", "peft_dist.slurm.rank_supervisor", "--run-dir", str(run),
          "--max-starts", "9", "--max-starts-without-progress", "5", "--no-preflight",
          "--per-rank", "--", *launcher],
         env={

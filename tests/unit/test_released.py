@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 from peft_dist.checkpoint.verified_save import AdapterSaver
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.metrics.result import loading_code
 from peft_dist.model.source import find_base

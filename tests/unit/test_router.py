@@ -8,7 +8,7 @@ import torch
 
 from peft_dist.common.errors import ModelError
 from peft_dist.data.pack import pack
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.entrypoints.check_models import build_tiny
 from peft_dist.model import attention, router

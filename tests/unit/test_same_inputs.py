@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_dist.checkpoint.same_inputs import Inputs, describe_inputs, first_difference
 from peft_dist.config.recipe import Recipe
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.model.weights import WeightFiles
 from tests.tiny import completion_rows, tiny_model, tiny_recipe, tiny_tokenizer, write_jsonl
 

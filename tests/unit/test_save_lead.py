@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from peft_dist.slurm.job_scripts import render_job
 from peft_dist.slurm.save_lead import MARGIN, SETTLE_S, lead_s
-from peft_dist.slurm.scripts import render_job
 from tests.unit.run_folders import ledger, make_run
 from tests.unit.slurm_jobs import GPUS, job
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from peft_dist.common.errors import DataError
-from peft_dist.data.tokenize import encode_completions, tokenize_rows
+from peft_dist.data.token_cache import encode_completions, tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.evaluation.scoring import EvalSet, make_eval_set, score
 from peft_dist.model.source import find_base

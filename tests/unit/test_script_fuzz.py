@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from peft_dist.cli.main import main
 from peft_dist.common.errors import PeftDistError
 from peft_dist.config.cluster import Cluster, load_cluster
-from peft_dist.slurm.scripts import Array
+from peft_dist.slurm.job_scripts import Array
 from tests.faults.long import cases
 from tests.unit.slurm_jobs import Machines, job, json_lines, render
 

@@ -9,7 +9,7 @@ import pytest
 
 from peft_dist.cli.main import main
 from peft_dist.config.load import render_yaml
-from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from peft_dist.entrypoints.show_rows import show_rows
 from tests.tiny import tiny_recipe, tiny_tokenizer, write_jsonl
 from tests.unit.slurm_desk import Capture, told

@@ -15,7 +15,7 @@ import pytest
 from peft_dist.cli.main import main
 from peft_dist.config.cluster import Cluster, load_cluster
 from peft_dist.config.cluster_sites import PLACEHOLDER, shipped_clusters, summary
-from peft_dist.slurm.scripts import Job
+from peft_dist.slurm.job_scripts import Job
 from tests.unit.slurm_desk import Capture, Desk, told
 from tests.unit.slurm_jobs import job, render
 

@@ -11,7 +11,7 @@ from peft_dist.config.cluster import Cluster, check_cluster, load_cluster
 from peft_dist.config.load import render_yaml
 from peft_dist.config.slurm_options import FIELDS, OF_SBATCH, OF_SRUN
 from peft_dist.run import job_events
-from peft_dist.slurm.scripts import render_job
+from peft_dist.slurm.job_scripts import render_job
 from peft_dist.slurm.submitting import job_id, kept_variables, submitting_environment
 from tests.unit.slurm_desk import Capture, Desk, told
 from tests.unit.slurm_jobs import CPUS, GPUS, Machines, job, json_lines

@@ -14,8 +14,8 @@ import pytest
 from peft_dist import __version__
 from peft_dist.common.errors import ClusterError
 from peft_dist.slurm.examples import examples
-from peft_dist.slurm.scripts import Array, render_job, render_node
-from peft_dist.slurm.template import _templates
+from peft_dist.slurm.job_scripts import Array, render_job, render_node
+from peft_dist.slurm.quoted_template import _templates
 from tests.unit.slurm_jobs import (
     APPTAINER,
     CPUS,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.ledger.events import LedgerEvent
 from peft_dist.ledger.read_event import from_fields

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from peft_dist.checkpoint.start import load_start
+from peft_dist.checkpoint.start_adapter import load_start
 from peft_dist.common.errors import PeftDistError, RecipeError
 from peft_dist.config.load import load_recipe
 from peft_dist.distributed.world import World

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from peft_dist.common.errors import DataError
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from tests.tiny import CHAT_TEMPLATE, tiny_recipe, tiny_tokenizer, tokenised, write_jsonl
 
 
@@ -112,7 +112,7 @@ def test_two_processes_at_once_make_one_cache(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from peft_dist.config.recipe import Recipe\n"
-        "from peft_dist.data.tokenize import tokenize_rows\n"
+        "from peft_dist.data.token_cache import tokenize_rows\n"
         "folder = Path(sys.argv[1])\n"
         "recipe = Recipe.model_validate_json((folder / 'recipe.json').read_text())\n"
         "rows = tokenize_rows(recipe, 'train', folder / 'cache')\n"

@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from peft_dist.common.errors import DataError, ModelError, PeftDistError, RecipeError
-from peft_dist.data.tokenize import TokenizedRows, encode_completions, tokenize_rows
+from peft_dist.data.token_cache import TokenizedRows, encode_completions, tokenize_rows
 from tests.tiny import (
     CHAT_TEMPLATE,
     tiny_encoder_tokenizer,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.errors import RecipeError
-from peft_dist.data.tokenize import TokenizedRows, tokenize_rows
+from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.model.source import find_base
 from peft_dist.model.vocabulary import untrained_rows

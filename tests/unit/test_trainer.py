@@ -13,7 +13,7 @@ from peft_dist.checkpoint.checkpointer import Checkpointer
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.errors import Interrupted, TrainingError
 from peft_dist.config.recipe import Train
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.evaluation.scoring import make_eval_set
 from peft_dist.ledger.events import LedgerEvent
@@ -21,7 +21,8 @@ from peft_dist.metrics.step import StepInputs, StepMetricsReader
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import ModelSetup, set_up_model
 from peft_dist.optim.lr_schedule import learning_rate
-from peft_dist.trainer import Trainer, make_optimizer
+from peft_dist.sharding.optimizer import make_optimizer
+from peft_dist.trainer import Trainer
 from tests.tiny import completion_rows, tiny_model, tiny_recipe, write_jsonl
 
 
@@ -80,7 +81,8 @@ def test_short_trainings_have_positive_rates(steps: int, warmup: float) -> None:
 
 def test_matrices_decay_and_vectors_do_not(tmp_path: Path, alone: World) -> None:
     both = trainer(tmp_path, alone, "qwen2", train={"weight_decay": 0.1}, method={"bias": "all"})
-    groups = make_optimizer(both.setup).param_groups
+    setup = both.setup
+    groups = make_optimizer(setup.engine.flat_parameters(), setup.recipe.train).param_groups
     groups.sort(key=lambda group: -group["weight_decay"])
     counts = [sum(p.numel() for p in group["params"]) for group in groups]
     adapter = both.setup.adapter.values()
@@ -93,7 +95,7 @@ def test_matrices_decay_and_vectors_do_not(tmp_path: Path, alone: World) -> None
 
 def test_a_group_without_parameters_is_left_out(tmp_path: Path, alone: World) -> None:
     setup = trainer(tmp_path, alone, train={"weight_decay": 0.1}).setup
-    (group,) = make_optimizer(setup).param_groups
+    (group,) = make_optimizer(setup.engine.flat_parameters(), setup.recipe.train).param_groups
     assert group["weight_decay"] == 0.1
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from peft_dist.common.errors import ModelError
 from peft_dist.config.recipe import Recipe
-from peft_dist.data.tokenize import tokenize_rows
+from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.evaluation.scoring import make_eval_set
 from peft_dist.model.vocabulary import refuse_unknown_ids
 from tests.tiny import (

@@ -7,7 +7,7 @@ import pytest
 
 from peft_dist.cli.main import main
 from peft_dist.run import job_events
-from peft_dist.slurm.scripts import Array, render_job, render_node
+from peft_dist.slurm.job_scripts import Array, render_job, render_node
 from tests.unit.run_folders import slurm_commands
 from tests.unit.slurm_desk import Capture, Desk
 from tests.unit.slurm_jobs import CPUS, Machines, job, json_lines

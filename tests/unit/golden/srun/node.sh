@@ -40,7 +40,7 @@ share=$("${python[@]}" -c 'from peft_dist.common import paths; print(paths.root(
 export PET_RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$PEFT_DIST_NONCE
 rendezvous=node=$SLURM_PROCID,host=$PEFT_DIST_HEAD,port=$PEFT_DIST_PORT,join_timeout_s=120
 
-exec "${python[@]}" -m peft_dist.slurm.supervisor \
+exec "${python[@]}" -m peft_dist.slurm.rank_supervisor \
   --run-dir /scratch/alice/runs/first \
   --max-starts 100 \
   --max-starts-without-progress 5 \

@@ -18,8 +18,8 @@ from peft_dist.launch.command import Meeting, launch_environment, worker_command
 from peft_dist.launch.placement import Placement
 from peft_dist.slurm.container import mounts, node_command, srun_options
 from peft_dist.slurm.offline import VARIABLES as OFFLINE
+from peft_dist.slurm.quoted_template import fill
 from peft_dist.slurm.submitting import kept_variables
-from peft_dist.slurm.template import fill
 
 JOB_SCRIPT = "job.sbatch"
 NODE_SCRIPT = "node.sh"
@@ -277,14 +277,15 @@ def _mounts(job: Job) -> list[str]:
 
 def _supervisor(job: Job, run_dir: Path) -> list[str]:
     cluster = job.cluster
-    module = "command_supervisor" if job.command else "supervisor"
-    words = ["-m", f"peft_dist.slurm.{module}", "--run-dir", str(run_dir)]
+    per_rank = job.tasks_per_node > 1
+    kind = "command_" if job.command else "rank_" if per_rank else ""
+    words = ["-m", f"peft_dist.slurm.{kind}supervisor", "--run-dir", str(run_dir)]
     words += ["--max-starts", str(cluster.requeue.max_starts)]
     limit = cluster.requeue.max_starts_without_progress
     words += ["--max-starts-without-progress", str(limit)]
     if cluster.secrets_file is not None:
         words += ["--secrets", cluster.secrets_file]
-    if job.tasks_per_node > 1:
+    if per_rank:
         words += ["--per-rank"]
     if job.frozen:
         words += ["--frozen"]
@@ -292,7 +293,7 @@ def _supervisor(job: Job, run_dir: Path) -> list[str]:
     if interface is not None:
         words += [f"--interface={interface}"]
     if cluster.preflight.enabled and not job.command:
-        bound = job.tasks_per_node > 1 and not BINDING.isdisjoint(cluster.srun)
+        bound = per_rank and not BINDING.isdisjoint(cluster.srun)
         words += ["--devices", "1" if bound else str(cluster.gpus_per_node)]
         words += ["--preflight-timeout-s", f"{cluster.preflight.timeout_s:.12g}"]
         words += ["--arrival-s", f"{cluster.preflight.arrival_s:.12g}"]
