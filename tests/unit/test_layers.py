@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "wandb",
          "datasets", "numpy", "plotly")  # fmt: skip
@@ -57,6 +59,7 @@ def test_help_starts_at_once() -> None:
     assert min(seconds() for _ in range(5)) < HELP_LIMIT_S
 
 
+@pytest.mark.slow
 def test_what_speaks_to_slurm_imports_nothing_heavy_and_costs_little(
     recipe_file: Path, tmp_path: Path
 ) -> None:
