@@ -21,8 +21,8 @@ REQUIRED = "PEFT_DIST_BROWSER"
 """Environment variable: `required` where a test must fail that finds no browser."""
 SCREENSHOTS = "PEFT_DIST_SCREENSHOTS"
 """Environment variable: a folder to keep the screenshots in."""
-SETTLED_S = 30.0
-"""How long a page may take to come to rest."""
+SETTLED_S = 120.0
+"""How long a page may take to come to rest, on a loaded machine."""
 COUNT_POINTS = """
 return [...document.querySelectorAll(".plot")].map((node) => [
   node.dataset.figure,
@@ -141,6 +141,7 @@ def started(folder: Path, *, page_limit_s: float = SETTLED_S) -> Iterator[Browse
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=Service(executable_path=driver))
     browser.set_page_load_timeout(page_limit_s)
+    browser.set_script_timeout(page_limit_s)
     try:
         yield Browser(browser)
     finally:

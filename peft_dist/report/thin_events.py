@@ -5,7 +5,7 @@ from operator import attrgetter
 
 from peft_dist.ledger.events import LedgerEvent, StepEvent
 
-MOST_STEPS = 100_000
+MOST_STEPS = 25_000
 """Steps that are kept at most; each takes about 2 kB, and a report needs a thousand points."""
 FIRST_GROUP = 16
 """Steps of a group once there are too many; a group keeps its first step and its extremes."""

@@ -66,6 +66,7 @@ def test_a_live_run_is_not_submitted_twice_and_a_singleton_waits(
     other.wait_for_end()
 
 
+@only_long
 def test_a_cancelled_run_has_saved_and_goes_on_with_other_nodes(
     cluster: SlurmCluster, runs: Runs, reference: Path
 ) -> None:

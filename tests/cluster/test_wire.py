@@ -6,6 +6,7 @@ import pytest
 
 from tests.cluster.slurm import SlurmCluster
 from tests.cluster.submitted import Runs
+from tests.faults.long import only_long
 from tests.faults.oracles import final_steps
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -14,6 +15,7 @@ FLOAT_BYTES = 4
 FEW, MANY = 10, 60
 
 
+@only_long
 def test_between_nodes_only_adapter_bytes_travel(cluster: SlurmCluster, runs: Runs) -> None:
     # Two runs that differ in their steps alone: start, load and end cost both the same.
     settings = ("parallel.strategy=hsdp", "method.rank=512", "train.global_batch_size=8",

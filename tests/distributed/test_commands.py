@@ -24,7 +24,7 @@ from peft_dist.ledger.reader import LedgerReader
 from peft_dist.run.provenance import versions
 from peft_dist.worker.signals import StopRequests
 from tests.disks import tmpfs
-from tests.faults.long import cases
+from tests.faults.long import cases, only_long
 from tests.processes import ROOT, environment, error_lines, free_port, run, torchrun
 from tests.tiny import completion_rows, labelled_rows, tiny_model, write_jsonl
 
@@ -189,6 +189,7 @@ def test_progress_into_a_pipe_is_plain_lines_with_the_ledgers_figures(runs: Path
     assert [line.partition(" tok/s")[0] + " tok/s" for line in shown] == expected
 
 
+@only_long
 def test_the_machine_and_the_job_of_a_run_stand_in_its_ledger(project: Path) -> None:
     command = [*WAYS["python"], "tracking.system_every_s=0.1", LONGER, "evaluate.every_steps=30"]
     done = start(project, command, SLURM_JOB_ID="4711", SLURM_RESTART_COUNT="0")
@@ -316,6 +317,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
+@only_long
 @pytest.mark.parametrize("left", [300_000, 24_000][: cases(1, 2)])  # adapter, ledger
 def test_a_full_disk_is_one_line_and_freeing_it_is_all_that_it_takes(
     project: Path, small_disk: Path, left: int

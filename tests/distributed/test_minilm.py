@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.long import only_long
 from tests.processes import ROOT, environment, run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -20,6 +21,7 @@ def minilm() -> Path:
     return Path(spec.origin).parent / "model"
 
 
+@only_long
 def test_a_real_encoder_classifies_definitions(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "peft_dist", "train",

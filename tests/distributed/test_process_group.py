@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 # One rank is stopped when its address is known and goes on when the others could have ended.
 RANKS = """
 import os, signal, sys, time
@@ -42,6 +44,7 @@ for late in range(3):
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_ends_right_after_the_start_breaks_no_start(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", RANKS, str(tmp_path)], capture_output=True, text=True, timeout=100

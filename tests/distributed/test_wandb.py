@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from peft_dist.run.directory import RunDir
-from tests.faults.long import cases
+from tests.faults.long import cases, only_long
 from tests.tiny import completion_rows, tiny_model, write_jsonl
 from tests.unit.wandb_runs import ledger, rows_of, side_cars, sync, user, wait_for, wanted_rows
 from tests.wandb_stub import Stub, wandb_stub
@@ -83,13 +83,13 @@ def test_an_interrupted_and_a_killed_start_go_on_in_the_same_run(project: Path, 
     path = project / "runs" / "again"
     longer = ("--run-dir", str(path), "train.steps=200", "checkpoint.every_steps=5")
     process = start(project, stub, *longer)
-    wait_for(lambda: steps_done(path) >= 10, timeout_s=90)
+    wait_for(lambda: steps_done(path) >= 10 and stub.runs and stub.run().inits == 1, timeout_s=90)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 75
     before = steps_done(path)
     process = start(project, stub, *longer)
-    wait_for(lambda: steps_done(path) >= before + 10, timeout_s=90)
+    wait_for(lambda: steps_done(path) >= before + 10 and stub.run().inits == 2, timeout_s=90)
     newest = max((path / "attempts").glob("????????.json"))
     os.kill(json.loads(newest.read_text(encoding="utf-8"))["pid"], signal.SIGKILL)
     _, errors = process.communicate(timeout=240)
@@ -108,6 +108,7 @@ def steps_done(path: Path) -> int:
     return file.read_text(encoding="utf-8").count('"event": "step"') if file.exists() else 0
 
 
+@only_long
 @pytest.mark.parametrize("fault", ["hang", "500"][: cases(1, 2)])
 def test_a_server_that_fails_changes_neither_the_exit_code_nor_the_adapter(
     project: Path, stub: Stub, fault: str

@@ -144,7 +144,7 @@ def test_packed_rows_have_the_loss_of_padded_ones(outcome: Outcomes, architectur
 
 @pytest.mark.parametrize("engine", [SINGLE, FSDP, DDP, HSDP])
 def test_four_passes_per_step_are_one(outcome: Outcomes, engine: str) -> None:
-    assert largest_difference(outcome("accumulated", engine), outcome("llama-nf4", SINGLE)) <= 1e-5
+    assert largest_difference(outcome("accumulated", engine), outcome("repeated", SINGLE)) <= 1e-5
 
 
 @pytest.mark.parametrize("engine", [SINGLE, FSDP])
@@ -158,13 +158,13 @@ def test_pairs_have_one_loss_in_any_number_of_passes(outcome: Outcomes, engine: 
 
 @pytest.mark.parametrize("engine", [SINGLE, FSDP])
 def test_recomputed_activations_change_nothing(outcome: Outcomes, engine: str) -> None:
-    again, kept = outcome("checkpointed", engine), outcome("llama-nf4", engine)
+    again, kept = outcome("checkpointed", engine), outcome("repeated", engine)
     assert largest_difference(again, kept) <= 1e-6
 
 
 @pytest.mark.parametrize("engine", [SINGLE, FSDP])
 def test_several_files_and_packed_files_are_the_same_base(outcome: Outcomes, engine: str) -> None:
-    plain = outcome("llama-nf4", engine)
+    plain = outcome("repeated", engine)
     for name in ("files", "packed-before"):
         assert outcome(name, engine)["base_fingerprint"] == plain["base_fingerprint"]
         assert largest_difference(outcome(name, engine), plain) <= 1e-6
@@ -201,7 +201,7 @@ def test_the_dropout_of_the_base_is_repeated_by_the_next_run(outcome: Outcomes) 
 def test_every_process_agrees_that_the_packed_base_is_damaged(
     outcome: Outcomes, engine: str
 ) -> None:
-    found, plain = outcome("damaged", engine), outcome("llama-nf4", engine)
+    found, plain = outcome("damaged", engine), outcome("repeated", engine)
     (warning,) = found["warnings"]
     assert "is damaged at lm_head.weight; made anew" in warning
     assert found["base_fingerprint"] == plain["base_fingerprint"]

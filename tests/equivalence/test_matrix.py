@@ -1,4 +1,6 @@
-"""Every method on every engine, unquantized and in 4 bits, with and without recomputation.
+"""Every method on every engine, in 4 bits with recomputation and unquantized without.
+
+`make faults` has the other two of the four variants.
 
 Besides what stands here, every test over all cases runs on these too: only the method's own
 tensors change, the base is shared out to the byte, and plain PEFT reloads the adapter.
@@ -16,10 +18,12 @@ from tests.equivalence.cases import (
     CASES,
     DDP,
     MATRIX_ENGINES,
+    MATRIX_METHODS,
     SINGLE,
     matrix_cases,
 )
 from tests.equivalence.conftest import Outcomes
+from tests.faults.long import only_long
 from tests.processes import ROOT
 
 pytestmark = pytest.mark.distributed
@@ -32,9 +36,11 @@ def test_a_cell_has_the_losses_of_one_process(outcome: Outcomes, case: str, engi
     assert matrix.largest_loss_difference(outcome, case, engine) <= matrix.TOLERANCE
 
 
-@pytest.mark.parametrize("case", [name for name in matrix_cases() if name.endswith("kept")])
-def test_recomputing_changes_no_loss(outcome: Outcomes, case: str) -> None:
-    again = case.replace("kept", "recomputed")
+@only_long
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("method", MATRIX_METHODS)
+def test_recomputing_changes_no_loss(outcome: Outcomes, method: str, quantization: str) -> None:
+    case, again = (f"matrix-{method}-{quantization}-{kept}" for kept in ("kept", "recomputed"))
     for engine in CASES[case].engines:
         pairs = zip(outcome(case, engine)["losses"], outcome(again, engine)["losses"], strict=True)
         assert max(abs(a - b) for a, b in pairs) <= 1e-5, engine

@@ -41,16 +41,8 @@ def _decayed(method: dict[str, Any]) -> dict[str, Any]:
 
 
 CASES = {
-    "kept-nf4": Case("llama", EVERYWHERE, NF4, steps=10),
-    "kept-none": Case("llama", EVERYWHERE, NONE, steps=10),
-    **{
-        f"recomputed-{name}": Case(
-            "llama", (SINGLE, ZERO2, ZERO3), how | {"train": {"activation_checkpointing": True}}, 10
-        )
-        for name, how in (("nf4", NF4), ("none", NONE))
-    },
+    "kept-nf4": Case("llama", (DDP, FSDP, ZERO3), NF4, steps=10),
     "dora-nf4": Case("qwen2", (DDP, ZERO3), NF4 | {"method": {"dora": True, "bias": "all"}}),
-    "dora-none": Case("qwen2", (DDP, ZERO3), NONE | {"method": {"dora": True, "bias": "all"}}),
     "conv1d": Case("gpt2", (DDP, ZERO3), NONE),
     "head": Case("bert", (DDP, ZERO2, ZERO3), NF4),
     "odd": Case("odd", (FSDP, ZERO2, ZERO3), NF4 | {"method": {"rank": 3}}),

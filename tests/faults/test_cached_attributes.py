@@ -107,6 +107,7 @@ def test_a_holder_on_another_host_keeps_its_run_although_its_beats_are_seen_late
     assert holder.poll() is None
 
 
+@pytest.mark.slow
 def test_a_host_that_stands_still_loses_its_run_and_writes_nothing_when_it_wakes(
     start: Start, tmp_path: Path
 ) -> None:

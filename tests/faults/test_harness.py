@@ -13,7 +13,7 @@ import pytest
 from tests.faults.client import Nursery
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Harness, fault
-from tests.faults.long import cases
+from tests.faults.long import cases, only_long
 from tests.faults.oracles import (
     adapter_sha256,
     assert_every_row_once,
@@ -130,6 +130,7 @@ def is_alive(pid: int) -> bool:
     return text.rpartition(")")[2].split()[0] not in "ZX"
 
 
+@only_long
 def test_the_nursery_ends_with_whoever_started_it(project: Project, tmp_path: Path) -> None:
     script = (
         "import os, sys\n"

@@ -15,7 +15,7 @@ import pytest
 
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Project
-from tests.faults.long import cases
+from tests.faults.long import cases, only_long
 from tests.faults.oracles import (
     assert_same_run,
     checkpoint_steps,
@@ -209,7 +209,7 @@ def test_a_signal_to_the_command_saves_and_resume_finishes(
 IN_SETUP = [(1, signal.SIGTERM), (0, signal.SIGTERM), (1, signal.SIGUSR1), (0, signal.SIGUSR1)]
 
 
-@pytest.mark.parametrize(("rank", "number"), IN_SETUP[: cases(2, 4)])
+@pytest.mark.parametrize(("rank", "number"), IN_SETUP[: cases(1, 4)])
 def test_a_signal_to_one_rank_that_loads_stops_the_command(
     run: Run, rank: int, number: signal.Signals
 ) -> None:
@@ -228,6 +228,7 @@ def test_a_signal_to_one_rank_that_loads_stops_the_command(
     assert not records(run.path)
 
 
+@only_long
 def test_workers_whose_launcher_is_killed_save_and_end_and_train_goes_on(
     run: Run, undisturbed: Undisturbed
 ) -> None:
@@ -273,6 +274,7 @@ def test_a_command_that_is_killed_takes_its_workers_along_and_its_repetition_goe
     assert_undisturbed(run, undisturbed)
 
 
+@only_long
 def test_a_start_right_after_its_process_group_was_killed_waits_and_goes_on(
     run: Run, undisturbed: Undisturbed
 ) -> None:
@@ -315,6 +317,7 @@ def test_a_bad_row_ends_the_command_at_once_and_burns_no_restart(run: Run, tmp_p
     assert not records(run.path)
 
 
+@only_long
 def test_a_command_that_is_refused_for_its_rows_leaves_the_run_as_it_was(
     run: Run, tmp_path: Path
 ) -> None:
@@ -331,6 +334,7 @@ def test_a_command_that_is_refused_for_its_rows_leaves_the_run_as_it_was(
     assert not (run.path / "recipe.next.yaml").exists()
 
 
+@only_long
 def test_without_restarts_a_killed_rank_ends_the_command_which_says_how_to_go_on(
     run: Run,
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 from peft_dist.common.errors import ERROR_PREFIX
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Project
-from tests.faults.long import cases
+from tests.faults.long import cases, only_long
 from tests.faults.oracles import (
     adapter_sha256,
     assert_same_run,
@@ -136,6 +136,7 @@ def test_a_run_on_a_file_system_that_turned_read_only_ends_and_goes_on_after_its
         assert (gap in told) if gap else ("not in the ledger" not in told), (words, told[-2000:])
 
 
+@only_long
 def test_a_read_only_file_system_ends_a_run_that_saves_nothing_by_itself(
     run: Run, disk: Disk
 ) -> None:

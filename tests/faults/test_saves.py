@@ -113,7 +113,7 @@ def test_the_ledger_is_on_the_disk_before_a_checkpoint_has_its_name(
     assert ("fsync", run_dir) in changes[changes.index(synced) : renamed]
 
 
-@pytest.mark.parametrize("change", cuts(8, CHANGES))
+@pytest.mark.parametrize("change", cuts(5, CHANGES))
 def test_a_save_that_is_cut_anywhere_leaves_a_checkpoint_to_go_on_from(
     harness: Harness, project: Project, undisturbed: Undisturbed, change: int
 ) -> None:
@@ -123,7 +123,7 @@ def test_a_save_that_is_cut_anywhere_leaves_a_checkpoint_to_go_on_from(
     assert_goes_on(harness, project, run_dir, undisturbed)
 
 
-@pytest.mark.parametrize("change", cuts(5, LAST_CHANGES))
+@pytest.mark.parametrize("change", cuts(3, LAST_CHANGES))
 def test_an_end_that_is_cut_anywhere_is_made_up_for(
     harness: Harness, project: Project, undisturbed: Undisturbed, change: int
 ) -> None:
@@ -133,7 +133,7 @@ def test_an_end_that_is_cut_anywhere_is_made_up_for(
     assert_goes_on(harness, project, run_dir, undisturbed)
 
 
-@pytest.mark.parametrize("change", cuts(3, FIRST_CHANGES))
+@pytest.mark.parametrize("change", cuts(2, FIRST_CHANGES))
 def test_a_beginning_that_is_cut_anywhere_is_made_up_for(
     harness: Harness, project: Project, undisturbed: Undisturbed, change: int
 ) -> None:

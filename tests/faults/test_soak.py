@@ -12,7 +12,7 @@ from peft_dist.common.manifest import step_name
 from peft_dist.ledger.goodput import goodput
 from peft_dist.ledger.reader import LedgerReader
 from tests.faults.harness import Group, Harness, Project, fault
-from tests.faults.long import cases
+from tests.faults.long import cases, only_long
 from tests.faults.mutations import KINDS
 from tests.faults.oracles import assert_same_run, checkpoint_steps, last_step, records
 
@@ -84,6 +84,7 @@ FAULTS: list[Callable[[Group, random.Random], None]] = [
 ]  # fmt: skip
 
 
+@only_long
 @pytest.mark.timeout(cases(600, 3600))
 def test_a_run_under_steady_fire_comes_to_the_same_end(harness: Harness, project: Project) -> None:
     rng, run = random.Random(0), harness.run_dir()

@@ -86,6 +86,7 @@ def test_the_reason_is_one_line(tmp_path: Path, alone: World, name: str) -> None
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # PEFT's own, which say nothing of what is computed
 @pytest.mark.parametrize("name", WORKS)
 def test_what_is_trained_is_what_peft_computes(tmp_path: Path, alone: World, name: str) -> None:

@@ -46,6 +46,7 @@ def opened(folder: Path, world: World, method: dict[str, Any], **sections: Any) 
     return set_up_model(recipe, world, find_base(recipe, folder / "cache"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("name", WORKING)
 def test_a_passed_through_method_starts_at_the_base_and_learns(

@@ -184,6 +184,7 @@ def test_a_prompt_that_leads_to_no_turn_is_a_bad_row(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "why"),
     [

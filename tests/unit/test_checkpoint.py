@@ -225,6 +225,7 @@ def misread(setup: ModelSetup, patch: pytest.MonkeyPatch) -> str:
     return "read back, it gives other losses ("
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [dropped, emptied, stale, wrapped, ignored, missed, misdescribed, misread],

@@ -284,6 +284,7 @@ def check_after_a_kill(task: str, checkpoints: Path) -> None:
     assert [verify(folder)["step"] for folder in folders(checkpoints)] == steps(checkpoints)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "at_least"), [("publish", 12), ("replace", 20), ("prune", 8), ("clean", 20)]
 )

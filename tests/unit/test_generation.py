@@ -62,6 +62,7 @@ def written_on(setup: ModelSetup, prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 def test_a_row_is_written_on_as_the_plain_model_would(

@@ -265,6 +265,7 @@ def test_goodput_after_each_event_is_that_of_the_events_so_far(run: Run) -> None
         assert meter.result() == goodput(run.events[:count])
 
 
+@pytest.mark.slow
 def test_the_text_fits_one_screen_however_many_attempts_there_were() -> None:
     run = Run()
     for attempt in range(300):

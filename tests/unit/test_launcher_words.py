@@ -45,6 +45,7 @@ raise {error}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_launcher_of_ours_ends_in_one_line_and_one_by_hand_as_ever(
     tmp_path: Path, ours: bool

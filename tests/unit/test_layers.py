@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "wandb",
          "datasets", "numpy", "plotly")  # fmt: skip
@@ -71,6 +73,7 @@ def test_all_that_comes_before_the_first_line_of_a_training_is_little(recipe_fil
     assert least_cpu_s("train", str(recipe_file), "--dry-run") < FIRST_LINE_LIMIT_S
 
 
+@pytest.mark.slow
 def test_what_speaks_to_slurm_imports_nothing_heavy_and_costs_little(
     recipe_file: Path, tmp_path: Path
 ) -> None:

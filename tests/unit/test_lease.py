@@ -527,6 +527,7 @@ def test_the_files_are_private_and_leftovers_of_the_dead_are_removed(
     assert names["00000002.json"] == names["00000002-rank-1.json"] == 0o600
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift_s", [-3600.0, 3600.0])
 def test_a_clock_that_is_an_hour_off_changes_nothing(
     begin: Callable[..., Attempt],

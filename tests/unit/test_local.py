@@ -162,6 +162,7 @@ def test_workers_of_a_launcher_that_died_are_ended(
     assert has_ended(int((tmp_path / "pid").read_text(encoding="utf-8")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", PASSED_ON, ids=lambda number: number.name)
 def test_a_signal_reaches_the_workers_once_and_they_take_their_time(
     tmp_path: Path, number: signal.Signals

@@ -201,6 +201,7 @@ def test_every_byte_of_a_manifest_counts(tmp_path: Path) -> None:
     verify(file.parent)
 
 
+@pytest.mark.slow
 def test_every_mutation_is_found_and_the_untouched_older_checkpoint_chosen(tmp_path: Path) -> None:
     pristine = tmp_path / "pristine"
     whole = {f.name: contents(f) for f in (checkpoint(pristine, step) for step in (10, 20, 30))}

@@ -101,6 +101,7 @@ def with_peft(run_dir: RunDir, dtype: torch.dtype = torch.float32) -> PeftModel:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "sections", "saved"),
     [
@@ -270,6 +271,7 @@ def large_run(folder: Path, layers: int) -> tuple[RunDir, list[int]]:
     return made, [(base / name).stat().st_size for name in files]
 
 
+@pytest.mark.slow
 def test_memory_grows_by_less_than_one_file_of_the_model(tmp_path: Path) -> None:
     warm, _ = large_run(tmp_path / "warm", layers=1)
     large, sizes = large_run(tmp_path / "large", layers=6)
@@ -353,6 +355,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path, alone: World) -> None:
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 def test_the_command_merges_a_run_that_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -70,6 +70,7 @@ def trainer(
     return Trainer(setup, rows, eval_set, reference=scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*PAIRED, "kto"])
 def test_an_objective_learns_what_its_rows_prefer(tmp_path: Path, alone: World, kind: str) -> None:
     found = trainer(tmp_path, alone, kind)
@@ -88,6 +89,7 @@ def test_an_objective_learns_what_its_rows_prefer(tmp_path: Path, alone: World, 
         assert all(0 <= step["reward_accuracy"] <= 1 for step in steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
@@ -111,6 +113,7 @@ def test_the_reference_is_the_model_as_training_starts_it(
     assert step["reward_chosen"] == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "packing"),
     [
@@ -180,6 +183,7 @@ def with_checkpoints(found: Trainer, folder: Path) -> Checkpointer:
     return found.checkpointer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 @pytest.mark.parametrize("cached", [True, False], ids=["reference cached", "reference lost"])
 def test_a_resumed_training_is_bit_identical(

@@ -109,6 +109,7 @@ def test_a_recipe_is_fetched(tmp_path: Path, capsys: Capture) -> None:
                      "tokenizer: loads"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_fetching_goes_into_the_caches_of_the_cluster_file(
     desk: Desk, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,7 @@ def test_the_wheel_holds_every_file_and_no_rubbish(wheel: Path) -> None:
     assert len(tops) == 2  # peft_dist and its dist-info: no top-level `launch` or `configs`
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_works_without_a_checkout(clean_venv: Path, tmp_path: Path) -> None:
     def run(*argv: str) -> str:
         done = subprocess.run(

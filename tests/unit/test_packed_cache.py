@@ -117,6 +117,7 @@ def test_a_flipped_byte_is_found_and_the_entry_made_anew(
     assert warnings_in(caplog) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", MANIFEST])
 @pytest.mark.parametrize("kept", [None, 0, 100])
 def test_a_missing_or_truncated_file_is_made_anew(

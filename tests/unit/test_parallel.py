@@ -21,6 +21,7 @@ def chat(text: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in roles]}
 
 
+@pytest.mark.slow
 def test_processes_give_the_rows_that_one_gives_and_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,7 @@ def simulated_and_planned(
     return found, peak_bytes(shape, adapter, setting), gathered, adapter.parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES if IS_LONG else SHORT)
 def test_formulas_are_near_what_the_code_does(tmp_path: Path, case: str) -> None:
     found, planned, gathered, trained = simulated_and_planned(tmp_path, **CASES[case])

@@ -42,6 +42,7 @@ def prefix(folder: Path, architecture: str, /, **sections: Any) -> Recipe:
     return learned(folder, architecture, method=method, **sections)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", TESTED)
 @pytest.mark.parametrize("tokens", [P, 11])  # the tiny windows are 8 tokens
 def test_plain_peft_gives_the_logits_of_the_trained_model(
@@ -69,6 +70,7 @@ def test_on_a_4_bit_base_too(tmp_path: Path, alone: World, architecture: str) ->
     assert_alike(ours(setup, rows), plain(peft, rows), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", TESTED)
 def test_layout_and_recomputation_change_no_gradient(
     tmp_path: Path, alone: World, architecture: str

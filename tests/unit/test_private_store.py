@@ -119,6 +119,7 @@ def test_nobody_who_listens_is_told_so() -> None:
         PrivateStore("127.0.0.1", port, SECRET, timedelta(seconds=0.5))
 
 
+@pytest.mark.slow
 def test_ten_thousand_messages_of_a_stranger_change_nothing(server: StoreServer) -> None:
     honest = client(server)
     honest.set("key", b"value")

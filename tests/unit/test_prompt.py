@@ -39,6 +39,7 @@ def prompt(folder: Path, architecture: str, /, **sections: Any) -> Recipe:
     return learned(folder, architecture, method=method, **sections)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("tokens", [P, 11])  # the tiny windows are 8 tokens
 def test_plain_peft_gives_the_logits_of_the_trained_model(
@@ -71,6 +72,7 @@ def test_on_a_4_bit_base_too(tmp_path: Path, alone: World, architecture: str) ->
     assert_alike(ours(setup, rows), plain(peft, rows), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_layout_and_recomputation_change_no_gradient(
     tmp_path: Path, alone: World, architecture: str

@@ -33,6 +33,7 @@ WAYS = {
 now."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", WAYS)
 def test_losses_and_gradients_are_those_of_transformers(
     tmp_path: Path, alone: World, model_type: str

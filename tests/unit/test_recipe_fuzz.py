@@ -6,6 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -71,24 +72,28 @@ def test_random_bytes(data: bytes) -> None:
     check(data, [])
 
 
+@pytest.mark.slow
 @quick
 @given(st.text(max_size=200) | yaml_pieces)
 def test_random_yaml_text(text: str) -> None:
     check(text.encode("utf-8", "surrogatepass"), [])
 
 
+@pytest.mark.slow
 @quick
 @given(st.sampled_from(SECTIONS), values)
 def test_random_values_for_a_section(section: str, value: object) -> None:
     check(json.dumps(BASE | {section: value}).encode(), [])
 
 
+@pytest.mark.slow
 @quick
 @given(st.sampled_from(SECTIONS), st.sampled_from(FIELDS), values)
 def test_random_values_for_a_field(section: str, field: str, value: object) -> None:
     check(json.dumps(BASE).encode(), [f"{section}.{field}={json.dumps(value)}"])
 
 
+@pytest.mark.slow
 @quick
 @given(
     st.lists(

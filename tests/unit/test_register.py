@@ -82,6 +82,7 @@ def test_a_method_of_the_same_name_in_peft_is_not_replaced() -> None:
     assert isinstance(get_peft_config({"peft_type": "LORA"}), LoraConfig)
 
 
+@pytest.mark.slow
 def test_an_enum_that_cannot_grow_is_named() -> None:
     done = python(_SHUT)
     assert done.returncode != 0
@@ -90,6 +91,7 @@ def test_an_enum_that_cannot_grow_is_named() -> None:
     assert "cannot take the method bitfit (" in last and "_value2member_map_" in last
 
 
+@pytest.mark.slow
 def test_another_process_loads_them_after_one_import(tmp_path: Path) -> None:
     tiny_model(tmp_path / "base", "opt")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

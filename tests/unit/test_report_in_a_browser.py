@@ -8,9 +8,11 @@ import pytest
 from peft_dist.report.page import render_page
 from peft_dist.report.run_data import read_runs
 from tests.browser import DESKTOP, PHONE, Browser, started
+from tests.faults.long import cases
 from tests.unit.test_report import EVENTFUL, HOSTILE
 from tests.unit.whole_runs import Story, write_run
 
+pytestmark = pytest.mark.slow
 SIZES = {"desktop": DESKTOP, "phone": PHONE}
 FIGURES = 13
 DRAWN_WIDTH = """
@@ -52,9 +54,15 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("which", ["one", "three"])
+@pytest.mark.parametrize(
+    ("which", "size", "dark"),
+    [
+        ("one", "desktop", False),
+        ("three", "phone", True),
+        ("one", "phone", False),
+        ("three", "desktop", True),
+    ][: cases(2, 4)],
+)
 def test_every_figure_is_drawn_and_nothing_is_asked_for(
     browser: Browser, pages: dict[str, Path], tmp_path: Path, which: str, size: str, dark: bool
 ) -> None:
@@ -75,6 +83,7 @@ def test_every_figure_is_drawn_and_nothing_is_asked_for(
     assert (tmp_path / name).stat().st_size > 50_000
 
 
+@pytest.mark.slow
 def test_the_colours_follow_the_system_while_the_page_is_open(
     browser: Browser, pages: dict[str, Path]
 ) -> None:
@@ -87,6 +96,7 @@ def test_the_colours_follow_the_system_while_the_page_is_open(
     browser.until(COLOURS, lambda found: found == light)
 
 
+@pytest.mark.slow
 def test_the_numbers_of_a_figure_open_without_a_mouse(
     browser: Browser, pages: dict[str, Path]
 ) -> None:

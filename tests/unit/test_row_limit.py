@@ -69,6 +69,7 @@ def test_a_line_of_just_the_limit_is_a_row(tmp_path: Path, end: bytes) -> None:
     assert len(list(read_rows(source, task="causal-lm", bad=bad))) == 1
 
 
+@pytest.mark.slow
 def test_a_line_of_a_gigabyte_takes_no_memory(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     with path.open("wb") as file:

@@ -147,6 +147,7 @@ def no_canary(folder: Path) -> None:
     assert not Path("canary").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", NASTY, ids=ascii)
 def test_a_nasty_text_in_any_field_is_refused_or_is_just_a_text(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -251,6 +252,7 @@ pieces = st.lists(
 texts = pieces | st.text(max_size=20)
 
 
+@pytest.mark.slow
 @settings(max_examples=cases(30, 3000), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.fixed_dictionaries({}, optional={name: texts for name in FIELDS}),

@@ -125,6 +125,7 @@ def test_rows_of_several_sources_say_which(project: Path, capsys: Capture) -> No
     assert found == [("rows.jsonl", 1), ("other.jsonl", 1)]
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_alone_and_passes_the_code_on(
     project: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

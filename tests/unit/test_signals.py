@@ -64,6 +64,7 @@ say(f"{requests.requested} {requests.count}")
     assert start(code, tmp_path / "note").communicate(timeout=20)[0] == "SIGUSR1 3\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_in_setup_ends_a_process_that_waits_for_peers(
     tmp_path: Path, number: signal.Signals

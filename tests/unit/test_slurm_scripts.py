@@ -75,6 +75,7 @@ def test_bash_reads_every_script(name: str, script: str) -> None:
     assert (read.returncode, read.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @each_script
 def test_shellcheck_has_nothing_to_say(name: str, script: str) -> None:
     if shutil.which("shellcheck") is None:

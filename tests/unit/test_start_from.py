@@ -43,6 +43,7 @@ def moved(setup: ModelSetup) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "named"), [*((method, "adapter") for method in METHODS), (METHODS[0], ".")]
 )

@@ -98,6 +98,7 @@ def test_a_job_that_was_cancelled_is_not_started_again(run: RunDir, by: str) -> 
     assert told == "cancelled cancelled by its user"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "nodes", "left_s"),
     [
@@ -124,6 +125,7 @@ def test_a_decision_that_is_there_stands_unless_the_job_is_cancelled(run: RunDir
     assert look_back(run, CANCELLED, UP) == "cancelled cancelled by its user"
 
 
+@pytest.mark.slow
 def test_a_preemption_before_training_is_no_failure_however_often_it_comes(run: RunDir) -> None:
     preempted = "JobId=7 JobState=RUNNING PreemptTime=2026-01-01T00:00:00"
     for restart in range(3):

@@ -104,6 +104,7 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path: Path) -> None:
     assert cache_entries(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_make_one_cache(tmp_path: Path) -> None:
     tiny_tokenizer(tmp_path / "model")
     path = write_jsonl(tmp_path / "train.jsonl", [{"text": f"the cat {n}"} for n in range(3000)])

@@ -46,6 +46,7 @@ def opened(
     return setup, tokenize_rows(recipe, "train", folder / "cache")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "strategy"),
     [(name, "ddp") for name in CHOICES]

@@ -100,6 +100,7 @@ def test_setup_is_watched_from_the_start_and_the_first_step_has_its_limit(tmp_pa
     assert "in phase setup for 1." in run("watch(setup_s=1.0); time.sleep(60)", tmp_path)[2]
 
 
+@pytest.mark.slow
 def test_slow_is_not_hung(tmp_path: Path) -> None:
     code = """
 import random
@@ -124,6 +125,7 @@ print(f"{dog._limit_of(dog._current)}")
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_steps_limit_follows_the_steps_before_it(tmp_path: Path) -> None:
     code = """
 dog = watch(min_s=0.4)
@@ -163,6 +165,7 @@ for _ in range(8):
     assert run(code, tmp_path) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_a_stopped_process_that_goes_on_is_not_hung(tmp_path: Path) -> None:
     code = """
 dog = watch(min_s=0.5)

@@ -84,9 +84,11 @@ def test_a_rank_that_is_told_to_stop_before_rank_0_has_the_run_waits_for_that(
 ) -> None:
     context = WorkerContext(1, 2, run_dir=run)
     run.attempts.mkdir()
-    write_json(record_path(run.attempts, 1), {"attempt": 1, "group": "another start"})
+    other = {"attempt": 1, "group": "another start"}
+    write_json(record_path(run.attempts, 1), other)
     context.stopped_in_setup("SIGUSR1")
     assert ending_of_run(run) is None, "that was of another start"
+    write_json(record_path(run.attempts, 1), {**other, "outcome": "done"})  # lets go of the run
     attempt = Attempt.begin(run.attempts)
     try:
         context.stopped_in_setup("SIGUSR1")
