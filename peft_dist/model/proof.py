@@ -31,7 +31,7 @@ from peft_dist.model.expected import (
     line_of,
     noise_of,
 )
-from peft_dist.model.loss import CausalLM, SequenceClassifier
+from peft_dist.model.loss import CausalLM, Decoder, SequenceClassifier
 from peft_dist.model.probe import probe_rows
 from peft_dist.model.router import Routing
 
@@ -84,8 +84,8 @@ def prove(run: ProofRun, ways: Sequence[Way]) -> tuple[Way, list[str]]:
     """
     model, blocks, dtype, device = run.model, run.blocks, run.dtype, run.world.device
     bare = bare_model(run.peft)
-    # Learned tokens stand in front of rows and are not the model's.
-    learned = run.peft.active_peft_config.is_prompt_learning
+    # Learned tokens stand in front of rows and are not the model's; a classifier gets none here.
+    learned = run.peft.active_peft_config.is_prompt_learning and isinstance(model, Decoder)
     alone = run.peft.disable_adapter() if learned else nullcontext()
     rows = probe_rows(bare, classified=isinstance(model, SequenceClassifier))
     problems: list[str] = []
