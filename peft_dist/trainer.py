@@ -21,7 +21,7 @@ from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.mixture import source_shares
 from peft_dist.data.order import RowIds, StepPlan, assign
 from peft_dist.data.token_cache import TokenizedRows
-from peft_dist.distributed.collectives import barrier
+from peft_dist.distributed.collectives import barrier, sum_over
 from peft_dist.evaluation.generation import Sampler
 from peft_dist.evaluation.scoring import EvalSet, ScoringStopped, score_rows
 from peft_dist.ledger.events import (
@@ -390,6 +390,9 @@ class Trainer:
         )
         for sample in samples:
             self.write(sample)
+        if 0 < step < self.plan.total_steps:  # a stop that came after the last batch had begun
+            asked = torch.tensor(float(self.hooks.stop_requested()), device=self.world.device)
+            self._stop = sum_over(asked).item() > 0
 
     def write(self, event: LedgerEvent) -> None:
         """Pass an event on to every tracker."""

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from peft_dist.checkpoint.checkpointer import Checkpointer
+from peft_dist.checkpoint.progress import NoHooks
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.errors import Interrupted, TrainingError
 from peft_dist.config.recipe import Train
@@ -471,6 +472,33 @@ def test_a_stop_during_an_evaluation_saves_and_the_next_start_evaluates_again(
     assert [r["step"] for r in rest if r["event"] == "evaluation"] == [4, 6]
     assert progress.first is not None
     assert progress.first.loss == first[0]["eval_loss"]
+
+
+class StopOnceEvaluated(NoHooks):
+    """TrainerHooks in which a signal comes when the last held-out rows are scored already."""
+
+    def __init__(self, records: Records, step: int) -> None:
+        self.records, self.step = records, step
+
+    def stop_requested(self) -> bool:
+        """Whether it has come."""
+        return any(r["event"] == "evaluation" and r["step"] == self.step for r in self.records)
+
+
+def test_a_stop_at_the_end_of_an_evaluation_trains_no_further_step_and_keeps_it(
+    tmp_path: Path, alone: World
+) -> None:
+    sections: dict[str, Any] = {"evaluate": {"every_steps": 2}, "train": POISONED}
+    found, _, first = with_held_out_rows(tmp_path, alone, **sections)
+    found.hooks = StopOnceEvaluated(first, 4)
+    with pytest.raises(Interrupted, match="stopped after step 4 of 6"):
+        found.run()
+    after, checkpointer, rest = with_held_out_rows(tmp_path, alone, **sections)
+    newest = checkpointer.newest()
+    assert newest is not None
+    after.resume(newest)
+    after.run()
+    assert [r["step"] for r in rest if r["event"] == "evaluation"] == [6]
 
 
 @pytest.mark.parametrize("every", [None, 3])
