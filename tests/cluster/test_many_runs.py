@@ -13,6 +13,7 @@ from tests.faults.oracles import checkpoint_steps, final_steps, records
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
+@only_long
 def test_an_array_of_four_runs_two_at_a_time(cluster: SlurmCluster, runs: Runs) -> None:
     run = runs.submit(
         "sweep", "train.steps=30", nodes=1,

@@ -420,6 +420,7 @@ def test_without_our_command_the_same_command_goes_on(project: Path) -> None:
     assert [record["step"] for record in ledger(project / "run", "step")] == list(range(1, 61))
 
 
+@only_long
 def test_a_classifier_trains_from_end_to_end(tmp_path: Path) -> None:
     tiny_model(tmp_path / "model", "bert", trunk_only=True)
     write_jsonl(tmp_path / "rows.jsonl", labelled_rows(64))

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from peft_dist.common.env import STORE_SECRET
+from tests.faults.long import only_long
 from tests.processes import environment, free_port, wait_until
 
 pytestmark = pytest.mark.distributed
@@ -93,6 +94,7 @@ def test_a_worker_that_dies_restarts_those_of_every_node(
     assert [process.wait(60) for process in nodes] == [0, 0]
 
 
+@only_long
 def test_a_stranger_at_every_port_runs_nothing_and_stops_nothing(
     nodes: list[subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:

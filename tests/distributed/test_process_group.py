@@ -1,10 +1,11 @@
 """No rank goes on before all are connected: one that ends at once breaks nobody's start."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import environment, run
 
 # One rank is stopped when its address is known and goes on when the others could have ended.
 RANKS = """
@@ -46,7 +47,10 @@ for late in range(3):
 
 @pytest.mark.slow
 def test_a_rank_that_ends_right_after_the_start_breaks_no_start(tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", RANKS, str(tmp_path)], capture_output=True, text=True, timeout=100
+    ended = run(
+        [sys.executable, "-c", RANKS, str(tmp_path)],
+        environment=environment(tmp_path / "cache"),
+        cwd=tmp_path,
+        timeout_s=60,
     )
     assert ended.returncode == 0, ended.stderr

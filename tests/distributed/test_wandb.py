@@ -79,6 +79,7 @@ def test_a_training_on_two_processes_arrives_row_for_row(project: Path, stub: St
     )
 
 
+@only_long
 def test_an_interrupted_and_a_killed_start_go_on_in_the_same_run(project: Path, stub: Stub) -> None:
     path = project / "runs" / "again"
     longer = ("--run-dir", str(path), "train.steps=200", "checkpoint.every_steps=5")

@@ -19,7 +19,7 @@ from tests.processes import wait_until
 
 pytestmark = pytest.mark.distributed
 
-KILLS = cases(3, 20)
+KILLS = cases(1, 20)
 SETUP_S = 3.0
 """About how long command, launcher and ranks take to the first step."""
 LIMIT_S = 600.0

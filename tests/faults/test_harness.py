@@ -71,6 +71,7 @@ def test_a_killed_rank_is_told_with_its_signal(harness: Harness, project: Projec
     assert group.codes[0] is not None
 
 
+@only_long
 def test_a_group_that_ends_early_fails_the_wait_and_says_why(
     harness: Harness, project: Project
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_hidden_file_of_a_finished_run_fails_the_test(
         harness.close()
 
 
+@only_long
 def test_the_nursery_takes_its_ranks_along(project: Project, tmp_path: Path) -> None:
     nursery = Nursery(tmp_path)
     harness = Harness(nursery, tmp_path)

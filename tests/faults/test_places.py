@@ -165,6 +165,7 @@ def test_a_run_directory_that_is_moved_while_it_trains_is_told_in_one_line(
     assert_same_run(elsewhere, undisturbed(2, "fsdp", *STEPS))
 
 
+@only_long
 def test_a_run_directory_that_is_removed_while_it_trains_is_told_in_one_line(run: Run) -> None:
     command = run.start()
     run.wait_for_step(command, 20)

@@ -8,6 +8,7 @@ import pytest
 
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Project
+from tests.faults.long import only_long
 from tests.faults.oracles import checkpoint_steps, last_step, processes_below, records
 from tests.faults.test_launcher import STEPS, Run, assert_undisturbed
 from tests.processes import ROOT, wait_until
@@ -43,6 +44,7 @@ def test_stop_saves_and_ends_a_run_which_its_command_goes_on_with(
     assert_undisturbed(run, undisturbed)
 
 
+@only_long
 def test_stop_saves_and_ends_a_run_that_torchrun_has_started(run: Run) -> None:
     torchrun = run.execute(
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

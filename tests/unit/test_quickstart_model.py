@@ -10,6 +10,7 @@ import ruamel.yaml
 
 from peft_dist.common.errors import ModelError, RecipeError
 from peft_dist.entrypoints.quickstart import FOLDER_NAME, convert, main, model_folder, packaged_gguf
+from tests.faults.long import only_long
 
 CHECKOUT = Path(__file__).parents[2]
 installed = pytest.mark.skipif(
@@ -116,6 +117,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(
     assert said.count("\n") == 1
 
 
+@only_long
 @installed
 @pytest.mark.slow
 def test_the_model_is_converted_once_into_an_ordinary_folder(tmp_path: Path) -> None:

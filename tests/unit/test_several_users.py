@@ -54,8 +54,11 @@ def as_user(user: int, groups: list[int], work: Callable[[], object]) -> bool:
 def test_two_users_of_a_node_each_have_a_copy_that_the_other_cannot_read(folder: Path) -> None:
     model, local = folder / "model", folder / "local" / "peft-dist"
     model.mkdir()
+    model.chmod(0o755)  # whatever umask the tests before have left
     (model / "config.json").write_text("{}")
     (model / "model.safetensors").write_bytes(bytes(1000))
+    for file in model.iterdir():
+        file.chmod(0o644)
     local.parent.mkdir()
     local.parent.chmod(0o1777)
     # Once as ourselves: what it imports late, others may not be able to read.
