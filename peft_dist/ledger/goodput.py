@@ -51,6 +51,7 @@ CLOSING: dict[type[LedgerEvent], str] = {
 checkpoints, come in the middle of one.
 """
 WORK_PHASES = tuple(WORK.values())
+_WORK_INDEX = {kind: index for index, kind in enumerate(WORK)}
 
 
 @dataclass(frozen=True)
@@ -147,23 +148,29 @@ class GoodputMeter:
             own = self._begin(event)
         elif event.attempt < own.number:
             return
+        at_s = event.at_s
         self._last_time = event.time
-        own.last_s = max(own.last_s, event.at_s)
+        if at_s > own.last_s:
+            own.last_s = at_s
         kept_step = last_kept_step(event, self._last_step)
         if kept_step is not None:
             self._take_back(kept_step)
             self._last_step = kept_step
-        if isinstance(event, GapEvent):
+        if isinstance(event, StepEvent):
+            self._last_step = own.to_step = event.step
+            if event.step < own.first_step:
+                own.first_step = event.step
+        elif isinstance(event, GapEvent):
             self._gaps.append(LedgerGap(event.from_step, event.to_step))
         kind = type(event)
-        if kind is StepEvent:
-            self._last_step = own.to_step = event.step
-            own.first_step = min(own.first_step, event.step)
-        if kind is not StartEvent and kind not in CLOSING:
+        phase = "other" if kind is StartEvent else CLOSING.get(kind)
+        if phase is None:
             return
-        interval = max(0.0, event.at_s - own.mark_s)
-        own.mark_s += interval
-        phase = CLOSING.get(kind, "other")
+        interval = at_s - own.mark_s
+        if interval > 0.0:
+            own.mark_s = at_s
+        else:
+            interval = 0.0
         if isinstance(event, StartEvent):
             startup = min(event.startup_s, interval)
             load = min(event.load_s, interval - startup)
@@ -179,7 +186,7 @@ class GoodputMeter:
         own.started = True
         if kind in WORK:
             self._steps.append(event.step)
-            self._phases.append(WORK_PHASES.index(phase))
+            self._phases.append(_WORK_INDEX[kind])
             self._before_s.append(self._seconds[phase])
         self._seconds[phase] += interval
 
@@ -223,7 +230,7 @@ class GoodputMeter:
             self._seconds[phase] = before_s
 
 
-@dataclass
+@dataclass(slots=True)
 class _Attempt:
     """The attempt whose events are being read."""
 

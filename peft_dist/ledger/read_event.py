@@ -9,11 +9,15 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from peft_dist.ledger.events import EVENT_TYPES, STAMP, LedgerEvent, UnknownEvent, event_name
 
+_STAMP = frozenset(STAMP)
+
 
 @cache
 def _adapter() -> TypeAdapter[LedgerEvent]:
     union: Any = reduce(or_, EVENT_TYPES)
-    return TypeAdapter(Annotated[union, Field(discriminator="event")])
+    adapter: TypeAdapter[LedgerEvent] = TypeAdapter(Annotated[union, Field(discriminator="event")])
+    adapter.rebuild()  # now, and not with its first line
+    return adapter
 
 
 def from_fields(fields: Any) -> LedgerEvent:
@@ -36,14 +40,14 @@ def from_line(line: bytes) -> LedgerEvent:
     """
     try:
         try:
-            event = _adapter().validate_json(line)
+            event: LedgerEvent = _adapter().validator.validate_json(line)
         except ValidationError:  # an unknown event, or a lone surrogate
             event = from_fields(json.loads(line))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][-1:])
         raise ValueError(f"`{field}`: {first['msg']}" if field else first["msg"]) from error
-    if not event.model_fields_set.issuperset(STAMP):
+    if not event.__pydantic_fields_set__ >= _STAMP:
         missing = next(name for name in STAMP if name not in event.model_fields_set)
         raise ValueError(f"`{missing}`: Field required")
     return event

@@ -9,6 +9,7 @@ from peft_dist.ledger.read_event import from_line
 
 BLOCK_BYTES = 65_536
 """How much of a file's end is read at once: some hundred steps; of a thousand ranks, a few."""
+NEWLINE = ord("\n")
 TAIL_LIMIT_BYTES = 1 << 20
 """Most of a file's end that `tail` reads unless told otherwise."""
 
@@ -91,22 +92,26 @@ class LedgerReader:
         return None if start is None or last is None else (start, last)
 
     def _new_events(self) -> Iterator[LedgerEvent]:
-        with self._path.open("rb") as file:
-            file.seek(self._read_bytes)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                self._read_bytes += len(line)
-                self._read_lines += 1
-                try:
-                    event = from_line(line)
-                except ValueError as error:
-                    raise RunDirError(
-                        f"{line[:-1][:60].decode(errors='replace')!r} is no event: {error}",
-                        where=f"{self._path}:{self._read_lines}",
-                        remedy="remove this line",
-                    ) from error
-                yield event
+        read_bytes, read_lines = self._read_bytes, self._read_lines
+        try:
+            with self._path.open("rb") as file:
+                file.seek(read_bytes)
+                for line in file:
+                    if line[-1] != NEWLINE:
+                        return
+                    read_bytes += len(line)
+                    read_lines += 1
+                    try:
+                        event = from_line(line)
+                    except ValueError as error:
+                        raise RunDirError(
+                            f"{line[:-1][:60].decode(errors='replace')!r} is no event: {error}",
+                            where=f"{self._path}:{read_lines}",
+                            remedy="remove this line",
+                        ) from error
+                    yield event
+        finally:
+            self._read_bytes, self._read_lines = read_bytes, read_lines
 
     def _lines_backwards(self, limit_bytes: int) -> Iterator[bytes]:
         """Yield the lines of the file's end, the newest first, without one that has no end."""

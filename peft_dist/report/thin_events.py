@@ -1,11 +1,11 @@
 """Keep so many events of a long ledger as a report can hold: of its steps a sample and extremes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 
 from peft_dist.ledger.events import LedgerEvent, StepEvent
 
-MOST_STEPS = 25_000
+MOST_STEPS = 20_000
 """Steps that are kept at most; each takes about 2 kB, and a report needs a thousand points."""
 FIRST_GROUP = 16
 """Steps of a group once there are too many; a group keeps its first step and its extremes."""
@@ -28,7 +28,6 @@ class ThinnedEvents:
     def add(self, event: LedgerEvent) -> None:
         """Take the next event."""
         self._group.append(event)
-        self.steps += isinstance(event, StepEvent)
         if len(self._group) >= self._group_size:
             self._close_group()
 
@@ -38,6 +37,7 @@ class ThinnedEvents:
         return self.kept
 
     def _close_group(self) -> None:
+        self.steps += sum(isinstance(event, StepEvent) for event in self._group)
         kept = list(_thinned(self._group))
         self._kept_steps += sum(isinstance(event, StepEvent) for event in kept)
         self.kept += kept
@@ -52,15 +52,18 @@ class ThinnedEvents:
             self._kept_steps = sum(isinstance(event, StepEvent) for event in self.kept)
 
 
-def _thinned(group: Sequence[LedgerEvent]) -> Iterator[LedgerEvent]:
+def _thinned(group: Sequence[LedgerEvent]) -> Sequence[LedgerEvent]:
     """Return what a group keeps: its first and extreme steps, and all that is no step."""
     steps = [event for event in group if isinstance(event, StepEvent)]
     if len(steps) < FIRST_GROUP // 2:
-        return iter(group)
-    wanted = {steps[0].step}
+        return group
+    wanted = {0}
     for values_of in _EXTREMES:
         values = list(map(values_of, steps))
-        known = [value for value in values if value is not None]
+        known = [value for value in values if value is not None] if None in values else values
         if known:
-            wanted |= {steps[values.index(ends(known))].step for ends in (min, max)}
-    return (e for e in group if not isinstance(e, StepEvent) or e.step in wanted)
+            wanted |= {values.index(min(known)), values.index(max(known))}
+    if len(steps) == len(group):
+        return [steps[index] for index in sorted(wanted)]
+    numbers = {steps[index].step for index in wanted}
+    return [e for e in group if not isinstance(e, StepEvent) or e.step in numbers]
