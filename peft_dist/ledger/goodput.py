@@ -141,13 +141,13 @@ class GoodputMeter:
         # seconds of that phase before it.
         self._steps, self._phases, self._before_s = array("q"), bytearray(), array("d")
 
-    def add(self, event: LedgerEvent) -> None:
-        """Take the next event; one of an attempt that had lost the run counts nothing."""
+    def add(self, event: LedgerEvent) -> bool:
+        """Take the next event; return whether it counts: its attempt had not lost the run."""
         own = self._attempt
         if own is None or event.attempt > own.number:
             own = self._begin(event)
         elif event.attempt < own.number:
-            return
+            return False
         at_s = event.at_s
         self._last_time = event.time
         if at_s > own.last_s:
@@ -165,7 +165,7 @@ class GoodputMeter:
         kind = type(event)
         phase = "other" if kind is StartEvent else CLOSING.get(kind)
         if phase is None:
-            return
+            return True
         interval = at_s - own.mark_s
         if interval > 0.0:
             own.mark_s = at_s
@@ -189,6 +189,7 @@ class GoodputMeter:
             self._phases.append(_WORK_INDEX[kind])
             self._before_s.append(self._seconds[phase])
         self._seconds[phase] += interval
+        return True
 
     def result(self, *, now: float | None = None) -> Goodput:
         """Return the goodput so far; `now` as in `goodput`."""

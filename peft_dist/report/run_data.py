@@ -25,7 +25,7 @@ from peft_dist.ledger.events import (
     StartEvent,
     StepEvent,
 )
-from peft_dist.ledger.goodput import Goodput, GoodputMeter, counting_events, current_events
+from peft_dist.ledger.goodput import Goodput, GoodputMeter, counting_events
 from peft_dist.ledger.reader import LedgerReader
 from peft_dist.report.series import number, numbers
 from peft_dist.report.thin_events import ThinnedEvents
@@ -182,9 +182,9 @@ def read_run(run: RunDir, name: str) -> RunData:
     thinned, meter = ThinnedEvents(), GoodputMeter()
     gc.disable()  # it would look at all that is kept again and again: half of the time
     try:
-        for event in current_events(LedgerReader(run.ledger).all()):
-            thinned.add(event)
-            meter.add(event)
+        for event in LedgerReader(run.ledger).all():
+            if meter.add(event):
+                thinned.add(event)
     finally:
         gc.enable()
     events, time_use = thinned.finish(), meter.result()
