@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from peft_dist.cli.options import add_verbosity
+from peft_dist.cli.options import add_merge_base, add_verbosity
 from peft_dist.common.errors import PeftDistError
 
 Run = Callable[[argparse.Namespace], int]
@@ -42,13 +42,7 @@ def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) ->
     )
     merge.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     merge.add_argument("--out", metavar="DIR", required=True, help="folder to make for the model")
-    merge.add_argument(
-        "--base",
-        choices=("full", "dequantized"),
-        default="full",
-        help="add it to the weights of the files, or to those that 4-bit training saw "
-        "(default: full)",
-    )
+    add_merge_base(merge)
     merge.add_argument("--gguf", metavar="TYPE", help="not offered; the error says what is")
     add_verbosity(merge)
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from peft_dist.cli.options import add_merge_base
 from peft_dist.cli.slurm import Run, add_after, add_cluster
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE
@@ -55,13 +56,7 @@ def add_commands(
     merge = command("submit merge", _merge, "merge a run's LoRA into its base in a Slurm job")
     merge.add_argument("run_dir", metavar="RUN_DIR", help="folder that train or submit made")
     merge.add_argument("--out", metavar="DIR", required=True, help="folder to make")
-    merge.add_argument(
-        "--base",
-        choices=("full", "dequantized"),
-        default="full",
-        help="add it to the weights of the files, or to those that 4-bit training saw "
-        "(default: full)",
-    )
+    add_merge_base(merge)
     _add_place(merge, "RUN_DIR/merge")
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from peft_dist.config import Recipe
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -15,3 +17,29 @@ class Candidate:
     micro_batch: int
     recompute: bool
     offload: bool
+
+
+def candidate_for(
+    recipe: Recipe, strategy: str, *, nodes: int, processes: int, rows: int, recompute: bool
+) -> Candidate:
+    """Return the way to run a recipe by a strategy on so many nodes and processes.
+
+    Args:
+        recipe: Has the shard size of hsdp (default: a node's processes) and the offload.
+        strategy: `ddp`, `fsdp`, `hsdp`, `zero2` or `zero3`.
+        nodes: How many.
+        processes: On all of them.
+        rows: Of a pass of a process.
+        recompute: Whether activations are computed again.
+    """
+    on_node = max(1, processes // nodes)
+    shards = {"ddp": 1, "zero2": 1, "hsdp": recipe.parallel.shard_size or on_node}
+    return Candidate(
+        strategy=strategy,
+        nodes=nodes,
+        processes=processes,
+        shard_size=shards.get(strategy, processes),
+        micro_batch=rows,
+        recompute=recompute,
+        offload=recipe.parallel.offload == "cpu" and strategy not in ("ddp", "zero2"),
+    )

@@ -14,7 +14,7 @@ from peft_dist.common.errors import PeftDistError
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.ledger.events import StartEvent, StepEvent
 from peft_dist.ledger.reader import LedgerReader
-from peft_dist.plan.candidate import Candidate
+from peft_dist.plan.candidate import Candidate, candidate_for
 from peft_dist.plan.estimate import Estimate
 from peft_dist.plan.hardware import Hardware, is_gpu
 from peft_dist.plan.plan import read_config, subject_of
@@ -153,18 +153,10 @@ def _counts(step: StepEvent, start: StartEvent | None) -> bool:
 def _as_it_was(recipe: Recipe, start: StartEvent, processes: int) -> Candidate:
     strategy = start.strategy or recipe.parallel.strategy
     nodes = len(set(start.hosts or ("",)))
-    on_node = max(1, processes // nodes)
-    shards = {"ddp": 1, "zero2": 1, "hsdp": recipe.parallel.shard_size or on_node}
     rows, again = recipe.train.micro_batch_size, recipe.train.activation_checkpointing
     assert rows != "auto" and again != "auto"
-    return Candidate(
-        strategy=strategy,
-        nodes=nodes,
-        processes=processes,
-        shard_size=shards.get(strategy, processes),
-        micro_batch=rows,
-        recompute=again,
-        offload=recipe.parallel.offload == "cpu" and strategy not in ("ddp", "zero2"),
+    return candidate_for(
+        recipe, strategy, nodes=nodes, processes=processes, rows=rows, recompute=again
     )
 
 

@@ -12,7 +12,7 @@ from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import longest_rows_of_step
 from peft_dist.config.models import read_model_config
 from peft_dist.plan.adapter import AdapterShape, adapter_shape
-from peft_dist.plan.candidate import Candidate
+from peft_dist.plan.candidate import Candidate, candidate_for
 from peft_dist.plan.estimate import Estimate, estimate
 from peft_dist.plan.hardware import Hardware
 from peft_dist.plan.read_shape import read_shape
@@ -222,21 +222,13 @@ def _candidates(
     recipe: Recipe, hardware: Hardware, strategy: str, nodes: int
 ) -> Iterator[Candidate]:
     processes = processes_on(recipe, hardware, nodes)
-    on_node = max(1, processes // nodes)
-    shards = {"ddp": 1, "zero2": 1, "hsdp": recipe.parallel.shard_size or on_node}
     micro, recompute = recipe.train.micro_batch_size, recipe.train.activation_checkpointing
     for rows in (
         [micro] if micro != "auto" else _powers(-(-longest_rows_of_step(recipe) // processes))
     ):
         for again in [recompute] if recompute != "auto" else [False, True]:
-            yield Candidate(
-                strategy=strategy,
-                nodes=nodes,
-                processes=processes,
-                shard_size=shards.get(strategy, processes),
-                micro_batch=rows,
-                recompute=again,
-                offload=recipe.parallel.offload == "cpu" and strategy not in ("ddp", "zero2"),
+            yield candidate_for(
+                recipe, strategy, nodes=nodes, processes=processes, rows=rows, recompute=again
             )
 
 
