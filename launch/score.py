@@ -6,3 +6,5 @@ if __name__ == "__main__":  # processes that tokenise for it read this file too
     from peft_dist.entrypoints.evaluate import main
 
     sys.exit(main(sys.argv[1:]))
+elif __name__ == "preload":  # once a node: its processes are forks of the one that runs this
+    from peft_dist.entrypoints.libraries import preload as preload

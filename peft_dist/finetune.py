@@ -5,7 +5,6 @@ The process around it stands in `entrypoints/train.py`, what follows and guards 
 """
 
 import logging
-import time
 from collections.abc import Collection
 from dataclasses import replace
 from datetime import date
@@ -75,7 +74,6 @@ def fine_tune(
     """
     attempt = TrainingAttempt(recipe, context, stop_requests, logs=logs, started_s=started_s)
     world = attempt.world
-    log.info("libraries loaded  %.1f s", time.monotonic() - started_s)
     meeting = rendezvous.meet(world)
     recipe = _with_date_of_main(recipe, world, meeting)
 

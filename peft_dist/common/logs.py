@@ -86,6 +86,15 @@ def begin(rank: int | None = None, *, on_screen: bool = True) -> None:
         root.addHandler(handler)
 
 
+def end() -> None:
+    """Take back what `begin` did, so that a fork of this process can begin as another rank."""
+    screen().close()
+    logging.captureWarnings(False)
+    root = logging.getLogger()
+    for handler in [one for one in root.handlers if isinstance(one.formatter, _Formatter)]:
+        root.removeHandler(handler)
+
+
 def is_verbose() -> bool:
     """Whether libraries may say all that they have to say."""
     return os.environ.get(VERBOSITY) == "verbose"

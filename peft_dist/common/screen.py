@@ -46,6 +46,7 @@ class Screen:
         self._bars: list[Bar] = []
         self._progress: Progress | None = None
         self._ticker: threading.Thread | None = None
+        self._all_ended = threading.Event()
 
     @property
     def is_live(self) -> bool:
@@ -85,14 +86,19 @@ class Screen:
                     printable(text), total=total, completed=done, detail=bar.detail
                 )
             elif self._ticker is None:
+                self._all_ended.clear()
                 self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
                 self._ticker.start()
         return bar
 
     def close(self) -> None:
-        """Take all bars away."""
+        """Take all bars away, and end the thread that tells of them."""
         for bar in list(self._bars):
             bar.end()
+        ticker = self._ticker
+        if ticker is not None:
+            self._all_ended.set()
+            ticker.join()
 
     def _refresh(self, bar: "Bar") -> None:
         with self._lock:
@@ -124,7 +130,7 @@ class Screen:
     def _tick(self) -> None:
         """Tell of a wait now and then, where no bar can be drawn."""
         while True:
-            time.sleep(1.0)
+            self._all_ended.wait(1.0)
             with self._lock:
                 if not self._bars:
                     self._ticker = None

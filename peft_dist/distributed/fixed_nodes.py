@@ -11,6 +11,7 @@ one, for a single node), `join_timeout_s`.
 
 import os
 import secrets
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -25,7 +26,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from peft_dist.common import env
-from peft_dist.distributed import launcher_words
+from peft_dist.distributed import forked_ranks, launcher_words
 from peft_dist.distributed.private_store import PrivateStore, StoreServer
 from peft_dist.distributed.secret_channel import WrongSecret
 
@@ -141,6 +142,7 @@ def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
             raise RendezvousConnectionError(
                 f"{env.STORE_SECRET} is not set; give every node the same long random text"
             )
+        forked_ranks.fork_ranks_of(sys.argv, talks=parameters.get_as_int("node", 0) == 0)
         return FixedNodesRendezvous(parameters, secret)
 
     return create

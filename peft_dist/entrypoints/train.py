@@ -6,6 +6,7 @@ and needs no torch.
 """
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -17,17 +18,19 @@ from peft_dist.common.console import to_rank_log
 from peft_dist.common.env import WATCHED_LEASE
 from peft_dist.common.errors import RunDirError, TrainingError
 from peft_dist.common.process_identity import is_launcher_gone
-from peft_dist.common.screen import wait
+from peft_dist.common.screen import stage
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.batch_shape import require_settled
 from peft_dist.config.run_date import date_in, with_date
-from peft_dist.model.import_bitsandbytes import import_bitsandbytes
+from peft_dist.entrypoints.libraries import load_libraries
 from peft_dist.run.directory import RunDir
 from peft_dist.run.history import ending_of_run, is_machine_start, read_history
 from peft_dist.run.lease import Attempt, end_for, refuse_if_held
 from peft_dist.run.restart_policy import History, Kind, RestartLimits, decide, decide_by_attempts
 from peft_dist.worker import signals
 from peft_dist.worker.process import WorkerContext, fix_first, run_worker
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
@@ -106,10 +109,14 @@ def _train(
         _take(options, recipe, context)
         recipe = with_date(recipe, _date_of_run(context.run_dir))
     # Only now, for it takes seconds: torch, transformers and all that stands on them.
-    with wait("loading torch and transformers"):
-        import_bitsandbytes()
-        from peft_dist.finetune import fine_tune
-        from peft_dist.sharding.launcher_env import deepspeed_exports
+    if "peft_dist.finetune" in sys.modules:  # by the process that this one was forked from
+        load_libraries()
+    else:
+        with stage("loading torch and transformers", log) as told:
+            load_libraries()
+            told.append("libraries loaded")
+    from peft_dist.finetune import fine_tune
+    from peft_dist.sharding.launcher_env import deepspeed_exports
 
     if options.deepspeed is not None:
         os.environ.update(deepspeed_exports(options.deepspeed))

@@ -19,6 +19,7 @@ from types import FrameType
 
 from peft_dist.common.env import FAILURES, LAUNCH_MARK, TMPDIR
 from peft_dist.common.errors import LaunchError
+from peft_dist.common.process_table import RANK_SERVER, Process, processes
 from peft_dist.common.sharing import run_umask
 from peft_dist.run.failure_files import WorkerFailure, read_failure
 from peft_dist.run.saving import is_saving
@@ -229,30 +230,26 @@ def _survivors(mark: str) -> set[int]:
 
 
 def _workers(mark: str, launcher: int | None) -> set[int]:
-    """Return the launcher's children and, once it is gone, its orphans; not their own children.
+    """Return the ranks: children of the launcher, or of the server that forks them for it.
+
+    Once these are gone, their orphans; never the ranks' own children.
 
     RANK in the environment would not tell them: a launcher can have inherited it, and what a
     worker starts inherits it too.
     """
-    parents = _marked(mark)
+    found = _marked(mark)
+    servers = {pid for pid, process in found.items() if process.name == RANK_SERVER}
+    starters = servers if launcher is None else {launcher, *servers}
     return {
         pid
-        for pid, parent in parents.items()
-        if pid != launcher and (parent == launcher or parent not in parents)
+        for pid, process in found.items()
+        if pid not in starters and (process.parent in starters or process.parent not in found)
     }
 
 
-def _marked(mark: str) -> dict[int, int]:
-    """Return every process that our launcher started, and itself, with its parent."""
-    wanted = f"{LAUNCH_MARK}={mark}".encode()
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # ended meanwhile, or somebody else's
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                # "PID (name) state parent ...", and the name may hold anything.
-                status = (folder / "stat").read_text(encoding="utf-8", errors="replace")
-                found[int(folder.name)] = int(status.rpartition(")")[2].split()[1])
-    return found
+def _marked(mark: str) -> dict[int, Process]:
+    """Return every process that our launcher started, and itself."""
+    return {one.pid: one for one in processes(f"{LAUNCH_MARK}={mark}")}
 
 
 def _send_group(number: int, group: int) -> None:

@@ -28,6 +28,7 @@ from peft_dist.common.errors import (
 )
 from peft_dist.common.library_messages import is_lost_peer, is_out_of_memory
 from peft_dist.common.process_identity import this_group
+from peft_dist.common.process_table import call_this_process, rank_name
 from peft_dist.common.screen import screen
 from peft_dist.common.sharing import set_run_umask
 from peft_dist.run.attempt_records import latest
@@ -140,6 +141,7 @@ def run_worker(work: Callable[[WorkerContext], None]) -> int:
     set_allocator(os.environ)
     _close_input()
     context = WorkerContext.of_environment()
+    call_this_process(rank_name(context.rank))
     logs.begin(context.rank)
     quieten_libraries()
     end_with_launcher()

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from peft_dist.common.console import printable
 from peft_dist.common.errors import EXIT_CRASHED
 from peft_dist.common.job_end import job_end_s
+from peft_dist.common.process_table import children, rank_name
 
 PHASES = ("setup", "step", "evaluation", "save", "end")
 """In the order in which they follow each other."""
@@ -297,18 +298,14 @@ def _ranks(ranks: list[int]) -> str:
 
 def _kill_siblings(ranks: Collection[int]) -> None:
     """Kill silent ranks that our launcher started here; torchrun would give each of them 30 s."""
-    wanted = {f"RANK={rank}".encode() for rank in ranks}
+    wanted = {rank_name(rank) for rank in ranks}
     launcher = os.getppid()
     if launcher == 1:  # gone, and not everything that init adopts is ours
         return
-    for folder in Path("/proc").glob("[0-9]*") if wanted else ():
-        with suppress(OSError):  # ended meanwhile, or somebody else's
-            # "PID (name) state parent ...", and the name may hold anything.
-            stat = (folder / "stat").read_text(encoding="utf-8", errors="replace")
-            if int(stat.rpartition(")")[2].split()[1]) != launcher:
-                continue
-            if not wanted.isdisjoint((folder / "environ").read_bytes().split(b"\0")):
-                os.kill(int(folder.name), signal.SIGKILL)
+    for sibling in children(launcher) if wanted else ():
+        if sibling.name in wanted:
+            with suppress(OSError):  # ended meanwhile
+                os.kill(sibling.pid, signal.SIGKILL)
 
 
 def _say(line: str) -> None:

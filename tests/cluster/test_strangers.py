@@ -32,9 +32,10 @@ def ranks(run: Run) -> dict[int, int]:
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             words = (process / "cmdline").read_bytes().split(b"\0")
-            told = (process / "environ").read_bytes().split(b"\0")
-            if f"{run.path}/recipe.yaml".encode() in words and b"-u" in words:
-                found |= {int(word[5:]): int(process.name) for word in told if word[:5] == b"RANK="}
+            name = (process / "comm").read_text(encoding="utf-8").strip()
+            rank = name.removeprefix("rank ")
+            if f"{run.path}/recipe.yaml".encode() in words and rank.isdecimal():
+                found[int(rank)] = int(process.name)
     return found
 
 

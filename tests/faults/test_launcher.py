@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -102,23 +103,26 @@ class Run:
 
     def ranks(self) -> dict[int, int]:
         """Return the processes that train, by rank."""
+        return {
+            int(name.removeprefix("rank ")): pid
+            for pid, name in self.names().items()
+            if re.fullmatch(r"rank \d+", name)
+        }
+
+    def names(self) -> dict[int, str]:
+        """Return what each process of the test calls itself."""
         found = {}
         for pid in processes_below(self.folder):
             with suppress(OSError):
-                folder = Path(f"/proc/{pid}")
-                words = (folder / "environ").read_bytes().split(b"\0")
-                is_rank = b"launch/train.py" in (folder / "cmdline").read_bytes()
-                rank = [word[5:] for word in words if word.startswith(b"RANK=")]
-                if is_rank and rank:
-                    found[int(rank[0])] = pid
+                found[pid] = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
         return found
 
     def launcher(self, command: Command) -> int:
         """Return the process of accelerate and torchrun, which are one."""
         (pid,) = (
             pid
-            for pid in processes_below(self.folder)
-            if pid != command.process.pid and pid not in self.ranks().values()
+            for pid, name in self.names().items()
+            if pid != command.process.pid and not name.startswith("rank ")
         )
         return pid
 

@@ -16,10 +16,12 @@ from peft_dist.worker.watchdog import describe_hang
 PRELUDE = """
 import os, sys, threading, time
 from pathlib import Path
+from peft_dist.common.process_table import call_this_process, rank_name
 from peft_dist.worker.watchdog import HangWatchdog, WatchdogLimits
 def watch(world_size=1, rank=0, min_s=0.4, setup_s=20.0, evaluation_s=20.0, save_s=20.0):
     limits = WatchdogLimits(min_s=min_s, setup_s=setup_s, evaluation_s=evaluation_s, save_s=save_s)
     folder = Path(sys.argv[1])
+    call_this_process(rank_name(rank))
     return HangWatchdog(rank=rank, folder=folder, limits=limits, world_size=world_size,
                     on_hang=lambda line: (folder / f"note-{rank}").write_text(line))
 def steps(dog, count, seconds):
@@ -196,7 +198,7 @@ time.sleep(60)
 def ranks(folder: Path, codes: Mapping[int, str]) -> dict[int, subprocess.Popen[str]]:
     size = len(codes)
     return {
-        rank: start(f"dog = watch({size}, {rank})\ndog.attempt = 2\n{code}", folder, RANK=str(rank))
+        rank: start(f"dog = watch({size}, {rank})\ndog.attempt = 2\n{code}", folder)
         for rank, code in codes.items()
     }
 
