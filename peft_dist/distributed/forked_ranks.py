@@ -1,50 +1,42 @@
 """Start the ranks of a node as forks of one process that has imported the libraries: once a node.
 
 torchrun starts each rank as a new interpreter, which spends seconds on the same imports as its
-neighbours. A launcher with our rendezvous forks a server first, while it has neither threads nor
-connections. That one imports what the ranks need and then forks itself for each of them, also when
-torchrun starts them again. A rank is otherwise as torchrun starts it: a session of its own, its
-environment, its output. Where the server cannot be forked from, ranks are started as ever.
+neighbours. A launcher with our rendezvous has a server import them (`rank_server`), and asks it
+for a fork of itself for each rank, also when torchrun starts them again. A rank is otherwise as
+torchrun starts it: a session of its own, its environment, its output. Where the server cannot be
+forked from, ranks are started as ever.
 
 torch has this for functions (`start_method="forkserver"`) and not for scripts; the one function of
 it that is replaced is named in `_HOOK`.
 """
 
 import atexit
-import ctypes
-import io
 import json
 import logging
 import os
-import runpy
 import select
 import signal
 import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from peft_dist.common import paths
-from peft_dist.common.console import flush, say
-from peft_dist.common.process_table import RANK_SERVER, call_this_process, rank_name
+from peft_dist.common.console import flush
+from peft_dist.distributed.rank_server import Server, threads
 
 log = logging.getLogger(__name__)
 
-PRELOAD = "preload"
-"""The name that a script runs by when it is only to import what it needs."""
 _HOOK = "get_subprocess_handler"
 """What torchrun starts a rank with (torch 2.13, elastic/multiprocessing/api.py)."""
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_PR_SET_PDEATHSIG = 1
 
 
 def fork_ranks_of(command: Sequence[str], *, talks: bool) -> None:
@@ -55,7 +47,7 @@ def fork_ranks_of(command: Sequence[str], *, talks: bool) -> None:
         talks: Whether people are told what is waited for.
     """
     script = next((word for word in command if _is_ours(word)), None)
-    if script is None or not hasattr(api, _HOOK) or _threads() > 1:
+    if script is None or not hasattr(api, _HOOK):
         return
     server = RankServer(script, talks=talks)
 
@@ -64,9 +56,8 @@ def fork_ranks_of(command: Sequence[str], *, talks: bool) -> None:
 
         def _popen(self, args: Sequence[str], env: dict[str, str]) -> Any:
             if server.can_start(args):
-                outputs = [
-                    None if out is None else out.name for out in (self._stdout, self._stderr)
-                ]
+                streams = (self._stdout, self._stderr)
+                outputs = [None if stream is None else stream.name for stream in streams]
                 with suppress(ConnectionError):
                     return server.start(args, env, outputs)
             return super()._popen(tuple(args), env)
@@ -75,21 +66,15 @@ def fork_ranks_of(command: Sequence[str], *, talks: bool) -> None:
 
 
 def _is_ours(word: str) -> bool:
-    return (
-        word.endswith(".py") and Path(word).resolve().parent == (paths.root() / "launch").resolve()
-    )
-
-
-def _threads() -> int:
-    """Return how many threads this process has; with others, a fork can hang."""
-    return sum(1 for _ in Path("/proc/self/task").iterdir())
+    folder = (paths.root() / "launch").resolve()
+    return word.endswith(".py") and Path(word).resolve().parent == folder
 
 
 class RankServer:
     """The launcher's end: it asks for ranks, and hears how they end."""
 
     def __init__(self, script: str, *, talks: bool) -> None:
-        """Fork the server."""
+        """Start the server."""
         self.script = script
         self.codes: dict[int, int] = {}
         """Exit codes by process, as `subprocess` gives them."""
@@ -98,15 +83,28 @@ class RankServer:
         self._started: list[int] = []
         self._rest = b""
         self._channel, other = socket.socketpair()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        launcher = os.getpid()
-        self._pid = os.fork()
-        if self._pid == 0:
-            self._channel.close()
-            _Server(other, launcher).run(script, talks=talks)
+        self._pid = self._begin(other, talks=talks)
         other.close()
         atexit.register(self._end)
+
+    def _begin(self, other: socket.socket, *, talks: bool) -> int:
+        """Return the process id of a new server at the other end of the channel.
+
+        It is a fork of this launcher, which has imported torch, where that can be: accelerate and
+        torchrun look for GPUs, and what has opened CUDA has no forks that can use it.
+        """
+        launcher = os.getpid()
+        if torch.backends.cuda.is_built() or threads() > 1:
+            words = [str(other.fileno()), str(launcher), self.script, "talks" if talks else "-"]
+            command = [sys.executable, "-m", "peft_dist.distributed.rank_server", *words]
+            self._process = subprocess.Popen(command, pass_fds=[other.fileno()])
+            return self._process.pid
+        flush()
+        pid = os.fork()
+        if pid == 0:
+            self._channel.close()
+            Server(other, launcher).run(self.script, talks=talks)
+        return pid
 
     def _end(self) -> None:
         """End the server, so that what its ranks have used counts as the launcher's."""
@@ -194,129 +192,3 @@ def _lives(pid: int) -> bool:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         return stat.rpartition(")")[2].split()[0] not in "ZX"
     return False
-
-
-class _Server:
-    """The server's end: it forks, and says who has ended."""
-
-    def __init__(self, channel: socket.socket, launcher: int) -> None:
-        self.channel, self.launcher = channel, launcher
-
-    def run(self, script: str, *, talks: bool) -> NoReturn:
-        """Serve until the launcher is gone; in each fork, be that rank.
-
-        Never returns to the frames above, which are the launcher's.
-        """
-        code = 1
-        try:
-            self._prepare()
-            request = self._serve(self._preload(script, talks=talks))
-            code = 0 if request is None else self._be_rank(request)
-        except BaseException:
-            traceback.print_exc()
-        flush()
-        os._exit(code)
-
-    def _prepare(self) -> None:
-        call_this_process(RANK_SERVER)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        for number in _SIGNALS:  # the launcher decides
-            signal.signal(number, signal.SIG_IGN)
-        if os.getppid() != self.launcher:
-            os._exit(0)
-
-    def _preload(self, script: str, *, talks: bool) -> str:
-        """Import what the ranks need; return why this process cannot be forked from, if so."""
-        if not sys.flags.safe_path:
-            sys.path[0] = str(Path(script).resolve().parent)
-        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else to look for GPUs opens CUDA
-        try:
-            runpy.run_path(script, run_name=PRELOAD)["preload"](talks=talks)
-        except BaseException as error:  # whatever it is, a rank meets it too, and says so
-            return f"{type(error).__name__}: {error}"
-        if (threads := _threads()) > 1:
-            return f"the libraries have started {threads - 1} threads"
-        return "the libraries have opened CUDA" if torch.cuda.is_initialized() else ""
-
-    def _be_rank(self, request: dict[str, Any]) -> int:
-        """Do what torchrun would have started, in this fork; return the exit code."""
-        _become_rank(request)
-        self._answer(pid=os.getpid())  # not before: the launcher may end its session at once
-        self.channel.close()
-        return _run(request["argv"])
-
-    def _serve(self, refusal: str) -> dict[str, Any] | None:
-        """Return what to be, in each fork; None once the launcher is gone."""
-        woken, wake = os.pipe()
-        os.set_blocking(wake, False)
-        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        rest = b""
-        while True:
-            readable = select.select([self.channel.fileno(), woken], [], [])[0]
-            if woken in readable:
-                os.read(woken, 1 << 10)
-                self._report_ended()
-            if self.channel.fileno() not in readable:
-                continue
-            data = self.channel.recv(1 << 16)
-            if not data:
-                return None
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                if refusal:
-                    self._answer(refusal=refusal)
-                    continue
-                try:
-                    if os.fork() == 0:
-                        for end in (woken, wake):
-                            os.close(end)
-                        return dict(json.loads(line))
-                except OSError as error:
-                    self._answer(refusal=str(error))
-
-    def _report_ended(self) -> None:
-        with suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                self._answer(pid=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
-
-    def _answer(self, **answer: object) -> None:
-        with suppress(ConnectionError):  # the launcher is gone, which is seen next
-            self.channel.sendall(json.dumps(answer).encode() + b"\n")
-
-
-def _become_rank(request: dict[str, Any]) -> None:
-    """Make this fork what torchrun would have started."""
-    os.setsid()
-    signal.set_wakeup_fd(-1)
-    for number in (*_SIGNALS, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Python's own
-    os.environ.clear()
-    os.environ.update(request["env"])
-    call_this_process(rank_name(int(os.environ["RANK"])))
-    for stream, path in zip((sys.stdout, sys.stderr), request["outputs"], strict=True):
-        if path is not None:
-            file = os.open(path, os.O_WRONLY | os.O_APPEND)
-            os.dup2(file, stream.fileno())
-            os.close(file)
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True)
-    sys.excepthook = sys.__excepthook__  # not the launcher's
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    if threads.isdecimal():  # torchrun may have set it after torch had read it
-        torch.set_num_threads(int(threads))
-
-
-def _run(argv: list[str]) -> int:
-    """Run a script as an interpreter does; return the exit code."""
-    sys.argv = argv
-    code: object = 0
-    try:
-        runpy.run_path(argv[0], run_name="__main__")
-    except SystemExit as error:
-        code = error.code
-    if code is not None and not isinstance(code, int):
-        say(str(code), sys.stderr)
-        return 1
-    return code or 0

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.distributed
 
 # A launcher that takes the folder of this test for its own installation.
 LAUNCHER = """
-import sys
+import os, sys, threading, time
+if "WITH_A_THREAD" in os.environ:
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 from pathlib import Path
 from peft_dist.common import paths
 root = Path(sys.argv[1])
@@ -27,6 +29,8 @@ from torch.distributed.run import main
 sys.argv = ["torchrun", *sys.argv[2:]]
 main()
 """
+
+LINES = "a \n line \udce9"
 
 # What a rank sees of itself; then what its last argument says.
 RANK = """
@@ -59,7 +63,9 @@ if __name__ == "__main__":
 class Launch:
     """A launcher of two ranks, and what these have written of themselves."""
 
-    def __init__(self, folder: Path, do: str, *more: str, preload: str = "pass") -> None:
+    def __init__(
+        self, folder: Path, do: str, *more: str, preload: str = "pass", **extra: str
+    ) -> None:
         self.folder = folder
         (folder / "launch").mkdir()
         script = folder / "launch" / "train.py"
@@ -71,7 +77,7 @@ class Launch:
                 "--rdzv-backend", "peft-dist", "--rdzv-endpoint", "127.0.0.1:0",
                 "--monitor-interval", "0.1", *more, str(script), str(folder), do,
             ],
-            env={**environment, "OMP_NUM_THREADS": "1", "OF_THIS_TEST": "a \n line \udce9"},
+            env={**environment, **extra, "OMP_NUM_THREADS": "1", "OF_THIS_TEST": LINES},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
             start_new_session=True,
         )  # fmt: skip
@@ -103,12 +109,18 @@ def is_there(pid: int) -> bool:
     return False
 
 
-def test_both_ranks_and_those_after_a_restart_are_forks_of_one_process(tmp_path: Path) -> None:
-    """And are otherwise as torchrun starts them: session, environment, signals, output."""
+@pytest.mark.parametrize("extra", [{}, {"WITH_A_THREAD": "1"}], ids=["forked", "started"])
+def test_both_ranks_and_those_after_a_restart_are_forks_of_one_process(
+    tmp_path: Path, extra: dict[str, str]
+) -> None:
+    """And are otherwise as torchrun starts them: session, environment, signals, output.
+
+    That process is a fork of the launcher, but of one with threads or a CUDA build of torch.
+    """
     do = "restart == '0' and rank == '1' and sys.exit(7)"
     logs = tmp_path / "logs"
     launch = Launch(
-        tmp_path, do, "--max-restarts", "1", "--redirects", "0:3", "--log-dir", str(logs)
+        tmp_path, do, "--max-restarts", "1", "--redirects", "0:3", "--log-dir", str(logs), **extra
     )
     code, out, errors = launch.end()
 
@@ -124,7 +136,7 @@ def test_both_ranks_and_those_after_a_restart_are_forks_of_one_process(tmp_path:
         assert rank["session"] == rank["pid"]
         assert rank["threads"] == 1
         assert rank["argv"] == [str(tmp_path / "launch/train.py"), str(tmp_path), do]
-        assert rank["variable"] == "a \n line \udce9"
+        assert rank["variable"] == LINES
         assert rank["ends"] == ["0", "<built-in function default_int_handler>", "0"]
         assert len(rank["files"]) <= 4  # three, and the one that lists them
     assert "exitcode: 7" in errors

@@ -3,6 +3,7 @@
 
 enum { NOT_SUPPORTED = 3 };
 
+int nvmlInit(void) { return 0; }
 int nvmlInit_v2(void) { return 0; }
 int nvmlShutdown(void) { return 0; }
 int nvmlDeviceGetCount_v2(unsigned *count) {
