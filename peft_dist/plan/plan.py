@@ -1,6 +1,5 @@
 """Which ways there are to run a recipe on some nodes, what each takes, and which is best."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -285,8 +284,3 @@ def _best(rows: Sequence[Row]) -> tuple[Row | None, str]:
         f"most tokens per second and GPU of what fits ({per_gpu(best):,.0f}), "
         f"{spare:.1f} GiB to spare"
     )
-
-
-def hub_is_off() -> bool:
-    """Whether the environment keeps Hugging Face's libraries from the network."""
-    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
