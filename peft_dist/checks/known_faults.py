@@ -42,7 +42,8 @@ KNOWN_FAULTS = (
     ),
 )
 LEAST_DRIVER = {"12": 525, "13": 580}
-"""Driver that a CUDA of this major version needs, by NVIDIA's release notes."""
+"""Driver that a CUDA of this major version needs, by table 1 of
+https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html."""
 
 
 def known_faults() -> Iterator[Finding]:

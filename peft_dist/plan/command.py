@@ -116,6 +116,7 @@ def _simulated(
         f"parallel.processes={one.processes}",
         f"train.micro_batch_size={one.micro_batch}",
         f"train.activation_checkpointing={str(one.recompute).lower()}",
+        f"parallel.offload={'cpu' if one.offload else 'none'}",
     ]
     if one.strategy == "hsdp":
         words.append(f"parallel.shard_size={one.shard_size}")
