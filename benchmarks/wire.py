@@ -5,6 +5,9 @@ one node talk over its loopback. The product's own trainer runs, first with free
 shaped ones: the plan is told the rate, and how long a step takes without the network, and says what
 a node receives in a step and how long a step takes. Needs Linux, root, `ip` and `tc`.
 
+Where two single processes gather (`--nodes 2 --per-node 1`, fsdp), gloo takes one and a half times
+the link's time: docs/scale.md says why. The plan counts no such thing, and the exit code is 1.
+
     PYTHONPATH=. python benchmarks/wire.py --nodes 2 --per-node 2 --json wire.json
 """
 

@@ -134,7 +134,7 @@ def plan_base(model: PreTrainedModel, files: WeightFiles, *, quantization: str) 
             warnings.append(_stays(name, in_features))
             tensors.append(BaseTensor(name, source, shape))
             continue
-        _swap(model, name.removesuffix(".weight"), linear, in_features, out_features, block_size)
+        _swap(model, names, linear, in_features, out_features, block_size)
         if conv1d and packing is None:
             source = turned(source)
         tensors.append(BaseTensor(name, source, (out_features, in_features), block_size, packing))
@@ -262,13 +262,13 @@ def _check_stored(source: Source, name: str, shape: tuple[int, ...]) -> None:
 
 def _swap(
     model: PreTrainedModel,
-    name: str,
+    names: list[str],
     linear: nn.Linear | Conv1D,
     in_features: int,
     out_features: int,
     block_size: int,
 ) -> None:
-    parent, _, child = name.rpartition(".")
+    """Put one 4-bit linear wherever its weight is: layers may share it."""
     replacement = FrozenLinear4bit(
         in_features,
         out_features,
@@ -276,4 +276,6 @@ def _swap(
         bias=linear.bias is not None,
         dtype=linear.weight.dtype,
     )
-    setattr(model.get_submodule(parent), child, replacement)
+    for name in names:
+        parent, _, child = name.removesuffix(".weight").rpartition(".")
+        setattr(model.get_submodule(parent), child, replacement)

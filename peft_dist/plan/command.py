@@ -1,12 +1,14 @@
 """`peft-dist plan`: read, calculate, and where asked simulate; start no training."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from peft_dist.checks.network import hub_is_off
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE, EXIT_USER_ERROR, LaunchError
 from peft_dist.common.table import print_lines, stdout_form
@@ -15,7 +17,7 @@ from peft_dist.config.cluster import Cluster, load_cluster
 from peft_dist.plan.estimate import Estimate
 from peft_dist.plan.hardware import GIB, Hardware, find_gpu, hardware_of
 from peft_dist.plan.learn import learn
-from peft_dist.plan.plan import Plan, Subject, hub_is_off, make_plan, read_config, subject_of
+from peft_dist.plan.plan import Plan, Subject, make_plan, read_config, subject_of
 from peft_dist.plan.table import render
 
 DEFAULT_GPU = "h100-80gb"
@@ -55,7 +57,9 @@ def show_plan(
     learned = learn(runs, hardware) if runs else None
     if learned is not None:
         hardware = learned.applied_to(hardware)
-    config = read_config(recipe.model.name, recipe.model.revision, network=not hub_is_off())
+    config = read_config(
+        recipe.model.name, recipe.model.revision, network=not hub_is_off(os.environ)
+    )
     subject = subject_of(recipe, config)
     plan = make_plan(subject, hardware, _nodes(subject, cluster, hardware, nodes))
     found = _simulated(plan, recipe_file, overrides, config) if simulate else ""
@@ -112,6 +116,7 @@ def _simulated(
         f"parallel.processes={one.processes}",
         f"train.micro_batch_size={one.micro_batch}",
         f"train.activation_checkpointing={str(one.recompute).lower()}",
+        f"parallel.offload={'cpu' if one.offload else 'none'}",
     ]
     if one.strategy == "hsdp":
         words.append(f"parallel.shard_size={one.shard_size}")

@@ -72,7 +72,8 @@ class Assumed:
     between_gb_s: float = 45.0
     """What a node receives from others, per GPU of it; a cluster file's `links` knows."""
     hop_inside_us: float = 3.4
-    """From a GPU of a ring to the next one of its node (NCCL's own estimate, `graph/tuning.cc`)."""
+    """From a GPU of a ring to the next one of its node, by NVLink: what NCCL itself reckons with
+    (NVIDIA/nccl, `hwLatencies` of ring and Simple in src/graph/tuning.cc; 5.7 over PCIe)."""
     hop_between_us: float = 14.0
     """To the first one of the next node (the same)."""
     host_gb_s: float = 25.0

@@ -1,6 +1,5 @@
 """Which ways there are to run a recipe on some nodes, what each takes, and which is best."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,7 +42,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy on so many nodes."""
+    """One strategy on so many nodes, its base on the GPUs or in the hosts' memory."""
 
     estimate: Estimate
     remedy: str
@@ -167,8 +166,9 @@ def make_plan(subject: Subject, hardware: Hardware, nodes: Sequence[int]) -> Pla
     rows = []
     for count in nodes:
         for strategy in _strategies(subject.recipe, count):
-            found = best_setting(subject, hardware, strategy, count)
-            rows.append(Row(found, "" if found.fits else remedy_for(subject, hardware, found)))
+            for offload in _offloads(subject.recipe, strategy):
+                found = best_setting(subject, hardware, strategy, count, offload=offload)
+                rows.append(Row(found, "" if found.fits else remedy_for(subject, hardware, found)))
     best, reason = _best(rows)
     return Plan(subject, hardware, tuple(rows), best, reason)
 
@@ -196,9 +196,27 @@ def _strategies(recipe: Recipe, nodes: int, *, only_its_own: bool = False) -> li
     return offers if own == "auto" or own in offers else [*offers, own]
 
 
-def best_setting(subject: Subject, hardware: Hardware, strategy: str, nodes: int) -> Estimate:
-    """Return the best of the settings that the recipe leaves open, under one strategy."""
+def _offloads(recipe: Recipe, strategy: str) -> list[bool]:
+    """Return whether the base waits in host memory: as the recipe says; under fsdp both ways."""
+    own = recipe.parallel.offload == "cpu" and strategy not in ("ddp", "zero2")
+    return [own] if own or strategy != "fsdp" else [False, True]
+
+
+def best_setting(
+    subject: Subject, hardware: Hardware, strategy: str, nodes: int, *, offload: bool | None = None
+) -> Estimate:
+    """Return the best of the settings that the recipe leaves open, under one strategy.
+
+    Args:
+        subject: What is planned.
+        hardware: Where.
+        strategy: Which.
+        nodes: On how many nodes.
+        offload: Whether the base waits in the hosts' memory; by default as the recipe says.
+    """
     candidates = _candidates(subject.recipe, hardware, strategy, nodes)
+    if offload is not None:
+        candidates = (replace(one, offload=offload) for one in candidates)
     return min((subject.estimate(one, hardware) for one in candidates), key=_order)
 
 
@@ -285,8 +303,3 @@ def _best(rows: Sequence[Row]) -> tuple[Row | None, str]:
         f"most tokens per second and GPU of what fits ({per_gpu(best):,.0f}), "
         f"{spare:.1f} GiB to spare"
     )
-
-
-def hub_is_off() -> bool:
-    """Whether the environment keeps Hugging Face's libraries from the network."""
-    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")

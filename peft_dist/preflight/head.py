@@ -59,7 +59,7 @@ class Head:
 
     @property
     def _backend(self) -> str:
-        on_gpu = all(self.facts[index].devices for index in (0, *self.others))
+        on_gpu = all(self.facts[index].device_kind for index in (0, *self.others))
         return "nccl" if on_gpu and torch_dist.is_nccl_available() else "gloo"
 
     def wait_for_all(

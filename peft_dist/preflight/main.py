@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from peft_dist.checks.checks import CHECKS, GPUS, Looking
+from peft_dist.checks.surroundings import Surroundings
 from peft_dist.common import console
 from peft_dist.common.console import say
 from peft_dist.common.env import NONCE
@@ -25,7 +27,7 @@ from peft_dist.common.errors import EXIT_CRASHED, EXIT_DONE, EXIT_USER_ERROR
 from peft_dist.common.sharing import set_run_umask
 from peft_dist.common.time_limit import within
 from peft_dist.preflight.arrival import Arrivals
-from peft_dist.preflight.node_info import NodeFacts, gather
+from peft_dist.preflight.node_info import NodeFacts, gather, told
 from peft_dist.preflight.verdict import PORT_TAKEN, PreflightLimits, Report, judge, report_path
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ CONNECT_SHARE = 0.5
 LINKS_SHARE = 0.7
 """Part of what is left then that the search for a link that fails may take."""
 LOCAL_SHARE = 1 / 6
-"""Part of it that a node's disk has to answer, and then its devices."""
+"""Part of it that each check of a node has to end, those of its devices after torch is there."""
 TORCH_SETTINGS = {
     "TORCH_CPP_LOG_LEVEL": "FATAL",  # what goes wrong is reported in one line
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # else the end of a peer aborts this process
@@ -95,8 +97,6 @@ class NodeCheck:
         self.doing = "itself"
         """What this node waits for, in words."""
         self.limits = PreflightLimits(
-            devices=options.devices,
-            min_free_bytes=options.min_free_gb * 1e9,
             max_clock_offset_s=options.max_clock_offset_s,
             connect_s=options.timeout_s * CONNECT_SHARE,
             arrival_s=options.arrival_s,
@@ -120,18 +120,29 @@ class NodeCheck:
                 within(
                     self.options.timeout_s / 4, lambda: report_path(self.options.run_dir).unlink()
                 )
-        local_s = self.options.timeout_s * LOCAL_SHARE
-        self.doing = "its disk"
-        facts = gather(self.options.index, self.name, self.options.run_dir, limit_s=local_s)
+        around = Surroundings(
+            environ={**os.environ},
+            run_dir=self.options.run_dir,
+            min_free_bytes=self.options.min_free_gb * 1e9,
+            devices=self.options.devices,
+            nodes=len(self.hosts),
+            limit_s=self.options.timeout_s * LOCAL_SHARE,
+        )
+        looking = Looking(around, [check for check in CHECKS if check is not GPUS])
+        facts = gather(self.options.index, self.name)
         self.doing = "torch"
         os.environ.update(TORCH_SETTINGS)
-        try:
+        problem = None
+        try:  # while the checks wait for disks and addresses
             from peft_dist.preflight import network
         except (ImportError, OSError) as error:  # OSError: a shared library of it
-            return self._cannot_import(error, facts)
-        if self.options.devices:
-            self.doing = "its devices"
-            facts = network.with_devices(facts, limit_s=local_s)
+            problem = error
+        self.doing = "its own checks"
+        facts = replace(facts, findings=told(looking.findings()))
+        if problem is not None:
+            return self._cannot_import(problem, facts)
+        self.doing = "its devices"
+        facts = network.with_devices(facts, around)
         self.arrivals.announce(self.options.index)
         if self.options.index == 0:
             return self._lead(facts)

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -10,10 +11,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as torch_dist
 
+from peft_dist.checks.checks import GPUS, Looking
+from peft_dist.checks.gpus import Gpu, GpuFault
+from peft_dist.checks.surroundings import Surroundings
 from peft_dist.common.library_messages import is_port_taken
 from peft_dist.common.time_limit import within
 from peft_dist.distributed import rendezvous
-from peft_dist.preflight.node_info import NodeFacts
+from peft_dist.preflight.node_info import NodeFacts, told
 
 FAULTS = (torch_dist.DistError, RuntimeError, OSError, ValueError)
 """What torch, a network, or the other side's bytes may raise; a TimeoutError is an OSError."""
@@ -45,29 +49,24 @@ def brief(error: BaseException) -> str:
     return re.sub(r"^(\[[^\]]*\]:? *)+", "", lines[0])[:160]
 
 
-def with_devices(facts: NodeFacts, *, limit_s: float) -> NodeFacts:
-    """Return a node's facts with those of its GPUs; each is used, so that a broken one shows."""
+def with_devices(facts: NodeFacts, around: Surroundings) -> NodeFacts:
+    """Return a node's facts with those of its GPUs, and with what is wrong with them."""
+    seen: list[Gpu] = []
 
-    def look() -> NodeFacts:
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        rooms = [torch.cuda.mem_get_info(device) for device in range(count)]
-        free, whole = min(rooms, default=(None, None))
-        kinds = sorted({torch.cuda.get_device_name(device) for device in range(count)})
-        return replace(
-            facts,
-            devices=count,
-            free_device_bytes=free,
-            device_bytes=whole,
-            device_kind=" and ".join(kinds),
-        )
+    def look(_environ: Mapping[str, str]) -> list[Gpu] | GpuFault:
+        try:  # each is used, so that a broken one shows
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            for device in range(count):
+                free, whole = torch.cuda.mem_get_info(device)
+                kind = torch.cuda.get_device_name(device)
+                seen.append(Gpu(f"GPU {device}", kind, whole, free))
+        except FAULTS as error:
+            return GpuFault(f"its devices cannot be used: {brief(error)}")
+        return seen
 
-    try:
-        return within(limit_s, look)
-    except TimeoutError:
-        problem = f"its devices do not answer within {limit_s:.3g} s"
-    except FAULTS as error:
-        problem = f"its devices cannot be used: {brief(error)}"
-    return replace(facts, error=facts.error or problem)
+    found = Looking(replace(around, look_at_gpus=look), [GPUS]).findings()
+    kinds = " and ".join(sorted({gpu.kind for gpu in seen}))
+    return replace(facts, device_kind=kinds, findings=(*facts.findings, *told(found)))
 
 
 class Member:

@@ -11,30 +11,20 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from peft_dist.checks.finding import Finding
 from peft_dist.common.atomic import replace_file
 from peft_dist.common.sharing import folder_mode
 from peft_dist.preflight.node_info import SILENT, NodeFacts
 
 PORT_TAKEN = 98
 """Exit code of a pre-flight whose port another program has (EADDRINUSE): choose another one."""
-SLOW_WRITE_S = 1.0
-"""A small durable write that takes longer is worth a word: each checkpoint makes several."""
-BUSY_DEVICE = 0.5
-"""A device with a smaller part of its memory free is in use by somebody else."""
+ABSENT = "see that the others know its name and that no firewall is between them"
+CLOCK = "set the nodes' clocks, or raise preflight.max_clock_offset_s in the cluster file"
+"""What to do about a fault that all nodes have; nodes cannot all differ from each other's code."""
 
-Reasons = dict[str, str]
+Reasons = dict[str, Finding]
 """Why one node fails, by the kind of fault."""
 
-REMEDIES = {
-    "absent": "see that the others know its name and that no firewall is between them",
-    "error": "",
-    "devices": "fix gpus_per_node in the cluster file",
-    "device memory": "wait until the devices are free, or ask for nodes of your own (exclusive)",
-    "clock": "set the nodes' clocks, or raise preflight.max_clock_offset_s in the cluster file",
-    "space": "free space there, or lower preflight.min_free_gb in the cluster file",
-    "write": "fix its permissions, free space there, or choose another --run-dir",
-}
-"""What to do about a fault that all nodes have; nodes cannot all differ from each other's code."""
 SHARED = ("space", "write")
 """Faults of what nodes share. Of several nodes, any other fault of one that is left is its own."""
 _GONE = {"absent", "late", "silent"}
@@ -49,8 +39,6 @@ class _Common(NamedTuple):
 class PreflightLimits:
     """What a node must have, or may not exceed."""
 
-    devices: int = 0
-    min_free_bytes: float = 1e9
     max_clock_offset_s: float = 60.0
     connect_s: float = 30.0
     """How long the head waits for a node that is ready."""
@@ -156,10 +144,10 @@ def judge(
     }
     for index in late:
         text = f"not ready after {limits.arrival_s:g} s: still at its set-up, staging or imports"
-        reasons[expected_nodes[index]] = {"late": text}
+        reasons[expected_nodes[index]] = {"late": _fault("late", text)}
     came = [(host, by_index[i]) for i, host in enumerate(expected_nodes) if i in by_index]
-    for host, kind, text in (*_odd_ones(came), *_wrong_clocks(came, limits)):
-        reasons[host][kind] = text
+    for host, fault in (*_odd_ones(came), *_wrong_clocks(came, limits)):
+        reasons[host][fault.kind] = fault
     common = _common_fault(reasons, limits)
     if common:
         for found in reasons.values():
@@ -171,7 +159,7 @@ def judge(
         bad=() if common else tuple(host for host in failed if "late" not in reasons[host]),
         late=tuple(host for host in failed if "late" in reasons[host]),
         common=common.text if common else None,
-        lines=tuple(f"{host}: {'; '.join(reasons[host].values())}" for host in failed),
+        lines=tuple(f"{host}: {_in_one_line(reasons[host])}" for host in failed),
         warnings=tuple(_warnings(came)),
         clock_spread_s=max(offsets) - min(offsets),
     )
@@ -180,44 +168,44 @@ def judge(
 def _own_faults(fact: NodeFacts | None, limits: PreflightLimits) -> Reasons:
     """Return what is wrong with a node whatever the others say."""
     if fact is None:
-        return {"absent": f"did not come within {limits.connect_s:.3g} s"}
-    found = {}
+        text = f"did not come within {limits.connect_s:.3g} s"
+        return {"absent": _fault("absent", text, ABSENT)}
+    found: Reasons = {}
     if fact.error is not None:
-        found["silent" if fact.error == SILENT else "error"] = fact.error
-    if fact.devices is not None and fact.devices < limits.devices:
-        found["devices"] = f"{fact.devices} devices, {limits.devices} expected"
-    if fact.free_device_bytes is not None and fact.device_bytes:
-        room, whole = fact.free_device_bytes, fact.device_bytes
-        if room < BUSY_DEVICE * whole:
-            found["device memory"] = (
-                f"{_gb(room)} of {_gb(whole)} GB free on a device: another process has the rest"
-            )
-    if fact.write_error is not None:
-        found["write"] = fact.write_error
-    elif fact.free_bytes is not None and fact.free_bytes < limits.min_free_bytes:
-        found["space"] = (
-            f"{_gb(fact.free_bytes)} GB free for the run directory, "
-            f"{_gb(limits.min_free_bytes)} GB expected"
-        )
+        kind = "silent" if fact.error == SILENT else "error"
+        found[kind] = _fault(kind, fact.error)
+    for finding in fact.findings:
+        if finding.level == "bad":
+            known = found.get(finding.kind)
+            found[finding.kind] = finding if known is None else known.and_also(finding)
     return found
 
 
-def _odd_ones(came: Sequence[tuple[str, NodeFacts]]) -> list[tuple[str, str, str]]:
-    """Return host, kind and text for each node whose software is not that of the others."""
+def _in_one_line(found: Reasons) -> str:
+    return "; ".join(fault.text for fault in found.values())
+
+
+def _fault(kind: str, text: str, remedy: str = "") -> Finding:
+    return Finding("bad", kind, text, remedy)
+
+
+def _odd_ones(came: Sequence[tuple[str, NodeFacts]]) -> list[tuple[str, Finding]]:
+    """Return host and fault for each node whose software is not that of the others."""
     differing = []
     having_code = [(host, fact) for host, fact in came if fact.code]
     for host, other, _, _ in _differing(having_code, lambda fact: fact.code):
-        differing.append((host, "code", f"other code of peft-dist than {other}"))
+        differing.append((host, _fault("code", f"other code of peft-dist than {other}")))
     for host, other, own, usual in _differing(came, lambda fact: fact.python):
-        differing.append((host, "python", f"Python {own}, {other} has {usual}"))
+        differing.append((host, _fault("python", f"Python {own}, {other} has {usual}")))
     differences: dict[str, list[str]] = {}
     for package in sorted({name for _, fact in came for name in fact.versions}):
         for host, other, own, usual in _differing(came, _version_of(package)):
             here = f"{package} {own}" if own else f"no {package}"
             there = usual or "none"
             differences.setdefault(host, []).append(f"{here}, {other} has {there}")
-    differing += [(host, "packages", "; ".join(texts)) for host, texts in differences.items()]
-    return differing
+    return differing + [
+        (host, _fault("packages", "; ".join(texts))) for host, texts in differences.items()
+    ]
 
 
 def _version_of(package: str) -> Callable[[NodeFacts], str]:
@@ -243,8 +231,8 @@ def _differing(
 
 def _wrong_clocks(
     came: Sequence[tuple[str, NodeFacts]], limits: PreflightLimits
-) -> list[tuple[str, str, str]]:
-    """Return host, kind and text for each clock that is surely wrong by more than the limit."""
+) -> list[tuple[str, Finding]]:
+    """Return host and fault for each clock that is surely wrong by more than the limit."""
     offsets = [fact.clock_offset_s for _, fact in came]
     if not offsets:
         return []
@@ -256,7 +244,8 @@ def _wrong_clocks(
         if abs(ahead_s) - fact.clock_uncertainty_s > limits.max_clock_offset_s:
             way = "ahead" if ahead_s > 0 else "behind"
             limit = f"{limits.max_clock_offset_s:.3g} s allowed"
-            differing.append((host, "clock", f"its clock is {abs(ahead_s):.1f} s {way}, {limit}"))
+            text = f"its clock is {abs(ahead_s):.1f} s {way}, {limit}"
+            differing.append((host, _fault("clock", text, CLOCK)))
     return differing
 
 
@@ -266,16 +255,16 @@ def _common_fault(reasons: Mapping[str, Reasons], limits: PreflightLimits) -> _C
     here = {host: found for host, found in reasons.items() if not _GONE & found.keys()}
     if len(others) > 1 and all("absent" in reasons[host] for host in others):
         text = f"no other node came to {head} within {limits.connect_s:.3g} s"
-        return _Common("absent", f"{text}; {REMEDIES['absent']}")
-    for kind, remedy in REMEDIES.items():
+        return _Common("absent", f"{text}; {ABSENT}")
+    for kind in dict.fromkeys(kind for found in here.values() for kind in found):
         differing = [found[kind] for found in here.values() if kind in found]
         own = len(differing) == 1 and others and kind not in SHARED
         if len(differing) < len(here) or not differing or own:
             continue
-        if kind == "error" and len(set(differing)) > 1:
+        if kind == "error" and len({fault.text for fault in differing}) > 1:
             continue
         who = head if len(differing) == 1 else f"all {len(differing)} nodes"
-        return _Common(kind, f"{who}: {differing[0]}; {remedy}".removesuffix("; "))
+        return _Common(kind, f"{who}: {differing[0].line}")
     return None
 
 
@@ -285,12 +274,14 @@ def _warnings(came: Sequence[tuple[str, NodeFacts]]) -> list[str]:
         f"{host}: GPUs are {own}, {other} has {usual}: every step takes as long as the slower ones"
         for host, other, own, usual in _differing(looked_at, lambda fact: fact.device_kind)
     ]
-    return mixed + [
-        f"{host}: a small durable write to the run directory takes {fact.write_s:.1f} s"
-        for host, fact in came
-        if fact.write_s is not None and fact.write_s > SLOW_WRITE_S
-    ]
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.3g}"
+    notes: dict[str, list[str]] = {}
+    for host, fact in came:
+        for finding in fact.findings:
+            if finding.level == "note":
+                notes.setdefault(finding.line, []).append(host)
+    for line, hosts in notes.items():  # what all have is told once
+        everywhere = len(hosts) == len(came) > 1
+        mixed += [
+            f"{who}: {line}" for who in ([f"all {len(hosts)} nodes"] if everywhere else hosts)
+        ]
+    return mixed

@@ -146,7 +146,9 @@ def measure(
         setup = set_up_model(
             recipe, world, _source(recipe, folder), engines=engines, prover=_first_way
         )
-        trainer = _Trainer(setup, _rows(recipe, world.size), None)
+        rows = _rows(recipe, world.size)
+        scores = np.zeros(rows.n_rows, dtype=np.float32)  # of a reference, where one is asked for
+        trainer = _Trainer(setup, rows, None, reference=scores)
         meter.phase = "step 1"
         for step in trainer.steps(STEPS):
             meter.phase = f"step {step + 1}"

@@ -165,7 +165,7 @@ def test_a_node_that_comes_later_than_the_time_limit_is_fine(nodes: Nodes, late:
 def test_a_node_that_cannot_import_torch_is_named_with_its_words(nodes: Nodes) -> None:
     start = {"PEFT_DIST_LOGS": str(nodes.folder), "PEFT_DIST_NONCE": "f00d"}
     problem = "torch cannot be imported: libcudart.so: cannot open shared object file"
-    facts = replace(gather(1, "node2", nodes.folder, limit_s=10), error=problem)
+    facts = replace(gather(1, "node2"), error=problem)
     (nodes.folder / "node2.f00d.ready").write_text(facts.to_json(), encoding="utf-8")
     nodes.start(2, absent=(1,), **start)
     assert nodes.codes() == [1], nodes.said

@@ -2,15 +2,19 @@
 
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 
+from peft_dist.checks import gpus, known_faults
+from peft_dist.checks.checks import CHECKS, Check, Looking
+from peft_dist.checks.finding import Finding
+from peft_dist.checks.gpus import GpuFault, amd_gpus
+from peft_dist.checks.known_faults import driver_fault, keeps
+from peft_dist.checks.launcher_variables import STALE
+from peft_dist.checks.surroundings import Surroundings
 from peft_dist.cli.main import main
-from peft_dist.launch.placement import Machine
-from peft_dist.plan import doctor
-from peft_dist.plan.doctor_network import examine_network
-from peft_dist.plan.known_faults import driver_fault, keeps
 from tests.configs import model_folder
 from tests.unit.run_folders import slurm_commands
 from tests.unit.slurm_desk import Capture
@@ -19,11 +23,11 @@ from tests.unit.slurm_desk import Capture
 @pytest.fixture(autouse=True)
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand in a shell without leftovers, with a cache of its own."""
-    for name in doctor.STALE:
+    for name in STALE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PEFT_DIST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(doctor, "this_machine", lambda: Machine(gpus=0, cores=1))
+    monkeypatch.setattr(gpus, "visible_gpus", lambda _: 0)
     (tmp_path / "cache").mkdir(mode=0o700)
 
 
@@ -56,9 +60,11 @@ def test_what_a_launcher_left_behind_is_bad(
 def test_a_version_that_we_are_not_made_for_is_bad(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = doctor.importlib.metadata.version
+    real = known_faults.importlib.metadata.version
     monkeypatch.setattr(
-        doctor.importlib.metadata, "version", lambda name: "1.0" if name == "peft" else real(name)
+        known_faults.importlib.metadata,
+        "version",
+        lambda name: "1.0" if name == "peft" else real(name),
     )
     code, found = findings(capsys)
     assert code == 2
@@ -85,10 +91,10 @@ def test_gpus_are_read_and_a_build_without_them_is_bad(
     answer = "echo '0, NVIDIA H100 80GB HBM3, 81559, 5000, 570.86'"
     slurm_commands(tmp_path / "bin", **{"nvidia-smi": answer})
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    monkeypatch.setattr(doctor, "this_machine", lambda: Machine(gpus=1, cores=1))
-    real = doctor.importlib.metadata.version
+    monkeypatch.setattr(gpus, "visible_gpus", lambda _: 1)
+    real = known_faults.importlib.metadata.version
     monkeypatch.setattr(
-        doctor.importlib.metadata,
+        known_faults.importlib.metadata,
         "version",
         lambda name: "2.13.0+cpu" if name == "torch" else real(name),
     )
@@ -120,12 +126,14 @@ def test_gpus_of_amd_are_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                "system": {"Driver version": "6.3.6"}}"""
     folder = slurm_commands(tmp_path / "bin", **{"rocm-smi": f"cat <<'END'\n{told}\nEND"})
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    (card,) = doctor._amd_gpus(1)
+    found = amd_gpus()
+    assert isinstance(found, list)
+    around = Surroundings(devices=1, look_at_gpus=lambda _: found)
+    (card,) = [one for one in gpus.check_gpus(around) if one.kind == "device memory"]
     line = "card0: AMD Instinct MI250X, 65520 MiB, 3072 in use; end what uses it"
-    assert (card.level, card.text) == ("note", line)
+    assert (card.level, card.line) == ("note", line)
     slurm_commands(folder, **{"rocm-smi": "exit 2"})
-    (failed,) = doctor._amd_gpus(1)
-    assert failed.text == "1 GPUs, and rocm-smi fails (CalledProcessError)"
+    assert amd_gpus() == GpuFault("rocm-smi fails (CalledProcessError)", is_bad=False)
 
 
 def test_a_folder_that_cannot_be_looked_at_is_bad(
@@ -145,7 +153,7 @@ def test_a_gpu_whose_name_is_no_text_steers_nothing(
         tmp_path / "bin", **{"nvidia-smi": r"printf '0, \033]0;t\007H\377, 80000, 9, 5\n'"}
     )
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setattr(doctor, "this_machine", lambda: Machine(gpus=1, cores=1))
+    monkeypatch.setattr(gpus, "visible_gpus", lambda _: 1)
     _, found = findings(capsys)
     assert any("GPU 0: ?]0;t?H\ufffd, 80000 MiB, 9 in use" in text for text in found["ok"]), found
 
@@ -161,9 +169,9 @@ def test_a_gpu_whose_name_is_no_text_steers_nothing(
 def test_known_faults_are_named_with_where_they_are_told(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, package: str, version: str, told_in: str
 ) -> None:
-    real = doctor.importlib.metadata.version
+    real = known_faults.importlib.metadata.version
     monkeypatch.setattr(
-        doctor.importlib.metadata,
+        known_faults.importlib.metadata,
         "version",
         lambda name: version if name == package else real(name),
     )
@@ -189,18 +197,36 @@ def test_a_driver_that_is_too_old_for_torch_is_bad(build: str, driver: str, bad:
 
 
 def test_the_network_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+    def looked_at(**environ: str) -> list[Finding]:
+        return Looking(Surroundings(environ)).findings()
+
     with socket.create_server(("127.0.0.1", 0)) as server:
         hub = f"http://127.0.0.1:{server.getsockname()[1]}"
-        reached = {one.text: one.level for one in examine_network({"HF_ENDPOINT": hub})}
+        reached = {one.text: one.level for one in looked_at(HF_ENDPOINT=hub)}
     assert reached["Hugging Face's libraries may download (127.0.0.1 is reached)"] == "ok"
     assert any(text.startswith("links: ") for text in reached)
-    away = [one for one in examine_network({"HF_ENDPOINT": hub, "NCCL_SOCKET_IFNAME": "nowhere0"})
-            if one.level != "ok"]  # fmt: skip
-    told = {one.text.partition(" ")[0]: one for one in away}
+    away = looked_at(HF_ENDPOINT=hub, NCCL_SOCKET_IFNAME="nowhere0")
+    told = {one.text.partition(" ")[0]: one for one in away if one.level != "ok"}
     assert told["127.0.0.1"].level == "note" and "is not reached" in told["127.0.0.1"].text
     assert told["NCCL_SOCKET_IFNAME=nowhere0"].level == "bad"
-    assert told["NCCL_SOCKET_IFNAME=nowhere0"].text.endswith("; unset it")
+    assert told["NCCL_SOCKET_IFNAME=nowhere0"].remedy == "unset it"
+
+
+def test_a_check_that_hangs_is_named_and_one_that_fails_is_heard() -> None:
+    hanging, failing = (
+        threading.Event(),
+        Check("numbers", lambda _: [Finding("ok", str(1 // 0), "")]),
+    )
+    hung = Check("links", lambda _: [Finding("ok", "links", str(hanging.wait(30)))])
+    packages = CHECKS[0]
+    looking = Looking(Surroundings(limit_s=-0.9), [hung, packages])
+    first, *others = looking.findings()
+    hanging.set()
+    assert (first.level, first.kind) == ("note", "links")
+    assert "the check of links does not end within" in first.text
+    assert others
+    with pytest.raises(ZeroDivisionError):
+        Looking(Surroundings(), [failing]).findings()
 
 
 def test_a_step_as_long_as_a_hang_is_told(

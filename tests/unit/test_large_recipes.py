@@ -17,6 +17,7 @@ from peft_dist.ledger.events import LedgerEvent, StepEvent
 from peft_dist.model.source import find_base
 from peft_dist.model.tiny_config import tiny_config
 from peft_dist.model_setup import set_up_model
+from peft_dist.objective.reference import reference_scores
 from peft_dist.trainer import Trainer
 from tests.configs import CONFIGS, model_folder
 from tests.processes import ROOT
@@ -33,7 +34,9 @@ RECIPES = {
 
 def plan_line(found: dict[str, Any], strategy: str, stated: re.Match[str]) -> str:
     """Return what a recipe says of its plan: the beginning of `stated`, with the plan's figures."""
-    (row,) = [row for row in found["rows"] if row["candidate"]["strategy"] == strategy]
+    offload = "parallel.offload=cpu" in (stated[4] or "").split()
+    way = {"strategy": strategy, "offload": offload}
+    (row,) = [row for row in found["rows"] if way.items() <= row["candidate"].items()]
     assert row["fits"]
     tensors, in_all, limit = (
         size / 2**30
@@ -49,9 +52,9 @@ def plan_line(found: dict[str, Any], strategy: str, stated: re.Match[str]) -> st
 def test_the_recipes_of_real_size_are_these() -> None:
     assert set(RECIPES) == {
         "gemma-2-27b-qlora", "gemma-3-27b-qlora", "gpt-oss-120b-qlora", "gpt-oss-20b-qlora",
-        "llama-2-7b-lora", "llama-3.1-405b-qlora", "llama-3.1-8b-qlora", "llama-3.3-70b-qlora",
-        "mistral-small-24b-qlora", "phi-4-qlora", "qwen3-235b-a22b-qlora", "qwen3-30b-a3b-qlora",
-        "qwen3-32b-qlora",
+        "llama-2-7b-lora", "llama-3.1-405b-qlora", "llama-3.1-8b-dpo", "llama-3.1-8b-qlora",
+        "llama-3.3-70b-qlora", "mistral-small-24b-qlora", "phi-4-qlora", "qwen3-235b-a22b-qlora",
+        "qwen3-30b-a3b-qlora", "qwen3-32b-qlora",
     }  # fmt: skip
 
 
@@ -116,7 +119,11 @@ def test_a_recipe_trains_a_tiny_model_of_its_architecture(
     )  # fmt: skip
     setup = set_up_model(recipe, alone, find_base(recipe, tmp_path / "cache"))
     before = setup.engine.adapter_state()
-    trainer = Trainer(setup, tokenize_rows(recipe, "train", tmp_path / "cache"), None)
+    tokenized = tokenize_rows(recipe, "train", tmp_path / "cache")
+    scores = None
+    if recipe.objective.has_reference:
+        scores = reference_scores(setup, tokenized, tmp_path / "reference")
+    trainer = Trainer(setup, tokenized, None, reference=scores)
     trainer.trackers = [events := Events()]
     assert trainer.run().step == 1
     assert [event.step for event in events if isinstance(event, StepEvent)] == [1]

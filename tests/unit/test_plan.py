@@ -44,11 +44,13 @@ def plan(recipe: Path, capsys: Capture) -> Plan:
 def test_a_base_that_fits_is_planned_on_every_strategy(plan: Plan) -> None:
     code, found = plan()
     assert code == 0
-    ways = [(row["candidate"]["strategy"], row["candidate"]["nodes"]) for row in found["rows"]]
+    ways = [
+        (one["strategy"] + "+offload" * one["offload"], one["nodes"])
+        for one in (row["candidate"] for row in found["rows"])
+    ]
     assert ways == [
-        ("ddp", 1),
-        ("fsdp", 1),
-        *((s, n) for n in (2, 4) for s in ("ddp", "fsdp", "hsdp")),
+        *((s, 1) for s in ("ddp", "fsdp", "fsdp+offload")),
+        *((s, n) for n in (2, 4) for s in ("ddp", "fsdp", "fsdp+offload", "hsdp")),
     ]
     assert all(row["fits"] and not row["remedy"] for row in found["rows"])
     # Measured by the CUDA allocator for these very settings: 51.8 GiB.
@@ -62,7 +64,7 @@ def test_a_base_that_fits_is_planned_on_every_strategy(plan: Plan) -> None:
 def test_what_does_not_fit_says_what_would(plan: Plan) -> None:
     code, found = plan("--gpu", "l4-24gb", "--nodes", "1")
     assert (code, found["best"]) == (2, None)
-    assert [row["fits"] for row in found["rows"]] == [False, False]
+    assert [row["fits"] for row in found["rows"]] == [False, False, False]
     assert found["rows"][1]["remedy"] == "fits with train.micro_batch_size: 1"
     code, found = plan("--gpu", "l4-24gb", "--nodes", "1", "train.micro_batch_size=1")
     assert code == 0 and found["rows"][1]["fits"]
@@ -82,6 +84,7 @@ def test_every_remedy_is_one(plan: Plan) -> None:
                     (same,) = [
                         r for r in again["rows"]
                         if r["candidate"]["strategy"] == row["candidate"]["strategy"]
+                        and r["candidate"]["offload"] == row["candidate"]["offload"]
                     ]  # fmt: skip
                     assert same["fits"], (where, row["remedy"])
 
@@ -105,7 +108,10 @@ def test_a_gpu_of_a_cluster_file_counts_and_links_too(plan: Plan, tmp_path: Path
     _, found = plan("--cluster", str(cluster))
     assert found["gpu"]["memory_gib"] == 39.4
     assert {row["candidate"]["processes"] for row in found["rows"]} == {4, 8}
-    flat, grouped = found["rows"][3], found["rows"][4]
+    flat, offloaded, grouped = found["rows"][4:7]
+    assert offloaded["bytes"]["base"] < flat["bytes"]["base"]
+    assert offloaded["seconds"]["total"] >= flat["seconds"]["total"]
+    assert offloaded["host_bytes"] > flat["host_bytes"]
     assert grouped["candidate"]["strategy"] == "hsdp"
     assert flat["seconds"]["waits_for_gathers"] > 20 * grouped["seconds"]["waits_for_gathers"]
 

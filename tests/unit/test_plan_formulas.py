@@ -55,6 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
     "prefix": {"method": {"kind": "prefix"}},
     "prompt": {"method": {"kind": "prompt"}},
     "bitfit": {"method": {"kind": "bitfit", "add_bias": True}},
+    "dpo": {"rows": 2, "strategy": "ddp", "objective": {"kind": "dpo"}},
 }
 
 SHORT = (
@@ -66,6 +67,7 @@ SHORT = (
     "ddp",
     "hsdp",
     "dropout",
+    "dpo",
 )
 
 
@@ -81,6 +83,7 @@ def simulated_and_planned(
     quantization: str = "nf4",
     method: dict[str, Any] | None = None,
     changes: dict[str, Any] | None = None,
+    objective: dict[str, Any] | None = None,
 ) -> tuple[Simulated, memory.Bytes, int, int]:
     """Return both, and gathered bytes and trained parameters of the formulas."""
     model_folder(folder, model, **changes or {})
@@ -89,6 +92,7 @@ def simulated_and_planned(
             "model": {"name": str(folder), "dtype": "bfloat16"},
             "quantization": quantization,
             "method": method or {"kind": "lora", "rank": 16},
+            **({"objective": objective} if objective else {}),
             "data": {"train": "x.jsonl", "max_length": length},
             "train": {
                 "global_batch_size": rows * processes,
@@ -109,7 +113,7 @@ def simulated_and_planned(
     setting = Setting(
         sharded=strategy != "ddp",
         shards={"ddp": 1, "hsdp": 8}.get(strategy, processes),
-        micro_batch=rows,
+        micro_batch=rows * recipe.rows_per_example,
         length=length,
         recompute=recompute,
         quantized=quantization == "nf4",

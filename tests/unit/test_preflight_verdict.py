@@ -3,33 +3,51 @@
 import json
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from peft_dist.checks import folders
+from peft_dist.checks.finding import Finding
+from peft_dist.checks.folders import check_run_dir
+from peft_dist.checks.gpus import Gpu, check_gpus
+from peft_dist.checks.surroundings import Surroundings
 from peft_dist.common.time_limit import within
-from peft_dist.preflight import node_info as facts_module
-from peft_dist.preflight.node_info import SILENT, NodeFacts, code_digest, gather
+from peft_dist.preflight.node_info import SILENT, NodeFacts, code_digest, gather, told
 from peft_dist.preflight.verdict import PreflightLimits, Report, judge, report_path
 
 GB = 10**9
-LIMITS = PreflightLimits(devices=8, min_free_bytes=GB, max_clock_offset_s=60, connect_s=30)
+LIMITS = PreflightLimits(max_clock_offset_s=60, connect_s=30)
 FINE = NodeFacts(
     index=0,
     host="",
-    devices=8,
-    free_device_bytes=79 * GB,
-    device_bytes=80 * GB,
     code="c0de",
     python="3.11.2",
     versions={"peft": "0.21.0", "torch": "2.13.0"},
     clock_uncertainty_s=0.001,
-    free_bytes=500 * GB,
-    write_s=0.002,
 )
+
+
+def found_by(check: Callable[[Surroundings], Iterable[Finding]], **around: Any) -> dict[str, Any]:
+    """Return the facts of a node with what a check finds in these surroundings."""
+    return {"findings": told(check(Surroundings(**around)))}
+
+
+def with_gpus(count: int, *, free_gb: int = 79) -> dict[str, Any]:
+    """Return the facts of a node that has some of eight GPUs."""
+    seen = [Gpu(f"GPU {index}", "H100", 80 * GB, free_gb * GB) for index in range(count)]
+    return found_by(check_gpus, devices=8, look_at_gpus=lambda _: seen)
+
+
+SEVEN, FULL = with_gpus(7), with_gpus(8, free_gb=12)
+UNWRITTEN = found_by(check_run_dir, run_dir=Path("/nowhere/run"))
+NO_ROOM = found_by(check_run_dir, run_dir=Path(tempfile.gettempdir()), min_free_bytes=1e18)
+SPACE = NO_ROOM["findings"][0].text
 
 
 def report_of(*nodes: NodeFacts | None | dict[str, Any]) -> Report:
@@ -83,11 +101,8 @@ def test_nodes_that_are_fine_are_fine() -> None:
         (None, "did not come within 30 s"),
         ({"error": SILENT}, "stopped answering"),
         ({"error": "its devices do not answer"}, "its devices do not answer"),
-        ({"devices": 7}, "7 devices, 8 expected"),
-        (
-            {"free_device_bytes": 12 * GB},
-            "12 of 80 GB free on a device: another process has the rest",
-        ),
+        (SEVEN, "7 devices, 8 expected"),
+        (FULL, "; ".join(f"GPU {index}: H100, 76293 MiB, 64849 in use" for index in range(8))),
         ({"code": "other"}, "other code of peft-dist than node1"),
         ({"versions": {"peft": "0.20.1", "torch": "2.13.0"}}, "peft 0.20.1, node1 has 0.21.0"),
         ({"versions": {"torch": "2.13.0"}}, "no peft, node1 has 0.21.0"),
@@ -95,14 +110,8 @@ def test_nodes_that_are_fine_are_fine() -> None:
         ({"python": "3.12.0"}, "Python 3.12.0, node1 has 3.11.2"),
         ({"clock_offset_s": 90.0}, "its clock is 90.0 s ahead, 60 s allowed"),
         ({"clock_offset_s": -90.0}, "its clock is 90.0 s behind, 60 s allowed"),
-        (
-            {"free_bytes": GB // 2},
-            "0.5 GB free for the run directory, 1 GB expected",
-        ),
-        (
-            {"write_error": "cannot write to /x: Read-only file system"},
-            "cannot write to /x: Read-only file system",
-        ),
+        (NO_ROOM, SPACE),
+        (UNWRITTEN, "cannot write to /nowhere/run: No such file or directory"),
     ],
 )  # fmt: skip
 def test_a_node_at_fault_is_named_with_its_fault(fault: dict[str, Any] | None, text: str) -> None:
@@ -110,16 +119,14 @@ def test_a_node_at_fault_is_named_with_its_fault(fault: dict[str, Any] | None, t
 
 
 def test_a_node_with_several_faults_has_one_line() -> None:
-    report = report_of({}, {}, {"devices": 0, "python": "3.12.0", "free_bytes": 0})
-    (line,) = report.lines
-    assert line == (
-        "node3: 0 devices, 8 expected; 0 GB free for the run directory, 1 GB expected; "
-        "Python 3.12.0, node1 has 3.11.2"
-    )
+    both = {"findings": (*SEVEN["findings"], *NO_ROOM["findings"]), "python": "3.12.0"}
+    (line,) = report_of({}, {}, both).lines
+    assert line == f"node3: 7 devices, 8 expected; {SPACE}; Python 3.12.0, node1 has 3.11.2"
+    assert SPACE.endswith(" GB free for the run directory, 1e+09 GB expected")
 
 
 def test_more_devices_than_expected_and_none_looked_at_are_no_fault() -> None:
-    assert report_of({"devices": 16}, {"devices": None, "free_device_bytes": None}).ok
+    assert report_of(with_gpus(16), found_by(check_gpus, devices=0)).ok
 
 
 def test_the_minority_is_at_fault_though_it_be_the_head() -> None:
@@ -158,23 +165,23 @@ def test_a_clock_that_may_be_right_is_no_fault() -> None:
     ("fault", "text"),
     [
         (
-            {"devices": 4},
-            "all 3 nodes: 4 devices, 8 expected; fix gpus_per_node in the cluster file",
+            SEVEN,
+            "all 3 nodes: 7 devices, 8 expected; fix gpus_per_node in the cluster file",
         ),
         (
-            {"free_bytes": 0},
-            "all 3 nodes: 0 GB free for the run directory, 1 GB expected; free space there, or "
-            "lower preflight.min_free_gb in the cluster file",
+            NO_ROOM,
+            f"all 3 nodes: {SPACE}; free space there, or lower preflight.min_free_gb in the "
+            "cluster file",
         ),
         (
-            {"write_error": "cannot write to /x: No space left on device"},
-            "all 3 nodes: cannot write to /x: No space left on device; fix its permissions, free "
-            "space there, or choose another --run-dir",
+            UNWRITTEN,
+            "all 3 nodes: cannot write to /nowhere/run: No such file or directory; fix its "
+            "permissions, free space there, or choose another --run-dir",
         ),
         (
-            {"free_device_bytes": GB},
-            "all 3 nodes: 1 of 80 GB free on a device: another process has the rest; wait until "
-            "the devices are free, or ask for nodes of your own (exclusive)",
+            {"findings": FULL["findings"][:2]},
+            "all 3 nodes: GPU 0: H100, 76293 MiB, 64849 in use; GPU 1: H100, 76293 MiB, 64849 in "
+            "use; end what uses it, or ask for nodes of your own (exclusive)",
         ),
         ({"error": "no two nodes can talk"}, "all 3 nodes: no two nodes can talk"),
     ],
@@ -184,8 +191,7 @@ def test_a_fault_of_all_nodes_is_no_nodes_fault(fault: dict[str, Any], text: str
 
 
 def test_a_fault_of_all_that_came_is_no_nodes_fault_and_absence_still_is_told() -> None:
-    full = {"free_bytes": 0}
-    report = report_of(full, None, full)
+    report = report_of(NO_ROOM, None, NO_ROOM)
     assert report.common is not None
     assert report.bad == ()
     assert report.lines == ("node2: did not come within 30 s",)
@@ -207,7 +213,7 @@ def test_a_head_that_all_others_miss_is_not_their_fault() -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [{"devices": 7}, {"free_device_bytes": GB}, {"free_bytes": 0}, {"error": "its devices hang"}],
+    [SEVEN, FULL, NO_ROOM, {"error": "its devices hang"}],
 )
 def test_a_run_of_one_node_never_does_without_it(fault: dict[str, Any]) -> None:
     report = report_of(fault)
@@ -216,10 +222,10 @@ def test_a_run_of_one_node_never_does_without_it(fault: dict[str, Any]) -> None:
 
 
 def test_a_node_that_is_left_alone_is_blamed_for_its_own_and_not_for_the_disk() -> None:
-    assert report_of({"devices": 7}, None).bad == ("node1", "node2")
-    report = report_of({"free_bytes": 0}, None)
+    assert report_of(SEVEN, None).bad == ("node1", "node2")
+    report = report_of(NO_ROOM, None)
     assert report.bad == ()
-    assert (report.common or "").startswith("node1: 0 GB free for the run directory, ")
+    assert (report.common or "").startswith(f"node1: {SPACE}; ")
 
 
 def test_a_node_at_its_set_up_is_late_and_not_to_blame() -> None:
@@ -228,7 +234,7 @@ def test_a_node_at_its_set_up_is_late_and_not_to_blame() -> None:
     (line,) = report.lines
     assert line == "node2: not ready after 1800 s: still at its set-up, staging or imports"
     report = judge(
-        [FINE, replace(FINE, index=2, devices=1)],
+        [FINE, replace(FINE, index=2, **SEVEN)],
         expected_nodes=["node1", "node2", "node3"],
         limits=LIMITS,
         late=[1],
@@ -236,15 +242,19 @@ def test_a_node_at_its_set_up_is_late_and_not_to_blame() -> None:
     assert (report.bad, report.late) == (("node3",), ("node2",))
 
 
-def test_a_slow_disk_is_worth_a_word_and_no_more() -> None:
-    report = report_of({}, {"write_s": 3.21})
+def test_a_slow_disk_is_worth_a_word_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "_probe", lambda _: (500 * GB, 3.21))
+    slow = found_by(check_run_dir, run_dir=Path("/x"))
+    report = report_of({}, slow)
     assert report.ok
-    assert report.warnings == ("node2: a small durable write to the run directory takes 3.2 s",)
+    text = "a small durable write to the run directory takes 3.2 s"
+    assert report.warnings == (f"node2: {text}",)
+    assert report_of(slow, slow).warnings == (f"all 2 nodes: {text}",)
 
 
 def test_a_report_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert Report.read(tmp_path) is None
-    report = replace(report_of({}, None, {"devices": 1}), seconds=1.5, all_reduce_s=0.1)
+    report = replace(report_of({}, None, SEVEN), seconds=1.5, all_reduce_s=0.1)
     report.write(tmp_path)
     assert Report.read(tmp_path) == report
     assert json.loads(report_path(tmp_path).read_text())["ok"] is False
@@ -255,31 +265,31 @@ def test_a_report_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 def test_facts_of_another_version_can_still_be_read() -> None:
     assert NodeFacts.from_json(FINE.to_json()) == FINE
+    full = replace(FINE, **FULL)
+    assert NodeFacts.from_json(full.to_json()) == full
     assert NodeFacts.from_json('{"index": 3, "host": "a", "new": 1}') == NodeFacts(3, "a")
-    for text in ("", "[]", "{}", '{"host": "a"}'):
+    unknown = '{"index": 3, "host": "a", "findings": [{"worse": 1}]}'
+    for text in ("", "[]", "{}", '{"host": "a"}', unknown):
         with pytest.raises(ValueError):
             NodeFacts.from_json(text)
 
 
-def test_a_node_gathers_its_facts_and_leaves_nothing(tmp_path: Path) -> None:
-    facts = gather(2, "node3", tmp_path, limit_s=10)
-    assert (facts.index, facts.host, facts.error, facts.write_error) == (2, "node3", None, None)
+def test_a_node_gathers_its_facts() -> None:
+    facts = gather(2, "node3")
+    assert (facts.index, facts.host, facts.error) == (2, "node3", None)
     assert facts.code == code_digest()
-    assert facts.free_bytes
-    assert facts.write_s is not None
     assert facts.versions["peft"]
-    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_directory_that_cannot_be_written_is_a_fact(
+def test_a_look_at_a_run_directory_ends_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = gather(0, "node1", tmp_path / "none", limit_s=10)
-    assert facts.write_error == f"cannot write to {tmp_path / 'none'}: No such file or directory"
-    monkeypatch.setattr(facts_module, "_probe", lambda _: time.sleep(60))
-    facts = gather(0, "node1", tmp_path, limit_s=0.1)
-    assert facts.write_error == f"a write to {tmp_path} does not end within 0.1 s"
-    assert facts.code
+    around = Surroundings(run_dir=tmp_path, limit_s=0.1)
+    assert not told(check_run_dir(replace(around, limit_s=10)))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(folders, "_probe", lambda _: time.sleep(60))
+    (found,) = check_run_dir(around)
+    assert found.text == f"a write to {tmp_path} does not end within 0.1 s"
 
 
 def test_work_within_a_limit_returns_raises_or_is_given_up() -> None:

@@ -1,6 +1,6 @@
-"""What `peft-dist doctor` looks at of the network: links, names, interfaces, the hub.
+"""What one machine sees of the network: links, its name, interfaces, the hub.
 
-Other nodes are not reached from here: the checks before a job trains do that, from the job itself.
+Other nodes are not reached from here: the pre-flight tries the links between nodes itself.
 """
 
 import socket
@@ -8,23 +8,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from peft_dist.plan.finding import Finding
-from peft_dist.plan.plan import hub_is_off
+from peft_dist.checks.finding import Finding
+from peft_dist.checks.surroundings import Surroundings
 
 HUB = "https://huggingface.co"
 PATIENCE_S = 5.0
 NETWORKS, ADAPTERS = Path("/sys/class/net"), Path("/sys/class/infiniband")
+SOCKET_INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 
-def examine_network(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Look at everything of the network that one machine can see."""
-    yield from _links()
-    yield from _own_name()
-    yield from _interfaces(environ)
-    yield _hub(environ)
+def hub_is_off(environ: Mapping[str, str]) -> bool:
+    """Whether the environment keeps Hugging Face's libraries from the network."""
+    return environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
-def _links() -> Iterator[Finding]:
+def check_links(_around: Surroundings) -> Iterator[Finding]:
     """Name the links that are up, with the speed that their drivers tell."""
     found = []
     for folder in _folders(NETWORKS):
@@ -36,52 +34,57 @@ def _links() -> Iterator[Finding]:
         if state.endswith("ACTIVE"):
             found.append(f"{name} {_read(port / 'rate')}")
         else:
-            yield Finding(
-                "note", f"{name} is {state or 'in no known state'}; ask who runs the node"
-            )
-    yield Finding("ok", f"links: {', '.join(found) or 'none that tells its speed'}")
+            text = f"{name} is {state or 'in no known state'}"
+            yield Finding("note", "links", text, "ask who runs the node")
+    yield Finding("ok", "links", f"links: {', '.join(found) or 'none that tells its speed'}")
 
 
-def _own_name() -> Iterator[Finding]:
+def check_own_name(around: Surroundings) -> Iterator[Finding]:
     """See whether processes can meet at this machine's name, as gloo and NCCL let them."""
+    if around.nodes == 1 or any(around.environ.get(name) for name in SOCKET_INTERFACES):
+        return  # nobody asks for it
     name = socket.gethostname()
+    remedy = "several nodes need one: see `head` and `interface` of a cluster file"
     try:
         address = socket.gethostbyname(name)
     except OSError as error:
-        yield Finding("note", f"{name} has no address ({error.strerror or error}); several nodes "
-                      "need one: see `head` and `interface` of a cluster file")  # fmt: skip
+        text = f"{name} has no address ({error.strerror or error})"
+        yield Finding("note", "own name", text, remedy)
         return
     if address.startswith("127."):
-        yield Finding("note", f"{name} is {address}, which no other node reaches; see `head` and "
-                      "`interface` of a cluster file")  # fmt: skip
+        text = f"{name} is {address}, which no other node reaches"
+        yield Finding("note", "own name", text, remedy)
         return
     try:
         with socket.create_server((address, 0)) as server:
             socket.create_connection(server.getsockname()[:2], timeout=PATIENCE_S).close()
     except OSError as error:
-        yield Finding("bad", f"{name} ({address}) does not reach itself "
-                      f"({error.strerror or error}); let processes connect to it")  # fmt: skip
+        text = f"{name} ({address}) does not reach itself ({error.strerror or error})"
+        yield Finding("bad", "own name", text, "let processes connect to it")
         return
-    yield Finding("ok", f"{name} is reached at {address}")
+    yield Finding("ok", "own name", f"{name} is reached at {address}")
 
 
-def _interfaces(environ: Mapping[str, str]) -> Iterator[Finding]:
+def check_interfaces(around: Surroundings) -> Iterator[Finding]:
     """Refuse interfaces that libraries are told to use and that are not there."""
     there = [folder.name for folder in _folders(NETWORKS)]
-    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
-        text = environ.get(variable, "")
+    for variable in SOCKET_INTERFACES:
+        text = around.environ.get(variable, "")
         if not text or text.startswith("^"):
             continue
         names = [name.lstrip("=") for name in text.split(",")]
         if not any(own.startswith(name) for own in there for name in names):
-            yield Finding("bad", f"{variable}={text[:100]} names no interface of this machine "
-                          f"({', '.join(there)}); unset it")  # fmt: skip
+            told = f"{variable}={text[:100]} names no interface of this machine"
+            yield Finding("bad", "interface", f"{told} ({', '.join(there)})", "unset it")
 
 
-def _hub(environ: Mapping[str, str]) -> Finding:
+def check_hub(around: Surroundings) -> Iterator[Finding]:
     """See whether the hub is reached, where libraries may ask it."""
-    if hub_is_off():
-        return Finding("ok", "Hugging Face's libraries are off the network (HF_HUB_OFFLINE)")
+    environ = around.environ
+    if hub_is_off(environ):
+        text = "Hugging Face's libraries are off the network (HF_HUB_OFFLINE)"
+        yield Finding("ok", "hub", text)
+        return
     url = urlsplit(environ.get("HF_ENDPOINT") or HUB)
     proxy = environ.get("https_proxy") or environ.get("HTTPS_PROXY")
     if proxy:
@@ -91,13 +94,16 @@ def _hub(environ: Mapping[str, str]) -> Finding:
         socket.create_connection((host, port), timeout=PATIENCE_S).close()
     except (OSError, ValueError) as error:
         told = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return Finding(
+        yield Finding(
             "note",
-            f"{url.hostname} is not reached ({told}): starts wait for it in vain; set "
-            "HF_HUB_OFFLINE=1 and name folders, or bring models here by `peft-dist fetch`",
+            "hub",
+            f"{url.hostname} is not reached ({told}): starts wait for it in vain",
+            "set HF_HUB_OFFLINE=1 and name folders, or bring models here by `peft-dist fetch`",
         )
+        return
     by = " by a proxy" if proxy else ""
-    return Finding("ok", f"Hugging Face's libraries may download{by} ({url.hostname} is reached)")
+    text = f"Hugging Face's libraries may download{by} ({url.hostname} is reached)"
+    yield Finding("ok", "hub", text)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from peft_dist.plan.finding import Finding
+from peft_dist.checks.finding import Finding
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ KNOWN_FAULTS = (
     ),
 )
 LEAST_DRIVER = {"12": 525, "13": 580}
-"""Driver that a CUDA of this major version needs, by NVIDIA's release notes."""
+"""Driver that a CUDA of this major version needs, by table 1 of
+https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html."""
 
 
 def known_faults() -> Iterator[Finding]:
@@ -50,7 +51,8 @@ def known_faults() -> Iterator[Finding]:
     for fault in KNOWN_FAULTS:
         version = installed(fault.package)
         if version is not None and all(keeps(version, one) for one in fault.limits.split(",")):
-            yield Finding("note", f"{fault.package} {version}: {fault.text} ({fault.told_in})")
+            text = f"{fault.package} {version}: {fault.text} ({fault.told_in})"
+            yield Finding("note", f"fault of {fault.package}", text)
 
 
 def driver_fault(build: str, driver: str) -> Finding | None:
@@ -62,8 +64,9 @@ def driver_fault(build: str, driver: str) -> Finding | None:
         return None
     return Finding(
         "bad",
-        f"driver {driver} is too old for CUDA {match[1]} of this torch; take driver {least} or "
-        "newer, or a torch that was built for an older CUDA",
+        "device driver",
+        f"driver {driver} is too old for CUDA {match[1]} of this torch",
+        f"take driver {least} or newer, or a torch that was built for an older CUDA",
     )
 
 
