@@ -6,6 +6,7 @@ runs that code. Counted is a micro-batch of the longest rows.
 
 from dataclasses import dataclass, fields
 
+from peft_dist.config.recipe import Reshard
 from peft_dist.plan.adapter import AdapterShape
 from peft_dist.plan.shapes import Linear, ModelShape
 
@@ -40,6 +41,8 @@ class Setting:
     """Of a value's place in the mask of a dropout; a CPU keeps a factor in its stead."""
     moments_shared_by: int = 1
     """Processes among which AdamW's moments are divided (DeepSpeed)."""
+    reshard: Reshard = "forward"
+    """When gathered blocks are freed."""
     reuse_elements: int = 0
     """A gathered block stays until its next use where so many elements or fewer come between."""
 
@@ -151,8 +154,10 @@ def _reads(linear: Linear) -> str:
 
 
 def _stays(shape: ModelShape, setting: Setting) -> int:
-    """Return the bytes of the last blocks, which stay gathered from forward to backward."""
+    """Return the bytes of blocks that stay gathered from forward to backward: the last, or all."""
     size = block_bytes(shape, setting)
+    if setting.reshard != "forward":
+        return shape.layers * size
     elements = size if setting.quantized else size // setting.compute_bytes
     # Between the two uses of a block come all later blocks, twice.
     return size * min(shape.layers - 1, setting.reuse_elements // (2 * elements))
@@ -195,11 +200,12 @@ def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> By
     # The buffer that a gather is received in lives until the next one.
     buffer = block if gathers else 0
     stays = _stays(shape, setting) if gathers else 0
+    again = buffer if setting.reshard == "forward" else 0  # of what backward gathers
     moments = [
         (inputs, 0, vocabulary + 2 * buffer),
         (at_loss + last, logits, buffer + stays),
-        (at_norm + norm, 0, buffer + stays),
-        (at_block + backward, 0, 2 * buffer + stays),
+        (at_norm + norm, 0, again + stays),
+        (at_block + backward, 0, 2 * again + stays),
     ]
     activations, logits, gathered = max(moments, key=sum)
     return Bytes(

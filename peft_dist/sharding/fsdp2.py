@@ -59,12 +59,29 @@ class FSDP2Engine(Engine):
         policy = CPUOffloadPolicy(pin_memory=on_gpu) if self.offload else OffloadPolicy()
         shard = partial(fully_shard, mesh=self.mesh, ignored_params=trained, offload_policy=policy)
         for block in blocks:
-            shard(block, reshard_after_forward=True)
+            shard(block, reshard_after_forward=self.reshard == "forward")
         shard(model)
         gather = _TimedAllGather(self.compute_timer)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_custom_all_gather(gather)
+        self._units = [one for one in model.modules() if isinstance(one, FSDPModule)]
+        for unit in self._units:
+            unit.set_custom_all_gather(gather)
+            unit.set_reshard_after_backward(self.reshard != "step", recurse=False)
+        model.register_forward_hook(self._after_forward)
+
+    def _after_forward(self, *_: Any) -> None:
+        """Free everything after a pass that has no backward, in which it would be freed."""
+        if not torch.is_grad_enabled():
+            self._release()
+
+    def _release(self) -> None:
+        """Free what is gathered; each process has its own part alone again."""
+        for unit in self._units:
+            unit.reshard()
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients, and free what was kept for the passes of the step."""
+        super().zero_gradients()
+        self._release()
 
     def materialize(self, model: nn.Module) -> None:
         """Give every parameter memory, in the host where the base is offloaded."""

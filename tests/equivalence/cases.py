@@ -130,6 +130,14 @@ def _cases() -> dict[str, Case]:
         "gpt2-biases": Case("gpt2", sections=none | {"method": {"bias": "all"}}),
         "bert-biases": Case("bert", sections=none | {"method": {"bias": "all"}}),
         "accumulated": Case("llama", everywhere, nf4 | {"train": {"micro_batch_size": 2}}),
+        **{
+            f"accumulated-{reshard}": Case(
+                "llama",
+                (SINGLE, FSDP, HSDP),
+                nf4 | {"train": {"micro_batch_size": 2}, "parallel": {"reshard": reshard}},
+            )
+            for reshard in ("backward", "step")
+        },
         "checkpointed": Case(
             "llama", (SINGLE, FSDP), nf4 | {"train": {"activation_checkpointing": True}}
         ),

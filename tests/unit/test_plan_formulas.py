@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from peft_dist.config.recipe import Recipe
+from peft_dist.config.recipe import Recipe, Reshard
 from peft_dist.distributed.world import World
 from peft_dist.model import cross_entropy
 from peft_dist.model.tiny_config import tiny_config
@@ -43,6 +43,13 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp, little vocabulary": {"model": "shallow-few-words"},
     "fsdp, recomputed": {"recompute": True},
     "fsdp, recomputed, little vocabulary": {"model": "shallow-few-words", "recompute": True},
+    "fsdp, kept over backward": {"reshard": "backward"},
+    "fsdp, kept over backward, recomputed, little vocabulary": {
+        "model": "shallow-few-words",
+        "recompute": True,
+        "reshard": "backward",
+    },
+    "fsdp, kept over a step": {"reshard": "step", "passes": 2},
     "fsdp, few tokens": {"rows": 1, "length": 256},
     "fsdp, many rows": {"rows": 16, "length": 128},
     "ddp": {"strategy": "ddp"},
@@ -62,6 +69,8 @@ SHORT = (
     "phi3",
     "fsdp",
     "fsdp, recomputed, little vocabulary",
+    "fsdp, kept over backward, recomputed, little vocabulary",
+    "fsdp, kept over a step",
     "fsdp, few tokens",
     "ddp",
     "hsdp",
@@ -78,6 +87,8 @@ def simulated_and_planned(
     rows: int = 4,
     length: int = 1024,
     recompute: bool = False,
+    reshard: Reshard = "forward",
+    passes: int = 1,
     quantization: str = "nf4",
     method: dict[str, Any] | None = None,
     changes: dict[str, Any] | None = None,
@@ -91,7 +102,7 @@ def simulated_and_planned(
             "method": method or {"kind": "lora", "rank": 16},
             "data": {"train": "x.jsonl", "max_length": length},
             "train": {
-                "global_batch_size": rows * processes,
+                "global_batch_size": passes * rows * processes,
                 "micro_batch_size": rows,
                 "activation_checkpointing": recompute,
             },
@@ -99,6 +110,7 @@ def simulated_and_planned(
                 "strategy": strategy,
                 "processes": processes,
                 **({"shard_size": 8} if strategy == "hsdp" else {}),
+                **({"reshard": reshard} if strategy != "ddp" else {}),
             },
         }
     )
@@ -112,6 +124,7 @@ def simulated_and_planned(
         micro_batch=rows,
         length=length,
         recompute=recompute,
+        reshard=reshard,
         quantized=quantization == "nf4",
         mask_bytes=2,  # of a CPU, on which the simulation runs
     )
