@@ -119,6 +119,7 @@ def setting_of(recipe: Recipe, candidate: Candidate, hardware: Hardware) -> Sett
         compute_bytes=4 if wide else 2,
         moments_shared_by=candidate.processes if zero else 1,
         reshard=candidate.reshard,
+        holds_vocabulary=candidate.strategy == "zero3",
         reuse_elements=REUSE_ELEMENTS if candidate.strategy == "zero3" else 0,
     )
 

@@ -43,6 +43,8 @@ class Setting:
     """Processes among which AdamW's moments are divided (DeepSpeed)."""
     reshard: Reshard = "forward"
     """When gathered blocks are freed."""
+    holds_vocabulary: bool = False
+    """Whether embedding and head stay gathered through a pass (DeepSpeed), not only while used."""
     reuse_elements: int = 0
     """A gathered block stays until its next use where so many elements or fewer come between."""
 
@@ -56,7 +58,7 @@ class Bytes:
     gathered_blocks: int
     """Blocks that are whole for the moment."""
     gathered_vocabulary: int
-    """Embedding and head, which stay whole for a step."""
+    """Embedding, head and last norm that are whole for the moment."""
     adapter: int
     gradients: int
     moments: int
@@ -163,11 +165,38 @@ def _stays(shape: ModelShape, setting: Setting) -> int:
     return size * min(shape.layers - 1, setting.reuse_elements // (2 * elements))
 
 
+@dataclass(frozen=True)
+class _Words:
+    """Bytes of embedding, head and all else outside the blocks that are whole, by moment."""
+
+    at_embedding: int
+    """While the embedding is gathered: twice, as it is received and as it is used."""
+    at_first_block: int
+    at_head: int
+    """While the head is gathered."""
+    at_loss: int
+    in_backward: int
+
+
+def _words(shape: ModelShape, setting: Setting) -> _Words:
+    every = outer_bytes(shape, setting)
+    rest = _share(shape.outer_parameters, 1, setting)
+    matrix = (every - rest) // shape.vocabulary_matrices
+    if setting.holds_vocabulary:
+        return _Words(every, every, every, every, every)
+    if setting.reshard == "step":  # nothing is freed before the step ends
+        more = 0 if shape.tied else matrix
+        return _Words(rest + 2 * matrix, rest + matrix, every + more, every, every)
+    if shape.tied:
+        return _Words(rest + 2 * matrix, every, every, every, rest)
+    return _Words(rest + 2 * matrix, rest, rest + 2 * matrix, rest + matrix, rest)
+
+
 def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> Bytes:
     """Return the bytes of the fullest moment of a step.
 
-    There are four that can be it: the gather of embedding and head, the loss, the start of backward
-    in the last norm, and backward through the feed-forward of a block.
+    There are six that can be it: the gathers of embedding, first block and head, the loss, the
+    start of backward in the last norm, and backward through the feed-forward of a block.
     """
     e = setting.compute_bytes
     rows, length = setting.micro_batch, setting.length + adapter.virtual_tokens
@@ -196,18 +225,20 @@ def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> By
 
     gathers = setting.sharded and setting.shards > 1
     block = block_bytes(shape, setting)
-    vocabulary = outer_bytes(shape, setting) if gathers else 0
     # The buffer that a gather is received in lives until the next one.
     buffer = block if gathers else 0
     stays = _stays(shape, setting) if gathers else 0
+    words = _words(shape, setting) if gathers else _Words(0, 0, 0, 0, 0)
     again = buffer if setting.reshard == "forward" else 0  # of what backward gathers
     moments = [
-        (inputs, 0, vocabulary + 2 * buffer),
-        (at_loss + last, logits, buffer + stays),
-        (at_norm + norm, 0, again + stays),
-        (at_block + backward, 0, 2 * again + stays),
+        (inputs, 0, 0, words.at_embedding),
+        (inputs + wide * e, 0, 2 * buffer, words.at_first_block),
+        (at_loss + last - predicted * shape.hidden * e, 0, buffer + stays, words.at_head),
+        (at_loss + last, logits, buffer + stays, words.at_loss),
+        (at_norm + norm, 0, again + stays, words.in_backward),
+        (at_block + backward, 0, 2 * again + stays, words.in_backward),
     ]
-    activations, logits, gathered = max(moments, key=sum)
+    activations, logits, gathered, vocabulary = max(moments, key=sum)
     return Bytes(
         base=0 if setting.offload else base_bytes(shape, setting),
         gathered_blocks=gathered,

@@ -19,6 +19,7 @@ from peft_dist.distributed.world import World
 from peft_dist.model import fill_base
 from peft_dist.sharding.compute_timer import ComputeTimer
 from peft_dist.sharding.engine import Engine
+from peft_dist.sharding.vocabulary import vocabulary_units
 
 
 class _TimedAllGather(DefaultAllGather):
@@ -52,7 +53,10 @@ class FSDP2Engine(Engine):
     def wrap(
         self, model: nn.Module, blocks: Iterable[nn.Module], adapter: Iterable[nn.Parameter]
     ) -> None:
-        """Shard each block as one unit and the rest as another, and leave the adapter whole."""
+        """Shard each block as one unit, embedding and head as others, and the rest as one.
+
+        The adapter is left whole.
+        """
         trained = set(adapter)
         # Page-locked host memory is what a GPU can copy from while it computes.
         on_gpu = self.world.device.type == "cuda"
@@ -60,9 +64,15 @@ class FSDP2Engine(Engine):
         shard = partial(fully_shard, mesh=self.mesh, ignored_params=trained, offload_policy=policy)
         for block in blocks:
             shard(block, reshard_after_forward=self.reshard == "forward")
-        shard(model)
+        vocabulary = vocabulary_units(model, keeps=self.reshard == "step")
+        for own in vocabulary:
+            shard(own)
+            own.watch()
+        elsewhere = {parameter for own in vocabulary for parameter in own.parameters()}
+        shard(model, ignored_params=trained | elsewhere)
         gather = _TimedAllGather(self.compute_timer)
-        self._units = [one for one in model.modules() if isinstance(one, FSDPModule)]
+        modules = [*model.modules(), *vocabulary]
+        self._units = [one for one in modules if isinstance(one, FSDPModule)]
         for unit in self._units:
             unit.set_custom_all_gather(gather)
             unit.set_reshard_after_backward(self.reshard != "step", recurse=False)

@@ -141,6 +141,9 @@ def _cases() -> dict[str, Case]:
         "checkpointed": Case(
             "llama", (SINGLE, FSDP), nf4 | {"train": {"activation_checkpointing": True}}
         ),
+        "words-tied": Case("qwen2", sections=nf4 | {"method": {"trainable_tokens": [270, 1]}}),
+        "words-untied": Case("llama", sections=nf4 | {"method": {"trainable_tokens": [270, 1]}}),
+        "words-head": Case("llama", sections=nf4 | {"method": {"modules_to_save": ["lm_head"]}}),
         "bfloat16-nf4": Case("llama", (SINGLE, FSDP, DDP), nf4 | {"model": {"dtype": "bfloat16"}}),
         "bfloat16-none": Case("llama", sections=none | {"model": {"dtype": "bfloat16"}}),
         "three-rows": Case(

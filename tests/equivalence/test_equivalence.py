@@ -128,7 +128,12 @@ def test_adapters_move_and_are_equal_on_every_process(outcome: Outcomes, name: s
 
 @pytest.mark.parametrize("name", CASES)
 def test_only_adapters_biases_and_heads_train(outcome: Outcomes, name: str) -> None:
-    marks = ["lora_", "modules_to_save", *(["bias"] if "biases" in name else [])]
+    marks = [
+        "lora_",
+        "modules_to_save",
+        "trainable_tokens",
+        *(["bias"] if "biases" in name else []),
+    ]
     if name.startswith("matrix-"):
         marks = MARKS[name.split("-")[1]]
     if name.startswith("objective-"):
