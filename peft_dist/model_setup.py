@@ -274,6 +274,7 @@ def set_up_model(
     engine = engines[launched.strategy](
         world, shard_size=launched.shard_size, offload=launched.offload
     )
+    engine.reshard = launched.reshard
     engine.wrap(model, blocks.values(), [p for p in model.parameters() if p.requires_grad])
     engine.materialize(model)
 

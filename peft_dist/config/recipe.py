@@ -5,7 +5,7 @@ field is its text in the JSON Schema.
 """
 
 import datetime as dt
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -204,6 +204,10 @@ class Evaluate(Section):
         return self
 
 
+Reshard: TypeAlias = Literal["forward", "backward", "step"]
+"""After what gathered blocks are freed: from the least memory to the fewest gathers."""
+
+
 class Parallel(Section):
     """How processes share the work."""
 
@@ -221,12 +225,28 @@ class Parallel(Section):
     offload: Literal["none", "cpu"] = "none"
     """Where this process's part of the base waits while it is not needed: on the device, or in
     host memory (fsdp, hsdp and zero3)."""
+    reshard: Reshard | Literal["auto"] = "auto"
+    """When a process frees the blocks that it has gathered from the others (fsdp and hsdp).
+    forward: after each use; backward gathers them again. backward: once backward is through with
+    them, half of the gathers for memory of the whole base. step: at the end of the step, one gather
+    for all of its passes. All give the same losses, to the bit. auto: the fewest gathers that
+    `peft-dist plan` finds memory for, on a CPU in the memory of the host; where nobody has asked
+    it, forward."""
 
     @model_validator(mode="after")
     def _offload_needs_shards(self) -> Self:
         if self.offload != "none" and self.strategy in ("ddp", "zero2"):
             raise ValueError(
                 f"offload {self.offload} is for a sharded base, not {self.strategy}; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reshard_needs_gathers(self) -> Self:
+        if self.reshard != "auto" and self.strategy not in ("auto", "fsdp", "hsdp"):
+            raise ValueError(
+                f"reshard {self.reshard} is for strategy fsdp or hsdp, not {self.strategy}; "
+                "remove it"
             )
         return self
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from peft_dist.common.errors import ModelError
 from peft_dist.model.architectures import module_name, trunk_name
-from peft_dist.model.token_rows import OutputMatrix, output_matrix
+from peft_dist.model.token_rows import output_matrix, whole_matrix
 
 _PROBE_TOKENS = 3
 
@@ -74,7 +74,7 @@ class Head:
         # What comes before the matrix is run as well, for nothing; few models have anything there.
         width = 1 if self.before is None else self._model.config.hidden_size
         like = next(self._model.parameters())
-        device = products.device if self.before is None else like.device
+        device = like.device if self.before is not None and like.is_meta else products.device
         nothing = torch.zeros(len(products), width, dtype=like.dtype, device=device)
         return self._run(nothing, _Output(products[None])).flatten(0, 1)
 
@@ -180,20 +180,21 @@ def _shallow(module: Any) -> Any:
 class _WideMatrix(nn.Module):
     """The output matrix, used as wide as the hidden states are where it is stored narrower."""
 
-    def __init__(self, matrix: OutputMatrix) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.values = matrix  # not parameters of this module
-        self.weight = matrix.weight  # some models ask for its dtype
+        self.__dict__["model"] = model  # not as a part of this one
+        self.weight = output_matrix(model).weight  # some models ask for its dtype
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        bias = None if self.values.bias is None else self.values.bias.to(hidden.dtype)
-        return nn.functional.linear(hidden, self.values.whole().to(hidden.dtype), bias)
+        with whole_matrix(self.__dict__["model"]) as matrix:
+            bias = None if matrix.bias is None else matrix.bias.to(hidden.dtype)
+            return nn.functional.linear(hidden, matrix.whole().to(hidden.dtype), bias)
 
 
 def with_wide_matrix(model: PreTrainedModel) -> Callable[..., Any]:
     """Return the model's own forward; its output matrix may be stored narrower than it computes."""
     matrix = model.get_output_embeddings()
-    wide = _WideMatrix(output_matrix(model))
+    wide = _WideMatrix(model)
     changed = _with_parts(model, {module_name(model, matrix): wide})
 
     def forward(**arguments: Any) -> Any:

@@ -21,7 +21,7 @@ from peft_dist.model.attention import OURS
 from peft_dist.model.cross_entropy import cross_entropy, logits_of
 from peft_dist.model.head import Head
 from peft_dist.model.router import Routing, router_term
-from peft_dist.model.token_rows import output_matrix
+from peft_dist.model.token_rows import OutputMatrix, output_matrix, whole_matrix
 
 ALL_TOKENS = slice(None)
 """As choices: the whole vocabulary, without a copy of the head."""
@@ -189,25 +189,29 @@ class CausalLM(Decoder):
         """Return the loss of each target, and the choices' scores at each row's first."""
         out = self._trunk(model, batch)
         hidden, routing = out.last_hidden_state, self._routing(out, batch)
-        matrix = output_matrix(model)
         picked = hidden.flatten(0, 1)[batch.label_positions]
         if self._head.before is not None:
             picked = self._head.before(picked)
-        if batch.label_positions.numel() == 0:
-            # Every process must take part in the same collectives, with work or without.
-            return Losses(hidden.float().sum()[None] * 0.0, None, routing)
-        if torch.is_autocast_enabled(picked.device.type):
-            picked = picked.to(torch.get_autocast_dtype(picked.device.type))
-        nll = cross_entropy(picked, matrix, batch.targets, self._head.after)
-        choice_logits = None
-        if choice_ids is not None:
-            rows = torch.arange(batch.n_rows, device=picked.device)
-            first = picked[torch.searchsorted(batch.target_rows, rows)]
-            if self._head.after is None:
-                choice_logits = logits_of(first, matrix.of(choice_ids))
-            else:
-                choice_logits = self._head.after(logits_of(first, matrix))[:, choice_ids]
+        # Every process takes part in the same collectives, with work or without.
+        with whole_matrix(model) as matrix:
+            if batch.label_positions.numel() == 0:
+                return Losses(hidden.float().sum()[None] * 0.0, None, routing)
+            if torch.is_autocast_enabled(picked.device.type):
+                picked = picked.to(torch.get_autocast_dtype(picked.device.type))
+            nll = cross_entropy(picked, matrix, batch.targets, self._head.after)
+            choice_logits = None
+            if choice_ids is not None:
+                rows = torch.arange(batch.n_rows, device=picked.device)
+                first = picked[torch.searchsorted(batch.target_rows, rows)]
+                choice_logits = self._logits_of_choices(first, matrix, choice_ids)
         return Losses(nll, choice_logits, routing)
+
+    def _logits_of_choices(
+        self, hidden: torch.Tensor, matrix: OutputMatrix, choice_ids: torch.Tensor | slice
+    ) -> torch.Tensor:
+        if self._head.after is None:
+            return logits_of(hidden, matrix.of(choice_ids))
+        return self._head.after(logits_of(hidden, matrix))[:, choice_ids]
 
 
 class SequenceClassifier(nn.Module):

@@ -4,6 +4,8 @@ PEFT wraps either where it is trained whole (`modules_to_save`) or some rows of 
 (`trainable_token_indices`). Here is how they are computed, and what the loss multiplies with.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from peft_dist.common.errors import RecipeError
+from peft_dist.model.gathered import gathered
 
 
 class TokenRows(TrainableTokensLayer):
@@ -100,9 +103,25 @@ class OutputMatrix(NamedTuple):
 def output_matrix(model: PreTrainedModel) -> OutputMatrix:
     """Return the matrix at the end of a causal language model, with what is trained of it.
 
+    An engine may hold a part of it alone; `whole_matrix` has all.
+
     Raises:
         RecipeError: For an adapter on it, which a product with this matrix would leave out.
     """
+    head, ids, rows = _output(model)
+    return OutputMatrix(head.weight, head.bias, ids, rows)
+
+
+@contextmanager
+def whole_matrix(model: PreTrainedModel) -> Iterator[OutputMatrix]:
+    """Have the matrix at the end of a causal language model whole. Collective."""
+    head, ids, rows = _output(model)
+    with gathered(head):
+        yield OutputMatrix(head.weight, head.bias, ids, rows)
+
+
+def _output(model: PreTrainedModel) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
+    """Return the module that holds the output matrix, and what is trained of its rows."""
     head: Any = model.get_output_embeddings()
     ids = rows = None
     if isinstance(head, TrainableTokensWrapper):
@@ -121,4 +140,4 @@ def output_matrix(model: PreTrainedModel) -> OutputMatrix:
             where="method",
             remedy="choose modules inside the transformer blocks, or method.modules_to_save",
         )
-    return OutputMatrix(head.weight, head.bias, ids, rows)
+    return head, ids, rows

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from peft_dist.config import Recipe
+from peft_dist.config.recipe import Reshard
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Candidate:
     micro_batch: int
     recompute: bool
     offload: bool
+    reshard: Reshard = "forward"
 
 
 def candidate_for(
@@ -25,7 +27,8 @@ def candidate_for(
     """Return the way to run a recipe by a strategy on so many nodes and processes.
 
     Args:
-        recipe: Has the shard size of hsdp (default: a node's processes) and the offload.
+        recipe: Has the shard size of hsdp (default: a node's processes), the offload, and when
+            gathered blocks are freed.
         strategy: `ddp`, `fsdp`, `hsdp`, `zero2` or `zero3`.
         nodes: How many.
         processes: On all of them.
@@ -42,4 +45,11 @@ def candidate_for(
         micro_batch=rows,
         recompute=recompute,
         offload=recipe.parallel.offload == "cpu" and strategy not in ("ddp", "zero2"),
+        reshard=_reshard(recipe, strategy),
     )
+
+
+def _reshard(recipe: Recipe, strategy: str) -> Reshard:
+    """Return when a recipe has gathered blocks freed; of what it leaves open, the least memory."""
+    own = recipe.parallel.reshard
+    return "forward" if own == "auto" or strategy not in ("fsdp", "hsdp") else own

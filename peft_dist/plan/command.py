@@ -120,6 +120,8 @@ def _simulated(
     ]
     if one.strategy == "hsdp":
         words.append(f"parallel.shard_size={one.shard_size}")
+    if one.strategy in ("fsdp", "hsdp"):
+        words.append(f"parallel.reshard={one.reshard}")
     dtype = plan.subject.recipe.model.dtype
     if dtype == "auto":
         words.append(f"model.dtype={'bfloat16' if plan.hardware.gpu.bfloat16 else 'float32'}")

@@ -118,6 +118,8 @@ def setting_of(recipe: Recipe, candidate: Candidate, hardware: Hardware) -> Sett
         quantized=recipe.quantization == "nf4",
         compute_bytes=4 if wide else 2,
         moments_shared_by=candidate.processes if zero else 1,
+        reshard=candidate.reshard,
+        holds_vocabulary=candidate.strategy == "zero3",
         reuse_elements=REUSE_ELEMENTS if candidate.strategy == "zero3" else 0,
     )
 
@@ -230,8 +232,10 @@ def _seconds(
     dequantize_s = passes * shape.block_weights * written / memory
     per_block = product_s + attention_s + other_s + dequantize_s
 
-    # A block is gathered for forward and for backward; in backward also its recomputation runs.
-    halves = per_block / passes, per_block * (passes - 1) / passes
+    # A block is gathered for forward and perhaps for backward, where its recomputation runs too.
+    halves = [per_block / passes, per_block * (passes - 1) / passes]
+    if setting.reshard != "forward":
+        halves.pop()
     block = block_bytes(shape, setting)
     waits = 0.0
     if setting.sharded and setting.shards > 1:
@@ -257,14 +261,18 @@ def _seconds(
         attention=layers * attention_s,
         other_kernels=layers * other_s + accumulation * loss_s + update_s,
         dequantize=layers * dequantize_s,
-        waits_for_gathers=accumulation * waits,
+        waits_for_gathers=waits if setting.reshard == "step" else accumulation * waits,
         reduce=2 * everyone.seconds(summed, hardware),
     )
 
 
 def gathered_bytes(shape: ModelShape, setting: Setting) -> int:
-    """Return the bytes of whole tensors that are gathered for one micro-batch."""
-    return 2 * shape.layers * block_bytes(shape, setting) + outer_bytes(shape, setting)
+    """Return the bytes of whole tensors that are gathered for one micro-batch.
+
+    Under `step` for all micro-batches of a step.
+    """
+    uses = 2 if setting.reshard == "forward" else 1
+    return uses * shape.layers * block_bytes(shape, setting) + outer_bytes(shape, setting)
 
 
 def _received(
@@ -278,7 +286,8 @@ def _received(
     everyone = Ring.of(candidate, candidate.processes)
     inside, between = everyone.received(2 * adapter.parameters * FLOAT)
     if setting.sharded and setting.shards > 1:
-        whole = accumulation * gathered_bytes(shape, setting)
+        times = 1 if setting.reshard == "step" else accumulation
+        whole = times * gathered_bytes(shape, setting)
         of_gathers = Ring.of(candidate, setting.shards).received(whole)
         inside, between = inside + of_gathers[0], between + of_gathers[1]
     return inside, between

@@ -6,6 +6,7 @@ runs that code. Counted is a micro-batch of the longest rows.
 
 from dataclasses import dataclass, fields
 
+from peft_dist.config.recipe import Reshard
 from peft_dist.plan.adapter import AdapterShape
 from peft_dist.plan.shapes import Linear, ModelShape
 
@@ -40,6 +41,10 @@ class Setting:
     """Of a value's place in the mask of a dropout; a CPU keeps a factor in its stead."""
     moments_shared_by: int = 1
     """Processes among which AdamW's moments are divided (DeepSpeed)."""
+    reshard: Reshard = "forward"
+    """When gathered blocks are freed."""
+    holds_vocabulary: bool = False
+    """Whether embedding and head stay gathered through a pass (DeepSpeed), not only while used."""
     reuse_elements: int = 0
     """A gathered block stays until its next use where so many elements or fewer come between."""
 
@@ -53,7 +58,7 @@ class Bytes:
     gathered_blocks: int
     """Blocks that are whole for the moment."""
     gathered_vocabulary: int
-    """Embedding and head, which stay whole for a step."""
+    """Embedding, head and last norm that are whole for the moment."""
     adapter: int
     gradients: int
     moments: int
@@ -151,18 +156,47 @@ def _reads(linear: Linear) -> str:
 
 
 def _stays(shape: ModelShape, setting: Setting) -> int:
-    """Return the bytes of the last blocks, which stay gathered from forward to backward."""
+    """Return the bytes of blocks that stay gathered from forward to backward: the last, or all."""
     size = block_bytes(shape, setting)
+    if setting.reshard != "forward":
+        return shape.layers * size
     elements = size if setting.quantized else size // setting.compute_bytes
     # Between the two uses of a block come all later blocks, twice.
     return size * min(shape.layers - 1, setting.reuse_elements // (2 * elements))
 
 
+@dataclass(frozen=True)
+class _Words:
+    """Bytes of embedding, head and all else outside the blocks that are whole, by moment."""
+
+    at_embedding: int
+    """While the embedding is gathered: twice, as it is received and as it is used."""
+    at_first_block: int
+    at_head: int
+    """While the head is gathered."""
+    at_loss: int
+    in_backward: int
+
+
+def _words(shape: ModelShape, setting: Setting) -> _Words:
+    every = outer_bytes(shape, setting)
+    rest = _share(shape.outer_parameters, 1, setting)
+    matrix = (every - rest) // shape.vocabulary_matrices
+    if setting.holds_vocabulary:
+        return _Words(every, every, every, every, every)
+    if setting.reshard == "step":  # nothing is freed before the step ends
+        more = 0 if shape.tied else matrix
+        return _Words(rest + 2 * matrix, rest + matrix, every + more, every, every)
+    if shape.tied:
+        return _Words(rest + 2 * matrix, every, every, every, rest)
+    return _Words(rest + 2 * matrix, rest, rest + 2 * matrix, rest + matrix, rest)
+
+
 def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> Bytes:
     """Return the bytes of the fullest moment of a step.
 
-    There are four that can be it: the gather of embedding and head, the loss, the start of backward
-    in the last norm, and backward through the feed-forward of a block.
+    There are six that can be it: the gathers of embedding, first block and head, the loss, the
+    start of backward in the last norm, and backward through the feed-forward of a block.
     """
     e = setting.compute_bytes
     rows, length = setting.micro_batch, setting.length + adapter.virtual_tokens
@@ -191,17 +225,20 @@ def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> By
 
     gathers = setting.sharded and setting.shards > 1
     block = block_bytes(shape, setting)
-    vocabulary = outer_bytes(shape, setting) if gathers else 0
     # The buffer that a gather is received in lives until the next one.
     buffer = block if gathers else 0
     stays = _stays(shape, setting) if gathers else 0
+    words = _words(shape, setting) if gathers else _Words(0, 0, 0, 0, 0)
+    again = buffer if setting.reshard == "forward" else 0  # of what backward gathers
     moments = [
-        (inputs, 0, vocabulary + 2 * buffer),
-        (at_loss + last, logits, buffer + stays),
-        (at_norm + norm, 0, buffer + stays),
-        (at_block + backward, 0, 2 * buffer + stays),
+        (inputs, 0, 0, words.at_embedding),
+        (inputs + wide * e, 0, 2 * buffer, words.at_first_block),
+        (at_loss + last - predicted * shape.hidden * e, 0, buffer + stays, words.at_head),
+        (at_loss + last, logits, buffer + stays, words.at_loss),
+        (at_norm + norm, 0, again + stays, words.in_backward),
+        (at_block + backward, 0, 2 * again + stays, words.in_backward),
     ]
-    activations, logits, gathered = max(moments, key=sum)
+    activations, logits, gathered, vocabulary = max(moments, key=sum)
     return Bytes(
         base=0 if setting.offload else base_bytes(shape, setting),
         gathered_blocks=gathered,

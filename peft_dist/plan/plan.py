@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from peft_dist.common import paths
 from peft_dist.common.errors import ModelError, PeftDistError
 from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import longest_rows_of_step
 from peft_dist.config.models import read_model_config
+from peft_dist.config.recipe import Reshard
 from peft_dist.plan.adapter import AdapterShape, adapter_shape
 from peft_dist.plan.candidate import Candidate, candidate_for
 from peft_dist.plan.estimate import Estimate, estimate
@@ -191,7 +192,8 @@ def _strategies(recipe: Recipe, nodes: int, *, only_its_own: bool = False) -> li
     own = recipe.parallel.strategy
     if only_its_own and own != "auto":
         return [own]
-    offers = ["ddp"] if recipe.parallel.offload == "none" else []
+    shards = recipe.parallel.offload != "none" or recipe.parallel.reshard != "auto"
+    offers = [] if shards else ["ddp"]
     offers += ["fsdp", *(["hsdp"] if nodes > 1 else [])]
     return offers if own == "auto" or own in offers else [*offers, own]
 
@@ -245,9 +247,18 @@ def _candidates(
         [micro] if micro != "auto" else _powers(-(-longest_rows_of_step(recipe) // processes))
     ):
         for again in [recompute] if recompute != "auto" else [False, True]:
-            yield candidate_for(
+            one = candidate_for(
                 recipe, strategy, nodes=nodes, processes=processes, rows=rows, recompute=again
             )
+            for reshard in reshards_of(recipe, one):
+                yield replace(one, reshard=reshard)
+
+
+def reshards_of(recipe: Recipe, candidate: Candidate) -> tuple[Reshard, ...]:
+    """Return when a candidate may free gathered blocks: the least memory first."""
+    gathers = candidate.shard_size > 1 and candidate.strategy in ("fsdp", "hsdp")
+    is_open = gathers and recipe.parallel.reshard == "auto"
+    return get_args(Reshard) if is_open else (candidate.reshard,)
 
 
 def _powers(most: int) -> list[int]:
@@ -259,6 +270,8 @@ def remedy_for(subject: Subject, hardware: Hardware, found: Estimate) -> str:
     own = found.candidate
     smaller = [rows for rows in _powers(own.micro_batch) if rows < own.micro_batch][::-1]
     changes: list[tuple[str, Candidate]] = []
+    if own.reshard != "forward":
+        changes.append(("parallel.reshard: forward", replace(own, reshard="forward")))
     for rows in smaller:
         changes.append((f"train.micro_batch_size: {rows}", replace(own, micro_batch=rows)))
     for rows in [own.micro_batch, *smaller]:

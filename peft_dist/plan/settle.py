@@ -7,14 +7,17 @@ import math
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from peft_dist.common.errors import LaunchError, PeftDistError
 from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.config.cluster import Cluster
+from peft_dist.config.recipe import Reshard
 from peft_dist.launch.placement import this_machine
 from peft_dist.plan.estimate import Estimate
 from peft_dist.plan.hardware import GIB, Hardware, find_gpu, hardware_of, recognise_gpu
+from peft_dist.plan.host_memory import free_memory_bytes, reshard_on_host
 from peft_dist.plan.plan import MOST_NODES, choose, read_config, remedy_for, subject_of
 from peft_dist.run.prediction import MEASURES_ROWS, Prediction
 
@@ -63,6 +66,7 @@ class Settled:
             "strategy": found.candidate.strategy,
             "micro_batch_size": found.candidate.micro_batch,
             "activation_checkpointing": found.candidate.recompute,
+            "reshard": found.candidate.reshard,
         }
 
 
@@ -107,6 +111,7 @@ def settle(
         micro_batch_size=one.micro_batch,
         recompute=one.recompute,
         strategy=one.strategy,
+        reshard=one.reshard,
     )
     remedy = "" if found.fits else remedy_for(subject, hardware, found)
     return Settled(settled, found, remedy, measures_rows=is_open)
@@ -148,14 +153,20 @@ def fewest_nodes(recipes: Sequence[Recipe], hardware: Hardware | None, most: int
 
 
 def _with(
-    recipe: Recipe, *, micro_batch_size: int, recompute: bool, strategy: str | None = None
+    recipe: Recipe,
+    *,
+    micro_batch_size: int,
+    recompute: bool,
+    strategy: str | None = None,
+    reshard: Reshard = "forward",
 ) -> Recipe:
     train = recipe.train.model_copy(
         update={"micro_batch_size": micro_batch_size, "activation_checkpointing": recompute}
     )
     parallel = recipe.parallel
     if strategy is not None:
-        parallel = parallel.model_copy(update={"strategy": strategy})
+        chosen = {"reshard": reshard} if strategy in ("fsdp", "hsdp") else {}
+        parallel = parallel.model_copy(update={"strategy": strategy, **chosen})
     return recipe.model_copy(update={"train": train, "parallel": parallel})
 
 
@@ -171,7 +182,15 @@ def cluster_hardware(cluster: Cluster) -> Hardware | None:
 
 def settle_here(recipe: Recipe) -> Settled:
     """Return a recipe settled for this machine."""
-    return settle(recipe, own_hardware(this_machine().gpus), 1)
+    gpus = this_machine().gpus
+    settled = settle(recipe, own_hardware(gpus), 1)
+    if gpus or recipe.parallel.reshard != "auto":
+        return settled
+    reshard = reshard_on_host(settled.recipe, free_memory_bytes())
+    if reshard == "forward":  # what a rank does anyway
+        return settled
+    parallel = settled.recipe.parallel.model_copy(update={"reshard": reshard})
+    return replace(settled, recipe=settled.recipe.model_copy(update={"parallel": parallel}))
 
 
 def own_hardware(gpus: int) -> Hardware | None:
@@ -213,7 +232,28 @@ def check_memory(settled: Settled, *, anyway: bool) -> list[str]:
 
 
 def settle_alike(recipes: Sequence[Recipe], hardware: Hardware | None, nodes: int) -> list[Settled]:
-    """Return every recipe of an array settled, all under one strategy: one that suits them all."""
+    """Return every recipe of an array settled, all under one strategy: one that suits them all.
+
+    Of what they do with gathered blocks, all do what takes the least memory.
+    """
+    found = _under_one_strategy(recipes, hardware, nodes)
+    reshards = {one.recipe.parallel.reshard for one in found}
+    least = next((one for one in get_args(Reshard) if one in reshards), None)
+    if least is None or len(reshards) == 1:
+        return found
+    strategies = [found[0].recipe.parallel.strategy]
+    pinned = [
+        recipe.model_copy(
+            update={"parallel": recipe.parallel.model_copy(update={"reshard": least})}
+        )
+        for recipe in recipes
+    ]
+    return [settle(recipe, hardware, nodes, strategies=strategies) for recipe in pinned]
+
+
+def _under_one_strategy(
+    recipes: Sequence[Recipe], hardware: Hardware | None, nodes: int
+) -> list[Settled]:
     own = [settle(recipe, hardware, nodes) for recipe in recipes]
     chosen = dict.fromkeys(one.recipe.parallel.strategy for one in own)
     if len(chosen) == 1:

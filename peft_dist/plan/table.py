@@ -59,9 +59,9 @@ def render(
     return [*lines, "", *_basis(plan)]
 
 
-_MEMORY = ("strategy", "GPUs", "rows", "recompute", "base", "gathered", "embedding+head", "adapter",
-           "gradients", "moments", "activations", "logits", "allocated", "reserved", "in all",
-           "host GiB", "verdict")  # fmt: skip
+_MEMORY = ("strategy", "GPUs", "rows", "recompute", "reshard", "base", "gathered", "embedding+head",
+           "adapter", "gradients", "moments", "activations", "logits", "allocated", "reserved",
+           "in all", "host GiB", "verdict")  # fmt: skip
 _SPEED = ("strategy", "GPUs", "passes", "s/step", "products", "attention", "other", "dequantize",
           "waits", "reduce", "tokens/s", "MFU", "hours", "GPU-hours", "GB in", "GB between",
           "first start", "requeue")  # fmt: skip
@@ -79,6 +79,7 @@ def _memory(row: Row) -> list[str]:
         *_who(found),
         str(one.micro_batch),
         "yes" if one.recompute else "no",
+        one.reshard if one.strategy in ("fsdp", "hsdp") else "-",
         *(f"{size / GIB:.1f}" for size in sizes),
         f"{found.host_bytes / GIB:.0f}",
         _verdict(found),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from peft_dist.config.recipe import Reshard
 from peft_dist.distributed.collectives import Shard, gather_objects, sum_over
 from peft_dist.distributed.world import World
 from peft_dist.model import fill_base
@@ -33,10 +34,12 @@ class Engine(ABC):
         sharded: Whether it keeps those rows alone.
         extras: Number of flags and metrics carried by the gradient all-reduce.
         compute_timer: Times this process's own part of a step.
+        reshard: When gathered blocks are freed, by an engine that gathers; set before `wrap`.
     """
 
     shard: Shard
     sharded: bool
+    reshard: Reshard = "forward"
 
     def __init__(self, world: World, *, shard_size: int, offload: bool = False) -> None:
         """Make the groups and meshes the engine needs. Collective.
@@ -135,7 +138,7 @@ class Engine(ABC):
         return self._reduced[: -self.extras]
 
     def zero_gradients(self) -> None:
-        """Forget the gradients of the last step; the buffer stays."""
+        """Forget the gradients of the last step, which ends here; the buffer stays."""
         self._reduced.zero_()
 
     def adapter_state(self) -> dict[str, torch.Tensor]:

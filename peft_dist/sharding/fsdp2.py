@@ -19,6 +19,7 @@ from peft_dist.distributed.world import World
 from peft_dist.model import fill_base
 from peft_dist.sharding.compute_timer import ComputeTimer
 from peft_dist.sharding.engine import Engine
+from peft_dist.sharding.vocabulary import vocabulary_units
 
 
 class _TimedAllGather(DefaultAllGather):
@@ -52,19 +53,45 @@ class FSDP2Engine(Engine):
     def wrap(
         self, model: nn.Module, blocks: Iterable[nn.Module], adapter: Iterable[nn.Parameter]
     ) -> None:
-        """Shard each block as one unit and the rest as another, and leave the adapter whole."""
+        """Shard each block as one unit, embedding and head as others, and the rest as one.
+
+        The adapter is left whole.
+        """
         trained = set(adapter)
         # Page-locked host memory is what a GPU can copy from while it computes.
         on_gpu = self.world.device.type == "cuda"
         policy = CPUOffloadPolicy(pin_memory=on_gpu) if self.offload else OffloadPolicy()
         shard = partial(fully_shard, mesh=self.mesh, ignored_params=trained, offload_policy=policy)
         for block in blocks:
-            shard(block, reshard_after_forward=True)
-        shard(model)
+            shard(block, reshard_after_forward=self.reshard == "forward")
+        vocabulary = vocabulary_units(model, keeps=self.reshard == "step")
+        for own in vocabulary:
+            shard(own)
+            own.watch()
+        elsewhere = {parameter for own in vocabulary for parameter in own.parameters()}
+        shard(model, ignored_params=trained | elsewhere)
         gather = _TimedAllGather(self.compute_timer)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_custom_all_gather(gather)
+        modules = [*model.modules(), *vocabulary]
+        self._units = [one for one in modules if isinstance(one, FSDPModule)]
+        for unit in self._units:
+            unit.set_custom_all_gather(gather)
+            unit.set_reshard_after_backward(self.reshard != "step", recurse=False)
+        model.register_forward_hook(self._after_forward)
+
+    def _after_forward(self, *_: Any) -> None:
+        """Free everything after a pass that has no backward, in which it would be freed."""
+        if not torch.is_grad_enabled():
+            self._release()
+
+    def _release(self) -> None:
+        """Free what is gathered; each process has its own part alone again."""
+        for unit in self._units:
+            unit.reshard()
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients, and free what was kept for the passes of the step."""
+        super().zero_gradients()
+        self._release()
 
     def materialize(self, model: nn.Module) -> None:
         """Give every parameter memory, in the host where the base is offloaded."""

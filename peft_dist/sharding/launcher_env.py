@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft_dist.common.errors import LaunchError
-from peft_dist.config.recipe import Parallel
+from peft_dist.config.recipe import Parallel, Reshard
 from peft_dist.distributed.world import World
 
 
@@ -23,6 +23,8 @@ class Launched:
     """Processes that hold one copy of the base together; 1 under ddp and zero2."""
     offload: bool = False
     """Whether the base waits in host memory."""
+    reshard: Reshard = "forward"
+    """When gathered blocks are freed."""
 
 
 class _LauncherSettings(NamedTuple):
@@ -66,10 +68,17 @@ def resolve(parallel: Parallel, world: World, environ: Mapping[str, str]) -> Lau
             where="parallel.shard_size",
             remedy="remove it, or set parallel.strategy: hsdp",
         )
+    reshard: Reshard = "forward" if parallel.reshard == "auto" else parallel.reshard
+    if parallel.reshard != "auto" and strategy not in ("fsdp", "hsdp"):
+        raise LaunchError(
+            f"has no meaning here: the strategy is {strategy}",
+            where="parallel.reshard",
+            remedy="remove it, or set parallel.strategy: fsdp",
+        )
     if strategy in ("ddp", "zero2"):
         return Launched(strategy, 1)
     if strategy in ("fsdp", "zero3"):
-        return Launched(strategy, world.size, offload)
+        return Launched(strategy, world.size, offload, reshard)
     exported = _exported_size(environ, "SHARD") if launched else None
     if exported and parallel.shard_size and exported != parallel.shard_size:
         raise LaunchError(
@@ -84,7 +93,7 @@ def resolve(parallel: Parallel, world: World, environ: Mapping[str, str]) -> Lau
             where="parallel.shard_size",
             remedy=f"set it to a divisor of {world.size}",
         )
-    return Launched(strategy, shard_size, offload)
+    return Launched(strategy, shard_size, offload, reshard)
 
 
 def _offload(parallel: Parallel, launched: _LauncherSettings | None, strategy: str) -> bool:

@@ -28,6 +28,14 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "hsdp": {"parallel": {"strategy": "hsdp", "shard_size": 2}},
     "fsdp accumulated": {"parallel": {"strategy": "fsdp"}, "train": {"global_batch_size": 8}},
+    "fsdp kept over backward": {
+        "parallel": {"strategy": "fsdp", "reshard": "backward"},
+        "train": {"global_batch_size": 8},
+    },
+    "fsdp kept over a step": {
+        "parallel": {"strategy": "fsdp", "reshard": "step"},
+        "train": {"global_batch_size": 8},
+    },
     "bfloat16": {"parallel": {"strategy": "fsdp"}, "model": {"dtype": "bfloat16"}},
     "unquantized": {"parallel": {"strategy": "fsdp"}, "quantization": "none"},
     "bottleneck": {"parallel": {"strategy": "ddp"}, "method": {"kind": "bottleneck"}},
@@ -89,6 +97,28 @@ def simulated(values: dict[str, Any], processes: int) -> Simulated:
     recipe = Recipe.model_validate(values)
     world = World(0, processes, 0, processes, torch.device("cpu"))
     return simulate(recipe, Path(recipe.model.name), world)
+
+
+GATHER = "_allgather_base_"
+
+
+@pytest.mark.distributed
+def test_blocks_are_gathered_as_often_as_the_recipe_says(tmp_path: Path) -> None:
+    """Two passes a step: 4 gathers of each block, 2, or 1; what is simulated is what is done."""
+    model = model_folder(tmp_path / "model", "shallow", **SIZES)
+    names = ("fsdp accumulated", "fsdp kept over backward", "fsdp kept over a step")
+    recipes = {name: recipe_of(CASES[name], model) for name in names}
+    real = measured(tmp_path, recipes, 2, "measured_steps.py")
+    for name, values in recipes.items():
+        found = asdict(simulated(values, 2))
+        assert {**found, "start_peak_bytes": 0} == {**real[name], "start_peak_bytes": 0}, name
+    anew, backward, step = (real[name]["collectives"][GATHER] for name in names)
+    layers = SIZES["num_hidden_layers"]
+    assert anew - backward == 2 * layers and backward == 2 * step
+    carried = [real[name]["carried_bytes"][GATHER] for name in names]
+    assert carried[0] > carried[1] == 2 * carried[2]
+    peaks = [real[name]["peak_bytes"] for name in names]
+    assert peaks[0] < min(peaks[1:])
 
 
 @only_long

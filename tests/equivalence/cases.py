@@ -130,9 +130,20 @@ def _cases() -> dict[str, Case]:
         "gpt2-biases": Case("gpt2", sections=none | {"method": {"bias": "all"}}),
         "bert-biases": Case("bert", sections=none | {"method": {"bias": "all"}}),
         "accumulated": Case("llama", everywhere, nf4 | {"train": {"micro_batch_size": 2}}),
+        **{
+            f"accumulated-{reshard}": Case(
+                "llama",
+                (SINGLE, FSDP, HSDP),
+                nf4 | {"train": {"micro_batch_size": 2}, "parallel": {"reshard": reshard}},
+            )
+            for reshard in ("backward", "step")
+        },
         "checkpointed": Case(
             "llama", (SINGLE, FSDP), nf4 | {"train": {"activation_checkpointing": True}}
         ),
+        "words-tied": Case("qwen2", sections=nf4 | {"method": {"trainable_tokens": [270, 1]}}),
+        "words-untied": Case("llama", sections=nf4 | {"method": {"trainable_tokens": [270, 1]}}),
+        "words-head": Case("llama", sections=nf4 | {"method": {"modules_to_save": ["lm_head"]}}),
         "bfloat16-nf4": Case("llama", (SINGLE, FSDP, DDP), nf4 | {"model": {"dtype": "bfloat16"}}),
         "bfloat16-none": Case("llama", sections=none | {"model": {"dtype": "bfloat16"}}),
         "three-rows": Case(

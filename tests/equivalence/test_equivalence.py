@@ -56,6 +56,17 @@ def test_every_engine_has_the_losses_of_one_process(outcome: Outcomes, name: str
         assert shared["last"][0] == pytest.approx(alone["last"][0], abs=tolerance), engine
 
 
+@pytest.mark.parametrize("engine", [FSDP, HSDP])
+@pytest.mark.parametrize("reshard", ["backward", "step"])
+def test_blocks_that_stay_gathered_change_no_bit(
+    outcome: Outcomes, reshard: str, engine: str
+) -> None:
+    anew, kept = outcome("accumulated", engine), outcome(f"accumulated-{reshard}", engine)
+    for key in ("losses", "norms", "update", "first", "last", "probe_logits"):
+        assert kept[key] == anew[key], key
+    assert kept["base_bytes_by_rank"] == anew["base_bytes_by_rank"]
+
+
 @pytest.mark.parametrize("engine", [FSDP, DDP, HSDP])
 @pytest.mark.parametrize("name", ["llama-nf4", "llama-none"])
 def test_twenty_steps_are_the_same_and_learn(outcome: Outcomes, name: str, engine: str) -> None:
@@ -117,7 +128,12 @@ def test_adapters_move_and_are_equal_on_every_process(outcome: Outcomes, name: s
 
 @pytest.mark.parametrize("name", CASES)
 def test_only_adapters_biases_and_heads_train(outcome: Outcomes, name: str) -> None:
-    marks = ["lora_", "modules_to_save", *(["bias"] if "biases" in name else [])]
+    marks = [
+        "lora_",
+        "modules_to_save",
+        "trainable_tokens",
+        *(["bias"] if "biases" in name else []),
+    ]
     if name.startswith("matrix-"):
         marks = MARKS[name.split("-")[1]]
     if name.startswith("objective-"):

@@ -185,6 +185,11 @@ def test_what_accelerate_says_and_no_engine_does_is_refused(
         ),
         ({"offload": "cpu"}, ACCELERATE, "the recipe says cpu, the launcher says ddp"),
         ({"offload": "cpu"}, ZERO2, "the recipe says cpu, the launcher says zero2"),
+        (
+            {"reshard": "step"},
+            ZERO2,
+            "parallel.reshard: has no meaning here: the strategy is zero2",
+        ),
     ],
 )
 def test_a_contradiction_is_one_line_that_names_both_sides(

@@ -128,6 +128,7 @@ def test_an_error_names_the_field_the_value_and_the_remedy(
         (["method={kind: peft}"], "method.type: is missing"),
         (["method={kind: bitfit, rank: 3}"], "method.rank: no such key"),
         (["parallel={strategy: ddp, offload: cpu}"], "offload cpu is for a sharded base, not ddp"),
+        (["parallel={strategy: ddp, reshard: step}"], "reshard step is for strategy fsdp or hsdp"),
     ],
 )
 def test_settings_that_contradict_each_other_are_one_line(

@@ -53,7 +53,8 @@ train.micro_batch_size train.learning_rate train.warmup_fraction train.schedule 
 train.epsilon train.max_grad_norm train.activation_checkpointing train.non_finite train.seed
 train.deterministic
 evaluate.every_steps evaluate.choices parallel.strategy parallel.processes parallel.shard_size
-parallel.max_restarts parallel.offload checkpoint.every_steps checkpoint.every_seconds
+parallel.max_restarts parallel.offload parallel.reshard
+checkpoint.every_steps checkpoint.every_seconds
 checkpoint.keep_last checkpoint.keep_best checkpoint.background checkpoint.max_failed_saves
 watchdog.min_s watchdog.setup_s watchdog.save_s tracking.wandb.mode tracking.wandb.project
 tracking.wandb.entity tracking.wandb.group tracking.wandb.tags tracking.system_every_s

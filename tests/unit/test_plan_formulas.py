@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from peft_dist.config.recipe import Recipe
+from peft_dist.config.recipe import Recipe, Reshard
 from peft_dist.distributed.world import World
 from peft_dist.model import cross_entropy
 from peft_dist.model.tiny_config import tiny_config
@@ -43,6 +43,13 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp, little vocabulary": {"model": "shallow-few-words"},
     "fsdp, recomputed": {"recompute": True},
     "fsdp, recomputed, little vocabulary": {"model": "shallow-few-words", "recompute": True},
+    "fsdp, kept over backward": {"reshard": "backward"},
+    "fsdp, kept over backward, recomputed, little vocabulary": {
+        "model": "shallow-few-words",
+        "recompute": True,
+        "reshard": "backward",
+    },
+    "fsdp, kept over a step": {"reshard": "step", "passes": 2},
     "fsdp, few tokens": {"rows": 1, "length": 256},
     "fsdp, many rows": {"rows": 16, "length": 128},
     "ddp": {"strategy": "ddp"},
@@ -63,6 +70,8 @@ SHORT = (
     "phi3",
     "fsdp",
     "fsdp, recomputed, little vocabulary",
+    "fsdp, kept over backward, recomputed, little vocabulary",
+    "fsdp, kept over a step",
     "fsdp, few tokens",
     "ddp",
     "hsdp",
@@ -80,6 +89,8 @@ def simulated_and_planned(
     rows: int = 4,
     length: int = 1024,
     recompute: bool = False,
+    reshard: Reshard = "forward",
+    passes: int = 1,
     quantization: str = "nf4",
     method: dict[str, Any] | None = None,
     changes: dict[str, Any] | None = None,
@@ -95,7 +106,7 @@ def simulated_and_planned(
             **({"objective": objective} if objective else {}),
             "data": {"train": "x.jsonl", "max_length": length},
             "train": {
-                "global_batch_size": rows * processes,
+                "global_batch_size": passes * rows * processes,
                 "micro_batch_size": rows,
                 "activation_checkpointing": recompute,
             },
@@ -103,6 +114,7 @@ def simulated_and_planned(
                 "strategy": strategy,
                 "processes": processes,
                 **({"shard_size": 8} if strategy == "hsdp" else {}),
+                **({"reshard": reshard} if strategy != "ddp" else {}),
             },
         }
     )
@@ -116,6 +128,7 @@ def simulated_and_planned(
         micro_batch=rows * recipe.rows_per_example,
         length=length,
         recompute=recompute,
+        reshard=reshard,
         quantized=quantization == "nf4",
         mask_bytes=2,  # of a CPU, on which the simulation runs
     )

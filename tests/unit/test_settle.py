@@ -14,6 +14,7 @@ from peft_dist.config.batch_shape import require_settled
 from peft_dist.launch.placement import Machine
 from peft_dist.ledger.read_event import from_fields
 from peft_dist.plan.hardware import find_gpu, hardware_of, recognise_gpu
+from peft_dist.plan.host_memory import free_memory_bytes, reshard_on_host
 from peft_dist.plan.plan import choose, subject_of
 from peft_dist.plan.settle import settle
 from peft_dist.run.directory import RunDir
@@ -152,6 +153,34 @@ def test_a_local_training_takes_what_suits_its_gpus(
     assert "micro_batch_size: auto" not in printed
     assert "activation_checkpointing: auto" not in printed
     assert "strategy: ddp" in printed
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "expected"), [(1000, "step"), (1, "forward"), (None, "forward")]
+)
+def test_on_a_cpu_blocks_stay_gathered_where_the_host_has_memory(
+    recipe_file: Path, tmp_path: Path, free_gib: int | None, expected: str
+) -> None:
+    model_folder(tmp_path / "model", "llama-3.1-8b")
+    free = None if free_gib is None else free_gib * 2**30
+    recipe = load_recipe(recipe_file, ["parallel.processes=2"])
+    assert reshard_on_host(recipe, free) == expected
+    alone = load_recipe(recipe_file, ["parallel.processes=1"])
+    assert reshard_on_host(alone, free) == "forward"
+    replicas = load_recipe(recipe_file, ["parallel={processes: 2, strategy: ddp}"])
+    assert reshard_on_host(replicas, free) == "forward"
+
+
+def test_free_memory_is_what_the_container_leaves(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  99 kB\nMemAvailable:    4096 kB\n")
+    assert free_memory_bytes(meminfo, tmp_path) == 4 << 20
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory_bytes(meminfo, tmp_path) == 4 << 20
+    (tmp_path / "memory.max").write_text(f"{3 << 20}\n")
+    (tmp_path / "memory.current").write_text(f"{1 << 20}\n")
+    assert free_memory_bytes(meminfo, tmp_path) == 2 << 20
+    assert free_memory_bytes(tmp_path / "none", tmp_path / "none") is None
 
 
 def test_a_rank_refuses_what_is_still_open(recipe_file: Path) -> None:

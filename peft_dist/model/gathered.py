@@ -1,0 +1,50 @@
+"""Modules whose parameters are whole only while they are used: embedding and head, where sharded.
+
+An engine says how they become whole (`Gathers`); here is when.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import nn
+
+
+class Gathers(Protocol):
+    """Holds the parameters of a module for an engine."""
+
+    def gather(self) -> None:
+        """Make them whole, where they are not. Collective."""
+
+    def free(self) -> None:
+        """Keep this process's part alone."""
+
+
+_HOLDER = "gathered_by"
+
+
+def gather_for_use(module: nn.Module, holder: Gathers, *, free: bool = True) -> None:
+    """Have a module's parameters whole in each of its calls, and inside `gathered`.
+
+    Args:
+        module: Its forward needs them, its backward does not.
+        holder: Gathers them.
+        free: Whether they are freed after a call; else whoever uses them next has to.
+    """
+    module.__dict__[_HOLDER] = holder
+    module.register_forward_pre_hook(lambda *_: holder.gather())
+    if free:
+        module.register_forward_hook(lambda *_: holder.free())
+
+
+@contextmanager
+def gathered(module: Any) -> Iterator[None]:
+    """Have a module's parameters whole, for who reads them without a call. Collective."""
+    holder: Gathers | None = module.__dict__.get(_HOLDER)
+    if holder is not None:
+        holder.gather()
+    try:
+        yield
+    finally:
+        if holder is not None:
+            holder.free()

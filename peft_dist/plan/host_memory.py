@@ -1,0 +1,89 @@
+"""How long blocks may stay gathered on a machine without GPUs, where a rank's memory is the host's.
+
+Read from Linux alone; what is not known counts as no room.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+from peft_dist.common.errors import PeftDistError
+from peft_dist.config import Recipe
+from peft_dist.config.batch_shape import longest_rows_of_step, micro_batch_rows
+from peft_dist.config.recipe import Reshard
+from peft_dist.plan.candidate import candidate_for
+from peft_dist.plan.hardware import GIB
+from peft_dist.plan.memory import Setting, peak_bytes
+from peft_dist.plan.plan import read_config, subject_of
+
+USABLE = 0.9
+"""Share of the free memory that a run may take."""
+HEAP_FACTOR = 1.4
+"""Resident bytes of a process for each byte of tensors: malloc's gaps were seen to take a third."""
+PROCESS_BYTES = GIB
+"""Of Python, torch and tables of rows."""
+
+
+def reshard_on_host(recipe: Recipe, free_bytes: int | None) -> Reshard:
+    """Return when gathered blocks are to be freed: the fewest gathers that memory is there for.
+
+    Args:
+        recipe: Settled in all else.
+        free_bytes: Of the machine. None: not known.
+    """
+    processes = recipe.parallel.processes or 1
+    strategy = "fsdp" if recipe.parallel.strategy == "auto" else recipe.parallel.strategy
+    if processes == 1 or free_bytes is None or strategy not in ("fsdp", "hsdp"):
+        return "forward"
+    try:
+        config = read_config(recipe.model.name, recipe.model.revision, network=False)
+        subject = subject_of(recipe, config)
+    except PeftDistError:  # no formulas for this model or method
+        return "forward"
+    rows = min(micro_batch_rows(recipe), -(-longest_rows_of_step(recipe) // processes))
+    recompute = recipe.train.activation_checkpointing is True
+    one = candidate_for(
+        recipe, strategy, nodes=1, processes=processes, rows=rows, recompute=recompute
+    )
+    width = 2 if recipe.model.dtype == "bfloat16" else 4
+    setting = Setting(
+        sharded=True,
+        shards=one.shard_size,
+        micro_batch=rows * recipe.rows_per_example,
+        length=recipe.data.max_length,
+        recompute=recompute,
+        quantized=recipe.quantization == "nf4",
+        compute_bytes=width,
+        stored_bytes=4,
+        mask_bytes=width,
+    )
+    choices: tuple[Reshard, ...] = get_args(Reshard)
+    for reshard in reversed(choices):
+        tensors = peak_bytes(subject.shape, subject.adapter, replace(setting, reshard=reshard))
+        resident = HEAP_FACTOR * tensors.allocated + PROCESS_BYTES
+        if processes * resident <= USABLE * free_bytes:
+            return reshard
+    return "forward"
+
+
+def free_memory_bytes(
+    meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """Return what the kernel would give to new processes, in a container no more than its limit.
+
+    Args:
+        meminfo: The kernel's table.
+        cgroup: Where the container's own limits stand (version 2).
+    """
+    found: list[int] = []
+    try:
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
+        if limit != "max":
+            used = int((cgroup / "memory.current").read_text(encoding="ascii"))
+            found.append(max(0, int(limit) - used))
+    except (OSError, ValueError):
+        return min(found, default=None)
+    return min(found, default=None)

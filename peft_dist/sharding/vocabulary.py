@@ -1,0 +1,93 @@
+"""The embedding and the head as sharded units of their own, whole only while they are used.
+
+A unit that stays gathered through the pass would hold the vocabulary twice: 2 GiB of an 8B.
+"""
+
+from typing import Any
+
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from peft_dist.model.architectures import bare_model
+from peft_dist.model.gathered import gather_for_use
+from peft_dist.model.loss import CausalLM
+
+
+class VocabularyUnit(nn.Module):
+    """Holds an embedding, a head, or both where they are one matrix; `fully_shard` takes it.
+
+    Stands outside the model: nobody calls it, so that FSDP2 gathers nothing by itself.
+
+    Attributes:
+        keeps: Whether what is gathered stays until the engine frees it.
+    """
+
+    def __init__(self, modules: list[nn.Module], *, keeps: bool) -> None:
+        """Take modules whose parameters are frozen and in no other module."""
+        super().__init__()
+        self.modules_of = nn.ModuleList(modules)
+        self.keeps = keeps
+
+    def watch(self) -> None:
+        """Gather for each use of the modules from now on; call it once the unit is sharded."""
+        embedding, *head = self.modules_of
+        # Of one matrix, the loss at the end of the pass frees what the embedding has gathered.
+        gather_for_use(embedding, self, free=not head)
+        for module in head:
+            gather_for_use(module, self)
+
+    def gather(self) -> None:
+        """Make the parameters whole, where they are not. Collective."""
+        assert isinstance(self, FSDPModule)
+        self.unshard()
+
+    def free(self) -> None:
+        """Keep this process's part alone."""
+        assert isinstance(self, FSDPModule)
+        if not self.keeps:
+            self.reshard()
+
+
+def vocabulary_units(model: nn.Module, *, keeps: bool) -> list[VocabularyUnit]:
+    """Return the units of a wrapped model, on `meta`; none of what is trained in part or odd.
+
+    What is left out is gathered with the rest of the model, and stays so through the pass.
+
+    Args:
+        model: As an engine wraps it.
+        keeps: See `VocabularyUnit`.
+    """
+    bare: Any = bare_model(model.peft)  # type: ignore[arg-type]
+    embedding = _base_of(bare.get_input_embeddings(), nn.Embedding)
+    # Other losses than a causal language model's call their heads, which are small.
+    own_head = bare.get_output_embeddings() if isinstance(model, CausalLM) else None
+    head = _base_of(own_head, nn.Linear)
+    if embedding is not None and own_head is not None and _is_tied(bare, embedding):
+        groups = [] if head is None or head.weight is not embedding.weight else [[embedding, head]]
+    else:
+        groups = [[one] for one in (embedding, head) if one is not None]
+    return [
+        VocabularyUnit(group, keeps=keeps)
+        for group in groups
+        if _owners(bare, group[0].weight) == {id(module) for module in group}
+    ]
+
+
+def _is_tied(bare: nn.Module, embedding: Any) -> bool:
+    return len(_owners(bare, embedding.weight)) > 1
+
+
+def _owners(bare: nn.Module, weight: nn.Parameter) -> set[int]:
+    """Return the modules that a parameter is one of."""
+    return {id(m) for m in bare.modules() if any(p is weight for p in m._parameters.values())}
+
+
+def _base_of(module: Any, kind: type[nn.Module]) -> Any:
+    """Return the frozen module of a kind, taken out of what PEFT trains beside it; or None."""
+    if isinstance(module, TrainableTokensWrapper):
+        module = module.token_adapter.get_base_layer()
+    elif isinstance(module, ModulesToSaveWrapper):
+        module = module.original_module
+    is_one = isinstance(module, kind) and not list(module.children())
+    return module if is_one and not any(p.requires_grad for p in module.parameters()) else None
