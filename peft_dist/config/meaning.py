@@ -44,6 +44,10 @@ CONDITIONS: dict[str, Condition] = {
     "model.revision": Condition(
         lambda r: not Path(r.model.name).is_absolute(), "model.name is a folder, not a hub id"
     ),
+    "method.lora.init_rows": Condition(
+        lambda r: bool(getattr(r.method, "starts_from_rows", False)),
+        "method.init looks at no rows",
+    ),
     "method.prefix.init": _OWN_START,
     "method.prefix.text": _OWN_START,
     "method.prefix.projection_size": Condition(_learns_by_network, "projection is off"),

@@ -291,11 +291,17 @@ class Recipe(Section):
             raise ValueError("data.packing cannot be on for sequence-classification; remove it")
         if classify and self.method.kind == "prefix":
             raise ValueError("method prefix is for causal-lm; encoders have no past to put it in")
+        init = getattr(self.method, "init", "")
         if self.quantization != "none" and getattr(self.method, "splits_weight", False):
-            init = getattr(self.method, "init", "")
             raise ValueError(
                 f"method.init {init} splits the full weights; "
                 "set quantization: none, or another init"
+            )
+        if init == "loftq" and self.quantization == "none":
+            raise ValueError("method.init loftq is for a base in 4 bits; set quantization: nf4")
+        if init == "lora_ga" and self.objective.kind != "sft":
+            raise ValueError(
+                "method.init lora_ga takes the gradient of objective sft; choose another init"
             )
         if classify and self.objective.kind != "sft":
             raise ValueError(

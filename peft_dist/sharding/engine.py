@@ -116,6 +116,10 @@ class Engine(ABC):
         """
         return AdapterOptimizer(optimizer)
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Go back from a loss that is part of no step; nothing is left gathered."""
+        loss.backward()
+
     def reduce(self, extras: torch.Tensor) -> torch.Tensor:
         """Sum gradients and `extras`, float32 [extras]; return the summed extras. Collective."""
         self._reduced[-self.extras :] = extras

@@ -32,6 +32,7 @@ STEPS = 6
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": {"rank": 4, "dropout": 0.1}},
     "pissa": {"method": {"rank": 4, "init": "pissa"}, "quantization": "none"},
+    "lora_ga": {"method": {"rank": 4, "init": "lora_ga"}, "quantization": "none"},
     "prefix": {"method": {"kind": "prefix", "virtual_tokens": 4, "projection": True}},
     "bottleneck": {"method": {"kind": "bottleneck", "bottleneck_size": 8}},
     "bitfit": {"method": {"kind": "bitfit"}, "quantization": "none"},
@@ -95,8 +96,8 @@ def training(
     train = {"steps": STEPS, "global_batch_size": 4, "learning_rate": 1e-2}
     sections["train"] = {**train, **sections.get("train", {})}
     recipe = tiny_recipe(folder / architecture, path, **sections)
-    setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"))
     rows = tokenize_rows(recipe, "train", folder / "cache")
+    setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"), rows=rows)
     checkpointer = Checkpointer(
         AdapterSaver(setup, rows),
         folder / checkpoints,

@@ -116,6 +116,13 @@ def test_an_error_names_the_field_the_value_and_the_remedy(
             "init: olora takes one rank and alpha",
         ),
         (["method={init: pissa, dora: true}"], "init: pissa and dora both decompose the weight"),
+        (["method={init: loftq, dora: true}"], "init: loftq and dora both decompose the weight"),
+        (["method={init: loftq}", "quantization=none"], "loftq is for a base in 4 bits; set quant"),
+        (["method={init: corda_kpm}"], "method.init corda_kpm splits the full weights; set quant"),
+        (
+            ["method={init: lora_ga}", "quantization=none", "objective=dpo"],
+            "method.init lora_ga takes the gradient of objective sft; choose another init",
+        ),
         (
             ["method={kind: prefix}", "model.task=sequence-classification"],
             "prefix is for causal-lm",

@@ -64,6 +64,7 @@ tracking.wandb.entity tracking.wandb.group tracking.wandb.tags tracking.system_e
 # overrides that give it one.
 EXAMPLES: dict[str, tuple[str, list[str], list[str]]] = {
     "model.revision": ("v1", [], ["model.name=someone/model"]),
+    "method.lora.init_rows": ("8", [], ["method.init=eva"]),
     "method.prefix.init": ("vocabulary", [PREFIX, "method.projection=true"], [PREFIX]),
     "method.prefix.text": ("a cat", [PREFIX, "method.projection=true"], [PREFIX]),
     "method.prefix.projection_size": ("16", [PREFIX], [PREFIX, "method.projection=true"]),
