@@ -82,6 +82,9 @@ class Lora(_Adapter):
     """Weight-decomposed updates (arXiv 2402.09353); dequantizes each weight once more per pass."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases of the base are trained too."""
+    extra: dict[Text, Any] = {}
+    """Fields of PEFT's LoraConfig that have no key here, such as {lora_bias: true}, and that
+    leave the adapter a plain LoRA."""
 
     default_learning_rate: ClassVar[float] = 2e-4
 

@@ -19,6 +19,7 @@ from peft_dist.config.method import Lora
 from peft_dist.distributed.collectives import first_of_all
 from peft_dist.methods.expert_lora import expert_targets, prepare, stand_ins, wrappers_for
 from peft_dist.methods.init import assign
+from peft_dist.methods.lora_extra import check_plain, extra_fields, naming_extra
 from peft_dist.methods.lora_initial import (
     InitialFactors,
     check_ranks,
@@ -61,9 +62,11 @@ class _LoraOn4bit(LoraLinear):
         if len(active) != 1 or self.disable_adapters or self.merged or self.lora_variant:
             return super().forward(x, *args, **kwargs)
         (name,) = active
-        result: torch.Tensor = self.base_layer(x)
-        low = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]
         b: Any = self.lora_B[name]  # a linear
+        if b.bias is not None:
+            return super().forward(x, *args, **kwargs)
+        low = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]
+        result: torch.Tensor = self.base_layer(x)
         return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), b.weight.t()).view_as(result)
 
 
@@ -119,23 +122,26 @@ class LoraMethod(Method[Lora]):
         self._modules_to_save = parts.get("modules_to_save")
         embedding: Any = model.get_input_embeddings()
         dtype = embedding.weight.dtype
-        config = LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it
-            lora_dropout=settings.dropout,
-            target_modules=targets,
-            target_parameters=parameters or None,
-            exclude_modules=list(settings.exclude_modules) or None,
-            layers_to_transform=list(settings.layers_to_transform) or None,
-            rank_pattern=dict(settings.rank_pattern),
-            alpha_pattern=dict(settings.alpha_pattern),
-            use_rslora=settings.rslora,
-            use_dora=settings.dora,
-            bias=settings.bias,
-            task_type=TASKS[task],
-            fan_in_fan_out=has_conv1d,
-            **copy.deepcopy(parts),  # PEFT changes it
-        )
+        extra = extra_fields(settings)
+        with naming_extra(settings):
+            config = LoraConfig(
+                r=settings.rank,
+                lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it
+                lora_dropout=settings.dropout,
+                target_modules=targets,
+                target_parameters=parameters or None,
+                exclude_modules=list(settings.exclude_modules) or None,
+                layers_to_transform=list(settings.layers_to_transform) or None,
+                rank_pattern=dict(settings.rank_pattern),
+                alpha_pattern=dict(settings.alpha_pattern),
+                use_rslora=settings.rslora,
+                use_dora=settings.dora,
+                bias=settings.bias,
+                task_type=TASKS[task],
+                fan_in_fan_out=has_conv1d,
+                **copy.deepcopy(parts),  # PEFT changes it
+                **extra,
+            )
         config._register_custom_module(
             {FrozenLinear4bit: _LoraOn4bit, nn.Linear: LoraLinear, **wrappers_for(model)}
             if parameters
@@ -146,13 +152,15 @@ class LoraMethod(Method[Lora]):
             # PEFT warns that fan_in_fan_out does not suit our swapped linears; it suits the saved
             # adapter, which is loaded onto the released base.
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-            peft = inject(model, config, base_name=base_name)
+            with naming_extra(settings):
+                peft = inject(model, config, base_name=base_name)
         compute_as_base(peft, dtype)
         for module in peft.modules():
             if isinstance(module, LoraLayer):
                 # Autocast picks the dtype of each product; casting the input to the adapter's
                 # float32 first would be a round trip through memory per layer.
                 module.cast_input_dtype_enabled = False
+        check_plain(peft, settings)
         check_ranks(peft, settings)
         return peft
 
@@ -168,6 +176,9 @@ class LoraMethod(Method[Lora]):
         layers = layers_of(peft)
         for name, module in layers:
             _assign(module, first.seeded(name, module))
+            bias: Any = getattr(module.lora_B["default"], "bias", None)  # with `lora_bias`
+            if bias is not None:
+                assign(bias, torch.zeros(bias.shape))
             if "default" in module.lora_magnitude_vector:
                 magnitude = module.lora_magnitude_vector["default"].get_parameter("weight")
                 assign(magnitude, row_norms(module.get_base_layer(), start))

@@ -29,7 +29,7 @@ model.name model.task model.dropout model.dtype model.attention quantization
 method.lora.kind method.lora.rank method.lora.alpha method.lora.dropout method.lora.targets
 method.lora.target_parameters
 method.lora.init method.lora.learning_rate_ratio method.lora.rslora method.lora.dora
-method.lora.bias
+method.lora.bias method.lora.extra
 method.lora.exclude_modules method.lora.layers_to_transform method.lora.rank_pattern
 method.lora.alpha_pattern method.lora.modules_to_save method.lora.trainable_tokens
 method.bottleneck.kind method.bottleneck.placement method.bottleneck.bottleneck_size
