@@ -45,6 +45,7 @@ from peft_dist.model.source import BaseSource, Released
 from peft_dist.model.vocabulary import untrained_rows, with_token_ids
 from peft_dist.model.ways import kernel_to_build_with, prove_once, ways_of
 from peft_dist.sharding import ENGINES, Engine, Group
+from peft_dist.sharding.chosen_optimizer import refuse_muon
 from peft_dist.sharding.launcher_env import resolve
 from peft_dist.sharding.verify import verify_one_base, verify_sharded
 
@@ -222,6 +223,7 @@ def set_up_model(
     """
     started = time.monotonic()
     launched = resolve(recipe.parallel, world, os.environ)
+    refuse_muon(recipe.train, launched.strategy)
     set_up_device(world.device, deterministic=recipe.train.deterministic)
     dtype, why = precision.compute_dtype(recipe.model, world.device)
     if world.is_main:

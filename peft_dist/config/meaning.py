@@ -55,6 +55,9 @@ CONDITIONS: dict[str, Condition] = {
     "train.weight_decay": Condition(
         lambda r: not _trains_vectors_alone(r), "biases never decay, and nothing else is trained"
     ),
+    "train.optimizer": Condition(
+        lambda r: not _trains_vectors_alone(r), "there is no matrix to update, AdamW has vectors"
+    ),
     "train.max_skipped_steps": Condition(
         lambda r: r.train.non_finite != "stop", "with non_finite: stop no step is skipped"
     ),

@@ -154,7 +154,9 @@ def _cases() -> dict[str, Case]:
         "own-dropout-off": Case("gpt2-dropout", (SINGLE,), none),
         **dict.fromkeys(("own-dropout", "own-dropout-again"), dropping),
     }
-    return cases | objective_cases() | matrix_cases() | expert_cases() | start_cases()
+    return (
+        cases | objective_cases() | matrix_cases() | expert_cases() | start_cases() | muon_cases()
+    )
 
 
 def start_cases() -> dict[str, Case]:
@@ -173,6 +175,12 @@ def start_cases() -> dict[str, Case]:
         )
         for init, quantization in starts.items()
     }
+
+
+def muon_cases() -> dict[str, Case]:
+    """Return a training with Muon, whose matrices every process updates alike."""
+    sections = {"quantization": "nf4", "train": {"optimizer": "muon"}, "method": {"dora": True}}
+    return {"muon-lora": Case("llama", (SINGLE, FSDP, HSDP), sections)}
 
 
 def expert_cases() -> dict[str, Case]:

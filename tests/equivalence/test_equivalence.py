@@ -45,6 +45,8 @@ def test_every_engine_has_the_losses_of_one_process(outcome: Outcomes, name: str
     alone = outcome(name, SINGLE)
     assert len(alone["losses"]) == CASES[name].steps
     tolerance = BFLOAT16_TOLERANCE if name.startswith("bfloat16") else 1e-5
+    if name.startswith("muon-"):  # orthogonalised in bfloat16
+        tolerance = BFLOAT16_TOLERANCE
     if name.startswith(("matrix-", "objective-", "experts-")):
         tolerance = 1e-4
     for engine in CASES[name].engines[1:]:

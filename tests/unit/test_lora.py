@@ -19,7 +19,7 @@ from peft_dist.methods.lora import LoraMethod
 from peft_dist.model.architectures import build_skeleton, read_config
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import ModelSetup, set_up_model
-from peft_dist.sharding.optimizer import make_optimizer
+from peft_dist.sharding.optimizer import make_adamw
 from tests.tiny import completion_rows, save_adapter, tiny_model, tiny_recipe, write_jsonl
 
 ALL_LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -262,7 +262,7 @@ def test_a_pissa_adapter_is_a_plain_one_of_twice_the_rank_on_disk(
 
 def test_lora_plus_gives_b_its_own_rate(tmp_path: Path, alone: World) -> None:
     setup = opened(tmp_path, alone, method={"learning_rate_ratio": 16})
-    optimizer = make_optimizer(setup.engine.flat_parameters(), setup.recipe.train)
+    optimizer = make_adamw(setup.engine.flat_parameters(), setup.recipe.train)
     factors = {group["rate_factor"]: group for group in optimizer.param_groups}
     assert factors.keys() == {1.0, 16.0}
     sizes = [sum(t.numel() for n, t in setup.adapter.items() if f"lora_{x}" in n) for x in "AB"]

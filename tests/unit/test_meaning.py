@@ -70,6 +70,7 @@ EXAMPLES: dict[str, tuple[str, list[str], list[str]]] = {
     "method.prefix.projection_size": ("16", [PREFIX], [PREFIX, "method.projection=true"]),
     "data.eval_split": ("dev", [], [HELD]),
     "train.weight_decay": ("0.1", ["method.kind=bitfit"], []),
+    "train.optimizer": ("muon", ["method.kind=bitfit"], []),
     "train.max_skipped_steps": ("3", ["train.non_finite=stop"], []),
     "evaluate.at_start": ("false", [], [HELD]),
     "evaluate.max_rows": ("5", [], [HELD]),
