@@ -101,7 +101,7 @@ def fine_tune(
         attempt.share_run()
         refuse_different_inputs(inputs)
 
-    setup = set_up_model(recipe, world, base, label_names=rows.label_names)
+    setup = set_up_model(recipe, world, base, label_names=rows.label_names, rows=rows)
     load_start(setup)
     for some in (rows, *([] if eval_set is None else [eval_set.rows])):
         setup.check_lengths(some)

@@ -8,7 +8,7 @@ one place.
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from peft_dist.base_access import LoadedBase
 from peft_dist.common.errors import DataError, RecipeError, TrainingError
 from peft_dist.common.paths import TOKENIZER_FILES
 from peft_dist.common.screen import stage
@@ -27,10 +28,10 @@ from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.order import RowIds
-from peft_dist.data.pack import Batch, pack, unlabelled
+from peft_dist.data.pack import Batch, pack
 from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.world import World
-from peft_dist.methods import METHODS, BaseAccess, Method
+from peft_dist.methods import METHODS, Method
 from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
 from peft_dist.methods.trained_parts import left_frozen
@@ -44,6 +45,7 @@ from peft_dist.model.source import BaseSource, Released
 from peft_dist.model.vocabulary import untrained_rows, with_token_ids
 from peft_dist.model.ways import kernel_to_build_with, prove_once, ways_of
 from peft_dist.sharding import ENGINES, Engine, Group
+from peft_dist.sharding.chosen_optimizer import refuse_muon
 from peft_dist.sharding.launcher_env import resolve
 from peft_dist.sharding.verify import verify_one_base, verify_sharded
 
@@ -159,8 +161,7 @@ class ModelSetup:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context every pass runs in: adapters are float32, the base may be less."""
-        device = self.world.device.type
-        return torch.autocast(device, torch.bfloat16, self.compute_dtype == torch.bfloat16)
+        return precision.autocast(self.world.device, self.compute_dtype)
 
     def note_base(self) -> None:
         """Take the base for right as it is, once an adapter was read. Collective."""
@@ -200,6 +201,7 @@ def set_up_model(
     source: BaseSource,
     *,
     label_names: tuple[str, ...] = (),
+    rows: TokenizedRows | None = None,
     engines: Mapping[str, type[Engine]] = ENGINES,
     prover: Prover = prove_once,
 ) -> ModelSetup:
@@ -210,6 +212,8 @@ def set_up_model(
         world: Rank and size of this process's world.
         source: What `find_base` found.
         label_names: Class names, for sequence classification.
+        rows: Training rows, for an adapter that starts from them. Default: what it starts as is
+            replaced by what was saved.
         engines: By strategy, what shards.
         prover: Compares losses with those of transformers; see `prove_once`.
 
@@ -219,6 +223,7 @@ def set_up_model(
     """
     started = time.monotonic()
     launched = resolve(recipe.parallel, world, os.environ)
+    refuse_muon(recipe.train, launched.strategy)
     set_up_device(world.device, deterministic=recipe.train.deterministic)
     dtype, why = precision.compute_dtype(recipe.model, world.device)
     if world.is_main:
@@ -286,9 +291,9 @@ def set_up_model(
     verify_one_base(as_released)
     log.info("base: %s, built and loaded  %.1f s", recipe.quantization, time.monotonic() - started)
     by_name = {base_name_in(peft, name): parameter for name, parameter in frozen.items()}
-    start = _start(recipe, source, plan, by_name, engine, model)
+    loaded = LoadedBase(recipe, source, plan, by_name, engine, model, peft, dtype, rows)
     with stage("filling and sharding the adapters", log) as told:
-        method.initialise(peft, start)
+        method.initialise(peft, loaded.access())
         rate = method.rate_factor
         engine.flatten_adapter(
             trained,
@@ -379,30 +384,3 @@ def _fill_fresh_heads(
             if full.dim() > 1:
                 full.normal_(std=std, generator=generator_for(seed, plain))
             engine.copy_into(parameter, full)
-
-
-def _start(
-    recipe: Recipe,
-    source: BaseSource,
-    plan: BasePlan,
-    base_by_name: dict[str, nn.Parameter],
-    engine: Engine,
-    model: nn.Module,
-) -> BaseAccess:
-    """Return what the method may use to fill its adapter."""
-
-    def release(parameters: Collection[nn.Parameter]) -> None:
-        wanted = {id(parameter) for parameter in parameters}
-        few = {name: p for name, p in base_by_name.items() if id(p) in wanted}
-        source.fill(few, plan.of(few), engine.shard, world=engine.world, copy_into=engine.copy_into)
-
-    def tokenize(text: str) -> list[int]:
-        tokenizer = load_tokenizer(recipe)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def read(ids: list[int]) -> None:
-        model.eval()
-        with torch.no_grad():
-            model(unlabelled(ids).to(engine.world.device))
-
-    return BaseAccess(engine.full_tensor, engine.copy_into, release, tokenize, read)

@@ -42,7 +42,7 @@ from peft_dist.model_setup import ModelSetup
 from peft_dist.objective.passes import Scores, Share, make_pass
 from peft_dist.objective.router import RouterBalance
 from peft_dist.optim.lr_schedule import learning_rate, peak_learning_rate
-from peft_dist.sharding.optimizer import AdapterOptimizer, make_optimizer
+from peft_dist.sharding.chosen_optimizer import make_optimizer
 
 
 class Trainer:
@@ -80,9 +80,7 @@ class Trainer:
         shares = source_shares(self.recipe.data, [source.rows for source in rows.sources])
         self.plan = StepPlan.of(self.recipe.train, rows.example_lengths, shares)
         self.peak_rate = peak_learning_rate(self.recipe)
-        self.optimizer: AdapterOptimizer = setup.engine.share_optimizer(
-            make_optimizer(setup.engine.flat_parameters(), setup.recipe.train)
-        )
+        self.optimizer = make_optimizer(setup.engine, setup.recipe.train)
         self.progress = Progress()
         device, figures = self.world.device, self.objective.metrics
         self._reader = StepMetricsReader(

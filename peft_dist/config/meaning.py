@@ -44,12 +44,19 @@ CONDITIONS: dict[str, Condition] = {
     "model.revision": Condition(
         lambda r: not Path(r.model.name).is_absolute(), "model.name is a folder, not a hub id"
     ),
+    "method.lora.init_rows": Condition(
+        lambda r: bool(getattr(r.method, "starts_from_rows", False)),
+        "method.init looks at no rows",
+    ),
     "method.prefix.init": _OWN_START,
     "method.prefix.text": _OWN_START,
     "method.prefix.projection_size": Condition(_learns_by_network, "projection is off"),
     "data.eval_split": _HELD_OUT,
     "train.weight_decay": Condition(
         lambda r: not _trains_vectors_alone(r), "biases never decay, and nothing else is trained"
+    ),
+    "train.optimizer": Condition(
+        lambda r: not _trains_vectors_alone(r), "there is no matrix to update, AdamW has vectors"
     ),
     "train.max_skipped_steps": Condition(
         lambda r: r.train.non_finite != "stop", "with non_finite: stop no step is skipped"

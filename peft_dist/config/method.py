@@ -52,11 +52,28 @@ class Lora(_Adapter):
     trainable_tokens: tuple[Annotated[int, Field(ge=0)] | Text, ...] = ()
     """Tokens whose rows of the embedding, and of a head that is not tied to it, are trained: ids,
     or tokens such as "<|tool|>"."""
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    init: Literal[
+        "default",
+        "gaussian",
+        "orthogonal",
+        "eva",
+        "loftq",
+        "pissa",
+        "olora",
+        "corda",
+        "corda_kpm",
+        "lora_ga",
+    ] = "default"
     """Start of A and B. default: A Kaiming-uniform, B zero. gaussian: A normal / rank, B zero.
-    orthogonal: A and B orthogonal to each other. On an unquantized base only, pissa: the principal
-    part of each weight (arXiv 2404.02948); olora: the first part of its QR decomposition
-    (arXiv 2406.01775)."""
+    orthogonal: A and B orthogonal to each other. eva: A the directions in which a layer's inputs
+    vary most, B zero (arXiv 2410.07170). On a base in 4 bits only, loftq: the largest part of what
+    4 bits have lost of each weight (arXiv 2310.08659). On an unquantized base only, pissa: the
+    principal part of each weight (arXiv 2404.02948); olora: the first part of its QR decomposition
+    (arXiv 2406.01775); corda, corda_kpm: its part that matters most, or least, for a layer's inputs
+    (arXiv 2406.05223); lora_ga: directions of its first gradient (arXiv 2407.05000)."""
+    init_rows: PositiveInt = 256
+    """Training rows, or pairs, that init eva, corda, corda_kpm and lora_ga look at, at every start:
+    so many forward passes, more than once where the model is large."""
     learning_rate_ratio: PositiveFloat = 1.0
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354). 1: the same."""
     rslora: bool = False
@@ -65,18 +82,19 @@ class Lora(_Adapter):
     """Weight-decomposed updates (arXiv 2402.09353); dequantizes each weight once more per pass."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases of the base are trained too."""
+    extra: dict[Text, Any] = {}
+    """Fields of PEFT's LoraConfig that have no key here, such as {lora_bias: true}, and that
+    leave the adapter a plain LoRA."""
 
     default_learning_rate: ClassVar[float] = 2e-4
 
     @model_validator(mode="after")
     def _start_from_the_weight_is_plain(self) -> Self:
-        if not self.splits_weight:
-            return self
-        if self.dora:
+        if self.dora and (self.splits_weight or self.init == "loftq"):
             raise ValueError(
                 f"init: {self.init} and dora both decompose the weight; keep one of them"
             )
-        if self.rank_pattern or self.alpha_pattern:
+        if self.splits_weight and (self.rank_pattern or self.alpha_pattern):
             raise ValueError(
                 f"init: {self.init} takes one rank and alpha; remove rank_pattern and alpha_pattern"
             )
@@ -96,7 +114,12 @@ class Lora(_Adapter):
     @property
     def splits_weight(self) -> bool:
         """Whether a part of each weight is moved into the adapter."""
-        return self.init in ("pissa", "olora")
+        return self.init in ("pissa", "olora", "corda", "corda_kpm", "lora_ga")
+
+    @property
+    def starts_from_rows(self) -> bool:
+        """Whether the start depends on the training rows."""
+        return self.init in ("eva", "corda", "corda_kpm", "lora_ga")
 
 
 class Bottleneck(_Adapter):

@@ -7,7 +7,7 @@ field is its text in the JSON Schema.
 import datetime as dt
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from peft_dist.config.method import Lora, Method
 from peft_dist.config.objective import Objective, Sft
@@ -141,12 +141,15 @@ class Train(Section):
     """Share of all steps in which the learning rate rises linearly from 0. 0: off."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning rate after warm-up: decay to 0, or stay."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: orthogonalised updates of the adapter's matrices, with AdamW's learning
+    rates, and AdamW for its vectors; not with zero2 and zero3."""
     weight_decay: NonNegativeFloat = 0.0
-    """AdamW decay of adapter matrices; biases and other vectors never decay. 0: off."""
+    """Decay of adapter matrices; biases and other vectors never decay. 0: off."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """AdamW moment decay rates."""
+    """AdamW moment decay rates; the first one is Muon's momentum too."""
     epsilon: PositiveFloat = 1e-8
-    """AdamW denominator term."""
+    """AdamW denominator term; Muon's smallest norm of a matrix."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Clip the global gradient norm to this. 0: off."""
     activation_checkpointing: bool | Literal["auto"] = False
@@ -164,6 +167,16 @@ class Train(Section):
     that was not interrupted; slower. On CPUs that is so anyway."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of adapter initialisation, row order and dropout."""
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _schedule_free_is_told_why(cls, value: object) -> object:
+        if isinstance(value, str) and value.lower().replace("_", "").startswith("schedulefree"):
+            raise ValueError(
+                f"{value} is not offered: it trains at other weights than those that are scored "
+                "and saved; set adamw with schedule: constant, or muon"
+            )
+        return value
 
     @model_validator(mode="after")
     def _one_length_and_one_batch(self) -> Self:
@@ -311,11 +324,22 @@ class Recipe(Section):
             raise ValueError("data.packing cannot be on for sequence-classification; remove it")
         if classify and self.method.kind == "prefix":
             raise ValueError("method prefix is for causal-lm; encoders have no past to put it in")
+        init = getattr(self.method, "init", "")
         if self.quantization != "none" and getattr(self.method, "splits_weight", False):
-            init = getattr(self.method, "init", "")
             raise ValueError(
                 f"method.init {init} splits the full weights; "
                 "set quantization: none, or another init"
+            )
+        if init == "loftq" and self.quantization == "none":
+            raise ValueError("method.init loftq is for a base in 4 bits; set quantization: nf4")
+        if init == "lora_ga" and self.objective.kind != "sft":
+            raise ValueError(
+                "method.init lora_ga takes the gradient of objective sft; choose another init"
+            )
+        if self.train.optimizer == "muon" and self.parallel.strategy in ("zero2", "zero3"):
+            raise ValueError(
+                f"train.optimizer muon needs whole matrices, which {self.parallel.strategy} shares "
+                "out in pieces; set parallel.strategy: ddp or fsdp"
             )
         if classify and self.objective.kind != "sft":
             raise ValueError(

@@ -16,8 +16,18 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dist.common.errors import RecipeError
 from peft_dist.config.method import Lora
+from peft_dist.distributed.collectives import first_of_all
 from peft_dist.methods.expert_lora import expert_targets, prepare, stand_ins, wrappers_for
-from peft_dist.methods.init import assign, generator_for
+from peft_dist.methods.init import assign
+from peft_dist.methods.lora_extra import check_plain, extra_fields, naming_extra
+from peft_dist.methods.lora_initial import (
+    InitialFactors,
+    check_ranks,
+    layers_of,
+    row_norms,
+    weight_of,
+)
+from peft_dist.methods.lora_starts import Factors
 from peft_dist.methods.lora_targets import check_choice, chosen_blocks, has_bias, linear_targets
 from peft_dist.methods.method import TASKS, BaseAccess, Method, inject
 from peft_dist.methods.trained_parts import (
@@ -26,7 +36,7 @@ from peft_dist.methods.trained_parts import (
     on_meta,
     parts_config,
 )
-from peft_dist.model.nf4 import FrozenLinear4bit, dequantize
+from peft_dist.model.nf4 import FrozenLinear4bit
 
 
 class _LoraOn4bit(LoraLinear):
@@ -52,9 +62,11 @@ class _LoraOn4bit(LoraLinear):
         if len(active) != 1 or self.disable_adapters or self.merged or self.lora_variant:
             return super().forward(x, *args, **kwargs)
         (name,) = active
-        result: torch.Tensor = self.base_layer(x)
-        low = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]
         b: Any = self.lora_B[name]  # a linear
+        if b.bias is not None:
+            return super().forward(x, *args, **kwargs)
+        low = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]
+        result: torch.Tensor = self.base_layer(x)
         return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), b.weight.t()).view_as(result)
 
 
@@ -66,7 +78,7 @@ class LoraMethod(Method[Lora]):
         super().__init__(settings, seed=seed)
         self.changes_base = settings.splits_weight
         self._taken_out: dict[str, torch.Tensor] = {}
-        """What PiSSA moved from the base into A and B, by their names; on the CPU."""
+        """What was moved from the base into A and B, by their names; on the CPU."""
         self._modules_to_save: list[str] | None = None
         """As PEFT is to read it; it changes what it was given where modules are tied."""
         self._start: BaseAccess | None = None
@@ -110,23 +122,26 @@ class LoraMethod(Method[Lora]):
         self._modules_to_save = parts.get("modules_to_save")
         embedding: Any = model.get_input_embeddings()
         dtype = embedding.weight.dtype
-        config = LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it
-            lora_dropout=settings.dropout,
-            target_modules=targets,
-            target_parameters=parameters or None,
-            exclude_modules=list(settings.exclude_modules) or None,
-            layers_to_transform=list(settings.layers_to_transform) or None,
-            rank_pattern=dict(settings.rank_pattern),
-            alpha_pattern=dict(settings.alpha_pattern),
-            use_rslora=settings.rslora,
-            use_dora=settings.dora,
-            bias=settings.bias,
-            task_type=TASKS[task],
-            fan_in_fan_out=has_conv1d,
-            **copy.deepcopy(parts),  # PEFT changes it
-        )
+        extra = extra_fields(settings)
+        with naming_extra(settings):
+            config = LoraConfig(
+                r=settings.rank,
+                lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT only divides it
+                lora_dropout=settings.dropout,
+                target_modules=targets,
+                target_parameters=parameters or None,
+                exclude_modules=list(settings.exclude_modules) or None,
+                layers_to_transform=list(settings.layers_to_transform) or None,
+                rank_pattern=dict(settings.rank_pattern),
+                alpha_pattern=dict(settings.alpha_pattern),
+                use_rslora=settings.rslora,
+                use_dora=settings.dora,
+                bias=settings.bias,
+                task_type=TASKS[task],
+                fan_in_fan_out=has_conv1d,
+                **copy.deepcopy(parts),  # PEFT changes it
+                **extra,
+            )
         config._register_custom_module(
             {FrozenLinear4bit: _LoraOn4bit, nn.Linear: LoraLinear, **wrappers_for(model)}
             if parameters
@@ -137,75 +152,43 @@ class LoraMethod(Method[Lora]):
             # PEFT warns that fan_in_fan_out does not suit our swapped linears; it suits the saved
             # adapter, which is loaded onto the released base.
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-            peft = inject(model, config, base_name=base_name)
+            with naming_extra(settings):
+                peft = inject(model, config, base_name=base_name)
         compute_as_base(peft, dtype)
         for module in peft.modules():
             if isinstance(module, LoraLayer):
                 # Autocast picks the dtype of each product; casting the input to the adapter's
                 # float32 first would be a round trip through memory per layer.
                 module.cast_input_dtype_enabled = False
+        check_plain(peft, settings)
+        check_ranks(peft, settings)
         return peft
 
     def initialise(self, peft: PeftModel, start: BaseAccess) -> None:
-        """Fill every adapter parameter from the seed and its name.
+        """Fill every adapter parameter from the seed and its name, or as `init` computes it.
 
-        The first output is the base's, whichever start was chosen. DoRA magnitudes are the row
-        norms of the base.
+        The first output is the base's, or nearer to that of the full weights. DoRA magnitudes are
+        the row norms of the base.
         """
         self._start = start if self.changes_base else None
         fill_token_rows(peft, start)
-        for name, module in peft.named_modules():
-            if not isinstance(module, LoraLayer):
-                continue
-            for adapter in module.lora_A:
-                if self.settings.splits_weight:
-                    a, b = self._part_of_weight(name, module, adapter, start)
-                    self._take_out(name, module, adapter, start, a, b)
-                else:
-                    a, b = self._seeded(name, module, adapter)
-                assign(module.lora_A[adapter].get_parameter("weight"), a)
-                assign(module.lora_B[adapter].get_parameter("weight"), b)
-                if adapter in module.lora_magnitude_vector:
-                    magnitude = module.lora_magnitude_vector[adapter].get_parameter("weight")
-                    assign(magnitude, _row_norms(module.get_base_layer(), start))
-
-    def _seeded(
-        self, name: str, module: LoraLayer, adapter: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A [r, in] and B [out, r] whose product is zero."""
-        a = torch.empty(module.lora_A[adapter].get_parameter("weight").shape)
-        b = torch.zeros(module.lora_B[adapter].get_parameter("weight").shape)
-        rank = module.r[adapter]  # of experts A has that many rows for each
-        source = generator_for(self.seed, f"{name}.lora_A")
-        if self.settings.init == "default":
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=source)
-        elif self.settings.init == "gaussian":
-            a.normal_(std=1 / rank, generator=source)
-        else:
-            # Rows of an orthogonal matrix: those A is made of are orthogonal to those of B.
-            basis, _ = torch.linalg.qr(torch.randn(rank, rank, generator=source))
-            a = (torch.randn(a.shape[1], rank // 2, generator=source) @ basis[0::2]).t() / 10
-            b = torch.randn(b.shape[0], rank // 2, generator=source) @ basis[1::2] / 10
-        return a, b
-
-    def _part_of_weight(
-        self, name: str, module: LoraLayer, adapter: str, start: BaseAccess
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a part of the base as A and B.
-
-        PiSSA (Meng et al. 2024, arXiv 2404.02948): the largest singular directions, by its fast
-        decomposition. OLoRA (arXiv 2406.01775): the first columns and rows of Q and R. The bits of
-        both depend on the number of threads.
-        """
-        weight, scaling, rank = _weight(module, start), module.scaling[adapter], self.settings.rank
-        if self.settings.init == "olora":
-            q, r = torch.linalg.qr(weight)
-            return r[:rank].contiguous(), q[:, :rank].contiguous()
-        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-            torch.manual_seed(generator_for(self.seed, name).initial_seed())
-            u, s, v = torch.svd_lowrank(weight, q=rank, niter=16)
-        root = (s / scaling).sqrt()
-        return root[:, None] * v.t(), u * root
+        first = InitialFactors(self.settings, self.seed, start)
+        layers = layers_of(peft)
+        for name, module in layers:
+            _assign(module, first.seeded(name, module))
+            bias: Any = getattr(module.lora_B["default"], "bias", None)  # with `lora_bias`
+            if bias is not None:
+                assign(bias, torch.zeros(bias.shape))
+            if "default" in module.lora_magnitude_vector:
+                magnitude = module.lora_magnitude_vector["default"].get_parameter("weight")
+                assign(magnitude, row_norms(module.get_base_layer(), start))
+        for name, module, factors in first.computed(peft):
+            device = module.lora_A["default"].get_parameter("weight").device
+            # Rounded otherwise on another processor, or with another number of threads.
+            factors = Factors(*(first_of_all(factor.to(device)) for factor in factors))
+            if self.changes_base:
+                self._take_out(name, module, "default", start, *factors)
+            _assign(module, factors)
 
     def _take_out(
         self,
@@ -218,7 +201,7 @@ class LoraMethod(Method[Lora]):
     ) -> None:
         """Leave in the base what A and B do not make of it, to the same bits on any machine."""
         layer = module.get_base_layer()
-        rest = _weight(module, start).clone()
+        rest = weight_of(module, start).clone()
         # One product and one difference at a time: how a matrix product rounds depends on threads.
         for column, row in zip((b * module.scaling[adapter]).t(), a, strict=True):
             rest -= column[:, None] * row
@@ -229,7 +212,7 @@ class LoraMethod(Method[Lora]):
         self._taken_out[f"{name}.lora_B.{adapter}.weight"] = b.cpu()
 
     def saved(self, peft: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the file's tensors; a PiSSA adapter as a plain one of twice the rank.
+        """Return the file's tensors; what was split off the base as a LoRA of twice the rank.
 
         The released base still has what was taken out of ours: BA - B'A' is a LoRA of its own.
         """
@@ -242,7 +225,7 @@ class LoraMethod(Method[Lora]):
     def restored(
         self, peft: PeftModel, found: Mapping[str, torch.Tensor], names: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Return the trained tensors; of a PiSSA adapter the half that was trained.
+        """Return the trained tensors; of what was split off the base the half that was trained.
 
         The other half is what was taken out of the base when that training began.
         """
@@ -258,7 +241,7 @@ class LoraMethod(Method[Lora]):
         """Take out of the released base what another machine, or another number of threads, did."""
         start = self._start
         assert start is not None
-        layers = [(n, m) for n, m in peft.named_modules() if isinstance(m, LoraLayer)]
+        layers = layers_of(peft)
         start.release([module.get_base_layer().get_parameter("weight") for _, module in layers])
         for name, module in layers:
             for adapter in module.lora_A:
@@ -288,23 +271,6 @@ class LoraMethod(Method[Lora]):
         return self.settings.learning_rate_ratio if ".lora_B." in name else 1.0
 
 
-def _weight(module: LoraLayer, start: BaseAccess) -> torch.Tensor:
-    """Return a linear's weight [out, in], float32. Collective where the layer is sharded."""
-    layer = module.get_base_layer()
-    stored = start.full_tensor(layer.get_parameter("weight"))
-    return (stored.t() if isinstance(layer, Conv1D) else stored).float()
-
-
-def _row_norms(layer: nn.Module, start: BaseAccess) -> torch.Tensor:
-    """Return the norm of every weight row. Collective where the layer is sharded."""
-    if isinstance(layer, FrozenLinear4bit):
-        weight = dequantize(
-            start.full_tensor(layer.packed),
-            start.full_tensor(layer.absmax),
-            block_size=layer.block_size,
-            dtype=layer.dtype,
-        )
-    else:
-        weight = start.full_tensor(layer.get_parameter("weight"))
-    norms: torch.Tensor = weight.float().norm(dim=1)
-    return norms
+def _assign(module: LoraLayer, factors: Factors) -> None:
+    assign(module.lora_A["default"].get_parameter("weight"), factors.a)
+    assign(module.lora_B["default"].get_parameter("weight"), factors.b)

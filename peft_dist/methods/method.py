@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_dist.common.errors import TrainingError
+from peft_dist.data.pack import Batch
 
 Settings = TypeVar("Settings")
 TASKS = {
@@ -23,6 +24,19 @@ TASKS = {
     "sequence-classification": TaskType.SEQ_CLS,
     "reward": TaskType.SEQ_CLS,
 }
+
+
+class RowPasses(Protocol):
+    """Runs the model over training rows, one at a time; hooks see what passes."""
+
+    def __call__(self, count: int, begin: Callable[[Batch], None], *, gradients: bool) -> None:
+        """Take the first `count` rows of training's own order, each on one process. Collective.
+
+        Args:
+            count: Rows, or pairs of them.
+            begin: Is given each row before the model is.
+            gradients: Go back from each row's mean loss too; no gradient is left behind.
+        """
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,10 @@ class BaseAccess:
         release: Fills parameters of the base again, as the model's files have them. Collective.
         read: Runs the model, without gradients and without adapters of its own, over one row of
             token ids. Collective; hooks see what passes.
+        stored_weight: Returns a quantized linear's weight [out, in], float32, as the model's files
+            have it, given its name in the bare model. Collective.
+        over_rows: Runs the model over training rows. None where there are none: what starts is then
+            replaced by what was saved.
     """
 
     full_tensor: Callable[[nn.Parameter], torch.Tensor]
@@ -43,6 +61,8 @@ class BaseAccess:
     release: Callable[[Collection[nn.Parameter]], None]
     tokenize: Callable[[str], list[int]]
     read: Callable[[list[int]], None]
+    stored_weight: Callable[[str], torch.Tensor]
+    over_rows: RowPasses | None
 
 
 class Method(ABC, Generic[Settings]):

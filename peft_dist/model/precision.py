@@ -1,5 +1,7 @@
 """The dtype that a recipe computes in on a device, and what is to be said of it."""
 
+from contextlib import AbstractContextManager
+
 import torch
 
 from peft_dist.config.recipe import Model
@@ -22,3 +24,8 @@ def compute_dtype(model: Model, device: torch.device) -> tuple[torch.dtype, str]
         return torch.bfloat16, ""
     # Without matrix units for it, bfloat16 is slower than float32 on a CPU.
     return torch.float32, ": this GPU has no bfloat16 of its own" * on_gpu
+
+
+def autocast(device: torch.device, compute_dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Return the context every pass runs in: adapters are float32, the base may be less."""
+    return torch.autocast(device.type, torch.bfloat16, compute_dtype == torch.bfloat16)

@@ -194,6 +194,11 @@ class ZeRO3Engine(Engine):
         """Give the optimizer to ZeRO stage 2. Collective."""
         return _share_optimizer(self._deepspeed, optimizer, self.world)
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Go back from a loss that is part of no step; nothing is left gathered."""
+        super().backward(loss)
+        self._hooks.optimizer.release_backward_leftovers()
+
     def reduce(self, extras: torch.Tensor) -> torch.Tensor:
         """Sum gradients and extras; what backward left gathered is freed. Collective."""
         # DeepSpeed frees a module when the gradient of its input is there; ids have none.

@@ -83,6 +83,7 @@ class Engine(ABC):
             figures: How many figures of a step the all-reduce carries besides its own.
         """
         self.extras += figures
+        self._group_of = group_of
         self._group_sizes: dict[Group, int] = {}
         for name, parameter in parameters.items():
             group = group_of(name)
@@ -111,6 +112,13 @@ class Engine(ABC):
             flat[group].grad = gradient
         return flat
 
+    def group_shapes(self) -> dict[Group, list[torch.Size]]:
+        """Return the shapes of what lies in each of `flat_parameters`, in order."""
+        shapes: dict[Group, list[torch.Size]] = {}
+        for name, shape in self._shapes.items():
+            shapes.setdefault(self._group_of(name), []).append(shape)
+        return shapes
+
     def share_optimizer(self, optimizer: torch.optim.AdamW) -> AdapterOptimizer:
         """Return what updates `flat_parameters` from their gradients, perhaps shared by processes.
 
@@ -118,6 +126,10 @@ class Engine(ABC):
         Call it when the parameters have the values that training starts from.
         """
         return AdapterOptimizer(optimizer)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Go back from a loss that is part of no step; nothing is left gathered."""
+        loss.backward()
 
     def reduce(self, extras: torch.Tensor) -> torch.Tensor:
         """Sum gradients and `extras`, float32 [extras]; return the summed extras. Collective."""

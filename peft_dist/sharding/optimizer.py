@@ -1,4 +1,4 @@
-"""AdamW over the flat adapter: updates that a non-finite step cannot reach, and a state to keep."""
+"""AdamW over the flat adapter: a non-finite step changes nothing, and the state can be kept."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from peft_dist.config.recipe import Train
 
 
 class Moments(NamedTuple):
-    """AdamW's state for the whole adapter, on the CPU."""
+    """An optimizer's state for the whole adapter, on the CPU."""
 
     mean: torch.Tensor
     """float32 [trained parameters], exponential average of gradients, in the order of the flat
@@ -30,7 +30,7 @@ class Group(NamedTuple):
     """Their learning rate over the recipe's."""
 
 
-def make_optimizer(parameters: Mapping[Group, nn.Parameter], train: Train) -> torch.optim.AdamW:
+def make_adamw(parameters: Mapping[Group, nn.Parameter], train: Train) -> torch.optim.AdamW:
     """Return AdamW over the adapter; vectors (biases, magnitudes) do not decay.
 
     Groups are those that hold a parameter: DeepSpeed and torch's state loading trip over an empty

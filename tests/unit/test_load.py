@@ -117,6 +117,18 @@ def test_an_error_names_the_field_the_value_and_the_remedy(
         ),
         (["method={init: pissa, dora: true}"], "init: pissa and dora both decompose the weight"),
         (
+            ["train.optimizer=muon", "parallel.strategy=zero2"],
+            "train.optimizer muon needs whole matrices, which zero2 shares out in pieces; set",
+        ),
+        (["train.optimizer=schedule_free_adamw"], "schedule_free_adamw is not offered: it trains"),
+        (["method={init: loftq, dora: true}"], "init: loftq and dora both decompose the weight"),
+        (["method={init: loftq}", "quantization=none"], "loftq is for a base in 4 bits; set quant"),
+        (["method={init: corda_kpm}"], "method.init corda_kpm splits the full weights; set quant"),
+        (
+            ["method={init: lora_ga}", "quantization=none", "objective=dpo"],
+            "method.init lora_ga takes the gradient of objective sft; choose another init",
+        ),
+        (
             ["method={kind: prefix}", "model.task=sequence-classification"],
             "prefix is for causal-lm",
         ),

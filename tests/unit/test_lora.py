@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM
 from peft_dist.checkpoint.adapter_file import load_adapter
 from peft_dist.common.errors import RecipeError
 from peft_dist.config.method import Lora
+from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.methods.lora import LoraMethod
 from peft_dist.model.architectures import build_skeleton, read_config
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import ModelSetup, set_up_model
-from peft_dist.sharding.optimizer import make_optimizer
-from tests.tiny import save_adapter, tiny_model, tiny_recipe
+from peft_dist.sharding.optimizer import make_adamw
+from tests.tiny import completion_rows, save_adapter, tiny_model, tiny_recipe, write_jsonl
 
 ALL_LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -30,7 +31,9 @@ def opened(folder: Path, world: World, architecture: str = "llama", **sections: 
     # ddp leaves plain tensors, with which the PEFT model runs by itself
     sections = {"parallel": {"strategy": "ddp"}, **sections}
     recipe = tiny_recipe(folder / architecture, folder / "rows.jsonl", **sections)
-    return set_up_model(recipe, world, find_base(recipe, folder / "cache"))
+    write_jsonl(folder / "rows.jsonl", completion_rows(8))
+    rows = tokenize_rows(recipe, "train", folder / "cache")
+    return set_up_model(recipe, world, find_base(recipe, folder / "cache"), rows=rows)
 
 
 def adapted(setup: ModelSetup) -> set[str]:
@@ -212,7 +215,11 @@ def test_the_adapter_names_its_base_as_the_recipe_does(tmp_path: Path) -> None:
     assert adapter.peft_config["default"].base_model_name_or_path == "org/name"
 
 
-@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa", "olora"])
+STARTS = ["default", "gaussian", "orthogonal", "pissa", "olora"]
+STARTS += ["eva", "corda", "corda_kpm", "lora_ga"]
+
+
+@pytest.mark.parametrize("init", STARTS)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_every_start_leaves_the_output_of_the_base(
     tmp_path: Path, alone: World, architecture: str, init: str
@@ -224,7 +231,7 @@ def test_every_start_leaves_the_output_of_the_base(
         ours = setup.peft.get_base_model()(input_ids=ids, row_lengths=None).logits
         torch.testing.assert_close(ours, base(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
     zero = [n for n, t in setup.engine.adapter_state().items() if not t.any()]
-    assert bool(zero) == (init in ("default", "gaussian"))
+    assert bool(zero) == (init in ("default", "gaussian", "eva"))
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -255,7 +262,7 @@ def test_a_pissa_adapter_is_a_plain_one_of_twice_the_rank_on_disk(
 
 def test_lora_plus_gives_b_its_own_rate(tmp_path: Path, alone: World) -> None:
     setup = opened(tmp_path, alone, method={"learning_rate_ratio": 16})
-    optimizer = make_optimizer(setup.engine.flat_parameters(), setup.recipe.train)
+    optimizer = make_adamw(setup.engine.flat_parameters(), setup.recipe.train)
     factors = {group["rate_factor"]: group for group in optimizer.param_groups}
     assert factors.keys() == {1.0, 16.0}
     sizes = [sum(t.numel() for n, t in setup.adapter.items() if f"lora_{x}" in n) for x in "AB"]

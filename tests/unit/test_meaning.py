@@ -29,7 +29,7 @@ model.name model.task model.dropout model.dtype model.attention quantization
 method.lora.kind method.lora.rank method.lora.alpha method.lora.dropout method.lora.targets
 method.lora.target_parameters
 method.lora.init method.lora.learning_rate_ratio method.lora.rslora method.lora.dora
-method.lora.bias
+method.lora.bias method.lora.extra
 method.lora.exclude_modules method.lora.layers_to_transform method.lora.rank_pattern
 method.lora.alpha_pattern method.lora.modules_to_save method.lora.trainable_tokens
 method.bottleneck.kind method.bottleneck.placement method.bottleneck.bottleneck_size
@@ -65,11 +65,13 @@ tracking.wandb.entity tracking.wandb.group tracking.wandb.tags tracking.system_e
 # overrides that give it one.
 EXAMPLES: dict[str, tuple[str, list[str], list[str]]] = {
     "model.revision": ("v1", [], ["model.name=someone/model"]),
+    "method.lora.init_rows": ("8", [], ["method.init=eva"]),
     "method.prefix.init": ("vocabulary", [PREFIX, "method.projection=true"], [PREFIX]),
     "method.prefix.text": ("a cat", [PREFIX, "method.projection=true"], [PREFIX]),
     "method.prefix.projection_size": ("16", [PREFIX], [PREFIX, "method.projection=true"]),
     "data.eval_split": ("dev", [], [HELD]),
     "train.weight_decay": ("0.1", ["method.kind=bitfit"], []),
+    "train.optimizer": ("muon", ["method.kind=bitfit"], []),
     "train.max_skipped_steps": ("3", ["train.non_finite=stop"], []),
     "evaluate.at_start": ("false", [], [HELD]),
     "evaluate.max_rows": ("5", [], [HELD]),

@@ -22,7 +22,7 @@ from peft_dist.metrics.step import StepInputs, StepMetricsReader
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import ModelSetup, set_up_model
 from peft_dist.optim.lr_schedule import learning_rate
-from peft_dist.sharding.optimizer import make_optimizer
+from peft_dist.sharding.optimizer import make_adamw
 from peft_dist.trainer import Trainer
 from tests.tiny import completion_rows, tiny_model, tiny_recipe, write_jsonl
 
@@ -83,7 +83,7 @@ def test_short_trainings_have_positive_rates(steps: int, warmup: float) -> None:
 def test_matrices_decay_and_vectors_do_not(tmp_path: Path, alone: World) -> None:
     both = trainer(tmp_path, alone, "qwen2", train={"weight_decay": 0.1}, method={"bias": "all"})
     setup = both.setup
-    groups = make_optimizer(setup.engine.flat_parameters(), setup.recipe.train).param_groups
+    groups = make_adamw(setup.engine.flat_parameters(), setup.recipe.train).param_groups
     groups.sort(key=lambda group: -group["weight_decay"])
     counts = [sum(p.numel() for p in group["params"]) for group in groups]
     adapter = both.setup.adapter.values()
@@ -96,7 +96,7 @@ def test_matrices_decay_and_vectors_do_not(tmp_path: Path, alone: World) -> None
 
 def test_a_group_without_parameters_is_left_out(tmp_path: Path, alone: World) -> None:
     setup = trainer(tmp_path, alone, train={"weight_decay": 0.1}).setup
-    (group,) = make_optimizer(setup.engine.flat_parameters(), setup.recipe.train).param_groups
+    (group,) = make_adamw(setup.engine.flat_parameters(), setup.recipe.train).param_groups
     assert group["weight_decay"] == 0.1
 
 
