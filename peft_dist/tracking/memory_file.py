@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -61,7 +62,15 @@ def watch_memory(context: WorkerContext, device: torch.device, *, folder: Path) 
     file = folder / f"memory-a{context.attempt_number}-rank-{context.rank}.json"
 
     def write() -> Path:
-        write_snapshot(device, file)
+        if not file.exists():
+            write_snapshot(device, file)
         return file
 
+    def on_refusal(*_: int) -> None:
+        with suppress(OSError):  # a full disk
+            write()
+
+    # When torch's allocator refuses, before anything is freed on the error's way up; where a
+    # library of CUDA was refused, only at the end.
+    torch._C._cuda_attach_out_of_memory_observer(on_refusal)  # type: ignore[attr-defined]
     context.write_memory = write

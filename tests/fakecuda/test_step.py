@@ -145,7 +145,7 @@ def step_of_8b(
 
 KERNELS_OF_A_LAYER, PRODUCTS_OF_A_LAYER = 190, 58
 """Budget of forward and backward together, LoRA on all linears, 4-bit base."""
-KERNELS_BESIDE, PRODUCTS_BESIDE = 600, 34
+KERNELS_BESIDE, PRODUCTS_BESIDE = 200, 34
 """Of embedding, loss, optimizer and metrics."""
 
 
