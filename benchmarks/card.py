@@ -1,21 +1,23 @@
 """Measure one real card in under ten minutes, and write all of it into one JSON: `make gpu`.
 
-In one process: the tests of `tests/gpu`, values of the card's kernels against the CPU's, whether
-two trainings agree to the bit, and speed and memory of an 8B over quantization, engine,
-recomputation and row length, as far as the time goes. `--dry` takes a tiny model and judges
-nothing: on the fake CUDA runtime there are no values.
+Values of the card's kernels against the CPU's, whether two trainings agree to the bit, the
+quickstart with a trace of some steps, speed and memory of an 8B over quantization, engine,
+recomputation and row length, and the tests of `tests/gpu`, as far as the time goes. `--dry` takes a
+tiny model and judges nothing: on the fake CUDA runtime there are no values.
 
     PYTHONPATH=. python benchmarks/card.py --json card.json
 """
 
 import argparse
 import gc
+import gzip
 import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +33,9 @@ from peft_dist import __version__
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import World, read_world
 from peft_dist.model import varlen
+from peft_dist.model.cross_entropy import cross_entropy
 from peft_dist.model.nf4 import dequantize, quantize_rows
+from peft_dist.model.token_rows import OutputMatrix
 from peft_dist.worker.process import set_allocator
 
 SECONDS = 540.0
@@ -57,6 +61,7 @@ def main(words: list[str] | None = None) -> int:
     process_group.start(world)
     report: dict[str, Any] = {"facts": facts(world), "values": values(world.device)}
     report["determinism"] = repeats(options, world)
+    report["quickstart"] = {} if options.dry else quickstart(until)
     report["speed"], report["left_out"] = speed(options, world, until)
     report["tests"] = {} if options.dry else tests(until)
     options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -96,10 +101,31 @@ def values(device: torch.device) -> dict[str, Any]:
         "nf4_scales_that_differ": int((absmax != absmax_there).sum()),
         "nf4_dequantized_difference": float((plain - there.cpu()).abs().max()),
     }
+    found["cross_entropy_difference"] = cross_entropy_difference(device)
     if varlen.has_kernel(device, torch.bfloat16):
         for name, window in (("causal", None), ("window", 64)):
             found[f"attention_{name}_difference"] = attention_difference(device, window)
     return found
+
+
+def cross_entropy_difference(device: torch.device) -> float:
+    """Return how far loss and gradient are from the CPU's in float32, relative."""
+    source = torch.Generator().manual_seed(2)
+    hidden, weight = (
+        torch.randn(rows, 512, generator=source).mul(0.2).to(torch.bfloat16) for rows in (300, 9000)
+    )
+    targets = torch.randint(9000, (300,), generator=source)
+    worst, found = 0.0, []
+    for place, dtype in ((device, torch.bfloat16), (torch.device("cpu"), torch.float32)):
+        own = hidden.clone().to(place, dtype).requires_grad_()
+        matrix = OutputMatrix(weight.to(place, dtype), None)
+        nll = cross_entropy(own, matrix, targets.to(place), None)
+        nll.sum().backward()
+        assert own.grad is not None
+        found.append((nll.detach().cpu().float(), own.grad.cpu().float()))
+    for ours, theirs in zip(*found, strict=True):
+        worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max()))
+    return worst
 
 
 def attention_difference(device: torch.device, window: int | None) -> float:
@@ -193,6 +219,42 @@ def speed(
     return done, left
 
 
+def quickstart(until: float) -> dict[str, Any]:
+    """Train the quickstart on the card; return its result and the kernels of steps 10 to 12."""
+    recipe = str(Path(__file__).parents[1] / "configs" / "recipes" / "quickstart.yaml")
+    with TemporaryDirectory(prefix="peft-dist-") as folder:
+        run = Path(folder, "run")
+        own = ["parallel.processes=1", "profile.steps=[10,12]"]
+        for command in (
+            ["-m", "peft_dist.entrypoints.quickstart", recipe],
+            ["-m", "peft_dist", "train", recipe, "--run-dir", str(run), *own],
+        ):
+            left_s = max(60.0, until - time.monotonic())
+            try:
+                ended = subprocess.run(
+                    [sys.executable, *command], capture_output=True, text=True, timeout=left_s,
+                    check=False,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                return {"left_out": "not done in time"}
+            if ended.returncode:
+                return {"left_out": (ended.stderr or ended.stdout).strip().splitlines()[-1:]}
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        (trace,) = (run / "profile").iterdir()
+        return {"result": result, "microseconds_by_kernel": longest_kernels(trace)}
+
+
+def longest_kernels(trace: Path, kind: str = "kernel", count: int = 20) -> dict[str, float]:
+    """Return the microseconds of the kernels of a trace by name, the longest first."""
+    with gzip.open(trace) as file:
+        events = json.load(file)["traceEvents"]
+    spent: Counter[str] = Counter()
+    for event in events:
+        if event.get("cat") == kind:
+            spent[event["name"][:120]] += event["dur"]
+    return dict(spent.most_common(count))
+
+
 def tests(until: float) -> dict[str, Any]:
     """Run tests/gpu in a process of its own, as long as there is time."""
     folder = Path(__file__).parents[1] / "tests" / "gpu"
@@ -211,7 +273,7 @@ def tests(until: float) -> dict[str, Any]:
 def faults(report: dict[str, Any]) -> list[str]:
     """Return what is wrong on this card."""
     checked = report["values"]
-    limits = {"nf4_dequantized_difference": 1e-6}
+    limits = {"nf4_dequantized_difference": 1e-6, "cross_entropy_difference": 0.02}
     limits |= dict.fromkeys(("attention_causal_difference", "attention_window_difference"), 0.02)
     wrong = [name for name, limit in limits.items() if not checked.get(name, 0.0) <= limit]
     if not report["determinism"]["deterministic"]:

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import nn
 
 from peft_dist.base_access import LoadedBase
-from peft_dist.common.errors import DataError, RecipeError, TrainingError
+from peft_dist.common.errors import DataError, TrainingError
 from peft_dist.common.paths import TOKENIZER_FILES
 from peft_dist.common.screen import stage
 from peft_dist.common.sizes import megabytes
@@ -41,6 +41,7 @@ from peft_dist.model.loss import CausalLM, Decoder, RewardModel, SequenceClassif
 from peft_dist.model.nf4 import weights_per_element
 from peft_dist.model.plan import BasePlan, plan_base
 from peft_dist.model.proof import ProofRun, Way
+from peft_dist.model.recompute import recompute_blocks
 from peft_dist.model.source import BaseSource, Released
 from peft_dist.model.vocabulary import untrained_rows, with_token_ids
 from peft_dist.model.ways import kernel_to_build_with, prove_once, ways_of
@@ -268,13 +269,7 @@ def set_up_model(
     peft.peft_config[peft.active_adapter].revision = released.commit
     if recipe.train.activation_checkpointing is True:
         # After the adapter: PEFT refuses a prefix on a model that has it on already.
-        if not skeleton.supports_gradient_checkpointing:
-            raise RecipeError(
-                f"{config.model_type} cannot compute its layers again",
-                where="train.activation_checkpointing",
-                remedy="set it to false",
-            )
-        skeleton.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_blocks(skeleton)
     model = _HEADS[recipe.head](peft)
     engine = engines[launched.strategy](
         world, shard_size=launched.shard_size, offload=launched.offload

@@ -61,6 +61,7 @@ CONDITIONS: dict[str, Condition] = {
     "train.max_skipped_steps": Condition(
         lambda r: r.train.non_finite != "stop", "with non_finite: stop no step is skipped"
     ),
+    "profile.ranks": Condition(lambda r: r.profile.steps is not None, "profile.steps is off"),
     "evaluate.at_start": _HELD_OUT,
     "evaluate.max_rows": _HELD_OUT,
     "evaluate.samples": _HELD_OUT,

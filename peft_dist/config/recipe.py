@@ -20,7 +20,7 @@ from peft_dist.config.row_sources import (
     held_out,
     require_one_kind_of_amount,
 )
-from peft_dist.config.run_sections import Checkpoint, Tracking, Watchdog
+from peft_dist.config.run_sections import Checkpoint, Profile, Tracking, Watchdog
 from peft_dist.config.section import Fraction, NonNegativeFloat, PositiveFloat, Section, Text
 
 
@@ -301,6 +301,8 @@ class Recipe(Section):
     """When a process is taken to hang."""
     tracking: Tracking = Tracking()
     """Where progress is shown."""
+    profile: Profile = Profile()
+    """Which steps are traced."""
 
     @property
     def rows_per_example(self) -> int:
@@ -319,6 +321,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
+        traced, last = self.profile.steps, self.train.steps
+        if traced is not None and last is not None and traced[0] > last:
+            raise ValueError(f"profile.steps begin at {traced[0]}, but train.steps is {last}")
         classify = self.model.task == "sequence-classification"
         if classify and self.data.packing:
             raise ValueError("data.packing cannot be on for sequence-classification; remove it")

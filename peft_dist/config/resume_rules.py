@@ -17,6 +17,7 @@ FREE = (
     "checkpoint",
     "watchdog",
     "tracking",
+    "profile",
     "train.micro_batch_size",
     "train.activation_checkpointing",
     "train.deterministic",

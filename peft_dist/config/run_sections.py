@@ -1,8 +1,8 @@
 """The sections of a recipe about the run itself: checkpoints, watchdog, where progress shows."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from peft_dist.config.section import NonNegativeFloat, PositiveFloat, Section, Text
 
@@ -53,6 +53,22 @@ class Wandb(Section):
     """Group of runs. Default: the array that the run belongs to, if it does."""
     tags: tuple[Text, ...] = ()
     """Words to find the run by."""
+
+
+class Profile(Section):
+    """A trace of a few steps: every kernel, copy and call, in the run's folder `profile`."""
+
+    steps: tuple[PositiveInt, PositiveInt] | None = None
+    """The first and the last step to trace, such as [10, 12]. They take longer, and the trace of a
+    step may be 100 MB. Open it at https://ui.perfetto.dev or chrome://tracing. Off: none."""
+    ranks: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
+    """Which processes write a trace."""
+
+    @model_validator(mode="after")
+    def _steps_are_in_order(self) -> Self:
+        if self.steps is not None and self.steps[0] > self.steps[1]:
+            raise ValueError(f"steps must be the first and the last, got {list(self.steps)}")
+        return self
 
 
 class Tracking(Section):

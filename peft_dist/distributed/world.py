@@ -36,9 +36,13 @@ class World:
         return str(torch.cuda.get_device_name(self.device)) if on_gpu else "cpu"
 
     def gpu_uuids(self) -> list[str]:
-        """Return what tells the GPUs that this process sees from all others; none on a CPU."""
+        """Return what tells the GPUs that this process sees from all others; none on a CPU.
+
+        As the driver and CUDA_VISIBLE_DEVICES have it, `GPU-...`, or `MIG-...` for a part of one.
+        """
         count = torch.cuda.device_count() if self.device.type == "cuda" else 0
-        return [str(torch.cuda.get_device_properties(index).uuid) for index in range(count)]
+        found = [torch.cuda.get_device_properties(index) for index in range(count)]
+        return [f"{'MIG' if ' MIG ' in one.name else 'GPU'}-{one.uuid}" for one in found]
 
 
 def env_int(name: str, default: int) -> int:
@@ -81,24 +85,37 @@ def read_world(device_folder: Path = DEVICES) -> World:
     wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if wants_cpu or not torch.cuda.is_available():
         if not wants_cpu and (present := visible_gpus(os.environ, device_folder)):
-            build = torch.version.cuda
+            cuda, hip = torch.version.cuda, torch.version.hip
+            build = f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else None
             raise LaunchError(
                 f"{present} GPUs are here, and torch {torch.__version__} sees none"
-                + ("" if build is None else f"; it is built for CUDA {build}"),
+                + ("" if build is None else f"; it is built for {build}"),
                 where="torch",
-                remedy="install a build for CUDA"
+                remedy="install a build for CUDA or ROCm"
                 if build is None
                 else "update the driver, or set CUDA_VISIBLE_DEVICES= to compute on the CPU",
             )
         numa_binding.bind(local_rank, local_size, torch.device("cpu"))
         return World(rank, size, local_rank, local_size, torch.device("cpu"))
     if local_rank >= torch.cuda.device_count():
-        raise LaunchError(
-            f"LOCAL_RANK {local_rank} has no GPU of its own ({torch.cuda.device_count()} here)",
-            where="environment",
-            remedy="start one process per GPU",
-        )
+        raise _no_gpu_for(local_rank)
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     numa_binding.bind(local_rank, local_size, device)
     return World(rank, size, local_rank, local_size, device)
+
+
+def _no_gpu_for(local_rank: int) -> LaunchError:
+    """Return what to say to a process that is one too many."""
+    here = torch.cuda.device_count()
+    # Of several instances of MIG, CUDA shows a process the first one, and NCCL connects none.
+    sliced = any("MIG" in torch.cuda.get_device_name(index) for index in range(here))
+    return LaunchError(
+        f"LOCAL_RANK {local_rank} has no GPU of its own ({here} here"
+        + (", an instance of MIG, of which a process sees one)" if sliced else ")"),
+        where="environment",
+        remedy="start one process for each instance, with CUDA_VISIBLE_DEVICES naming it, as a run "
+        "of its own"
+        if sliced
+        else "start one process per GPU",
+    )

@@ -33,7 +33,11 @@ def logits_of(hidden: torch.Tensor, matrix: OutputMatrix) -> torch.Tensor:
     """Return the float32 products [N, V] of hidden [N, H] with a matrix."""
     logits = hidden.new_empty(hidden.shape[0], matrix.weight.shape[0], dtype=torch.float32)
     for part, rows in _vocabulary_parts(matrix.weight, hidden.dtype):
-        logits[:, part] = hidden @ rows.t()
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            # Its sums are float32 anyway: written so, they are neither rounded nor copied.
+            torch.mm(hidden, rows.t(), out_dtype=torch.float32, out=logits[:, part])
+        else:
+            logits[:, part] = hidden @ rows.t()
     if matrix.ids is not None and matrix.rows is not None:
         own = hidden @ matrix.rows.to(hidden.dtype).t()
         logits.index_copy_(1, matrix.ids, own.float())
@@ -96,8 +100,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         own = None
         if to_rows and rows is not None:
             own = hidden.new_empty(hidden.shape[0], len(rows), dtype=torch.float32)
+        wanted = None
+        if to_hidden or to_rows:
+            wanted = hidden.dtype if own is None else torch.float32
         for part in _chunks(matrix, len(hidden)):
-            wanted = to_hidden or to_rows
             nll[part], step = _losses(hidden[part], matrix, targets[part], after, wanted)
             if own is not None and step is not None:
                 own[part] = step[:, ids]
@@ -123,7 +129,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
             to_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
             for part in _chunks(matrix, len(hidden)):
-                _, step = _losses(hidden[part], matrix, targets[part], ctx.after, True)
+                _, step = _losses(hidden[part], matrix, targets[part], ctx.after, torch.float32)
                 assert step is not None
                 step *= scale[part]
                 if to_bias is not None:
@@ -144,22 +150,27 @@ def _losses(
     matrix: OutputMatrix,
     targets: torch.Tensor,
     after: After | None,
-    wants_grad: bool,
+    step_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the losses [N] and, where wanted, their gradient by the products [N, V]."""
+    """Return the losses [N] and their gradient by the products [N, V] in `step_dtype`, if any.
+
+    [N, V] is read and written as seldom as torch's kernels allow: on a GPU that is what it costs.
+    """
     products = logits_of(hidden, matrix)
     if after is None:
         logits = products
     else:
-        with torch.set_grad_enabled(wants_grad):
-            logits = after(products.requires_grad_(wants_grad))
-    values = logits.detach()
-    log_norm = torch.logsumexp(values, dim=-1)
-    picked = values.gather(1, targets[:, None]).squeeze(1)
-    if not wants_grad:
-        return log_norm - picked, None
-    step = torch.exp(values - log_norm[:, None])
-    step[torch.arange(step.shape[0], device=step.device), targets] -= 1.0
+        with torch.set_grad_enabled(step_dtype is not None):
+            logits = after(products.requires_grad_(step_dtype is not None))
+    log_shares = torch.log_softmax(logits.detach(), dim=-1)
+    picked = log_shares.gather(1, targets[:, None])
+    nll = -picked.squeeze(1)
+    if step_dtype is None:
+        return nll, None
+    step = torch.empty_like(log_shares, dtype=step_dtype if after is None else torch.float32)
+    torch.exp(log_shares, out=step)
+    # exp(x) - 1 of a token that is nearly certain would be lost to rounding, in 16 bits above all.
+    step.scatter_(1, targets[:, None], torch.expm1(picked).to(step.dtype))
     if after is not None:
         (step,) = torch.autograd.grad(logits, products, step)
-    return log_norm - picked, step
+    return nll, step.to(step_dtype)

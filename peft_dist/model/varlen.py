@@ -21,6 +21,8 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this torch and this device have such a kernel for a dtype."""
     if device.type != "cuda" or dtype not in DTYPES:
         return False
+    if torch.version.hip is not None:  # another library, whose capabilities are other numbers
+        return False
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

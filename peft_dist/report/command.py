@@ -34,7 +34,7 @@ def write_report(run_dirs: Sequence[str], *, out: str | None, show: bool) -> int
     from peft_dist.report.page import render_page
 
     path = Path(out) if out else RunDir(runs[0].path).report if len(runs) == 1 else Path(SEVERAL)
-    text = render_page(runs)
+    text = render_page(runs, path.parent)
     try:
         replace_file(path, text)
     except (OSError, ValueError) as error:

@@ -4,12 +4,15 @@ Every value passes the template's escaping; plotly.js and the numbers of the fig
 the page, which may load nothing.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -45,8 +48,13 @@ class SampleRow:
     """Of each run that was asked: its name, and its answers before and after training."""
 
 
-def render_page(runs: Sequence[RunData]) -> str:
-    """Return the page about some runs as HTML."""
+def render_page(runs: Sequence[RunData], folder: Path | None = None) -> str:
+    """Return the page about some runs as HTML.
+
+    Args:
+        runs: The runs.
+        folder: Where the page will stand, for its links to traces. Default: in the first run's.
+    """
     environment = Environment(
         loader=PackageLoader("peft_dist", "report"),
         autoescape=True,
@@ -63,8 +71,19 @@ def render_page(runs: Sequence[RunData]) -> str:
         ("memory", "Memory", in_rows(memory_panels(runs))),
         ("time", "Time", in_rows(clock_panels(runs))),
     ]
-    text = environment.get_template("page.html.j2").render(context(runs, sections))
+    text = environment.get_template("page.html.j2").render(
+        context(runs, sections) | {"traces": _traces(runs, folder or runs[0].path)}
+    )
     return text.encode("utf-8", "replace").decode("utf-8")  # folders may have any bytes for a name
+
+
+def _traces(runs: Sequence[RunData], folder: Path) -> list[tuple[str, str, str]]:
+    """Return each trace of some steps: its run, its file, and a link to it from a folder."""
+    return [
+        (run.name, trace.name, quote(os.path.relpath(trace.absolute(), folder.absolute())))
+        for run in runs
+        for trace in run.traces
+    ]
 
 
 def _moment(text: Any) -> str:

@@ -77,6 +77,8 @@ class RunData:
     goodput: Goodput
     crashes: Mapping[int, str]
     """The error of a rank that crashed, by attempt."""
+    traces: Sequence[Path] = ()
+    """Files of the profiler."""
 
     def of(self, *kinds: type[AnyEvent]) -> list[AnyEvent]:
         """Return the events of these classes."""
@@ -204,6 +206,7 @@ def read_run(run: RunDir, name: str) -> RunData:
         counting=counting_events(events),
         goodput=time_use,
         crashes=_crashes(run.attempts, [span.attempt for span in time_use.attempts]),
+        traces=sorted(run.profile.glob("*.json.gz")),
     )
 
 

@@ -109,6 +109,11 @@ class RunDir:
         return self.path / "system"
 
     @property
+    def profile(self) -> Path:
+        """Traces of steps."""
+        return self.path / "profile"
+
+    @property
     def report(self) -> Path:
         """The page that `peft-dist report` makes."""
         return self.path / "report.html"

@@ -70,6 +70,7 @@ def _config(zero: dict[str, Any]) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # waits for the device twice a step
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
         # Gradients come reduced and clipped (`Engine.clip`), so nothing may act on them again.
@@ -268,7 +269,9 @@ def _share_optimizer(
     flat = Flat(own, gradients)
     # By default gradients pass through a buffer of gigabytes, beside an adapter of megabytes.
     size = sum(parameter.numel() for parameter in own)
-    zero = {"stage": 2, "reduce_bucket_size": size}
+    zero: dict[str, Any] = {"stage": 2, "reduce_bucket_size": size}
+    if "compute_grad_norm" in deepspeed.runtime.zero.config.DeepSpeedZeroConfig.model_fields:
+        zero["compute_grad_norm"] = False  # the host would wait for it, in every step
     engine = _initialize(deepspeed, zero, model=flat, optimizer=optimizer)
     return SharedOptimizer(engine, flat.values, targets, Shard(world.rank, world.size))
 

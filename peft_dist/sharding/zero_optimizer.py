@@ -48,9 +48,12 @@ class SharedOptimizer(AdapterOptimizer):
         return groups
 
     def step(self, finite: torch.Tensor) -> None:
-        """Update this process's share and gather the others'. Collective."""
-        if not bool(finite):
-            return
+        """Update this process's share and gather the others', where `finite` is true. Collective.
+
+        It stays on the device: DeepSpeed runs either way, and AdamW's fused kernel leaves weights,
+        moments and count alone where they must not change (see `AdapterOptimizer.step`).
+        """
+        self._engine.optimizer.optimizer.found_inf = (~finite).float()
         self._engine.backward(self._engine())
         self._engine.step()
         with torch.no_grad():

@@ -16,6 +16,7 @@ from peft_dist.common.logs import NOTICE
 from peft_dist.common.process_identity import launcher, slurm_job
 from peft_dist.common.table import print_lines, stdout_form
 from peft_dist.config import Recipe
+from peft_dist.distributed import flight_recorder
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.distributed.world import read_world
 from peft_dist.ledger.events import EndEvent, StartEvent
@@ -28,7 +29,9 @@ from peft_dist.run.lease import Attempt
 from peft_dist.run.prediction import planned_facts
 from peft_dist.run.provenance import versions
 from peft_dist.run.restart_policy import Kind
+from peft_dist.tracking.memory_file import warn_of_other_processes, watch_memory
 from peft_dist.tracking.nodes import watch_machine
+from peft_dist.tracking.profiler import StepProfiler
 from peft_dist.tracking.terminal import Terminal
 from peft_dist.tracking.wandb.tracker import WandbTracker
 from peft_dist.trainer import Trainer
@@ -80,13 +83,19 @@ class TrainingAttempt:
         """On rank 0, from when it begins to train."""
         self.world = read_world()
         _require_trackers(recipe)
+        self._logs = logs
+        self._profiler = StepProfiler(
+            recipe.profile, rank=self.world.rank, device=self.world.device
+        )
         limits = recipe.watchdog
+        flight_recorder.export_recorder(os.environ, logs)
         self._watchdog = HangWatchdog(
             rank=self.world.rank,
             folder=logs,
             limits=WatchdogLimits(limits.min_s, limits.setup_s, limits.evaluation_s, limits.save_s),
             world_size=self.world.size,
             on_hang=lambda line: context.note_crash(Kind.HUNG, line),
+            collectives=flight_recorder.dump,
         )
 
     @property
@@ -113,6 +122,8 @@ class TrainingAttempt:
         path, context.attempt_number = broadcast_object([path, context.attempt_number])
         context.run_dir, context.has_met = RunDir.open(path), True
         self._watchdog.attempt = context.attempt_number
+        watch_memory(context, self.world.device, folder=self._logs)
+        warn_of_other_processes(self.world)
 
     def require_lease(self) -> None:
         """Look whether the run is still ours, on rank 0, before anything of it is replaced.
@@ -144,6 +155,7 @@ class TrainingAttempt:
             Superseded: Where a later attempt has taken it over.
         """
         self._context.step, self._phase = step, name
+        self._profiler.phase(name, step, into=self.run.profile, attempt=self.number)
         if self._context.attempt is not None:
             self._context.attempt.check()
         self._watchdog.phase(name, step)
@@ -189,7 +201,9 @@ class TrainingAttempt:
             outcome = "interrupted" if isinstance(error, Interrupted) else "failed"
             raise
         finally:
-            self._watchdog.phase("save", trainer.progress.step)
+            step = trainer.progress.step
+            self._watchdog.phase("save", step)
+            self._profiler.end(step, into=self.run.profile, attempt=self.number)
             if sampler is not None:
                 sampler.stop()
             _end(trainer, outcome)

@@ -131,7 +131,7 @@ class _Gpus:
         try:
             pynvml.nvmlInit()
             # NVML counts all GPUs of a machine, whatever this process was given of them.
-            self._handles = [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") for uuid in uuids]
+            self._handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
         except pynvml.NVMLError as error:
             log.warning("GPUs are not sampled: %s", error)
 

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from peft_dist.common import console, logs
 from peft_dist.common.console import say
@@ -48,6 +50,8 @@ CERTAIN = (
 )  # fmt: skip
 """Errors of code and its inputs, which no start changes."""
 NO_LIMIT = 10**6
+EXACT_PINNED = (2, 13)
+"""The first torch that can be told to lock no more host memory than it is asked for."""
 LEASE_WAIT_S = 25.0
 """How long after its start a rank with an error still waits for rank 0 to take the run."""
 STOP_WAIT_S = 1.0
@@ -73,6 +77,8 @@ class WorkerContext:
     """Whether the processes work together by now, so that a fault is one of all of them."""
     step: int | None = None
     """The step it is at, once it trains."""
+    write_memory: Callable[[], Path] | None = None
+    """Writes what a GPU's memory holds, where this process has one; returns the file."""
     group: str = field(default_factory=this_group)
     """What the processes of one start have in common; read early, as libraries change it."""
     started_s: float = field(default_factory=time.monotonic)
@@ -170,11 +176,22 @@ def fix_first(run: RunDir) -> str:
 def set_allocator(environ: MutableMapping[str, str]) -> None:
     """Let torch's memory on a GPU grow in place, unless the environment has settings of its own.
 
-    Micro-batches of other lengths leave holes otherwise that no later one fits into. torch reads
-    it when it uses CUDA first.
+    Micro-batches of other lengths leave holes otherwise that no later one fits into. And the
+    page-locked memory of an offloaded base would be rounded up to powers of two, at worst twice its
+    bytes. torch reads it when it uses CUDA first.
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environ.keys():
         environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        if _torch_version() >= EXACT_PINNED:  # an older one refuses what it does not know
+            environ["PYTORCH_ALLOC_CONF"] += ",pinned_max_round_threshold_mb:1"
+
+
+def _torch_version() -> tuple[int, ...]:
+    """Return major and minor version of torch, without importing it; (0,) without it."""
+    try:
+        return tuple(int(part) for part in version("torch").split(".")[:2])
+    except (PackageNotFoundError, ValueError):
+        return (0,)
 
 
 def _close_input() -> None:
@@ -232,7 +249,7 @@ def _crashed(error: BaseException, context: WorkerContext) -> int:
             f"train.micro_batch_size: rank {context.rank} is out of memory{at} "
             f"({text.split('. ')[0]}); lower it, or set train.activation_checkpointing: true"
         )
-        say(f"peft-dist: {line}", sys.stderr)
+        say(f"peft-dist: {line}{_memory_file(context)}", sys.stderr)
         context.note_crash(Kind.OUT_OF_MEMORY, line)
         refusal = _verdict(
             context, Ending(Kind.OUT_OF_MEMORY, line, rank=context.rank, step=context.step)
@@ -249,6 +266,16 @@ def _crashed(error: BaseException, context: WorkerContext) -> int:
         if refusal is not None:
             return _report(refusal, context)
     return 130 if isinstance(error, KeyboardInterrupt) else EXIT_CRASHED
+
+
+def _memory_file(context: WorkerContext) -> str:
+    """Write what the memory holds while the error still holds its tensors; return words for it."""
+    if context.write_memory is None:
+        return ""
+    try:
+        return f"; what its memory holds: {context.write_memory()}"
+    except Exception as error:  # a process that is out of memory has to end all the same
+        return f"; what its memory holds could not be written: {error}"
 
 
 def place_of(error: BaseException) -> str:

@@ -40,6 +40,8 @@ SHORTEST_S = 20.0
 BEFORE_END_S = 40.0
 """How long before the end of its job a process that hangs ends by itself."""
 ASK_JOB_EVERY_S = 5.0
+DUMP_S = 2.0
+"""A record of collectives that takes longer is done without."""
 REPORT_S = 10.0
 """A report that takes longer (a dead file system) is given up, and the process with it."""
 
@@ -74,6 +76,7 @@ class HangWatchdog:
         limits: What is too long.
         world_size: How many ranks there are.
         on_hang: Called with the line that names the hang, just before the process ends.
+        collectives: Returns a record of this process's collectives as JSON, if there is one.
     """
 
     def __init__(
@@ -84,11 +87,12 @@ class HangWatchdog:
         limits: WatchdogLimits,
         world_size: int,
         on_hang: Callable[[str], None] | None = None,
+        collectives: Callable[[], bytes | None] | None = None,
     ) -> None:
         self.attempt = 0
         """Number in the names of the reports; to be set as soon as it is known."""
         self._rank, self._world_size, self._folder = rank, world_size, folder
-        self._limits, self._on_hang = limits, on_hang
+        self._limits, self._on_hang, self._collectives = limits, on_hang, collectives
         self._tick_s = min(0.5, min(astuple(limits)) / 10)
         self._first_step_s: float | None = None
         self._durations_s: deque[float] = deque(maxlen=STEPS_REMEMBERED)
@@ -197,13 +201,16 @@ class HangWatchdog:
             part.replace(path)
         except OSError:  # a full disk
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        self._dump_collectives()
         deadline = time.monotonic() + PEERS_WAIT_S
         while len(self._new_reports()) < self._world_size and time.monotonic() < deadline:
             time.sleep(0.02)
         reports = {self._rank: line, **self._read_reports()}
         if self._world_size > 1 and self._rank == min(reports):
             stacks = self._folder / f"hang-a{self.attempt}-rank-*.txt"
-            _say(f"{describe_hang(reports, self._world_size)}; stacks: {stacks}")
+            others = self._dump_path("*")
+            more = f"; collectives: {others}" if any(self._folder.glob(others.name)) else ""
+            _say(f"{describe_hang(reports, self._world_size)}; stacks: {stacks}{more}")
         elif self._world_size > 1:
             # The speaker's main thread may wait for this rank, and crash as soon as it is gone.
             time.sleep(SPEAKER_WAIT_S)
@@ -214,6 +221,22 @@ class HangWatchdog:
             traceback.print_exc()
         _kill_siblings(set(range(self._world_size)) - set(reports))
         os._exit(EXIT_CRASHED)
+
+    def _dump_path(self, rank: int | str) -> Path:
+        return self._folder / f"collectives-a{self.attempt}-rank-{rank}.json"
+
+    def _dump_collectives(self) -> None:
+        """Write the record of collectives, from a thread: what it asks may hang as well."""
+
+        def write() -> None:
+            record = None if self._collectives is None else self._collectives()
+            if record is not None:
+                with suppress(OSError):  # a full disk
+                    self._dump_path(self._rank).write_bytes(record)
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        writer.join(DUMP_S)
 
     def _reports(self) -> dict[str, int]:
         """Return every rank's report with its time of change, to tell old ones from new ones."""

@@ -252,8 +252,14 @@ def test_a_finished_run_is_not_trained_again(runs: Path) -> None:
 
 def test_fresh_keeps_the_run_that_was_there(runs: Path, project: Path) -> None:
     shutil.copytree(runs / "runs" / "python", project / "run")
-    done = start(project, [*WAYS["python"], "--run-dir", "run", "train.steps=1", "--fresh"])
+    done = start(
+        project,
+        [*WAYS["python"], "--run-dir", "run", "train.steps=1", "profile.steps=[1,1]", "--fresh"],
+    )
     assert done.returncode == 0, done.stderr
+    assert [path.name for path in (project / "run" / "profile").iterdir()] == [
+        "steps-1-1-a1-rank-0.json.gz"
+    ]
     assert result(project / "run.old-1").keys() == result(project / "run").keys()
     assert (project / "run.old-1" / "adapter").is_dir()
     assert attempts(project / "run") == ["done"]

@@ -56,6 +56,11 @@ def pinned_bytes() -> int:
     return int(_stub().fake_pinned_bytes())
 
 
+def used_bytes(device: int) -> int:
+    """Return the bytes of a device that this process has taken."""
+    return int(_stub().fake_used_bytes(device))
+
+
 @contextmanager
 def counting() -> Iterator[Counted]:
     """Count what is called inside."""

@@ -31,12 +31,14 @@ RANKS, RANKS_OF_A_NODE = 4, 2
 
 
 def first_rank(patch: pytest.MonkeyPatch) -> World:
-    """Be rank 0, in a process group that carries nothing."""
+    """Be rank 0 in a process group that carries nothing; or the rank that this process is."""
+    # There are no values to compare: what is read from a device is zero.
+    patch.setattr(torch, "allclose", lambda *_, **__: True)
+    if torch_dist.is_initialized() and torch_dist.get_backend() == "nccl":
+        return read_world()
     numbers = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS_OF_A_NODE}
     for name, number in numbers.items():
         patch.setenv(name, str(number))
-    # There are no values to compare: what is read from a device is zero.
-    patch.setattr(torch, "allclose", lambda *_, **__: True)
     world = read_world()
     assert world.device == torch.device("cuda", 0)
     if not torch_dist.is_initialized():
@@ -62,7 +64,8 @@ def prepare(
     """Do what a rank does before its first step."""
     world = first_rank(patch)
     model = folder / "model"
-    tiny_model(model, architecture, **({"num_labels": 3} if architecture == "bert" else {}))
+    if not model.exists():
+        tiny_model(model, architecture, **({"num_labels": 3} if architecture == "bert" else {}))
     rows = (labelled_rows if architecture == "bert" else completion_rows)(32)
     file = write_jsonl(folder / "rows.jsonl", rows)
     task = "sequence-classification" if architecture == "bert" else "causal-lm"

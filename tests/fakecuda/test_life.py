@@ -16,15 +16,25 @@ METHODS: dict[str, dict[str, Any]] = {
     "bottleneck": {"kind": "bottleneck"},
     "prefix": {"kind": "prefix", "virtual_tokens": 5, "text": "the cat and the dog"},
     "prompt": {"kind": "prompt", "virtual_tokens": 5, "text": "the cat and the dog"},
+    "pissa": {"kind": "lora", "rank": 4, "init": "pissa"},
+    "olora": {"kind": "lora", "rank": 4, "init": "olora"},
     "bitfit": {"kind": "bitfit", "add_bias": True},
     "ia3": {"kind": "peft", "type": "IA3"},
 }
 ENGINES = ("ddp", "fsdp", "hsdp", "zero2", "zero3")
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-@pytest.mark.parametrize("strategy", ENGINES)
-@pytest.mark.parametrize("method", METHODS)
+FACTORED = ("pissa", "olora")
+"""They factor the base, which has to be there unquantized; and are then as any other LoRA."""
+CASES = [
+    (method, strategy, quantization)
+    for method in METHODS
+    for strategy in (("fsdp", "zero3") if method in FACTORED else ENGINES)
+    for quantization in (("none",) if method in FACTORED else ("nf4", "none"))
+]
+
+
+@pytest.mark.parametrize(("method", "strategy", "quantization"), CASES)
 def test_every_method_lives_on_every_engine(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

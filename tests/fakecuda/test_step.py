@@ -15,9 +15,9 @@ from peft_dist.evaluation.scoring import score_rows
 from peft_dist.model.attention import VARLEN_ATTENTION
 from peft_dist.model_setup import ModelSetup
 from tests.configs import CONFIGS
-from tests.fakecuda.device import Counted, counting
+from tests.fakecuda.device import Counted, counting, pinned_bytes
 from tests.fakecuda.rank import RANKS, live, of_shape, prepare, steps
-from tests.fakecuda.test_life import METHODS
+from tests.fakecuda.test_life import FACTORED, METHODS
 
 EIGHT_B = CONFIGS["llama-3.1-8b"]
 LAYERS = 4
@@ -41,8 +41,17 @@ def attention_of(setup: ModelSetup) -> str:
     return str(setup.peft.get_base_model().config._attn_implementation)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp"])
-@pytest.mark.parametrize("method", METHODS)
+QUIET = [
+    (method, strategy)
+    for method in METHODS
+    for strategy in ("ddp", "fsdp", "hsdp")
+    if method not in FACTORED
+]
+QUIET += [("lora", "zero2"), ("lora", "zero3")]
+"""DeepSpeed's part is the same whatever the method."""
+
+
+@pytest.mark.parametrize(("method", "strategy"), QUIET)
 def test_no_step_waits_for_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, strategy: str
 ) -> None:
@@ -96,8 +105,9 @@ def test_an_evaluation_waits_for_its_result_alone(
     assert rank.trainer.eval_set is not None
     with counting() as counted:
         score_rows(rank.setup, rank.trainer.eval_set, wants_stop=lambda: False)
-    late = counted.calls["cudaEventSynchronize"]  # of votes that the device has long been given
-    assert late == rows // RANKS - 2
+    # Of votes that the device has long been given; 8 batches take less than a second.
+    late = counted.calls["cudaEventSynchronize"]
+    assert late == (2 if rows // RANKS > 5 else 0)
     assert counted.waits - late <= 2, counted.calls
 
 
@@ -135,7 +145,7 @@ def step_of_8b(
 
 KERNELS_OF_A_LAYER, PRODUCTS_OF_A_LAYER = 190, 58
 """Budget of forward and backward together, LoRA on all linears, 4-bit base."""
-KERNELS_BESIDE, PRODUCTS_BESIDE = 600, 34
+KERNELS_BESIDE, PRODUCTS_BESIDE = 200, 34
 """Of embedding, loss, optimizer and metrics."""
 
 
@@ -154,6 +164,26 @@ def test_many_short_rows_cost_no_more_kernels_than_few_long_ones(
         step_of_8b(tmp_path, monkeypatch, lengths, layers=1) for lengths in ([2048] * 4, [128] * 64)
     )
     assert many.kernels == few.kernels
+
+
+def test_an_offloaded_base_takes_no_more_host_memory_than_it_has_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's allocator rounds page-locked memory to powers of two, if it is left to."""
+    before = pinned_bytes()
+    trainer = of_shape(
+        tmp_path,
+        monkeypatch,
+        EIGHT_B | {"num_hidden_layers": 1, "vocab_size": 100_000},
+        [16] * 32,
+        quantization="nf4",
+        parallel={"strategy": "fsdp", "offload": "cpu"},
+        train={"steps": 2, "global_batch_size": 8, "micro_batch_size": 2},
+    )
+    locked = pinned_bytes() - before
+    held = trainer.setup.base_bytes_by_rank[0]
+    assert held > 400e6
+    assert held <= locked < 1.02 * held, (locked, held)
 
 
 def ragged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float, int]:

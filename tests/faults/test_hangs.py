@@ -1,5 +1,6 @@
 """A rank that hangs ends the group soon and is named with its phase and stack; slow is not hung."""
 
+import json
 import random
 import signal
 import time
@@ -63,6 +64,8 @@ def report(group: Group, rank: int) -> str:
     assert path.exists(), group.told()
     text = path.read_text(encoding="utf-8")
     assert "(most recent call first)" in text and "watchdog.py" in text
+    record = json.loads((path.parent / f"collectives-a1-rank-{rank}.json").read_bytes())
+    assert record["entries"][-1]["profiling_name"].startswith("gloo:"), record
     assert text.splitlines()[0] in group.errors(rank)
     return text
 
@@ -72,6 +75,7 @@ def verdict(group: Group) -> str:
     lines = [line for rank in (0, 1) for line in group.errors(rank).splitlines()]
     said = [line for line in lines if "stacks: " in line]
     assert said, group.told()
+    assert f"collectives: {group.run_dir}/logs/collectives-a1-rank-*.json" in said[0]
     return said[0]
 
 

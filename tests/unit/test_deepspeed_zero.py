@@ -8,7 +8,12 @@ import torch
 from torch import nn
 
 from peft_dist.common.errors import TrainingError
-from peft_dist.sharding.deepspeed_zero import _check_arithmetic
+from peft_dist.distributed.world import World
+from peft_dist.sharding.deepspeed_zero import (
+    _check_arithmetic,
+    _import_deepspeed,
+    _share_optimizer,
+)
 
 
 def engine(own: torch.optim.AdamW, **shared: Any) -> Any:
@@ -42,3 +47,32 @@ def test_an_engine_with_other_arithmetic_is_refused(name: str, value: object) ->
     _check_arithmetic(engine(optimizer), optimizer)
     with pytest.raises(TrainingError, match=f"DeepSpeed has {name}"):
         _check_arithmetic(engine(optimizer, **{name: value}), optimizer)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_not_counted(alone: World) -> None:
+    """Nor does the host wait to learn of it: DeepSpeed steps all the same, on what is not used."""
+    deepspeed = _import_deepspeed(alone)
+
+    def made() -> nn.Parameter:
+        flat = nn.Parameter(torch.linspace(-1, 1, 9))
+        flat.grad = torch.full((9,), 0.5)
+        return flat
+
+    def adamw(flat: nn.Parameter) -> torch.optim.AdamW:
+        return torch.optim.AdamW([{"params": [flat], "rate_factor": 1.0}], lr=0.1, fused=True)
+
+    ours, wanted = made(), made()
+    gradient = ours.grad
+    assert gradient is not None
+    values, plain = ours.detach(), adamw(wanted)
+    shared = _share_optimizer(deepspeed, adamw(ours), alone)
+    for bad in (None, float("nan"), float("inf"), None):
+        gradient.fill_(0.5 if bad is None else bad)
+        shared.step(torch.isfinite(gradient).all())
+        if bad is None:
+            plain.step()
+        torch.testing.assert_close(values, wanted.detach())
+        moments, state = shared.moments(), plain.state[wanted]
+        assert moments.updates == int(state["step"])
+        torch.testing.assert_close(moments.mean, state["exp_avg"])
+        torch.testing.assert_close(moments.square, state["exp_avg_sq"])

@@ -112,3 +112,17 @@ def test_bfloat16_hidden_states_give_a_float32_loss() -> None:
     assert hidden.grad is not None
     assert hidden.grad.dtype == torch.bfloat16
     torch.testing.assert_close(nll, expected)
+
+
+def test_a_nearly_certain_token_keeps_its_gradient_in_16_bits() -> None:
+    """1 - 2^-10 is 1 in bfloat16: a gradient made of rounded probabilities would be zero."""
+    weight = torch.tensor([[8.0, 0.0], [0.0, 8.0]], dtype=torch.bfloat16)
+    hidden = torch.tensor([[0.875, 0.0], [0.0, 1.0]], dtype=torch.bfloat16, requires_grad=True)
+    plain = hidden.detach().double().requires_grad_()
+    targets = torch.tensor([0, 1])
+    cross_entropy(hidden, OutputMatrix(weight, None), targets, None).sum().backward()
+    logits = functional.linear(plain, weight.double())
+    functional.cross_entropy(logits, targets, reduction="sum").backward()
+    assert plain.grad is not None and hidden.grad is not None
+    assert 0.0 < float(plain.grad.abs().min()) < 0.01
+    torch.testing.assert_close(hidden.grad.double(), plain.grad, rtol=0.01, atol=0)

@@ -58,6 +58,7 @@ checkpoint.every_steps checkpoint.every_seconds
 checkpoint.keep_last checkpoint.keep_best checkpoint.background checkpoint.max_failed_saves
 watchdog.min_s watchdog.setup_s watchdog.save_s tracking.wandb.mode tracking.wandb.project
 tracking.wandb.entity tracking.wandb.group tracking.wandb.tags tracking.system_every_s
+profile.steps
 """,
 )
 
@@ -73,6 +74,7 @@ EXAMPLES: dict[str, tuple[str, list[str], list[str]]] = {
     "train.weight_decay": ("0.1", ["method.kind=bitfit"], []),
     "train.optimizer": ("muon", ["method.kind=bitfit"], []),
     "train.max_skipped_steps": ("3", ["train.non_finite=stop"], []),
+    "profile.ranks": ("[1]", [], ["profile.steps=[1,2]"]),
     "evaluate.at_start": ("false", [], [HELD]),
     "evaluate.max_rows": ("5", [], [HELD]),
     "evaluate.samples": ("2", [], [HELD]),
@@ -131,7 +133,7 @@ def test_a_setting_without_effect_is_refused_and_one_with_effect_is_not(
     )
     recipe = load_recipe(recipe_file, [*useful, f"{field}={value}"])
     owner: Any = getattr(recipe, parts[0])
-    assert getattr(owner, parts[-1]) == parse_yaml(value, where=key)
+    assert owner.model_dump(mode="json")[parts[-1]] == parse_yaml(value, where=key)
 
 
 def test_defaults_that_a_run_directory_writes_out_are_no_fault(

@@ -173,6 +173,21 @@ def test_the_page_may_load_nothing(tmp_path: Path) -> None:
     assert re.findall(r"<link [^>]*>", rest) == ['<link rel="icon" href="data:,">']
 
 
+def test_traces_are_linked_from_wherever_the_page_stands(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a run", Story(steps=5))
+    for page, link in (("a run/report.html", ""), ("out/page.html", "../a%20run/")):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        assert main(["report", str(run), "--out", str(tmp_path / page)]) == 0
+        assert "perfetto" not in (tmp_path / page).read_text(encoding="utf-8")
+        (run / "profile").mkdir(exist_ok=True)
+        trace = run / "profile" / "steps-2-3-a1-rank-0.json.gz"
+        trace.touch()
+        assert main(["report", str(run), "--out", str(tmp_path / page)]) == 0
+        text = (tmp_path / page).read_text(encoding="utf-8")
+        assert f'<a href="{link}profile/{trace.name}">{trace.name}</a>' in text
+        trace.unlink()
+
+
 def test_no_secret_of_the_environment_is_in_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,7 +184,7 @@ def test_each_gpu_has_its_figures_and_what_a_card_does_not_tell_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml_of_two_cards())
-    one, other = watched(tmp_path, gpu_uuids=["loud", "mute"])[0]["gpus"]
+    one, other = watched(tmp_path, gpu_uuids=["GPU-loud", "GPU-mute"])[0]["gpus"]
     assert one == {
         "utilisation_percent": 97, "memory_used_bytes": 10**10, "memory_total_bytes": 8 * 10**10,
         "temperature_c": 61, "power_w": 312.5,

@@ -1,6 +1,6 @@
 /* The card that the stub pretends to be, and what its parts share.
  *
- * FAKE_CUDA_CARD is H100 (default), A100, L4 or T4; FAKE_CUDA_DEVICES is how many there are. */
+ * FAKE_CUDA_CARD is H100 (default), A100, L4, T4 or MIG (a part of an H100); FAKE_CUDA_DEVICES is how many there are. */
 #pragma once
 #include <stddef.h>
 #include <stdlib.h>
@@ -24,6 +24,7 @@ static const Card CARDS[] = {
     {"H100", "NVIDIA H100 80GB HBM3", 9, 0, 85029158912UL, 132, 2048, 32, 232448, 233472, 52428800, 5120},
     {"A100", "NVIDIA A100-SXM4-80GB", 8, 0, 85097971712UL, 108, 2048, 32, 166912, 167936, 41943040, 5120},
     {"L4", "NVIDIA L4", 8, 9, 23586209792UL, 58, 1536, 24, 101376, 102400, 50331648, 192},
+    {"MIG", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9, 0, 10468982784UL, 16, 2048, 32, 232448, 233472, 6553600, 640},
     {"T4", "Tesla T4", 7, 5, 15828320256UL, 40, 1024, 16, 65536, 65536, 4194304, 256},
 };
 

@@ -18,13 +18,17 @@ int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **handle) {
   *handle = (void *)1;
   return 0;
 }
+/* torch asks who else is there when it is out of memory. */
+int nvmlDeviceGetComputeRunningProcesses(void *device, unsigned *count, void *found) {
+  *count = 0;
+  return 0;
+}
 const char *nvmlErrorString(int error) { return "not supported by the fake NVML"; }
 
 #define UNKNOWN(name) \
   int name() { return NOT_SUPPORTED; }
 UNKNOWN(nvmlDeviceGetNvLinkRemoteDeviceType)
 UNKNOWN(nvmlDeviceGetNvLinkRemotePciInfo_v2)
-UNKNOWN(nvmlDeviceGetComputeRunningProcesses)
 UNKNOWN(nvmlSystemGetCudaDriverVersion_v2)
 UNKNOWN(nvmlDeviceGetUUID)
 

@@ -7,8 +7,9 @@
  * A read or write of it by the host, which on a card is an error, is one here too (SIGSEGV).
  *
  * What it cannot: no kernel runs, so there are no values: a copy to the host gives zeros, and code
- * that branches on values takes the branch for zero. There is no time and no NCCL. cuDNN and
- * cuSOLVER are not there: code that needs them fails. */
+ * that branches on values takes the branch for zero. There is no time. NCCL (nccl.c) moves nothing
+ * and writes down what it was asked for; cuBLAS and cuSOLVER (blas.c, solver.c) compute nothing.
+ * cuDNN is not there: code that needs it fails. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdio.h>
@@ -275,9 +276,15 @@ static size_t used[DEVICES], peak[DEVICES];
 size_t fake_used_bytes(int device) { return used[device]; }
 size_t fake_peak_bytes(int device) { return peak[device]; }
 
+/* Bytes of a device that other processes hold: FAKE_CUDA_TAKEN is a list of GiB, by device. */
+static size_t taken(int device) {
+  const char *at = getenv("FAKE_CUDA_TAKEN");
+  for (; at && device > 0; device--) at = (at = strchr(at, ',')) ? at + 1 : NULL;
+  return at ? (size_t)atol(at) << 30 : 0;
+}
 /* Take bytes of a device, under the lock; return whether it has them. */
 static int take(int device, size_t bytes) {
-  if (used[device] + bytes > card()->memory_bytes) return 0;
+  if (taken(device) + used[device] + bytes > card()->memory_bytes) return 0;
   used[device] += bytes;
   if (used[device] > peak[device]) peak[device] = used[device];
   return 1;
@@ -294,7 +301,7 @@ static void *addresses(void *wanted, size_t bytes) {
 
 cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
   *total = card()->memory_bytes;
-  *free_bytes = *total - used[current];
+  *free_bytes = *total - used[current] - taken(current);
   return cudaSuccess;
 }
 cudaError_t cudaMalloc(void **found, size_t bytes) {
