@@ -79,6 +79,7 @@ def subject(model: str, rows: int, *, rank: int = 16) -> Subject:
                 "micro_batch_size": "auto",
                 "activation_checkpointing": "auto",
             },
+            "parallel": {"reshard": "forward"},
         }
     )
     return subject_of(recipe, config_of(model))
