@@ -251,7 +251,7 @@ def _print(model: str, parts: dict[str, Any]) -> None:
                     texts.append(f"{one['strategy']} {speed / 1e3:9,.1f} ({share:4.0%})")
                 if here:
                     cost = f"{here[-1]['requeue_s']:.1f} s, {requeue_gpu_hours(here[-1]):.2f}"
-                    texts.append(f"a requeue reads {cost} GPU-hours")
+                    texts.append(f"a requeue of {here[-1]['strategy']} reads {cost} GPU-hours")
                 print(f"{gpus:5}  {'  '.join(texts) or 'nothing fits'}")
     print(f"\n{model}: adapter, gradient and moments whole on every GPU")
     for one in parts["adapters"]:

@@ -114,7 +114,7 @@ def tiny_config(model_type: str, *, as_decoder: bool = True) -> PretrainedConfig
         as_decoder: Let an encoder, of which there is a decoder too, be one.
     """
     given = AutoConfig.for_model(model_type)
-    changes = _changes(given) | _OF_TYPE.get(model_type, {})
+    changes = _changes(given)
     if as_decoder and getattr(given, "is_decoder", None) is False:
         changes["is_decoder"] = True
     config: PretrainedConfig = AutoConfig.for_model(model_type, **changes)
@@ -122,7 +122,7 @@ def tiny_config(model_type: str, *, as_decoder: bool = True) -> PretrainedConfig
 
 
 def _changes(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the values by which a configuration becomes tiny."""
+    """Return the values by which a configuration becomes tiny, its parts by their own types."""
     given = config.to_dict()
     changes: dict[str, Any] = {}
     for value, names in _SMALL.items():
@@ -140,4 +140,4 @@ def _changes(config: PretrainedConfig) -> dict[str, Any]:
     for name in ("n_inner", "sliding_window"):
         if name in given and given[name] is None:
             changes.pop(name, None)
-    return changes
+    return changes | _OF_TYPE.get(config.model_type, {})

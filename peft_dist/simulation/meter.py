@@ -9,11 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 COLLECTIVES = ("c10d::", "_c10d_functional::")
+
+_DEVICE = torch.ops.prim.device.default
 
 
 class Meter(TorchDispatchMode):
@@ -68,6 +71,9 @@ class Meter(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an operation and count it."""
+        if func is _DEVICE:  # more than half of all calls; asked of fake tensors, it costs most
+            asked = args[0]
+            return asked.fake_device if isinstance(asked, FakeTensor) else func(*args)
         kwargs = kwargs or {}
         name: str = func._schema.name
         out = func(*args, **kwargs)
@@ -89,7 +95,7 @@ class Meter(TorchDispatchMode):
                 if _is_tensor(inner):  # a DTensor names its mesh too
                     self._track(inner)
             return
-        if tensor.is_meta:
+        if not isinstance(tensor, FakeTensor) and tensor.is_meta:
             return
         storage = tensor.untyped_storage()
         if storage in self._known:
