@@ -122,6 +122,9 @@ class ConversationReader:
         common = _common(prompt, self._template.render([*before, other], options))
         asked = _common(prompt, self._template.render(before, options))
         if len(common) < len(asked) or not ended.startswith(common):
+            found = self._after_question(prompt, ended, messages, options)
+            if found is not None:
+                return found
             raise BadRow(
                 f"the chat template renders messages[{len(before)}] otherwise than its own prompt"
                 " begins it, so no prompt leads to that turn"
@@ -133,6 +136,24 @@ class ConversationReader:
         end = self._template.end_of_turn()
         text = content.lstrip().removeprefix(opening.strip()).lstrip("\n")
         return str(text) + end.tail[: end.kept]
+
+    def _after_question(
+        self, prompt: str, ended: str, messages: Sequence[dict[str, Any]], options: dict[str, Any]
+    ) -> str | None:
+        """Return what follows the last question in a finished turn, asked as the prompt asks.
+
+        Mistral 0.3 leaves the system's text out of a question that is answered. None where what
+        comes between question and answer is not what the prompt ends with.
+        """
+        *before, message = messages
+        question = before[-1].get("content", "").strip() if before else ""
+        content = message.get("content", "")
+        if not question or not content or question not in prompt:
+            return None
+        end = prompt[prompt.rindex(question) :]
+        other = self._template.render([*before, {**message, "content": "\ue000"}], options)
+        at = _common(ended, other).rfind(end)
+        return None if at < 0 else ended[at + len(end) :]
 
     def _shows(self, text: str, message: dict[str, Any]) -> bool:
         """Whether a text has all of a message's content, whatever is put around its parts."""

@@ -92,6 +92,29 @@ def test_what_the_template_reads_is_rendered(tmp_path: Path) -> None:
     assert text == "f,Q: ann! cat?<|end|>A: «bob! the mat<|end|>»"
 
 
+MOVES_SYSTEM = """{{ bos_token }}{%- for m in messages -%}
+{%- if m.role == 'user' -%}
+{{ '<|start|>' }}{%- if loop.last and messages[0].role == 'system' -%}
+{{ messages[0].content + ', ' }}{%- endif -%}{{ m.content }}{{ '<|start|>' }}
+{%- elif m.role == 'assistant' -%}{{ ' ' + m.content + eos_token }}{%- endif -%}
+{%- endfor -%}"""
+
+
+def test_what_only_the_newest_question_shows_is_trained_with_each_answer(tmp_path: Path) -> None:
+    system = {"role": "system", "content": "short"}
+    first, second = shown(tmp_path, MOVES_SYSTEM, system, *CHAT)
+    assert first == "<|begin|><|start|>short, cat?<|start|>« the mat<|end|>»"
+    before = "<|begin|><|start|>cat?<|start|> the mat<|end|>"
+    assert second == before + "<|start|>short, dog?<|start|>« the log<|end|>»"
+    # What no prompt of a trained turn shows is left out all the same,
+    never = MOVES_SYSTEM.replace("messages[0].content + ', '", "''")
+    assert "leaves out messages[0], of role 'system'" in refusal(tmp_path, never, system, *CHAT)
+    # and so is an answer that does not follow what was asked.
+    asks = "m.content }}{{ '<|start|>'"
+    turned = MOVES_SYSTEM.replace(asks, f"{asks} if loop.last else '<|begin|>'")
+    assert "no prompt leads to that turn" in refusal(tmp_path, turned, system, *CHAT)
+
+
 def test_a_turn_of_weight_0_is_read_and_not_trained(tmp_path: Path) -> None:
     messages = [USER, {**ASSISTANT, "weight": 0}, *CHAT[2:]]
     assert shown(tmp_path, KNOWN_ROLES, *messages) == [
@@ -176,6 +199,10 @@ def test_a_prompt_that_opens_what_finished_turns_lack_is_followed_by_the_answer(
 
 def test_a_prompt_that_leads_to_no_turn_is_a_bad_row(tmp_path: Path) -> None:
     template = KNOWN_ROLES.replace("Q: {{ m.content }}", "{{ messages|length }}: {{ m.content }}")
+    # As inference asks it, although a finished turn shows another number of messages.
+    first, _ = shown(tmp_path, template, *CHAT)
+    assert first == "1: cat?<|end|>A: «the mat<|end|>»"
+    template = template.replace("A: {{ m.content }}", "B: {{ m.content }}")
     bad = {"messages": CHAT}
     rows = rows_of(tmp_path, template, bad, {"text": "a"}, max_bad_rows=1)
     assert rows.n_rows == 1

@@ -234,12 +234,14 @@ def test_every_start_leaves_the_output_of_the_base(
     assert bool(zero) == (init in ("default", "gaussian", "eva"))
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_a_pissa_adapter_is_a_plain_one_of_twice_the_rank_on_disk(
-    tmp_path: Path, alone: World, rslora: bool
+@pytest.mark.parametrize(
+    ("init", "rslora"), [("pissa", False), ("pissa", True), ("corda", False), ("lora_ga", True)]
+)
+def test_an_adapter_split_off_the_base_is_a_plain_one_of_twice_the_rank_on_disk(
+    tmp_path: Path, alone: World, init: str, rslora: bool
 ) -> None:
     setup = opened(
-        tmp_path, alone, quantization="none", method={"init": "pissa", "rank": 4, "rslora": rslora}
+        tmp_path, alone, quantization="none", method={"init": init, "rank": 4, "rslora": rslora}
     )
     torch.manual_seed(0)
     with torch.no_grad():

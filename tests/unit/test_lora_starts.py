@@ -12,6 +12,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.utils.loftq_utils import _low_rank_decomposition
 from transformers import AutoModelForCausalLM
 
+from peft_dist.checkpoint.adapter_file import load_adapter
 from peft_dist.common.errors import RecipeError
 from peft_dist.data.order import RowOrder
 from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
@@ -21,7 +22,7 @@ from peft_dist.methods.lora_initial import layers_of
 from peft_dist.model.nf4 import FrozenLinear4bit
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import ModelSetup, set_up_model
-from tests.tiny import completion_rows, tiny_model, tiny_recipe, write_jsonl
+from tests.tiny import completion_rows, save_adapter, tiny_model, tiny_recipe, write_jsonl
 
 ROWS, RANK = 12, 4
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -212,3 +213,21 @@ def test_a_layer_that_no_row_passes_is_named(
     monkeypatch.setattr(row_statistics, "_hook", lambda *_: lambda *_: None)
     with pytest.raises(RecipeError, match=r"method.init_rows: none of the rows .* passes .*q_proj"):
         started(tmp_path, alone, "eva")
+
+
+@pytest.mark.parametrize("init", ["corda_kpm", "lora_ga"])
+def test_a_saved_adapter_is_read_without_the_rows_that_it_started_from(
+    tmp_path: Path, alone: World, init: str
+) -> None:
+    setup, _ = started(tmp_path, alone, init)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in setup.adapter.values():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    state = setup.engine.adapter_state()
+    save_adapter(tmp_path / "adapter", setup.method, setup.peft, state)
+    bare = set_up_model(setup.recipe, alone, find_base(setup.recipe, tmp_path / "cache"))
+    found = load_adapter(tmp_path / "adapter", bare.method, bare.peft, bare.adapter)
+    bare.note_base()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert bare.base_fingerprint == setup.base_fingerprint
