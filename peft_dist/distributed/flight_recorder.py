@@ -1,7 +1,6 @@
 """What torch's flight recorder knows of a process: the collectives that it has begun and ended."""
 
 from collections.abc import MutableMapping
-from pathlib import Path
 
 import torch.distributed as torch_dist
 from torch._C import _distributed_c10d as c10d
@@ -10,18 +9,10 @@ COLLECTIVES = "2000"
 """The newest that are remembered; torch's own default, which older versions lack."""
 
 
-def export_recorder(environ: MutableMapping[str, str], folder: Path) -> None:
-    """Export the recorder's settings, where the user has none; read when groups are made.
-
-    Args:
-        environ: This process's environment.
-        folder: Where torch itself leaves a dump when a collective of NCCL times out, for its
-            `torchfrtrace`; a prefix before the rank.
-    """
+def export_recorder(environ: MutableMapping[str, str]) -> None:
+    """Export the recorder's size, where the user has set none; read when groups are made."""
     environ.setdefault("TORCH_FR_BUFFER_SIZE", COLLECTIVES)
     environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", COLLECTIVES)
-    environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", f"{folder}/nccl-timeout-rank-")
 
 
 def dump() -> bytes | None:

@@ -88,7 +88,7 @@ class TrainingAttempt:
             recipe.profile, rank=self.world.rank, device=self.world.device
         )
         limits = recipe.watchdog
-        flight_recorder.export_recorder(os.environ, logs)
+        flight_recorder.export_recorder(os.environ)
         self._watchdog = HangWatchdog(
             rank=self.world.rank,
             folder=logs,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from peft_dist.distributed import collectives, process_group, rendezvous
+from peft_dist.distributed import collectives, flight_recorder, process_group, rendezvous
 from peft_dist.distributed.world import read_world
 from tests.fakecuda.device import used_bytes
 from tests.fakecuda.rank import live, off_device, prepare
@@ -58,6 +58,10 @@ def main(folder: Path, engines: list[str]) -> None:
         assert off_device(rank) == []
     here = [index for index in range(torch.cuda.device_count()) if used_bytes(index)]
     assert here == [world.local_rank], "memory of another rank's GPU"
+    record = flight_recorder.dump()  # what a hang would leave
+    assert record is not None
+    entries = json.loads(record)["entries"]
+    assert {entry["profiling_name"] for entry in entries} >= {"nccl:all_reduce"}, entries[-3:]
     print("lived", flush=True)
 
 
