@@ -27,14 +27,20 @@ def gather_for_use(module: nn.Module, holder: Gathers, *, free: bool = True) -> 
     """Have a module's parameters whole in each of its calls, and inside `gathered`.
 
     Args:
-        module: Its forward needs them, its backward does not.
+        module: An embedding, whose backward does not need them, or a linear.
         holder: Gathers them.
-        free: Whether they are freed after a call; else whoever uses them next has to.
+        free: Whether they are freed after a call; else whoever uses them next has to. After the
+            call of a linear that is to have a backward, the engine frees them at the step's end.
     """
+
+    def after_forward(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if not (isinstance(module, nn.Linear) and output.requires_grad):
+            holder.free()
+
     module.__dict__[_HOLDER] = holder
     module.register_forward_pre_hook(lambda *_: holder.gather())
     if free:
-        module.register_forward_hook(lambda *_: holder.free())
+        module.register_forward_hook(after_forward)
 
 
 @contextmanager

@@ -24,6 +24,10 @@ MOST_NODES = 64
 """Up to which it is looked for nodes on which something would fit."""
 
 
+SAME_SPEED = 0.98
+"""Share of the best speed from which on fewer gathers are not worth a base more in memory."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is planned: a recipe, and what its model and adapter are made of."""
@@ -209,6 +213,8 @@ def best_setting(
 ) -> Estimate:
     """Return the best of the settings that the recipe leaves open, under one strategy.
 
+    Blocks stay gathered only where that is worth their memory.
+
     Args:
         subject: What is planned.
         hardware: Where.
@@ -219,7 +225,15 @@ def best_setting(
     candidates = _candidates(subject.recipe, hardware, strategy, nodes)
     if offload is not None:
         candidates = (replace(one, offload=offload) for one in candidates)
-    return min((subject.estimate(one, hardware) for one in candidates), key=_order)
+    found = [subject.estimate(one, hardware) for one in candidates]
+    best = min(found, key=_order)
+    enough = SAME_SPEED * best.tokens_per_s
+    return next(
+        one
+        for one in found
+        if one.candidate == replace(best.candidate, reshard=one.candidate.reshard)
+        and (one is best or (one.fits and one.tokens_per_s >= enough))
+    )
 
 
 def _order(found: Estimate) -> tuple[bool, float, int]:

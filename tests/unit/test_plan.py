@@ -53,29 +53,30 @@ def test_a_base_that_fits_is_planned_on_every_strategy(plan: Plan) -> None:
         *((s, n) for n in (2, 4) for s in ("ddp", "fsdp", "fsdp+offload", "hsdp")),
     ]
     assert all(row["fits"] and not row["remedy"] for row in found["rows"])
-    # Measured by the CUDA allocator for these very settings: 51.8 GiB.
+    # By the CUDA allocator 51.8 GiB for these very settings, 1.0 of them of an embedding that
+    # stayed gathered then.
     sharded = plan("parallel.reshard=forward")[1]["rows"][0]
-    assert sharded["bytes"]["allocated"] / 2**30 == pytest.approx(51.8, abs=0.2)
+    assert sharded["bytes"]["allocated"] / 2**30 == pytest.approx(50.8, abs=0.2)
     # 11.5 to 12.7 thousand tokens per second and GPU by a model of its kernels.
     assert 9e3 < sharded["tokens_per_s"] / 8 < 14e3
     assert sharded["gpu_hours"] == pytest.approx(8 * sharded["hours"])
 
 
-def test_blocks_stay_gathered_where_there_is_room(plan: Plan) -> None:
+def test_blocks_stay_gathered_where_that_is_worth_its_memory(plan: Plan) -> None:
     def fsdp(*words: str) -> Any:
-        rows = plan("--nodes", "1", *words)[1]["rows"]
+        rows = plan("--nodes", "2", *words)[1]["rows"]
         return next(row for row in rows if row["candidate"]["strategy"] == "fsdp")
 
-    chosen = fsdp()
+    assert fsdp()["candidate"]["reshard"] == "forward"  # gathers are hidden behind the products
+    short = ("data.max_length=128", "train.micro_batch_size=1")
+    chosen = fsdp(*short)
     assert chosen["candidate"]["reshard"] == "step" and chosen["fits"]
-    sent = [
-        fsdp(f"parallel.reshard={one}")["sent_inside_bytes"]
-        for one in ("forward", "backward", "step")
-    ]
-    assert sent[0] > 1.5 * sent[1] > 2.5 * sent[2] == 2.5 * chosen["sent_inside_bytes"]
-    tight = ("--gpu", "l4-24gb", "train.micro_batch_size=1")
-    assert fsdp(*tight)["candidate"]["reshard"] == "forward"
-    assert "parallel.reshard: forward" in fsdp(*tight, "parallel.reshard=step")["remedy"]
+    ways = [fsdp(*short, f"parallel.reshard={one}") for one in ("forward", "backward", "step")]
+    sent = [way["sent_between_bytes"] for way in ways]
+    assert sent[0] > 1.5 * sent[1] > 2.5 * sent[2] == 2.5 * chosen["sent_between_bytes"]
+    assert ways[0]["tokens_per_s"] < 0.98 * chosen["tokens_per_s"]
+    tight = fsdp("--gpu", "l4-24gb", "train.micro_batch_size=1", "parallel.reshard=step")
+    assert not tight["fits"] and "parallel.reshard: forward" in tight["remedy"]
 
 
 def test_what_does_not_fit_says_what_would(plan: Plan) -> None:

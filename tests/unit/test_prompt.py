@@ -143,7 +143,13 @@ def test_an_embedding_stored_narrower_is_read_as_it_computes(tmp_path: Path, alo
 def test_a_text_without_tokens_is_refused(tmp_path: Path, alone: World) -> None:
     setup, _ = opened(prompt(tmp_path, "llama", method={"text": TEXT}), alone)
     start = BaseAccess(
-        lambda p: p, lambda p, v: None, lambda p: None, lambda text: [], lambda ids: None
+        full_tensor=lambda p: p,
+        copy_into=lambda p, v: None,
+        release=lambda p: None,
+        tokenize=lambda text: [],
+        read=lambda ids: None,
+        stored_weight=lambda name: torch.empty(0),
+        over_rows=None,
     )
     with pytest.raises(RecipeError, match=r"method\.text: '.*' has no token; add words"):
         setup.method.initialise(setup.peft, start)
