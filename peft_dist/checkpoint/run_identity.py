@@ -16,7 +16,12 @@ from peft_dist.optim.lr_schedule import peak_learning_rate
 RNG_RULE = "dropout is seeded by (train.seed, step, global micro-batch); rows by (seed, epoch)"
 
 
-EARLIER = {"objective.kind": "sft", "model.dropout": "as-configured"}
+EARLIER = {
+    "method.init_rows": 256,
+    "model.dropout": "as-configured",
+    "objective.kind": "sft",
+    "train.optimizer": "adamw",
+}
 """What versions did that had no field for it."""
 
 
@@ -74,6 +79,10 @@ def refuse_another_run(
     """
     changes = differences(saved["content"], now["content"])
     # Checkpoints of earlier versions lack fields: what is off now was off before there was one.
-    off = {field: value for field, value in now["recipe"].items() if not value}
-    changes |= differences({**off, **EARLIER, **saved["recipe"]}, now["recipe"])
+    before = {
+        field: EARLIER.get(field, value)
+        for field, value in now["recipe"].items()
+        if not value or field in EARLIER
+    }
+    changes |= differences({**before, **saved["recipe"]}, now["recipe"])
     refuse_changes(changes, allowed, where=where)

@@ -83,3 +83,27 @@ def test_a_run_of_an_earlier_version_goes_on_where_what_it_lacks_is_off() -> Non
     other = learning_settings(Recipe.model_validate(raw | {"objective": "dpo"}))
     with pytest.raises(RunDirError, match=r"objective\.beta .*objective\.kind"):
         refuse_another_run(old, {"content": {}, "recipe": other}, (), where="run")
+
+
+def test_a_run_that_began_before_there_was_a_setting_goes_on_with_its_default() -> None:
+    """Whoever adds a field whose default is not off says in EARLIER what was done before."""
+    from peft_dist.checkpoint.run_identity import refuse_another_run
+    from peft_dist.config.resume_rules import learning_settings
+
+    raw = {"model": {"name": "m", "dropout": "as-configured"}, "data": {"train": "t"}}
+    now = learning_settings(Recipe.model_validate(raw))
+    saved = {field: value for field, value in now.items() if field in AT_FIRST}
+    assert saved.keys() == AT_FIRST
+    refuse_another_run(
+        {"content": {}, "recipe": saved}, {"content": {}, "recipe": now}, (), where="run"
+    )
+
+
+AT_FIRST = {
+    "method.alpha", "method.bias", "method.dora", "method.dropout", "method.init", "method.kind",
+    "method.learning_rate_ratio", "method.rank", "method.rslora", "method.targets", "model.dtype",
+    "model.task", "quantization", "train.betas", "train.epochs", "train.epsilon",
+    "train.global_batch_size", "train.learning_rate", "train.max_grad_norm", "train.schedule",
+    "train.seed", "train.steps", "train.warmup_fraction", "train.weight_decay",
+}  # fmt: skip
+"""The fields of LoRA and SFT that checkpoints have had from the beginning."""
