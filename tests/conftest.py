@@ -5,7 +5,6 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -16,10 +15,6 @@ TOGETHER = ("cluster", "equivalence")
 """Folders whose tests all stand on one thing that takes long to make."""
 AFTER_CLUSTER = "tests/faults/test_places.py"
 """Mounts disks, which the nodes of a cluster that begins meanwhile would hold on to."""
-
-# How long an example takes is the machine's affair; what hangs is pytest-timeout's.
-settings.register_profile("any machine", deadline=None)
-settings.load_profile("any machine")
 
 # Under nohup, or in the background of a shell, they would be ignored, and so they would by every
 # process that a test starts.

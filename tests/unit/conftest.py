@@ -4,9 +4,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from peft_dist.run.lease import Attempt
 from tests.unit.slurm_desk import Desk
+
+# How long an example takes is the machine's affair; what hangs is pytest-timeout's.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 MINIMAL = "model: {name: ./model}\ndata: {train: train.jsonl}\n"
 
