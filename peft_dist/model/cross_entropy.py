@@ -171,6 +171,7 @@ def _losses(
     torch.exp(log_shares, out=step)
     # exp(x) - 1 of a token that is nearly certain would be lost to rounding, in 16 bits above all.
     step.scatter_(1, targets[:, None], torch.expm1(picked).to(step.dtype))
+    del log_shares
     if after is not None:
         (step,) = torch.autograd.grad(logits, products, step)
     return nll, step.to(step_dtype)

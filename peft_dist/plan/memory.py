@@ -214,8 +214,10 @@ def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> By
     last = wide * (e + (FLOAT if setting.recompute else 0)) + 2 * predicted * shape.hidden * e
 
     chunk = min(max(1, LOGIT_BYTES_PER_CHUNK // (FLOAT * shape.vocabulary)), predicted)
-    copies = (5 if shape.head_softcap else 3) + (1 if chunk < predicted else 0)
-    logits = copies * chunk * shape.vocabulary * FLOAT
+    per_logit = 6 * FLOAT if shape.head_softcap else 2 * FLOAT + e
+    if chunk < predicted:  # the gradients of the chunk before
+        per_logit += e
+    logits = per_logit * chunk * shape.vocabulary
 
     largest = shape.largest_linear
     product = tokens * shape.intermediate * max(shape.experts_per_token, 1) * e
