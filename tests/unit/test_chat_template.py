@@ -232,7 +232,8 @@ def test_a_prompt_that_leads_to_no_turn_is_a_bad_row(tmp_path: Path) -> None:
 def test_a_template_that_fails_costs_a_row_or_is_told_as_such(
     tmp_path: Path, body: str, why: str, only_in_row: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat_template, "RENDERING_LIMIT_S", 0.3)
+    if why == "within":  # what ends by itself may take as long as the machine needs
+        monkeypatch.setattr(chat_template, "RENDERING_LIMIT_S", 0.3)
     condition = "messages[0].content == 'cat?'" if only_in_row else "true"
     template = f"{{% if {condition} %}}{body}{{% endif %}}{KNOWN_ROLES}"
     error = refusal(tmp_path, template, *CHAT)
