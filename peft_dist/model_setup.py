@@ -19,7 +19,6 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from peft_dist.base_access import LoadedBase
 from peft_dist.common.errors import DataError, TrainingError
 from peft_dist.common.paths import TOKENIZER_FILES
 from peft_dist.common.screen import stage
@@ -32,6 +31,7 @@ from peft_dist.data.pack import Batch, pack
 from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.world import World
 from peft_dist.methods import METHODS, Method
+from peft_dist.methods.base_access import LoadedBase
 from peft_dist.methods.init import generator_for
 from peft_dist.methods.method import base_name_in
 from peft_dist.methods.trained_parts import left_frozen

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_dist.common.env import AFTER_JOB, LAUNCHER
+from peft_dist.common.process_table import started_ticks
 
 
 def this_process() -> dict[str, Any]:
@@ -21,7 +22,7 @@ def this_process() -> dict[str, Any]:
     return {
         "host": os.uname().nodename,
         "pid": os.getpid(),
-        "start_ticks": _start_ticks(os.getpid()),
+        "start_ticks": started_ticks(os.getpid()),
         "boot_id": boot_id,
         "pid_namespace": pid_namespace,
     }
@@ -80,7 +81,7 @@ def is_alive(record: dict[str, Any]) -> bool | None:
     if not seen or record.get("start_ticks") is None:
         return None
     # Pids are used again; with the start time they are not.
-    return bool(_start_ticks(record["pid"]) == record["start_ticks"])
+    return bool(started_ticks(record["pid"]) == record["start_ticks"])
 
 
 def is_requeue_of(record: dict[str, Any]) -> bool:
@@ -97,16 +98,3 @@ def is_requeue_of(record: dict[str, Any]) -> bool:
         and record.get("slurm_job_id") == ours["slurm_job_id"]
         and ours["slurm_restart_count"] > record.get("slurm_restart_count", 0)
     )
-
-
-def _start_ticks(pid: int) -> int | None:
-    """Return when a process started, in ticks since boot; None where it has ended.
-
-    Source: proc_pid_stat(5), fields 3 (state) and 22 (starttime).
-    """
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    state, *fields = text.rpartition(")")[2].split()  # the name in parentheses may hold anything
-    return None if state in "ZX" else int(fields[18])  # Z: killed, and not yet waited for

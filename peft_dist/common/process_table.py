@@ -41,6 +41,21 @@ def children(parent: int) -> Iterator[Process]:
                 yield found
 
 
+def lives(pid: int) -> bool:
+    """Whether a process runs: not ended, nor ended and not yet waited for."""
+    with suppress(OSError):
+        return _status(Path(f"/proc/{pid}"))[1][0] not in "ZX"
+    return False
+
+
+def started_ticks(pid: int) -> int | None:
+    """Return when a process that runs was started, in ticks since boot; None once it has ended."""
+    with suppress(OSError):
+        state, *rest = _status(Path(f"/proc/{pid}"))[1]
+        return None if state in "ZX" else int(rest[18])
+    return None
+
+
 def rank_name(rank: int) -> str:
     """Return what the process of a rank calls itself."""
     return f"rank {rank}"
@@ -53,7 +68,13 @@ def call_this_process(name: str) -> None:
 
 
 def _process(folder: Path) -> Process:
+    name, fields = _status(folder)
+    return Process(int(folder.name), name, int(fields[1]))
+
+
+def _status(folder: Path) -> tuple[str, list[str]]:
+    """Return a process's name, and what follows it: its state, parent, ... (proc_pid_stat(5))."""
     # "PID (name) state parent ...", and the name may hold anything.
     text = (folder / "stat").read_text(encoding="utf-8", errors="replace")
     before, _, after = text.rpartition(")")
-    return Process(int(folder.name), before.partition("(")[2], int(after.split()[1]))
+    return before.partition("(")[2], after.split()

@@ -1,7 +1,8 @@
 """The recipe: every setting of a run, its meaning, unit and default.
 
 Numbers that follow from a recipe and a placement are functions elsewhere. The docstring under a
-field is its text in the JSON Schema.
+field is its text in the JSON Schema. A long file: sections that refuse each other's values stand
+together.
 """
 
 import datetime as dt

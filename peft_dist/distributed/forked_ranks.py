@@ -31,6 +31,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 
 from peft_dist.common import paths
 from peft_dist.common.console import flush
+from peft_dist.common.process_table import lives
 from peft_dist.distributed.rank_server import Server, threads
 
 log = logging.getLogger(__name__)
@@ -78,8 +79,9 @@ class RankServer:
         self.script = script
         self.codes: dict[int, int] = {}
         """Exit codes by process, as `subprocess` gives them."""
+        self.refuses = False
+        """Whether it starts no more ranks; it still says how those that it has started end."""
         self.is_gone = False
-        """Whether nothing more is heard of it; ranks are started without it then."""
         self._started: list[int] = []
         self._rest = b""
         self._channel, other = socket.socketpair()
@@ -114,7 +116,8 @@ class RankServer:
 
     def can_start(self, args: Sequence[str]) -> bool:
         """Whether a command starts the script as torchrun does when nothing is put before it."""
-        return not self.is_gone and list(args[:3]) == [sys.executable, "-u", self.script]
+        is_open = not (self.is_gone or self.refuses)
+        return is_open and list(args[:3]) == [sys.executable, "-u", self.script]
 
     def start(
         self, args: Sequence[str], env: dict[str, str], outputs: Sequence[str | None]
@@ -131,7 +134,7 @@ class RankServer:
         """
         request = {"argv": list(args[2:]), "env": env, "outputs": outputs}
         self._channel.sendall(json.dumps(request).encode() + b"\n")
-        while not (self._started or self.is_gone):
+        while not (self._started or self.is_gone or self.refuses):
             self.listen(None)
         if not self._started:
             raise ConnectionError
@@ -148,7 +151,7 @@ class RankServer:
             for answer in map(json.loads, lines):
                 if "refusal" in answer:
                     log.warning("each process imports for itself: %s", answer["refusal"])
-                    self.is_gone = True
+                    self.refuses = True
                 elif "code" in answer:
                     self.codes[answer["pid"]] = answer["code"]
                 else:
@@ -166,7 +169,7 @@ class ForkedRank:
     def poll(self) -> int | None:
         """Return its exit code; None while it runs."""
         self._server.listen(0.0)
-        if self.pid not in self._server.codes and self._server.is_gone and not _lives(self.pid):
+        if self.pid not in self._server.codes and self._server.is_gone and not lives(self.pid):
             self._server.codes[self.pid] = -signal.SIGKILL  # its end was not seen
         return self._server.codes.get(self.pid)
 
@@ -185,10 +188,3 @@ class ForkedRank:
             if self._server.is_gone:
                 time.sleep(0.1)
         return code
-
-
-def _lives(pid: int) -> bool:
-    with suppress(OSError):
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        return stat.rpartition(")")[2].split()[0] not in "ZX"
-    return False

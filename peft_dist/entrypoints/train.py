@@ -18,6 +18,7 @@ from peft_dist.common.console import to_rank_log
 from peft_dist.common.env import WATCHED_LEASE
 from peft_dist.common.errors import RunDirError, TrainingError
 from peft_dist.common.process_identity import is_launcher_gone
+from peft_dist.common.process_table import started_ticks
 from peft_dist.common.screen import stage
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.batch_shape import require_settled
@@ -177,9 +178,7 @@ def _date_of_run(run: RunDir) -> date | None:
 
 def process_age_s() -> float:
     """Return the seconds since this process was started, its interpreter's start among them."""
-    try:
-        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
-    except (OSError, ValueError, IndexError, AttributeError):
+    ticks = started_ticks(os.getpid())
+    if ticks is None:  # no Linux
         return 0.0
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))

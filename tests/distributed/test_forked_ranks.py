@@ -185,6 +185,42 @@ assert len({rank.pid for rank in ranks}) == 50
     assert done.returncode == 0, done.stderr
 
 
+def test_where_no_more_can_be_forked_the_ends_of_the_others_are_still_heard(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "launch").mkdir()
+    script = tmp_path / "launch" / "train.py"
+    script.write_text(
+        "def preload(*, talks): pass\nif __name__ == '__main__':\n    import sys; sys.exit(5)\n",
+        encoding="utf-8",
+    )
+    code = """
+import os, sys
+fork, left = os.fork, [2]  # the server, and one rank
+def few():
+    left[0] -= 1
+    if left[0] < 0:
+        raise BlockingIOError("no more processes")
+    return fork()
+os.fork = few
+from peft_dist.distributed.forked_ranks import RankServer
+server = RankServer(sys.argv[1], talks=False)
+args = [sys.executable, "-u", sys.argv[1]]
+first = server.start(args, {"RANK": "0"}, [None, None])
+try:
+    server.start(args, {"RANK": "1"}, [None, None])
+except ConnectionError:
+    assert not server.can_start(args)
+    assert first.wait(20) == 5, first.poll()
+else:
+    sys.exit("forked all the same")
+"""
+    command = [sys.executable, "-c", code, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "no more processes" in done.stderr
+
+
 def test_an_error_ends_a_rank_as_it_ends_an_interpreter(tmp_path: Path) -> None:
     """With its traceback and code 1; the other one is asked to stop."""
     launch = Launch(tmp_path, "rank == '0' and time.sleep(60) or int('x')")

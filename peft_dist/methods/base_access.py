@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -16,12 +16,29 @@ from peft_dist.data.mixture import source_shares
 from peft_dist.data.order import RowOrder, assign
 from peft_dist.data.pack import Batch, pack, unlabelled
 from peft_dist.data.token_cache import TokenizedRows
+from peft_dist.distributed.collectives import Shard
+from peft_dist.distributed.world import World
 from peft_dist.methods.method import BaseAccess
 from peft_dist.model import architectures
 from peft_dist.model.plan import BasePlan
 from peft_dist.model.precision import autocast
 from peft_dist.model.source import BaseSource
-from peft_dist.sharding import Engine
+
+
+class HoldsBase(Protocol):
+    """What of an engine is used here."""
+
+    world: World
+    shard: Shard
+
+    def full_tensor(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return a parameter whole, whatever shards it. Collective."""
+
+    def copy_into(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        """Write a whole tensor into a parameter. Collective."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Compute gradients. Collective."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +50,7 @@ class LoadedBase:
     plan: BasePlan
     by_name: dict[str, nn.Parameter]
     """Its parameters, by their names in the bare model."""
-    engine: Engine
+    engine: HoldsBase
     model: nn.Module
     """As the engine wraps it."""
     peft: PeftModel
