@@ -256,6 +256,7 @@ def set_up_model(
     if world.is_main:
         for warning in plan.warnings:
             log.warning(warning)
+    of_base = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
     blocks = architectures.transformer_blocks(skeleton)
     if launched.strategy in ("fsdp", "hsdp"):
         architectures.require_own_weights(blocks, config.model_type)
@@ -280,7 +281,7 @@ def set_up_model(
 
     frozen, trained = _split(peft)
     log.info("built: %s with %s adapters", type(skeleton).__name__, recipe.method.kind)
-    packed = _load_base(peft, frozen, trained, plan, source, engine)
+    packed = _load_base(peft, frozen, trained, plan, source, engine, of_base)
     _fill_fresh_heads({**frozen, **trained}, plan, peft, engine, seed=recipe.train.seed)
     as_released = engine.fingerprint(frozen)
     verify_one_base(as_released)
@@ -345,6 +346,7 @@ def _load_base(
     plan: BasePlan,
     source: BaseSource,
     engine: Engine,
+    of_base: set[str],
 ) -> Path | None:
     """Fill every parameter that the files hold; return the cache entry that holds them, if any.
 
@@ -355,6 +357,9 @@ def _load_base(
     packed = source.fill(
         by_name, plan, engine.shard, world=engine.world, copy_into=engine.copy_into
     )
+    filled = {name for tensor in plan.tensors for name in tensor.parameters()} | set(plan.fresh)
+    if unfilled := sorted(of_base.intersection(by_name) - filled):
+        raise AssertionError(f"{unfilled[0]} is what was in memory: a tie is lost")
     for name, parameter in trained.items():
         twin = by_name.get(base_name_in(peft, name))
         if twin is not None and twin is not parameter:

@@ -99,7 +99,9 @@ class RankServer:
         if torch.backends.cuda.is_built() or threads() > 1:
             words = [str(other.fileno()), str(launcher), self.script, "talks" if talks else "-"]
             command = [sys.executable, "-m", "peft_dist.distributed.rank_server", *words]
-            self._process = subprocess.Popen(command, pass_fds=[other.fileno()])
+            # numpy would start a thread per core as it is imported, and a fork has none of them.
+            env = {"OPENBLAS_NUM_THREADS": "1"} | os.environ
+            self._process = subprocess.Popen(command, pass_fds=[other.fileno()], env=env)
             return self._process.pid
         flush()
         pid = os.fork()

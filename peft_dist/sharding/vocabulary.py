@@ -70,17 +70,23 @@ def vocabulary_units(model: nn.Module, *, keeps: bool) -> list[VocabularyUnit]:
     return [
         VocabularyUnit(group, keeps=keeps)
         for group in groups
-        if _owners(bare, group[0].weight) == {id(module) for module in group}
+        if _owners(bare, *_parameters(*group)) == {id(module) for module in group}
     ]
+
+
+def _parameters(*modules: Any) -> list[nn.Parameter]:
+    """Return what modules hold, a bias that the model has in another place too among it."""
+    return [p for module in modules for p in module._parameters.values() if p is not None]
 
 
 def _is_tied(bare: nn.Module, embedding: Any) -> bool:
     return len(_owners(bare, embedding.weight)) > 1
 
 
-def _owners(bare: nn.Module, weight: nn.Parameter) -> set[int]:
-    """Return the modules that a parameter is one of."""
-    return {id(m) for m in bare.modules() if any(p is weight for p in m._parameters.values())}
+def _owners(bare: nn.Module, *parameters: nn.Parameter) -> set[int]:
+    """Return the modules that hold one of some parameters."""
+    some = {id(parameter) for parameter in parameters}
+    return {id(m) for m in bare.modules() if some & {id(p) for p in _parameters(m)}}
 
 
 def _base_of(module: Any, kind: type[nn.Module]) -> Any:
