@@ -28,8 +28,8 @@ from peft_dist.common.sharing import folder_mode
 from peft_dist.config.run_sections import Checkpoint
 from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.ledger.events import SavedEvent, SaveFailedEvent
+from peft_dist.optim.optimizer import AdapterOptimizer, Moments
 from peft_dist.run.saving import SaveMark
-from peft_dist.sharding.optimizer import AdapterOptimizer, Moments
 
 log = logging.getLogger(__name__)
 

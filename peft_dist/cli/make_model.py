@@ -49,7 +49,7 @@ def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) ->
 
 def _quantize(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.command import quantize_command, worker_environment
-    from peft_dist.launch.local import run_tool
+    from peft_dist.launch.launcher_process import run_tool
     from peft_dist.launch.packages import require_training_packages
 
     words = [arguments.model, "--task", arguments.task]
@@ -61,7 +61,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
 
 def _merge(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.command import merge_command, worker_environment
-    from peft_dist.launch.local import run_tool
+    from peft_dist.launch.launcher_process import run_tool
     from peft_dist.launch.packages import require_training_packages
     from peft_dist.run.directory import RunDir
 

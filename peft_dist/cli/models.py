@@ -71,7 +71,7 @@ def _show_table(tested: Sequence[str], proven: Sequence[str], what: str) -> None
 
 def _check(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.command import check_models_command, worker_environment
-    from peft_dist.launch.local import run_tool
+    from peft_dist.launch.launcher_process import run_tool
     from peft_dist.launch.packages import require_training_packages
 
     require_training_packages()

@@ -233,7 +233,7 @@ def _fetch(arguments: argparse.Namespace) -> int:
     from peft_dist.config import load_recipe
     from peft_dist.config.cluster import load_cluster
     from peft_dist.launch.command import fetch_command, quantize_command, worker_environment
-    from peft_dist.launch.local import run_tool
+    from peft_dist.launch.launcher_process import run_tool
     from peft_dist.launch.packages import require_training_packages
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)

@@ -17,7 +17,7 @@ from peft_dist.common.errors import EXIT_DONE, PeftDistError
 
 if TYPE_CHECKING:
     from peft_dist.config import Recipe
-    from peft_dist.launch.here import LocalLaunch
+    from peft_dist.launch.run_here import LocalLaunch
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -60,7 +60,7 @@ def _train_array(arguments: argparse.Namespace, folder: Path) -> int:
 
 def _prepare(arguments: argparse.Namespace, recipe: "Recipe", folder: Path) -> "LocalLaunch":
     """Work out what starts a recipe here, with all that it leaves open chosen by the plan."""
-    from peft_dist.launch.here import prepare
+    from peft_dist.launch.run_here import prepare
     from peft_dist.plan.settle import settle_here
 
     settled = settle_here(recipe)
@@ -79,7 +79,7 @@ def _processes(arguments: argparse.Namespace) -> list[str]:
 
 def resume(arguments: argparse.Namespace) -> int:
     """Go on with a run, here or on its cluster; return the exit code."""
-    from peft_dist.launch.here import refuse_changes_of_finished
+    from peft_dist.launch.run_here import refuse_changes_of_finished
     from peft_dist.run.directory import ARRAY_FILE, RunDir
     from peft_dist.slurm.job_scripts import JOB_SCRIPT
     from peft_dist.slurm.resubmit import was_submitted
@@ -142,8 +142,8 @@ def _start(
     from peft_dist.common.sharing import set_run_umask, share_like
     from peft_dist.config import load_recipe, render_recipe
     from peft_dist.launch.command import shell_line
-    from peft_dist.launch.here import train_here
     from peft_dist.launch.packages import require_training_packages
+    from peft_dist.launch.run_here import train_here
 
     recipe = load_recipe(arguments.recipe, [*arguments.overrides, *_processes(arguments)])
     start = _prepare(arguments, recipe, folder)
@@ -168,9 +168,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Score the adapter of a finished run; return the exit code."""
     from peft_dist.config import load_recipe
     from peft_dist.launch.command import launch_environment, worker_command
-    from peft_dist.launch.here import run_here
     from peft_dist.launch.packages import require_training_packages
     from peft_dist.launch.placement import plan_processes, this_machine
+    from peft_dist.launch.run_here import run_here
     from peft_dist.run.directory import RunDir
 
     run = RunDir.open(arguments.run_dir)

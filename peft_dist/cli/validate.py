@@ -125,7 +125,7 @@ def _counted(number: int, noun: str) -> str:
 
 def _show_rows(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.command import show_rows_command, worker_environment
-    from peft_dist.launch.local import run_tool
+    from peft_dist.launch.launcher_process import run_tool
     from peft_dist.launch.packages import require_training_packages
 
     require_training_packages()

@@ -29,7 +29,7 @@ def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) ->
 
 def _sync(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.command import tracking_command, worker_environment
-    from peft_dist.launch.local import run_tool
+    from peft_dist.launch.launcher_process import run_tool
 
     _require("wandb")
     command = tracking_command("sync", arguments.run_dirs)
@@ -38,7 +38,7 @@ def _sync(arguments: argparse.Namespace) -> int:
 
 def _dashboard(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.command import tracking_command, worker_environment
-    from peft_dist.launch.local import run_tool
+    from peft_dist.launch.launcher_process import run_tool
 
     _require("wandb", "wandb_workspaces")
     entity = [] if arguments.entity is None else ["--entity", arguments.entity]

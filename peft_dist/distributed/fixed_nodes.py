@@ -26,7 +26,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from peft_dist.common import env
-from peft_dist.distributed import forked_ranks, launcher_words
+from peft_dist.distributed import forked_ranks, launcher_output
 from peft_dist.distributed.private_store import PrivateStore, StoreServer
 from peft_dist.distributed.secret_channel import WrongSecret
 
@@ -133,7 +133,7 @@ def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
     """
 
     def create(parameters: RendezvousParameters) -> RendezvousHandler:
-        launcher_words.shorten()
+        launcher_output.shorten()
         _restore_tmpdir()
         if parameters.max_nodes == 1 and not os.environ.get(env.STORE_SECRET):
             os.environ[env.STORE_SECRET] = secrets.token_hex(32)  # the workers inherit it

@@ -9,7 +9,7 @@ from peft_dist.common.errors import EXIT_DONE, EXIT_INTERRUPTED, RunDirError
 from peft_dist.common.logs import NOTICE
 from peft_dist.common.sharing import folder_mode
 from peft_dist.config import Recipe, load_recipe
-from peft_dist.launch.here import LocalLaunch, train_here
+from peft_dist.launch.run_here import LocalLaunch, train_here
 from peft_dist.run.directory import RunDir
 from peft_dist.run.sweep import Element, grid, refuse_another_array, write_array
 

@@ -1,1 +1,1 @@
-"""Learning-rate schedules."""
+"""The optimizer of the adapter and its learning rate."""

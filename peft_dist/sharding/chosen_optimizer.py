@@ -2,9 +2,9 @@
 
 from peft_dist.common.errors import RecipeError
 from peft_dist.config.recipe import Train
+from peft_dist.optim.muon import MuonOptimizer
+from peft_dist.optim.optimizer import AdapterOptimizer, make_adamw
 from peft_dist.sharding.engine import Engine
-from peft_dist.sharding.muon import MuonOptimizer
-from peft_dist.sharding.optimizer import AdapterOptimizer, make_adamw
 
 
 def make_optimizer(engine: Engine, train: Train) -> AdapterOptimizer:

@@ -16,9 +16,9 @@ from peft_dist.common.errors import LaunchError, TrainingError
 from peft_dist.distributed.collectives import Shard
 from peft_dist.distributed.world import World
 from peft_dist.model import fill_base
+from peft_dist.optim.optimizer import AdapterOptimizer
 from peft_dist.sharding.ddp import DDPEngine
 from peft_dist.sharding.engine import Engine
-from peft_dist.sharding.optimizer import AdapterOptimizer
 from peft_dist.sharding.zero_optimizer import Flat, SharedOptimizer
 
 SUPPORTED = "0.19"

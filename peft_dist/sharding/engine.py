@@ -17,8 +17,8 @@ from peft_dist.distributed.collectives import Shard, gather_objects, sum_over
 from peft_dist.distributed.world import World
 from peft_dist.model import fill_base
 from peft_dist.model.fingerprint import fingerprint_piece, fingerprint_rows, wrap_int64
+from peft_dist.optim.optimizer import AdapterOptimizer, Group
 from peft_dist.sharding.compute_timer import ComputeTimer
-from peft_dist.sharding.optimizer import AdapterOptimizer, Group
 
 SHARED_EXTRAS = 4
 """Values carried by the gradient all-reduce, one for all processes: the loss and three flags."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peft_dist.distributed.collectives import Shard
-from peft_dist.sharding.optimizer import AdapterOptimizer, Moments
+from peft_dist.optim.optimizer import AdapterOptimizer, Moments
 
 
 class Flat(nn.Module):

@@ -9,7 +9,7 @@ import time
 from peft_dist.common.env import LAUNCHED_AT
 from peft_dist.common.errors import EXIT_DONE
 from peft_dist.common.job_end import job_end_s
-from peft_dist.launch.local import run_launcher
+from peft_dist.launch.launcher_process import run_launcher
 from peft_dist.run.command_folder import read_command, write_result
 from peft_dist.run.restart_policy import Ending, Kind
 from peft_dist.slurm.look_back import NEAR_END_S

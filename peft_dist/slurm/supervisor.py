@@ -21,7 +21,7 @@ from peft_dist.common.console import say
 from peft_dist.common.errors import ERROR_PREFIX, EXIT_DONE, PeftDistError, SlurmError
 from peft_dist.common.job_end import job_end_s
 from peft_dist.common.sharing import set_run_umask
-from peft_dist.launch.local import PASSED_ON, run_launcher
+from peft_dist.launch.launcher_process import PASSED_ON, run_launcher
 from peft_dist.preflight.verdict import PORT_TAKEN, Report
 from peft_dist.run import job_events
 from peft_dist.run.attempt_records import latest, records

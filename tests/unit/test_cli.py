@@ -14,8 +14,8 @@ import pytest
 from peft_dist.cli.main import main
 from peft_dist.common import paths
 from peft_dist.config import load_recipe
-from peft_dist.launch import here, packages
-from peft_dist.launch.local import Ended
+from peft_dist.launch import packages, run_here
+from peft_dist.launch.launcher_process import Ended
 from peft_dist.run.directory import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,7 +212,7 @@ def test_a_start_says_what_it_is_about_before_any_process_is_started(
         seen.extend(caplog.messages)
         return Ended(1)
 
-    monkeypatch.setattr(here, "run_launcher", launched)
+    monkeypatch.setattr(run_here, "run_launcher", launched)
     run = tmp_path / "run"
     one, two = (recipe_file.parent / name for name in ("train.jsonl", "two.jsonl"))
     two.write_bytes(one.read_bytes())
@@ -414,7 +414,7 @@ def test_a_crash_shows_the_end_of_the_log_and_where_it_is(
     )
     assert err.splitlines()[-1] == f"peft-dist: error: {told}"
     assert log.read_text(encoding="utf-8").count("ValueError: a bug of ours") == 2  # one restart
-    assert len(err.splitlines()) <= here.LOG_TAIL_LINES + 1
+    assert len(err.splitlines()) <= run_here.LOG_TAIL_LINES + 1
 
 
 @pytest.mark.distributed

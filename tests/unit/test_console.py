@@ -15,7 +15,7 @@ from peft_dist.common.console import printable, say
 from peft_dist.common.errors import DataError
 from peft_dist.common.screen import Screen
 from peft_dist.common.table import Column, print_lines, table_lines
-from peft_dist.launch.here import _print_tail
+from peft_dist.launch.run_here import _print_tail
 from peft_dist.run import lease
 from peft_dist.run.attempt_records import record_path
 from peft_dist.run.lease import refuse_if_held

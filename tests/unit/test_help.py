@@ -78,13 +78,13 @@ def test_a_merge_that_cannot_be_is_refused_without_torch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     from peft_dist.config import load_recipe
-    from peft_dist.launch import local
+    from peft_dist.launch import launcher_process
     from peft_dist.run.directory import RunDir
 
     def never(*_: object, **__: object) -> int:
         raise AssertionError("no process is needed to refuse it")
 
-    monkeypatch.setattr(local, "run_tool", never)
+    monkeypatch.setattr(launcher_process, "run_tool", never)
     run = RunDir.create(tmp_path / "run", load_recipe(recipe_file))
     out = tmp_path / "merged"
     out.mkdir()

@@ -38,7 +38,7 @@ def test_the_control_plane_imports_nothing_heavy(recipe_file: Path) -> None:
         "from peft_dist.cli.main import main\n"
         "from peft_dist.common import paths\n"
         "from peft_dist.run import directory\n"
-        "from peft_dist.launch import command, local, placement\n"
+        "from peft_dist.launch import command, launcher_process, placement\n"
         "assert main(['train', sys.argv[1], '--dry-run']) == 0\n"
         "assert main(['schema']) == 0\n"
         f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)\n"

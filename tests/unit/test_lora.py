@@ -19,7 +19,7 @@ from peft_dist.methods.lora import LoraMethod
 from peft_dist.model.architectures import build_skeleton, read_config
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import ModelSetup, set_up_model
-from peft_dist.sharding.optimizer import make_adamw
+from peft_dist.optim.optimizer import make_adamw
 from tests.tiny import completion_rows, save_adapter, tiny_model, tiny_recipe, write_jsonl
 
 ALL_LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

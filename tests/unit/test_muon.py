@@ -6,9 +6,9 @@ from torch import nn
 
 from peft_dist.common.errors import RecipeError
 from peft_dist.config.recipe import Train
+from peft_dist.optim.muon import MuonOptimizer
+from peft_dist.optim.optimizer import Group
 from peft_dist.sharding.chosen_optimizer import refuse_muon
-from peft_dist.sharding.muon import MuonOptimizer
-from peft_dist.sharding.optimizer import Group
 
 SHAPES = {
     Group(True, 1.0): [torch.Size([4, 6]), torch.Size([8, 4])],

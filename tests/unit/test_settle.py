@@ -147,7 +147,7 @@ def test_a_local_training_takes_what_suits_its_gpus(
     slurm_commands(desk.slurm, **{"nvidia-smi": "echo 'NVIDIA H100 80GB HBM3, 81559'"})
     machine = Machine(gpus=4, cores=8)
     monkeypatch.setattr("peft_dist.plan.settle.this_machine", lambda: machine)
-    monkeypatch.setattr("peft_dist.launch.here.this_machine", lambda: machine)
+    monkeypatch.setattr("peft_dist.launch.run_here.this_machine", lambda: machine)
     assert main(["train", str(desk.recipe), *OPEN, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "micro_batch_size: auto" not in printed

@@ -12,7 +12,7 @@ import pytest
 
 from peft_dist.common.errors import EXIT_INTERRUPTED
 from peft_dist.config import Recipe, load_recipe
-from peft_dist.launch import here
+from peft_dist.launch import run_here
 from peft_dist.ledger.events import StepEvent
 from peft_dist.ledger.writer import LedgerWriter
 from peft_dist.run.attempt_records import latest, record_path, write_json
@@ -70,7 +70,7 @@ def lost(tmp_path: Path, steps: int, saved: int) -> tuple[RunDir, str]:
     ledger.close()
     if saved:
         (run.checkpoints / f"step-{saved:08d}").mkdir(parents=True)
-    return run, here._lost_steps(run)
+    return run, run_here._lost_steps(run)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ time.sleep(120)
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
     (run.path / "ledger.jsonl").unlink()
     recipe = load_recipe(run.recipe, check_paths=False)
-    started = here.prepare(recipe, run.path)
+    started = run_here.prepare(recipe, run.path)
     command = [sys.executable, "-c", code, worker, str(run.path)]
     started = replace(started, command=command)
 
@@ -126,7 +126,7 @@ time.sleep(120)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     presses = threading.Thread(target=press_twice)
     presses.start()
-    assert here.train_here(started) == EXIT_INTERRUPTED
+    assert run_here.train_here(started) == EXIT_INTERRUPTED
     presses.join()
     told = capsys.readouterr().err
     assert "stopped by SIGINT without saving; steps 1-3 are lost; `peft-dist resume" in told

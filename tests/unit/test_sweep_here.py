@@ -9,7 +9,7 @@ import pytest
 from peft_dist.cli.main import main
 from peft_dist.common.errors import EXIT_DO_NOT_RETRY, EXIT_INTERRUPTED
 from peft_dist.launch import packages, sweep_here
-from peft_dist.launch.here import LocalLaunch
+from peft_dist.launch.run_here import LocalLaunch
 from peft_dist.run.directory import RunDir
 
 Capture = pytest.CaptureFixture[str]

@@ -22,7 +22,7 @@ from peft_dist.metrics.step import StepInputs, StepMetricsReader
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import ModelSetup, set_up_model
 from peft_dist.optim.lr_schedule import learning_rate
-from peft_dist.sharding.optimizer import make_adamw
+from peft_dist.optim.optimizer import make_adamw
 from peft_dist.trainer import Trainer
 from tests.tiny import completion_rows, tiny_model, tiny_recipe, write_jsonl
 

@@ -10,7 +10,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from peft_dist.common.env import LAUNCH_MARK
-from peft_dist.distributed import launcher_words
+from peft_dist.distributed import launcher_output
 from tests.processes import environment
 
 FAILED = "failed (exitcode: %s) local_rank: %s (pid: %s) of binary: %s"
@@ -33,14 +33,14 @@ def record(text: str, *arguments: object) -> logging.LogRecord:
     ],
 )
 def test_only_what_no_rank_could_say_is_news(told: logging.LogRecord, is_news: bool) -> None:
-    assert launcher_words._is_news(told) == is_news
+    assert launcher_output._is_news(told) == is_news
 
 
 ENDS = """
 import signal, sys
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from peft_dist.distributed import launcher_words
-launcher_words.shorten()
+from peft_dist.distributed import launcher_output
+launcher_output.shorten()
 raise {error}
 """
 
@@ -64,7 +64,7 @@ def test_a_launcher_of_ours_ends_in_one_line_and_one_by_hand_as_ever(
 def test_a_fault_of_the_launcher_itself_keeps_its_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    launcher_words._explain(KeyError, KeyError("a bug"), None)
+    launcher_output._explain(KeyError, KeyError("a bug"), None)
     assert "KeyError: 'a bug'" in capsys.readouterr().err
-    launcher_words._explain(SignalException, SignalException("x", signal.SIGINT), None)
+    launcher_output._explain(SignalException, SignalException("x", signal.SIGINT), None)
     assert capsys.readouterr().err == "peft-dist: the launcher was ended by SIGINT\n"

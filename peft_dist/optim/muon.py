@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from peft_dist.config.recipe import Train
-from peft_dist.sharding.optimizer import AdapterOptimizer, Group, Moments, make_adamw
+from peft_dist.optim.optimizer import AdapterOptimizer, Group, Moments, make_adamw
 
 
 class MuonOptimizer(AdapterOptimizer):

@@ -11,9 +11,9 @@ import pytest
 
 from peft_dist.common.errors import LaunchError
 from peft_dist.config import Recipe
-from peft_dist.launch import local
+from peft_dist.launch import launcher_process
 from peft_dist.launch.command import worker_command
-from peft_dist.launch.local import PASSED_ON, run_launcher
+from peft_dist.launch.launcher_process import PASSED_ON, run_launcher
 from peft_dist.launch.placement import Machine, plan_processes
 from peft_dist.run.saving import is_saving
 from tests.processes import environment
@@ -82,7 +82,7 @@ while True:
 RUN = """
 import sys
 from pathlib import Path
-from peft_dist.launch.local import run_launcher
+from peft_dist.launch.launcher_process import run_launcher
 ended = run_launcher(sys.argv[2:], environment={"RANK": "5"}, error_log=Path(sys.argv[1]))
 print(ended.code, ended.signal_name)
 """
@@ -153,7 +153,7 @@ def test_a_command_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 def test_workers_of_a_launcher_that_died_are_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: str
 ) -> None:
-    monkeypatch.setattr(local, "SURVIVOR_GRACE_S", 1.0)
+    monkeypatch.setattr(launcher_process, "SURVIVOR_GRACE_S", 1.0)
     note = f"import os; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); "
     ended = run_launcher(
         [sys.executable, "-c", DESERTER, note + worker], environment={}, error_log=tmp_path / "log"

@@ -35,7 +35,7 @@ from peft_dist.config.resume_rules import all_settings, differences
 from peft_dist.config.run_date import with_date
 from peft_dist.data.first_rows import check_first_rows
 from peft_dist.launch.command import launch_environment, worker_command
-from peft_dist.launch.local import run_launcher
+from peft_dist.launch.launcher_process import run_launcher
 from peft_dist.launch.model_folder import check_model_folder
 from peft_dist.launch.placement import Placement, plan_processes, this_machine
 from peft_dist.ledger.events import StepEvent
