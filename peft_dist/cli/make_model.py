@@ -30,7 +30,7 @@ def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) ->
     )
     quantize.add_argument(
         "--task",
-        choices=("causal-lm", "sequence-classification"),
+        choices=("causal-lm", "sequence-classification", "reward"),
         default="causal-lm",
         help="what the model will be trained to do (default: causal-lm)",
     )

@@ -249,7 +249,7 @@ def _fetch(arguments: argparse.Namespace) -> int:
     if code != EXIT_DONE or not arguments.pack or recipe.quantization == "none":
         return code
     revision = [] if recipe.model.revision is None else ["--revision", recipe.model.revision]
-    pack = quantize_command([recipe.model.name, *revision, "--task", recipe.model.task])
+    pack = quantize_command([recipe.model.name, *revision, "--task", recipe.head])
     return run_tool(pack, environment=environment)
 
 

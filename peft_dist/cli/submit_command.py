@@ -49,7 +49,7 @@ def add_commands(
     quantize.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
     quantize.add_argument(
         "--task",
-        choices=("causal-lm", "sequence-classification"),
+        choices=("causal-lm", "sequence-classification", "reward"),
         help="what the model will be trained to do (default: causal-lm)",
     )
     _add_place(quantize, "runs/quantize-MODEL")

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument(
         "--task",
-        choices=("causal-lm", "sequence-classification"),
+        choices=("causal-lm", "sequence-classification", "reward"),
         default="causal-lm",
         help="what the model will be trained to do (default: %(default)s)",
     )
@@ -50,7 +50,7 @@ def _quantize(options: argparse.Namespace, world: World) -> None:
         )
     plan = plan_base(skeleton, files, quantization="nf4")
     cache_dir = usable_cache_dir()
-    folder_of_entry = cache.entry_folder(cache_dir, files)
+    folder_of_entry = cache.entry_folder(cache_dir, files, options.task)
     process_group.start(world)
     shard = Shard(world.rank, world.size)
     entry = cache.fill_through_cache({}, plan, files, shard, world=world, entry=folder_of_entry)

@@ -68,8 +68,10 @@ def file_sha256(path: Path, memo_folder: Path) -> str:
     return digest
 
 
-def entry_folder(cache: Path, files: WeightFiles) -> Path:
+def entry_folder(cache: Path, files: WeightFiles, head: str) -> Path:
     """Return where the packed form of these files belongs, whether or not it is there.
+
+    Each head has its own, as the tensors that it needs are others.
 
     Call it before the process group exists: the first process of a node hashes, the others wait
     for its lock and read what it remembered.
@@ -78,7 +80,8 @@ def entry_folder(cache: Path, files: WeightFiles) -> Path:
         with suppress(OSError):  # a read-only cache
             cache.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock_file(cache / "sha256.lock"))
-        return cache / "packed" / _name_of(_source(cache, files))
+        name = _name_of(_source(cache, files))
+        return cache / "packed" / (name if head == "causal-lm" else f"{name}-{head}")
 
 
 def _source(cache: Path, files: WeightFiles) -> dict[str, str]:
@@ -108,7 +111,7 @@ def read_manifest(entry: Path, plan: BasePlan, files: WeightFiles) -> dict[str, 
         fingerprints = {name: int(value) for name, value in manifest["fingerprints"].items()}
         whole = (
             manifest["format"] == _FORMAT
-            and _name_of(manifest["source"]) == entry.name
+            and _name_of(manifest["source"]) == entry.name.partition("-")[0]
             and all((entry / n).stat().st_size == size for n, size in manifest["bytes"].items())
             and (entry / "config.json").read_text() == config_text(files, plan)
             and _frame_is_intact(entry / "model.safetensors", plan, files)

@@ -80,4 +80,5 @@ def find_base(recipe: Recipe, cache_dir: Path) -> BaseSource:
     """
     files = WeightFiles(model_folder(recipe.model.name, recipe.model.revision))
     packs = recipe.quantization == "nf4" and not files.packed
-    return BaseSource(files, cache.entry_folder(cache_dir, files) if packs else None, cache_dir)
+    entry = cache.entry_folder(cache_dir, files, recipe.head) if packs else None
+    return BaseSource(files, entry, cache_dir)

@@ -194,3 +194,23 @@ def test_a_base_quantized_ahead_is_the_entry_that_training_reads(
     trained = entry_of(opened())
     assert entry.name == trained.name
     assert contents(entry) == contents(trained)
+
+
+def test_a_reward_model_and_a_language_model_share_a_cache(
+    opened: Opened, tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """One has a head that the other has not, so that neither can read what the other has packed."""
+    monkeypatch.setenv("PEFT_DIST_CACHE", str(tmp_path / "cache"))
+    assert quantize.main([str(tmp_path / "model"), "--task", "reward"]) == 0
+    (ahead,) = (tmp_path / "cache" / "packed").iterdir()
+    process_group.start(read_world())
+    recipe = tiny_recipe(tmp_path / "model", tmp_path / "rows.jsonl", objective={"kind": "reward"})
+    before = ahead.stat().st_ino
+    language, reward = (
+        entry_of(opened()),
+        entry_of(set_up_model(recipe, alone, find_base(recipe, tmp_path / "cache"))),
+    )
+    assert reward == ahead != language
+    assert ahead.stat().st_ino == before, "made anew"
+    assert not any("made anew" in line for line in warnings_in(caplog))
