@@ -323,7 +323,12 @@ def _best(rows: Sequence[Row]) -> tuple[Row | None, str]:
     def per_gpu(row: Row) -> float:
         return row.estimate.tokens_per_s / row.estimate.candidate.processes
 
-    best = max(fitting, key=lambda row: (_told(per_gpu(row)), -row.estimate.device_bytes))
+    def worth(row: Row) -> tuple[float, bool, int]:
+        """What is as fast with its base on the GPUs is better than with it in the hosts."""
+        found = row.estimate
+        return _told(per_gpu(row)), not found.candidate.offload, -found.device_bytes
+
+    best = max(fitting, key=worth)
     found = best.estimate
     spare = (found.limit_bytes - found.device_bytes) / (1 << 30)
     return best, (

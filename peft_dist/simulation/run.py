@@ -1,10 +1,10 @@
-"""Run one rank's start and its first steps on fake tensors: exact bytes, without having them.
+"""Run one rank's start and a step on fake tensors: exact bytes, without having them.
 
 One CPU process stands for a rank of any world, in a process group that carries nothing. What runs
 is the product's own `set_up_model` and `Trainer`; only what reads values is left out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +33,6 @@ from peft_dist.model_setup import set_up_model
 from peft_dist.sharding import ENGINES, Engine
 from peft_dist.simulation.meter import Meter
 from peft_dist.trainer import Trainer
-
-STEPS = 2
-"""AdamW makes its moments in the first update, so that the second step is as full as any."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +86,17 @@ class _Trainer(Trainer):
         super().__init__(*args, **kwargs)
         self._reader = _SilentReader(self.world.device)
 
-    def steps(self, count: int) -> Iterator[int]:
-        """Do the first steps of a run, and yield after each."""
+    def one_step(self) -> None:
+        """Do the first step of a run, as full as any later one."""
+        # AdamW makes its moments in its first update, which may change nothing.
+        self.optimizer.step(torch.zeros((), dtype=torch.bool, device=self.world.device))
         self.setup.model.train()
-        for step, cursor, ids in self.plan.steps(step=0, cursor=0):
-            self._step(step, self.plan.total_steps, ids, cursor)
-            yield step
-            if step == count:
-                return
+        step, cursor, ids = next(iter(self.plan.steps(step=0, cursor=0)))
+        self._step(step, self.plan.total_steps, ids, cursor)
 
 
 def simulate(recipe: Recipe, folder: Path, world: World) -> Simulated:
-    """Run the start and two steps of one rank, every row as long as `data.max_length` allows.
+    """Run the start and a step of one rank, every row as long as `data.max_length` allows.
 
     Args:
         recipe: What to train.
@@ -130,7 +126,7 @@ def measure(
     *,
     mode: AbstractContextManager[object],
 ) -> Simulated:
-    """Run a start and two steps with a base that is not read; return what was counted. Collective.
+    """Run a start and a step with a base that is not read; return what was counted. Collective.
 
     Routers choose by values, which there are none of: every expert gets as many tokens.
 
@@ -149,22 +145,26 @@ def measure(
         rows = _rows(recipe, world.size)
         scores = np.zeros(rows.n_rows, dtype=np.float32)  # of a reference, where one is asked for
         trainer = _Trainer(setup, rows, None, reference=scores)
-        meter.phase = "step 1"
-        for step in trainer.steps(STEPS):
-            meter.phase = f"step {step + 1}"
-    last = f"step {STEPS}"
+        meter.phase = "step"
+        trainer.one_step()
     return Simulated(
-        peak_bytes=meter.peak_bytes[last],
+        peak_bytes=meter.peak_bytes["step"],
         start_peak_bytes=meter.peak_bytes["start"],
         base_bytes=setup.base_bytes_by_rank[world.rank],
         base_parameters=setup.base_parameters,
         trained_parameters=sum(p.numel() for p in setup.adapter.values()),
-        flops=meter.flops[last],
+        flops=meter.flops["step"],
         carried_bytes={
-            name: carried for (phase, name), carried in meter.carried_bytes.items() if phase == last
+            name: carried
+            for (phase, name), carried in meter.carried_bytes.items()
+            if phase == "step"
         },
-        collectives={name: n for (phase, name), n in meter.collectives.items() if phase == last},
+        collectives={name: n for (phase, name), n in meter.collectives.items() if phase == "step"},
     )
+
+
+def _of_step(counted: Mapping[tuple[str, str], int]) -> dict[str, int]:
+    return {name: count for (phase, name), count in counted.items() if phase == "step"}
 
 
 def _first_way(_run: Any, ways: list[Way], *_: Any) -> Way:
@@ -197,8 +197,8 @@ def _even_experts() -> Iterator[None]:
 
 
 def _settled(recipe: Recipe, world: World) -> Recipe:
-    """Return the recipe with what a start would find out on the nodes, and few steps."""
-    train = recipe.train.model_copy(update={"steps": STEPS, "epochs": None})
+    """Return the recipe with what a start would find out on the nodes, and one step."""
+    train = recipe.train.model_copy(update={"steps": 1, "epochs": None})
     method = recipe.method
     if hasattr(
         method, "virtual_tokens"
@@ -246,9 +246,9 @@ def _engines(
 
 
 def _rows(recipe: Recipe, processes: int) -> TokenizedRows:
-    """Return rows of the longest length that the recipe allows, enough for every step."""
+    """Return rows of the longest length that the recipe allows, enough for a step."""
     length = recipe.data.max_length
-    examples = STEPS * max(longest_rows_of_step(recipe), processes)
+    examples = max(longest_rows_of_step(recipe), processes)
     count = examples * recipe.rows_per_example
     tokens = np.zeros(count * length, dtype=np.int32)
     return TokenizedRows(

@@ -13,6 +13,7 @@ import pytest
 from peft_dist.cli.main import main
 from tests.configs import model_folder
 from tests.faults.long import only_long
+from tests.processes import ROOT
 from tests.unit.slurm_desk import Capture, told
 
 Plan = Callable[..., tuple[int, dict[str, Any]]]
@@ -132,6 +133,19 @@ def test_a_gpu_of_a_cluster_file_counts_and_links_too(plan: Plan, tmp_path: Path
     assert offloaded["host_bytes"] > flat["host_bytes"]
     assert grouped["candidate"]["strategy"] == "hsdp"
     assert flat["seconds"]["waits_for_gathers"] > 20 * grouped["seconds"]["waits_for_gathers"]
+
+
+def test_a_base_waits_in_the_hosts_only_where_that_pays(tmp_path: Path, capsys: Capture) -> None:
+    """On fast links it is as fast there, and leaves GPUs memory that nobody needs."""
+    model = model_folder(tmp_path / "model", "llama-3.1-405b")
+    recipe = ROOT / "configs" / "recipes" / "llama-3.1-405b-qlora.yaml"
+    words = ["--gpu", "h100-80gb", "--nodes", "64", "parallel.strategy=auto", "--json"]
+    assert main(["plan", str(recipe), f"model.name={model}", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (offloaded,) = (row for row in found["rows"] if row["candidate"]["offload"])
+    assert offloaded["fits"] and offloaded["device_bytes"] < found["best"]["device_bytes"]
+    assert found["best"]["candidate"]["strategy"] == "fsdp"
+    assert not found["best"]["candidate"]["offload"]
 
 
 def test_what_is_left_open_is_chosen(plan: Plan) -> None:
