@@ -71,6 +71,9 @@ class Data(Section):
     """Lay the rows of a micro-batch end to end, without padding and without attention between
     rows; the loss is the same. Default: on for causal-lm where the start proves that the model
     keeps them apart, off for classification."""
+    streaming: bool = False
+    """Read and tokenise training rows as their steps come, instead of all before the first one:
+    for JSONL and Parquet files that are larger than a disk cache. Their order is the same."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
     """Malformed rows of a source to leave out, each reported with file and line, before
     stopping."""
@@ -88,6 +91,20 @@ class Data(Section):
                 for name in AMOUNTS:
                     if getattr(source, name) is not None:
                         raise ValueError(f"eval: {name} is for training rows; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _streaming_needs_no_look_at_all_rows(self) -> Self:
+        if self.streaming and self.held_out is not None:
+            raise ValueError(
+                f"eval: {self.eval} of the training rows would need a look at all of them, and "
+                "streaming has none; name a file of held-out rows"
+            )
+        if self.streaming and self.max_bad_rows:
+            raise ValueError(
+                "max_bad_rows counts all rows, and with streaming they come while training; "
+                "remove it"
+            )
         return self
 
     @property
@@ -326,6 +343,7 @@ class Recipe(Section):
         if traced is not None and last is not None and traced[0] > last:
             raise ValueError(f"profile.steps begin at {traced[0]}, but train.steps is {last}")
         classify = self.model.task == "sequence-classification"
+        self._refuse_streaming()
         if classify and self.data.packing:
             raise ValueError("data.packing cannot be on for sequence-classification; remove it")
         if classify and self.method.kind == "prefix":
@@ -370,3 +388,22 @@ class Recipe(Section):
                 "checkpoint.keep_best needs held-out losses; set evaluate.every_steps and data.eval"
             )
         return self
+
+    def _refuse_streaming(self) -> None:
+        if not self.data.streaming:
+            return
+        if self.model.task == "sequence-classification":
+            raise ValueError(
+                "data.streaming cannot know all labels before training; remove it, or set task: "
+                "causal-lm"
+            )
+        if self.objective.kind != "sft":
+            raise ValueError(
+                f"data.streaming is for objective sft; {self.objective.kind} looks at all rows "
+                "before training; remove it"
+            )
+        if self.train.global_batch_tokens is not None:
+            raise ValueError(
+                "train.global_batch_tokens needs the lengths of all rows, and with data.streaming "
+                "they are not known; set global_batch_size"
+            )

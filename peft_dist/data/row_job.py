@@ -209,6 +209,7 @@ class FittedRows:
             trained_turns=self.trained_turns,
             stop_tokens=self.stop_tokens,
             bad=tuple(sorted(self.bad.found)),
+            shards=self.source.shards,
         )
 
     def _cut(self, row: EncodedRow, *, is_own: bool) -> EncodedRow | None:

@@ -92,10 +92,10 @@ class _Trainer(Trainer):
     def steps(self, count: int) -> Iterator[int]:
         """Do the first steps of a run, and yield after each."""
         self.setup.model.train()
-        for step, cursor, ids in self.plan.steps(step=0, cursor=0):
-            self._step(step, self.plan.total_steps, ids, cursor)
-            yield step
-            if step == count:
+        for batch in self.rows.batches(self.plan.steps()):
+            self._step(batch)
+            yield batch.step
+            if batch.step == count:
                 return
 
 
