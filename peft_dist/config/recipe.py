@@ -93,20 +93,6 @@ class Data(Section):
                         raise ValueError(f"eval: {name} is for training rows; remove it")
         return self
 
-    @model_validator(mode="after")
-    def _streaming_needs_no_look_at_all_rows(self) -> Self:
-        if self.streaming and self.held_out is not None:
-            raise ValueError(
-                f"eval: {self.eval} of the training rows would need a look at all of them, and "
-                "streaming has none; name a file of held-out rows"
-            )
-        if self.streaming and self.max_bad_rows:
-            raise ValueError(
-                "max_bad_rows counts all rows, and with streaming they come while training; "
-                "remove it"
-            )
-        return self
-
     @property
     def held_out(self) -> int | float | None:
         """How many of the training rows are held out, or what share; None: none of them."""
@@ -343,7 +329,8 @@ class Recipe(Section):
         if traced is not None and last is not None and traced[0] > last:
             raise ValueError(f"profile.steps begin at {traced[0]}, but train.steps is {last}")
         classify = self.model.task == "sequence-classification"
-        self._refuse_streaming()
+        if self.data.streaming:
+            self._refuse_streaming()
         if classify and self.data.packing:
             raise ValueError("data.packing cannot be on for sequence-classification; remove it")
         if classify and self.method.kind == "prefix":
@@ -390,20 +377,21 @@ class Recipe(Section):
         return self
 
     def _refuse_streaming(self) -> None:
-        if not self.data.streaming:
+        """Refuse, beside `data.streaming`, what takes a look at all rows before training."""
+        data, objective, remedy = self.data, self.objective.kind, "remove it"
+        if data.held_out is not None:
+            what, remedy = f"data.eval {data.eval}", "name a file of held-out rows"
+        elif data.max_bad_rows:
+            what = "data.max_bad_rows"
+        elif self.train.global_batch_tokens is not None:
+            what, remedy = "train.global_batch_tokens", "set global_batch_size"
+        elif self.model.task == "sequence-classification":
+            what, remedy = f"model.task {self.model.task}", "set streaming: false"
+        elif objective != "sft":
+            what, remedy = f"objective {objective}", "set streaming: false"
+        else:
             return
-        if self.model.task == "sequence-classification":
-            raise ValueError(
-                "data.streaming cannot know all labels before training; remove it, or set task: "
-                "causal-lm"
-            )
-        if self.objective.kind != "sft":
-            raise ValueError(
-                f"data.streaming is for objective sft; {self.objective.kind} looks at all rows "
-                "before training; remove it"
-            )
-        if self.train.global_batch_tokens is not None:
-            raise ValueError(
-                "train.global_batch_tokens needs the lengths of all rows, and with data.streaming "
-                "they are not known; set global_batch_size"
-            )
+        raise ValueError(
+            f"{what} takes a look at all rows before training, and data.streaming has none; "
+            f"{remedy}"
+        )

@@ -9,7 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from peft_dist.common.errors import DataError
+from peft_dist.common.errors import DataError, RecipeError
+from peft_dist.config import load_recipe
 from peft_dist.config.recipe import Recipe
 from peft_dist.data import stream
 from peft_dist.data.mixture import source_shares
@@ -21,6 +22,14 @@ from tests.tiny import completion_rows, tiny_recipe, tiny_tokenizer, write_jsonl
 
 Rows = list[dict[str, Any]]
 Micro = list[tuple[list[int], list[bool]]]
+REWRITES = (
+    "{% for message in messages %}"
+    "{{ '<|start|>' + message['role'] + '\n' }}{% if loop.last %}{{ '!' }}{% endif %}"
+    "{{ message['content'] + '<|end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+"""Renders the last turn otherwise than the same one in the middle."""
 TRAIN = {"epochs": 2, "global_batch_size": 5, "micro_batch_size": 2}
 
 
@@ -136,3 +145,78 @@ def test_a_bad_row_ends_the_stream_with_its_file_and_line(
     )
     with pytest.raises(DataError, match=rf"part-1\.{kind}:{line}: completion is null; fix the row"):
         tokenize_rows(recipe, "train", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("data.eval=5%", "data.eval 5%"),
+        ("data.max_bad_rows=1", "data.max_bad_rows"),
+        ("train.global_batch_tokens=99", "train.global_batch_tokens"),
+        ("objective=dpo", "objective dpo"),
+        ("model.task=sequence-classification", "model.task sequence-classification"),
+    ],
+)
+def test_what_takes_a_look_at_all_rows_is_refused_beside_a_stream(
+    recipe_file: Path, override: str, what: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_file, ["data.streaming=true", override])
+    assert f"{what} takes a look at all rows before training" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_without_an_index_are_not_streamed_and_none_is_a_line(tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path / "model")
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    recipe = tiny_recipe(tmp_path / "model", tmp_path / "rows.csv", data={"streaming": True})
+    with pytest.raises(DataError, match="only JSONL and Parquet files can; write one of these"):
+        StreamedRows(recipe, tmp_path / "cache")
+    recipe = tiny_recipe(tmp_path / "model", tmp_path / "part-*.jsonl")
+    with pytest.raises(DataError, match=r"part-\*\.jsonl: data\.train: no file is named like this"):
+        tokenize_rows(recipe, "train", tmp_path / "cache")
+
+
+def test_a_stream_writes_an_index_alone_and_holds_the_rows_of_a_step(
+    tmp_path: Path, inline: None
+) -> None:
+    tiny_tokenizer(tmp_path / "model")
+    rows = completion_rows(500)
+    for name, group in (("rows.jsonl", 0), ("rows.parquet", 50)):
+        path = tmp_path / name
+        if group:
+            write_parquet(path, list(rows), group=group)
+        else:
+            write_jsonl(path, rows)
+        cache = tmp_path / f"cache-{name}"
+        recipe = tiny_recipe(tmp_path / "model", path, data={"streaming": True}, train=TRAIN)
+        streamed = StreamedRows(recipe, cache)
+        assert max(batch.rows.n_rows for batch in steps(recipe, streamed)) == 5
+        sizes = {file.name: file.stat().st_size for file in cache.rglob("*") if file.is_file()}
+        assert sizes.pop("starts") == (8 * 11 if group else 8 * 500)
+        assert sizes.pop("index.json") < 200
+        assert not any(sizes.values()), f"locks alone: {sizes}"
+        changed = path.read_bytes()
+        path.write_bytes(changed[: len(changed) // 2] if not group else changed)
+        assert (StreamedRows(recipe, cache).fingerprint == streamed.fingerprint) == bool(group)
+
+
+def test_a_line_may_become_no_row_or_several(tmp_path: Path, inline: None) -> None:
+    """Each step has so many lines, whatever they become."""
+    tiny_tokenizer(tmp_path / "model", chat_template=REWRITES)
+    turns = ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    rows = [{"prompt": "the cat " * 60, "completion": "x"}, chat, chat, chat]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    data = {"streaming": True, "max_length": 100}
+    train = {"epochs": 1, "global_batch_size": 2}
+    recipe = tiny_recipe(tmp_path / "model", path, data=data, train=train)
+    streamed = StreamedRows(recipe, tmp_path / "cache")
+    batches = list(steps(recipe, streamed))
+    assert sorted(len(batch.ids) for batch in batches) == [2, 4]
+    assert [batch.cursor for batch in batches] == [2, 4]
+    (source,) = streamed.sources
+    assert (source.dropped, source.trained_turns) == (1, 6)
+    recipe = tiny_recipe(tmp_path / "model", path, data=data, train={"global_batch_size": 1})
+    with pytest.raises(DataError, match="none of 1 rows has anything to train"):
+        list(steps(recipe, StreamedRows(recipe, tmp_path / "cache")))
