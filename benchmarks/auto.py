@@ -97,7 +97,7 @@ def _run_rank(args: argparse.Namespace) -> int:
         setup = set_up_model(recipe, world, find_base(recipe, usable_cache_dir()))
         trainers[strategy] = Trainer(setup, rows, None)
         setup.model.train()
-    _, cursor, ids = next(iter(trainers["ddp"].plan.steps(step=0, cursor=0)))
+    batch = next(trainers["ddp"].rows.batches(trainers["ddp"].plan.steps()))
     seconds: dict[str, list[float]] = {}
     for turn in range(1 + args.rounds):  # the first one settles, and does not count
         for strategy, trainer in trainers.items():
@@ -105,13 +105,13 @@ def _run_rank(args: argparse.Namespace) -> int:
                 trainer.recipe = with_rows(trainer.recipe, rows_of_pass)
                 torch_dist.barrier()
                 started = time.monotonic()
-                trainer._step(1, trainer.plan.total_steps, ids, cursor)
+                trainer._step(batch)
                 torch_dist.barrier()
                 if turn:
                     key = f"{strategy} {rows_of_pass}"
                     seconds.setdefault(key, []).append(time.monotonic() - started)
     if world.is_main:
-        lengths = trainers["ddp"].rows.example_lengths[ids]
+        lengths = batch.rows.example_lengths[batch.ids]
         report = {"seconds": seconds, "length": round(float(lengths.mean())), **_rates(torch)}
         args.rank_out.write_text(json.dumps(report))
     process_group.stop()

@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 from torch.distributed import Store
 
 from peft_dist.checkpoint import directory
@@ -27,6 +28,7 @@ from peft_dist.common.sizes import megabytes
 from peft_dist.config import Recipe
 from peft_dist.config.run_date import with_date
 from peft_dist.data.mixture import source_shares
+from peft_dist.data.stream import StreamedRows, TrainingRows
 from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group, rendezvous
 from peft_dist.distributed.collectives import broadcast_object
@@ -48,6 +50,9 @@ from peft_dist.worker.process import WorkerContext
 from peft_dist.worker.signals import StopRequests
 
 log = logging.getLogger(__name__)
+
+FIRST_ROWS = 64
+"""Rows that a start looks at where they are streamed."""
 
 
 def fine_tune(
@@ -88,7 +93,8 @@ def fine_tune(
         base = find_base(recipe, cache)
         told.append(f"model: {base.files.folder}, {megabytes(base.files.bytes)}")
     held = None if eval_set is None else eval_set.rows
-    texts = {"data.train": rows.tokens, **({} if eval_set is None else eval_set.texts())}
+    some, _ = rows.at(np.arange(min(FIRST_ROWS, rows.n_examples)))
+    texts = {"data.train": some.tokens, **({} if eval_set is None else eval_set.texts())}
     with wait("comparing the rows with the model's vocabulary"):
         refuse_unknown_ids(recipe, base.files.folder, texts)
     with wait("sampling the model's weights"):
@@ -103,10 +109,11 @@ def fine_tune(
 
     setup = set_up_model(recipe, world, base, label_names=rows.label_names, rows=rows)
     load_start(setup)
-    for some in (rows, *([] if eval_set is None else [eval_set.rows])):
-        setup.check_lengths(some)
-    setup.warn_of_untrained_rows(rows)
-    saver = AdapterSaver(setup, rows)
+    setup.check_rows(some)
+    if held is not None:
+        setup.check_rows(held)
+    setup.warn_of_untrained_rows(some)
+    saver = AdapterSaver(setup, some)
     with stage("proving that the adapter can be saved", log) as told:
         saver.prove()
         told.append("saving and reading back a changed adapter: proven")
@@ -138,9 +145,13 @@ def _with_date_of_main(recipe: Recipe, world: World, meeting: Store) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": day})})
 
 
-def _read_rows(recipe: Recipe, cache: Path) -> tuple[TokenizedRows, EvalSet | None]:
+def _read_rows(recipe: Recipe, cache: Path) -> tuple[TrainingRows, EvalSet | None]:
     """Tokenise the rows of a recipe, or read them from the cache; needs no other process."""
-    rows = tokenize_rows(recipe, "train", cache)
+    rows: TrainingRows
+    if recipe.data.streaming:
+        rows = StreamedRows(recipe, cache)
+    else:
+        rows = tokenize_rows(recipe, "train", cache)
     source_shares(recipe.data, [source.rows for source in rows.sources])  # refused here, if at all
     if recipe.data.eval is None:
         return rows, None
@@ -148,11 +159,12 @@ def _read_rows(recipe: Recipe, cache: Path) -> tuple[TokenizedRows, EvalSet | No
 
 
 def _reference(
-    setup: ModelSetup, rows: TokenizedRows, cache: Path, attempt: TrainingAttempt
+    setup: ModelSetup, rows: TrainingRows, cache: Path, attempt: TrainingAttempt
 ) -> Scores | None:
     """Score rows before anything is learned, where the objective asks for it. Collective."""
     if not setup.recipe.objective.has_reference:
         return None
+    assert isinstance(rows, TokenizedRows), "the recipe refuses to stream them"
     scores = reference_scores(
         setup, rows, cache / "reference", on_batch=lambda: attempt.phase("evaluation", 0)
     )
@@ -160,30 +172,33 @@ def _reference(
     return scores
 
 
-def _described(rows: TokenizedRows, eval_set: EvalSet | None) -> list[str]:
+def _described(rows: TrainingRows, eval_set: EvalSet | None) -> list[str]:
     """Log what became of the rows of each source, and return a line about all of them.
 
     A smaller data set is no secret.
     """
     held = [] if eval_set is None else [("held-out", eval_set.rows)]
-    for what, some in [("training", rows), *held]:
+    read = [("training", rows)] if isinstance(rows, TokenizedRows) else []
+    for what, some in [*read, *held]:
         for notice in some.notices:
             log.warning("%s rows: %s", what, notice)
         for source in some.sources:
             for report in source.reports:
                 log.warning("left out %s", report)
             log.info("%s", source.line(what))
-    kept = f"rows: {rows.n_examples:,} to train on, {len(rows.tokens):,} tokens"
+    how = f"{len(rows.tokens):,} tokens" if isinstance(rows, TokenizedRows) else "streamed"
+    kept = f"rows: {rows.n_examples:,} to train on, {how}"
     return [kept + ("" if eval_set is None else f", {eval_set.rows.n_examples:,} held out")]
 
 
 def _fit_micro_batch(trainer: Trainer, attempt: TrainingAttempt) -> None:
     """Measure how many rows fit into a pass, where the recipe left that open. Collective.
 
-    Once in a run, before its first step, and on a GPU alone: a host's memory is shared.
+    Once in a run, before its first step, and on a GPU alone: a host's memory is shared. Of rows
+    that are streamed nobody knows the longest: there the plan's number stands.
     """
     device = trainer.world.device
-    if device.type != "cuda" or trainer.progress.step:
+    if device.type != "cuda" or trainer.progress.step or trainer.recipe.data.streaming:
         return
     if not broadcast_object(trainer.world.is_main and measures_rows(attempt.run)):
         return
@@ -198,7 +213,7 @@ def _fit_micro_batch(trainer: Trainer, attempt: TrainingAttempt) -> None:
 
 def _trainer(
     saver: AdapterSaver,
-    rows: TokenizedRows,
+    rows: TrainingRows,
     eval_set: EvalSet | None,
     reference: Scores | None,
     attempt: TrainingAttempt,

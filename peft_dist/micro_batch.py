@@ -109,6 +109,7 @@ def fit_micro_batch(trainer: Trainer, meter: MemoryMeter) -> MicroBatchEvent:
         meter: Of this process.
     """
     setup, recipe, rows = trainer.setup, trainer.recipe, trainer.rows
+    assert rows.example_lengths is not None, "rows that are streamed have no longest one"
     by_length = np.argsort(-rows.example_lengths, kind="stable")
     trained = sum(parameter.numel() for parameter in setup.adapter.values())
     moments = MOMENT_BYTES * trained

@@ -28,6 +28,7 @@ from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.order import RowIds
 from peft_dist.data.pack import Batch, pack
+from peft_dist.data.stream import TrainingRows
 from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.world import World
 from peft_dist.methods import METHODS, Method
@@ -43,7 +44,7 @@ from peft_dist.model.plan import BasePlan, plan_base
 from peft_dist.model.proof import ProofRun, Way
 from peft_dist.model.recompute import recompute_blocks
 from peft_dist.model.source import BaseSource, Released
-from peft_dist.model.vocabulary import untrained_rows, with_token_ids
+from peft_dist.model.vocabulary import refuse_ids_above, untrained_rows, with_token_ids
 from peft_dist.model.ways import kernel_to_build_with, prove_once, ways_of
 from peft_dist.sharding import ENGINES, Engine, Group
 from peft_dist.sharding.chosen_optimizer import refuse_muon
@@ -120,13 +121,17 @@ class ModelSetup:
         places = self.position_table
         return None if places is None else places - self.method.learned_positions
 
-    def check_lengths(self, rows: TokenizedRows) -> None:
-        """Compare the longest row with the positions that the model has.
+    def check_rows(self, rows: TokenizedRows) -> None:
+        """Compare rows with the positions and the embedding that the model has.
 
         Raises:
-            DataError: Where a model with a table of positions has none for its end.
+            DataError: Where a model with a table of positions has none for the end of a row.
+            ModelError: For a token that the model has no row for.
         """
         config = architectures.bare_model(self.peft).config
+        refuse_ids_above(
+            config.get_text_config().vocab_size, self.recipe, "data.train", rows.tokens
+        )
         longest, learned = int(rows.lengths.max()), self.method.learned_positions
         limit = architectures.rope_limit(config)
         if limit and longest > limit and micro_batch_rows(self.recipe) > 1:
@@ -202,7 +207,7 @@ def set_up_model(
     source: BaseSource,
     *,
     label_names: tuple[str, ...] = (),
-    rows: TokenizedRows | None = None,
+    rows: TrainingRows | None = None,
     engines: Mapping[str, type[Engine]] = ENGINES,
     prover: Prover = prove_once,
 ) -> ModelSetup:

@@ -7,10 +7,12 @@ a step can be read from its rows to its record in one place.
 import hashlib
 import math
 import time
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from peft_dist.checkpoint.checkpointer import Checkpointer
@@ -19,8 +21,9 @@ from peft_dist.common.errors import Interrupted, TrainingError
 from peft_dist.common.screen import wait
 from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.mixture import source_shares
-from peft_dist.data.order import RowIds, StepPlan, assign
-from peft_dist.data.token_cache import TokenizedRows
+from peft_dist.data.order import RowIds, RowOrder, StepPlan, assign
+from peft_dist.data.stream import TrainingRows
+from peft_dist.data.tokenized_rows import StepRows, TokenizedRows
 from peft_dist.distributed.collectives import barrier, sum_over
 from peft_dist.evaluation.generation import Sampler
 from peft_dist.evaluation.scoring import EvalSet, ScoringStopped, score_rows
@@ -51,7 +54,7 @@ class Trainer:
     def __init__(
         self,
         setup: ModelSetup,
-        rows: TokenizedRows,
+        rows: TrainingRows,
         eval_set: EvalSet | None,
         *,
         reference: Scores | None = None,
@@ -75,10 +78,14 @@ class Trainer:
         self.hooks = hooks or NoHooks()
         self.trackers: list[Tracker] = []
         """Views of the run; stays empty on every rank but 0."""
-        self.objective = make_pass(setup, rows, reference)
-        self.router = RouterBalance(setup, rows)
+        some, _ = rows.at(np.arange(1))
+        self._some = some
+        """Rows that micro-batches are taken from: all, or those of a step."""
+        self.objective = make_pass(setup, some, reference)
+        self.router = RouterBalance(setup, some)
         shares = source_shares(self.recipe.data, [source.rows for source in rows.sources])
-        self.plan = StepPlan.of(self.recipe.train, rows.example_lengths, shares)
+        order = RowOrder(rows.n_examples, self.recipe.train.seed, shares)
+        self.plan = StepPlan(order, rows.example_lengths, self.recipe.train)
         self.peak_rate = peak_learning_rate(self.recipe)
         self.optimizer = make_optimizer(setup.engine, setup.recipe.train)
         self.progress = Progress()
@@ -86,7 +93,7 @@ class Trainer:
         self._reader = StepMetricsReader(
             device, objective=figures, sources=self.recipe.source_losses
         )
-        self._source_losses = SourceLosses(self.recipe, rows, device)
+        self._source_losses = SourceLosses(self.recipe, some, device)
         self._stop = self._save_due = self._give_up = False
         self._saved_step = -1
         self._saved_at = self._mark = time.monotonic()
@@ -112,13 +119,14 @@ class Trainer:
         self._saved_at = self._go_on()
         self._after(self.progress.step)  # an evaluation may be due, before the first step or after
         plan = self.plan.steps(step=self.progress.step, cursor=self.progress.cursor)
-        for step, cursor, ids in plan:
-            self.hooks.phase("step", step)
-            self._step(step, total, ids, cursor)
-            if step == first:
-                self.setup.check_adapters_agree()
-                self.setup.engine.compute_timer.begin()  # that was waiting for others
-            self._after(step)
+        with closing(self.rows.batches(plan)) as batches:
+            for batch in batches:
+                self.hooks.phase("step", batch.step)
+                self._step(batch)
+                if batch.step == first:
+                    self.setup.check_adapters_agree()
+                    self.setup.engine.compute_timer.begin()  # that was waiting for others
+                self._after(batch.step)
         self._settle()
         self.hooks.phase("save", total)
         self.finish_saves()
@@ -130,12 +138,20 @@ class Trainer:
         self.setup.engine.compute_timer.begin()
         return self._mark
 
-    def _step(self, step: int, total: int, ids: RowIds, cursor: int) -> None:
+    def _take_from(self, rows: TokenizedRows) -> None:
+        """Take micro-batches from these rows from now on."""
+        if rows is not self._some:
+            self.setup.check_rows(rows)
+            self._some = self.objective.data = self.router.rows = self._source_losses.rows = rows
+
+    def _step(self, batch: StepRows) -> None:
         """Train on the rows of one step and update the adapter once."""
         engine, device = self.setup.engine, self.world.device
+        step, cursor, rows, ids = batch
+        self._take_from(rows)
         groups = assign(
             ids,
-            self.rows.example_lengths,
+            rows.example_lengths,
             world_size=self.world.size,
             micro_batch_size=micro_batch_rows(self.recipe),
         )[self.world.rank]
@@ -163,14 +179,14 @@ class Trainer:
         summed = engine.reduce(extras)
         norm = engine.clip(self.recipe.train.max_grad_norm)
         metrics = torch.cat([torch.stack([summed[0] / divisor, norm.float()]), summed[1:]])
-        rate = learning_rate(self.recipe.train, step, total, peak=self.peak_rate)
+        rate = learning_rate(self.recipe.train, step, self.plan.total_steps, peak=self.peak_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
         self.optimizer.step(torch.isfinite(metrics[:2]).all())
         engine.zero_gradients()
         engine.compute_timer.begin()
         self.progress.step, self.progress.cursor = step, cursor
-        tokens = int(self.rows.example_lengths[ids].sum())
+        tokens = int(rows.example_lengths[ids].sum())
         by_source = self._source_losses.predictions(ids)
         self._reader.put(StepInputs(step, rate, len(ids), cursor, tokens, by_source), metrics)
         # To roll back a step later would undo one that was sound, and is in the ledger.
@@ -184,7 +200,7 @@ class Trainer:
             micro: The examples.
             divisor: What `objective.begin` has returned for the global batch.
         """
-        batch = self.setup.pack(self.rows, self.objective.rows(micro)).to(self.world.device)
+        batch = self.setup.pack(self._some, self.objective.rows(micro)).to(self.world.device)
         with self.setup.autocast():
             losses = self.setup.model(batch)
             share = self.objective.share(losses, batch, micro)

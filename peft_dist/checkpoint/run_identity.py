@@ -8,7 +8,7 @@ from typing import Any
 from peft_dist.config import Recipe
 from peft_dist.config.resume_rules import differences, learning_settings, refuse_changes
 from peft_dist.data.mixture import source_shares
-from peft_dist.data.token_cache import TokenizedRows
+from peft_dist.data.stream import TrainingRows
 from peft_dist.evaluation.scoring import EvalSet
 from peft_dist.model_setup import ModelSetup
 from peft_dist.optim.lr_schedule import peak_learning_rate
@@ -25,9 +25,7 @@ EARLIER = {
 """What versions did that had no field for it."""
 
 
-def describe_run(
-    setup: ModelSetup, rows: TokenizedRows, eval_set: EvalSet | None
-) -> dict[str, Any]:
+def describe_run(setup: ModelSetup, rows: TrainingRows, eval_set: EvalSet | None) -> dict[str, Any]:
     """Return what every checkpoint of a run says besides its progress."""
     recipe = setup.recipe
     settings = learning_settings(recipe)
@@ -55,7 +53,7 @@ def describe_run(
     }
 
 
-def _describe_rows(recipe: Recipe, rows: TokenizedRows) -> str:
+def _describe_rows(recipe: Recipe, rows: TrainingRows) -> str:
     """Describe the training rows, and their mixture where not each is in every epoch once."""
     text = f"{rows.n_rows} rows, fingerprint {rows.fingerprint[:16]}"
     shares = source_shares(recipe.data, [source.rows for source in rows.sources])

@@ -15,7 +15,7 @@ from peft_dist.common.paths import TOKENIZER_FILES
 from peft_dist.config import Recipe
 from peft_dist.config.load import PATH_FIELDS
 from peft_dist.config.resume_rules import all_settings
-from peft_dist.data.token_cache import TokenizedRows
+from peft_dist.data.stream import TrainingRows
 from peft_dist.distributed.collectives import gather_objects
 from peft_dist.model.weights import WeightFiles
 from peft_dist.run.provenance import versions
@@ -25,7 +25,7 @@ Inputs = dict[str, str]
 
 
 def describe_inputs(
-    recipe: Recipe, rows: Mapping[str, TokenizedRows | None], files: WeightFiles
+    recipe: Recipe, rows: Mapping[str, TrainingRows | None], files: WeightFiles
 ) -> Inputs:
     """Return what this process has read; needs no other process.
 
@@ -78,7 +78,7 @@ def first_difference(everyone: Sequence[Mapping[str, Any]]) -> str | None:
     return None
 
 
-def _of_rows(rows: TokenizedRows | None) -> str:
+def _of_rows(rows: TrainingRows | None) -> str:
     return (
         "none" if rows is None else f"{rows.n_rows} rows with fingerprint {rows.fingerprint[:16]}"
     )

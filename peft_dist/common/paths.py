@@ -3,6 +3,7 @@
 Finds folders; reads and writes nothing.
 """
 
+import glob
 import json
 import os
 from pathlib import Path
@@ -47,3 +48,9 @@ def staged(name: str) -> Path | None:
     except (ValueError, AttributeError):
         return None  # nothing of ours; the model is read where it lies
     return Path(folder) if isinstance(folder, str) and Path(folder).is_dir() else None
+
+
+def files_like(pattern: str) -> tuple[str, ...]:
+    """Return the files that an absolute pattern such as `/rows/part-*.jsonl` matches, in order."""
+    found = glob.glob(pattern, recursive=True)  # noqa: PTH207  Path.glob wants a relative one
+    return tuple(sorted(one for one in found if Path(one).is_file()))

@@ -4,6 +4,7 @@ Looks whether the files a recipe names exist, but opens none of them. Which key 
 `recipe.py`'s and `method.py`'s business, how a fault is put in words `explain.py`'s.
 """
 
+import glob
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from peft_dist.common.errors import RecipeError
+from peft_dist.common.paths import files_like
 from peft_dist.config.explain import (
     also_wrong,
     describe_failure,
@@ -225,6 +227,9 @@ def _resolved(
     found = _find(name, bases)
     if found is not None:
         return str(found)
+    pattern = None if is_local else _find_pattern(name, bases)
+    if pattern is not None:
+        return pattern
     if (is_local or _looks_local(name)) and check:
         raise RecipeError(
             f"{quote(name)} does not exist",
@@ -252,6 +257,18 @@ def _find(name: str, bases: Sequence[Path]) -> Path | None:
                 return candidate.resolve()
             return candidate.parent.resolve() / candidate.name
         except (OSError, ValueError, RuntimeError):  # absent, NUL bytes, too long, ~nobody
+            continue
+    return None
+
+
+def _find_pattern(name: str, bases: Sequence[Path]) -> str | None:
+    """Return a pattern of files as an absolute one, where it matches any."""
+    for base in bases if glob.has_magic(name) else ():
+        try:
+            pattern = str(Path(glob.escape(str(base))) / Path(name).expanduser())
+            if files_like(pattern):
+                return pattern
+        except (OSError, ValueError, RuntimeError):  # as in _find
             continue
     return None
 

@@ -71,6 +71,9 @@ class Data(Section):
     """Lay the rows of a micro-batch end to end, without padding and without attention between
     rows; the loss is the same. Default: on for causal-lm where the start proves that the model
     keeps them apart, off for classification."""
+    streaming: bool = False
+    """Read and tokenise training rows as their steps come, instead of all before the first one:
+    for JSONL and Parquet files that are larger than a disk cache. Their order is the same."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
     """Malformed rows of a source to leave out, each reported with file and line, before
     stopping."""
@@ -326,6 +329,8 @@ class Recipe(Section):
         if traced is not None and last is not None and traced[0] > last:
             raise ValueError(f"profile.steps begin at {traced[0]}, but train.steps is {last}")
         classify = self.model.task == "sequence-classification"
+        if self.data.streaming:
+            self._refuse_streaming()
         if classify and self.data.packing:
             raise ValueError("data.packing cannot be on for sequence-classification; remove it")
         if classify and self.method.kind == "prefix":
@@ -370,3 +375,23 @@ class Recipe(Section):
                 "checkpoint.keep_best needs held-out losses; set evaluate.every_steps and data.eval"
             )
         return self
+
+    def _refuse_streaming(self) -> None:
+        """Refuse, beside `data.streaming`, what takes a look at all rows before training."""
+        data, objective, remedy = self.data, self.objective.kind, "remove it"
+        if data.held_out is not None:
+            what, remedy = f"data.eval {data.eval}", "name a file of held-out rows"
+        elif data.max_bad_rows:
+            what = "data.max_bad_rows"
+        elif self.train.global_batch_tokens is not None:
+            what, remedy = "train.global_batch_tokens", "set global_batch_size"
+        elif self.model.task == "sequence-classification":
+            what, remedy = f"model.task {self.model.task}", "set streaming: false"
+        elif objective != "sft":
+            what, remedy = f"objective {objective}", "set streaming: false"
+        else:
+            return
+        raise ValueError(
+            f"{what} takes a look at all rows before training, and data.streaming has none; "
+            f"{remedy}"
+        )

@@ -5,6 +5,7 @@ has for sure.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from peft_dist.data.record import Broken, Record
 if TYPE_CHECKING:
     import datasets
     import pyarrow
+    import pyarrow.parquet
 
 ROWS_PER_READ = 1000
 
@@ -25,13 +27,45 @@ def parquet_records(path: Path, wanted: Collection[str]) -> Iterator[Record]:
     Raises:
         DataError: It is no Parquet file.
     """
+    with _opened(path) as file:
+        columns = _chosen(file.schema_arrow.names, wanted)
+        yield from _records(file.iter_batches(ROWS_PER_READ, columns=columns))
+
+
+def row_group_sizes(path: Path) -> list[int]:
+    """Return the rows of each row group of a Parquet file.
+
+    Raises:
+        DataError: It is no Parquet file.
+    """
+    with _opened(path) as file:
+        return [file.metadata.row_group(at).num_rows for at in range(file.num_row_groups)]
+
+
+def row_group(path: Path, group: int, wanted: Collection[str]) -> "pyarrow.Table":
+    """Return the columns of a row group that `parquet_records` would yield.
+
+    Raises:
+        DataError: There is no such group.
+    """
+    with _opened(path) as file:
+        columns = _chosen(file.schema_arrow.names, wanted)
+        return file.read_row_group(group, columns=columns, use_threads=False)
+
+
+def table_records(table: "pyarrow.Table") -> Iterator[Record]:
+    """Yield the rows of a table, numbered from 1."""
+    return _records([table])
+
+
+@contextmanager
+def _opened(path: Path) -> "Iterator[pyarrow.parquet.ParquetFile]":
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = _chosen(file.schema_arrow.names, wanted)
-            yield from _records(file.iter_batches(ROWS_PER_READ, columns=columns))
+            yield file
     except pyarrow.ArrowException as error:
         raise DataError(f"invalid Parquet: {error}", where=str(path)) from error
 

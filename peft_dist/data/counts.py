@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from peft_dist.data.sources import place
+
 
 @dataclass(frozen=True)
 class SourceRows:
@@ -23,11 +25,13 @@ class SourceRows:
     """How many of them are trained to their end; the others lost it to `data.max_length`."""
     bad: tuple[tuple[int, str], ...]
     """Line and reason of each malformed row that was left out."""
+    shards: tuple[str, ...] = ()
+    """Its files, where it has several."""
 
     @property
     def reports(self) -> tuple[str, ...]:
         """Return `file:line: why` of each malformed row."""
-        return tuple(f"{self.name}:{line}: {why}" for line, why in self.bad)
+        return tuple(f"{place(line, self.name, self.shards)}: {why}" for line, why in self.bad)
 
     def line(self, what: str) -> str:
         """Return the counts as one line, such as for the log of a start."""
@@ -45,7 +49,9 @@ class SourceRows:
 
     def facts(self) -> dict[str, Any]:
         """Return the counts for `result.json`."""
-        return asdict(self) | {"bad": len(self.bad)}
+        facts = asdict(self) | {"bad": len(self.bad)}
+        del facts["shards"]
+        return facts
 
 
 def _part(count: int, total: int) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
+from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -154,12 +155,12 @@ class Encoder:
         """Whether the tokenizer can lay out a conversation."""
         return bool(self._tokenizer.chat_template)
 
-    @property
-    def stop_ids(self) -> Ids:
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
         """The tokens that a trained turn may end with."""
         control = () if self._template is None else self._template.control
         ids = self._tokenizer.added_tokens_encoder
-        return self._end + [ids[token] for token in control if token in ids]
+        return frozenset(self._end + [ids[token] for token in control if token in ids])
 
     def fingerprint(self) -> str:
         """Return a hash of all that decides which tokens a row becomes."""

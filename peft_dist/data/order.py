@@ -109,17 +109,20 @@ class StepPlan:
 
     Args:
         order: The global sample order.
-        lengths: [n_rows] tokens of each row.
+        lengths: [n_rows] tokens of each row; None where nobody knows them, and batches are in rows.
         train: The recipe's section with the length of training and the size of a batch.
     """
 
-    def __init__(self, order: RowOrder, lengths: NDArray[np.int64], train: Train) -> None:
+    def __init__(self, order: RowOrder, lengths: NDArray[np.int64] | None, train: Train) -> None:
         """Work out how many steps there are; for batches in tokens over epochs, by walking."""
-        assert len(lengths) == order.n_rows, (len(lengths), order.n_rows)
-        self.order, self._lengths = order, lengths
+        self.order = order
         self._budget = train.global_batch_tokens
         self._batch_rows = train.global_batch_size or DEFAULT_GLOBAL_ROWS
-        self._mean_length = max(1.0, float(lengths.mean()))
+        if lengths is not None:
+            assert len(lengths) == order.n_rows, (len(lengths), order.n_rows)
+            self._lengths, self._mean_length = lengths, max(1.0, float(lengths.mean()))
+        else:
+            assert self._budget is None, "lengths are not known"
         self.total_rows: int | None = None
         """Rows of the whole training, counting repeats; None where it is given in steps."""
         if train.steps is not None:

@@ -18,7 +18,20 @@ class Broken:
 
 
 Record = tuple[int, Any]
-"""Line (or row, where a format has no lines) counted from 1, and the value or a `Broken`."""
+"""Line (or row, where a format has no lines) counted from 1, and the value or a `Broken`; in a
+later file of several, `in_file` has counted it on."""
+_LINES = 1 << 40
+"""More than any file has."""
+
+
+def in_file(file: int, line: int) -> int:
+    """Return one number for a line of one of several files, in their order."""
+    return file * _LINES + line
+
+
+def file_and_line(number: int) -> tuple[int, int]:
+    """Return what `in_file` was given."""
+    return divmod(number, _LINES)
 
 
 def lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:

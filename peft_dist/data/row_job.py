@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, cast
 
-import numpy as np
-
 from peft_dist.common.errors import DataError
 from peft_dist.common.screen import Bar, wait
 from peft_dist.config.recipe import Recipe
@@ -191,9 +189,10 @@ class FittedRows:
 
         Returns whether a turn has lost its end.
         """
-        ends = fitted.tokens[fitted.stops]
-        stops = np.isin(ends, self._job.encoder.stop_ids) & fitted.trained[fitted.stops]
-        assert stops.all(), f"{self.source.where(row.line)}: a turn has no stop token"
+        ends = fitted.tokens[fitted.stops].tolist()
+        are_stops = self._job.encoder.stop_ids.issuperset(ends)  # np.isin takes 20 times as long
+        are_stops &= bool(fitted.trained[fitted.stops].all())
+        assert are_stops, f"{self.source.where(row.line)}: a turn has no stop token"
         self.trained_turns += len(row.stops)
         self.stop_tokens += len(ends)
         return len(ends) < len(row.stops)
@@ -209,6 +208,7 @@ class FittedRows:
             trained_turns=self.trained_turns,
             stop_tokens=self.stop_tokens,
             bad=tuple(sorted(self.bad.found)),
+            shards=self.source.shards,
         )
 
     def _cut(self, row: EncodedRow, *, is_own: bool) -> EncodedRow | None:

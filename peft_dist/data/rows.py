@@ -63,6 +63,8 @@ class BadRows:
     source: Source
     limit: int | None
     found: list[tuple[int, str]] = field(default_factory=list)
+    remedy: str = ""
+    """What to do about a row. Default: to fix it, or to allow more of such."""
     _remedies: dict[int, str] = field(default_factory=dict)
 
     def add(self, line: int, why: str, remedy: str = "") -> None:
@@ -96,8 +98,10 @@ class BadRows:
             more = [f"{alike} more for the same reason"] if alike else []
             more += different[:SHOWN_BAD_ROWS] + ["..."] * (len(different) > SHOWN_BAD_ROWS)
             why += f" (first of {len(self.found)} bad rows; {'; '.join(more)})"
-        remedy = self._remedies.get(line) or (
-            f"fix the row, or raise data.max_bad_rows above {self.limit} to leave such out"
+        remedy = (
+            self._remedies.get(line)
+            or self.remedy
+            or (f"fix the row, or raise data.max_bad_rows above {self.limit} to leave such out")
         )
         raise DataError(why, where=self.source.where(line), remedy=remedy)
 

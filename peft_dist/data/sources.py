@@ -7,10 +7,11 @@ that a login node can look at them; what reads the others is imported where it i
 """
 
 import csv
+import glob
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -18,8 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from peft_dist.common.errors import DataError
+from peft_dist.common.paths import files_like
 from peft_dist.data.forms import COLUMNS
-from peft_dist.data.record import LONGEST_ROW, TOO_LONG, Broken, Record, lines
+from peft_dist.data.record import (
+    LONGEST_ROW,
+    TOO_LONG,
+    Broken,
+    Record,
+    file_and_line,
+    in_file,
+    lines,
+)
 from peft_dist.data.row_range import RowRange, parse_split
 
 
@@ -35,6 +45,13 @@ class Source:
     """The records that are meant; None: all."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Which column holds what, where its name is not ours."""
+    shards: tuple[str, ...] = ()
+    """The files of a pattern, in the order of their names."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the rows, unless they are a dataset."""
+        return tuple(map(Path, self.shards or (self.name,)))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -43,15 +60,14 @@ class Source:
         Raises:
             DataError: It cannot be read.
         """
-        path = Path(self.name)
         try:
             match self.kind:
                 case "hub":
                     return str(self.dataset()._fingerprint)
                 case "folder":
-                    return _sha256_of_folder(path)
+                    return _sha256_of_folder(Path(self.name))
                 case _:
-                    return _sha256([path])
+                    return _sha256(self.files)
         except OSError as error:
             raise self._cannot_read(error) from error
 
@@ -72,23 +88,34 @@ class Source:
 
     def where(self, line: int) -> str:
         """Return the place of a record, for a report."""
-        return f"{self.name}:{line}"
+        return place(line, self.name, self.shards)
+
+    @property
+    def wanted(self) -> set[str]:
+        """Names of the columns that are read where there are any of them."""
+        return {*COLUMNS, *self.columns.values()}
 
     def _whole(self) -> Iterator[Record]:
-        path = Path(self.name)
+        if self.kind in ("folder", "hub"):
+            from peft_dist.data import arrow_files
+
+            yield from arrow_files.dataset_records(self.dataset(), self.wanted, self.columns)
+            return
+        for number, path in enumerate(self.files):
+            for line, value in self._of_file(path):
+                yield in_file(number, line), value
+
+    def _of_file(self, path: Path) -> Iterator[Record]:
         match self.kind:
             case "jsonl":
-                return _jsonl(path)
+                return jsonl(path)
             case "json":
                 return _json(path)
             case "csv":
                 return _csv(path)
         from peft_dist.data import arrow_files
 
-        wanted = {*COLUMNS, *self.columns.values()}
-        if self.kind == "parquet":
-            return arrow_files.parquet_records(path, wanted)
-        return arrow_files.dataset_records(self.dataset(), wanted, self.columns)
+        return arrow_files.parquet_records(path, self.wanted)
 
     def _count(self) -> int:
         return len(self.dataset()) if self.kind == "folder" else sum(1 for _ in self._whole())
@@ -104,7 +131,14 @@ class Source:
         return arrow_files.open_dataset(self.name, self.kind, self.split)
 
     def _cannot_read(self, error: OSError) -> DataError:
-        return DataError(f"cannot be read: {error.strerror or error}", where=self.name)
+        where = str(error.filename or self.name)
+        return DataError(f"cannot be read: {error.strerror or error}", where=where)
+
+
+def place(line: int, name: str, shards: Sequence[str]) -> str:
+    """Return the place of a record, for a report: `file:line`."""
+    number, line = file_and_line(line)
+    return f"{shards[number] if shards else name}:{line}"
 
 
 KINDS = {
@@ -122,9 +156,10 @@ def open_source(
     """Find out what `name` is; read nothing of it.
 
     Args:
-        name: Path of a file or folder, else a name on the hub.
+        name: Path of a file or folder, a pattern of files such as `part-*.jsonl`, else a name on
+            the hub.
         split: Split to read of a hub dataset, or of a folder that has several; of a file only the
-            part in brackets counts.
+            part in brackets counts, of several files together.
         field: The recipe field that holds the name, for errors.
         columns: Which column holds what, where its name is not ours.
 
@@ -149,9 +184,33 @@ def open_source(
                 remedy=f"known: {', '.join(KINDS)}, or a folder saved by `datasets`",
             )
         return Source(str(path), KINDS[suffix], "", part, columns)
+    if glob.has_magic(name):
+        _, part = parse_split(split, field=f"{field}_split")
+        shards = _files_of(str(path), field)
+        kind = KINDS[Path(shards[0]).suffix.lower()]
+        return Source(str(path), kind, "", part, columns, shards)
     if suffix in KINDS or path.is_absolute() or name.startswith((".", "~")):
         raise DataError(f"{field}: no such file or folder", where=name, remedy="fix the path")
     return Source(name, "hub", split, None, columns)
+
+
+def _files_of(pattern: str, field: str) -> tuple[str, ...]:
+    """Return the files of a pattern.
+
+    Raises:
+        DataError: There are none, or none of one known kind.
+    """
+    found = files_like(pattern)
+    if not found:
+        raise DataError(f"{field}: no file is named like this", where=pattern, remedy="fix it")
+    kinds = {Path(one).suffix.lower() for one in found}
+    if len(kinds) > 1 or not kinds <= KINDS.keys():
+        raise DataError(
+            f"{field}: matches files that end in {', '.join(sorted(kinds))}",
+            where=pattern,
+            remedy=f"name files of one kind: {', '.join(KINDS)}",
+        )
+    return found
 
 
 def _sha256(paths: Iterable[Path]) -> str:
@@ -168,7 +227,12 @@ def _sha256_of_folder(folder: Path) -> str:
     return hashlib.sha256(f"{names}\0{_sha256(files)}".encode()).hexdigest()
 
 
-def _jsonl(path: Path) -> Iterator[Record]:
+def jsonl(path: Path) -> Iterator[Record]:
+    """Yield the records of a file of JSON lines.
+
+    Raises:
+        DataError: It is something else.
+    """
     with path.open(
         "rb", buffering=1 << 20
     ) as file:  # bytes, so that one broken line does not hide the rest
@@ -187,10 +251,11 @@ def _jsonl(path: Path) -> Iterator[Record]:
                         remedy=f"name it {path.stem}.json",
                     )
             if raw := raw.rstrip():
-                yield line, _decode(raw)
+                yield line, decode(raw)
 
 
-def _decode(raw: bytes) -> Any:
+def decode(raw: bytes) -> Any:
+    """Return the value that a line holds, or why there is none as a `Broken`."""
     try:
         return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -204,7 +269,7 @@ def _decode(raw: bytes) -> Any:
 def _json(path: Path) -> Iterator[Record]:
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if not data.lstrip().startswith(b"["):
-        yield from _jsonl(path)  # many tools write JSON lines into a .json file
+        yield from jsonl(path)  # many tools write JSON lines into a .json file
         return
     try:
         text = data.decode("utf-8")

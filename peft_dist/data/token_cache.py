@@ -153,7 +153,11 @@ def _write(job: RowJob, folder: Path) -> None:
         "pad_id": job.encoder.pad_id,
         "sources": [
             # the cache is for these rows wherever they lie
-            {name: value for name, value in asdict(rows.counts()).items() if name != "name"}
+            {
+                name: value
+                for name, value in asdict(rows.counts()).items()
+                if name not in ("name", "shards")
+            }
             for rows in found
         ],
         "notices": job.encoder.notices(),
@@ -196,7 +200,10 @@ def _opened(folder: Path, sources: tuple[Source, ...]) -> TokenizedRows | None:
         label_names=tuple(content["label_names"]),
         pad_id=content["pad_id"],
         sources=tuple(
-            SourceRows(source.name, **counts | {"bad": tuple(map(tuple, counts["bad"]))})
+            SourceRows(
+                source.name,
+                **counts | {"bad": tuple(map(tuple, counts["bad"])), "shards": source.shards},
+            )
             for source, counts in zip(sources, content["sources"], strict=True)
         ),
         fingerprint=sealed["fingerprint"],

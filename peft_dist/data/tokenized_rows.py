@@ -1,12 +1,18 @@
 """Tokenised rows in memory: where each begins, what of it is trained, which belong together."""
 
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from peft_dist.data.counts import SourceRows
+from peft_dist.data.order import RowIds
+
+Step = tuple[int, int, RowIds]
+"""Number from 1, rows consumed after it, and its examples; as `StepPlan.steps` yields it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,15 @@ class TokenizedRows:
         counts = [source.rows * self.rows_per_example for source in self.sources]
         return np.repeat(np.arange(len(self.sources)), counts)
 
+    def at(self, examples: RowIds) -> "tuple[TokenizedRows, RowIds]":
+        """Return rows that hold these examples, and their ids there."""
+        return self, examples
+
+    def batches(self, steps: Iterator[Step]) -> "Generator[StepRows]":
+        """Yield the rows of each step."""
+        for step, cursor, examples in steps:
+            yield StepRows(step, cursor, self, examples)
+
     @property
     def n_rows(self) -> int:
         """Rows that can be trained."""
@@ -87,3 +102,15 @@ class TokenizedRows:
             return np.ones(self.n_rows, dtype=np.int64)
         starts = self.offsets[:-1]
         return np.add.reduceat(self.trained, starts, dtype=np.int64) - self.trained[starts]
+
+
+class StepRows(NamedTuple):
+    """What one optimizer step trains on."""
+
+    step: int
+    cursor: int
+    """Examples of the global order that are consumed after it."""
+    rows: TokenizedRows
+    """Rows of the step at least."""
+    ids: RowIds
+    """Its examples among them."""

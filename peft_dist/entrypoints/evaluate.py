@@ -72,7 +72,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     process_group.start(world)
     refuse_different_inputs(inputs)
     setup = set_up_model(recipe, world, source, label_names=rows.label_names)
-    setup.check_lengths(eval_set.rows)
+    setup.check_rows(eval_set.rows)
     if recipe.objective.has_reference:
         load_start(setup)
         held = reference_scores(setup, eval_set.rows, cache / "reference")

@@ -12,7 +12,9 @@ from peft_dist.common.errors import EXIT_DONE, EXIT_USER_ERROR
 from peft_dist.config import load_recipe
 from peft_dist.data.encode import EncodedRow
 from peft_dist.data.preview import SourcePreview, preview
+from peft_dist.data.record import file_and_line
 from peft_dist.data.row_job import RowJob
+from peft_dist.data.sources import place
 from peft_dist.data.token_cache import row_job
 from peft_dist.worker.process import run_worker
 
@@ -53,16 +55,20 @@ def show_rows(options: argparse.Namespace) -> int:
 
 
 def as_json(found: list[SourcePreview]) -> dict[str, list[dict[str, object]]]:
-    """Return rows and malformed lines as plain values; with the source where there are several."""
+    """Return rows and malformed lines as plain values; with source or file where it has several."""
 
     def named(source: SourcePreview) -> dict[str, object]:
         return {"source": source.counts.name} if len(found) > 1 else {}
 
+    def placed(source: SourcePreview, number: int) -> dict[str, object]:
+        file, line = file_and_line(number)
+        shards = source.counts.shards
+        return {**named(source), **({"file": shards[file]} if shards else {}), "line": line}
+
     return {
         "rows": [
             {
-                **named(source),
-                "line": row.line,
+                **placed(source, row.line),
                 **({"part": part} if part else {}),
                 "tokens": row.tokens.tolist(),
                 "trained": row.trained.astype(int).tolist(),
@@ -71,7 +77,7 @@ def as_json(found: list[SourcePreview]) -> dict[str, list[dict[str, object]]]:
             for part, row in source.rows
         ],
         "bad": [
-            {**named(source), "line": line, "why": why}
+            {**placed(source, line), "why": why}
             for source in found
             for line, why in source.counts.bad
         ],
@@ -85,7 +91,8 @@ def as_text(source: SourcePreview, job: RowJob, *, whole: bool) -> str:
     for part, row in source.rows:
         label = f", {part}" if part else "" if row.label is None else f", label {row.label}"
         trained = f"{len(row.tokens):,} tokens, {int(row.trained.sum()):,} trained"
-        lines += [f"{name}:{row.line}  {trained}{label}", _marked(row, job, whole=whole), ""]
+        at = place(row.line, name, source.counts.shards)
+        lines += [f"{at}  {trained}{label}", _marked(row, job, whole=whole), ""]
     lines += [f"bad: {report}" for report in source.counts.reports]
     tokens = sum(len(row.tokens) for _, row in source.rows)
     on = sum(int(row.trained.sum()) for _, row in source.rows)

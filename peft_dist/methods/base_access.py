@@ -15,7 +15,7 @@ from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.mixture import source_shares
 from peft_dist.data.order import RowOrder, assign
 from peft_dist.data.pack import Batch, pack, unlabelled
-from peft_dist.data.token_cache import TokenizedRows
+from peft_dist.data.stream import TrainingRows
 from peft_dist.distributed.collectives import Shard
 from peft_dist.distributed.world import World
 from peft_dist.methods.method import BaseAccess
@@ -55,7 +55,7 @@ class LoadedBase:
     """As the engine wraps it."""
     peft: PeftModel
     compute_dtype: torch.dtype
-    rows: TokenizedRows | None
+    rows: TrainingRows | None
     """Training rows; None where what starts is replaced by what is saved."""
 
     def access(self) -> BaseAccess:
@@ -104,7 +104,8 @@ class LoadedBase:
         assert rows is not None
         shares = source_shares(self.recipe.data, [source.rows for source in rows.sources])
         order = RowOrder(rows.n_examples, self.recipe.train.seed, shares)
-        ids = rows.rows_of(order.rows(0, min(count, order.epoch_rows)))
+        rows, examples = rows.at(order.rows(0, min(count, order.epoch_rows)))
+        ids = rows.rows_of(examples)
         # One at a time: what a row makes of a layer then depends on no other row.
         mine = assign(ids, rows.lengths, world_size=world.size, micro_batch_size=1)[world.rank]
         config: Any = architectures.bare_model(self.peft).config

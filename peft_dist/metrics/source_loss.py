@@ -14,7 +14,7 @@ class SourceLosses:
 
     def __init__(self, recipe: Recipe, rows: TokenizedRows, device: torch.device) -> None:
         """Begin at 0."""
-        self._count, self._rows, self._device = recipe.source_losses, rows, device
+        self._count, self.rows, self._device = recipe.source_losses, rows, device
         self._sums = torch.zeros(self._count, device=device)
 
     def add(self, ids: RowIds, batch: Batch, nll: torch.Tensor) -> None:
@@ -27,7 +27,7 @@ class SourceLosses:
         """
         if not self._count or not len(ids):
             return
-        sources = to_device(torch.from_numpy(self._rows.source_of_row[ids]), self._device)
+        sources = to_device(torch.from_numpy(self.rows.source_of_row[ids]), self._device)
         self._sums.index_add_(0, sources[batch.target_rows], nll.detach().float())
 
     def take(self) -> torch.Tensor:
@@ -39,6 +39,6 @@ class SourceLosses:
         """Return how many predictions of each source are in a step with these rows."""
         if not self._count:
             return ()
-        sources, counts = self._rows.source_of_row[ids], self._rows.predicted_counts[ids]
+        sources, counts = self.rows.source_of_row[ids], self.rows.predicted_counts[ids]
         found = np.bincount(sources, weights=counts, minlength=self._count)
         return tuple(int(count) for count in found)

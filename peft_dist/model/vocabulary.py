@@ -111,12 +111,22 @@ def refuse_unknown_ids(
         ids = load_tokenizer(recipe)(words, add_special_tokens=False)["input_ids"]
         all_texts["method.text"] = np.array(ids, dtype=np.int32)
     for field, ids in all_texts.items():
-        highest = int(ids.max(initial=-1))
-        if highest >= rows:
-            token = load_tokenizer(recipe).convert_ids_to_tokens(highest)
-            raise ModelError(
-                f"the token {token!r} of {field} has id {highest}, but the model's embedding has "
-                f"{rows} rows",
-                where="model.name",
-                remedy="put the tokenizer that the model was trained with beside it",
-            )
+        refuse_ids_above(rows, recipe, field, ids)
+
+
+def refuse_ids_above(rows: int, recipe: Recipe, field: str, ids: NDArray[np.int32]) -> None:
+    """Refuse a token that an embedding with so many rows has none for; `field` holds its text.
+
+    Raises:
+        ModelError: As `refuse_unknown_ids`.
+    """
+    highest = int(ids.max(initial=-1))
+    if highest < rows:
+        return
+    token = load_tokenizer(recipe).convert_ids_to_tokens(highest)
+    raise ModelError(
+        f"the token {token!r} of {field} has id {highest}, but the model's embedding has {rows} "
+        "rows",
+        where="model.name",
+        remedy="put the tokenizer that the model was trained with beside it",
+    )

@@ -22,7 +22,7 @@ class RouterBalance:
 
     def __init__(self, setup: ModelSetup, rows: TokenizedRows) -> None:
         """Take a model and the rows it is trained on."""
-        self._setup, self._rows = setup, rows
+        self._setup, self.rows = setup, rows
         self.term = setup.model.router_term if isinstance(setup.model, CausalLM) else None
         self._whole: Routing | None = None
 
@@ -42,7 +42,7 @@ class RouterBalance:
         try:
             with torch.no_grad(), setup.autocast():
                 for micro in groups:
-                    batch = setup.pack(self._rows, micro).to(device)
+                    batch = setup.pack(self.rows, micro).to(device)
                     routing = model(batch, None, model.route).routing
                     sums += torch.cat([*routing[:2], routing.decisions[None]])
         finally:

@@ -91,8 +91,7 @@ class _Trainer(Trainer):
         # AdamW makes its moments in its first update, which may change nothing.
         self.optimizer.step(torch.zeros((), dtype=torch.bool, device=self.world.device))
         self.setup.model.train()
-        step, cursor, ids = next(iter(self.plan.steps(step=0, cursor=0)))
-        self._step(step, self.plan.total_steps, ids, cursor)
+        self._step(next(iter(self.rows.batches(self.plan.steps()))))
 
 
 def simulate(recipe: Recipe, folder: Path, world: World) -> Simulated:

@@ -2,8 +2,8 @@
 
 While a rank sets itself up there is nothing to save, and the main thread may be blocked in C++ for
 minutes (a rendezvous, a download), where Python runs no handler. Then a thread ends the process.
-The ranks have no data-loader processes (rows are memory-mapped), which would
-inherit these handlers by fork and outlive a SIGTERM; keep it so.
+What reads rows ahead is no fork of a rank, which would inherit these handlers and outlive a SIGTERM
+(see `data/parallel.py`); keep it so.
 """
 
 import functools

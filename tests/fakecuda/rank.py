@@ -4,6 +4,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,8 @@ def off_device(rank: Rank) -> list[str]:
 def steps(trainer: Trainer) -> Iterator[Callable[[], None]]:
     """Yield what takes each step of a training."""
     trainer.setup.model.train()
-    for step, cursor, ids in trainer.plan.steps(step=0, cursor=0):
-        yield lambda: trainer._step(step, trainer.plan.total_steps, ids, cursor)  # noqa: B023
+    for batch in trainer.rows.batches(trainer.plan.steps()):
+        yield partial(trainer._step, batch)
 
 
 def of_shape(

@@ -141,6 +141,24 @@ def test_a_killed_run_of_another_method_is_the_undisturbed_one(
     method: list[str],
 ) -> None:
     overrides = ["train.steps=80", "evaluate.every_steps=null", *method]
+    run_dir = killed_once(harness, project, strategy, overrides)
+    assert_same_run(run_dir, undisturbed(2, strategy, *overrides))
+    assert_little_is_lost(run_dir)
+
+
+def test_a_killed_run_of_streamed_rows_is_the_undisturbed_one_of_cached_rows(
+    harness: Harness, project: Project, undisturbed: Undisturbed
+) -> None:
+    overrides = ["train.steps=80", "evaluate.every_steps=null"]  # the second epoch begins at 75
+    run_dir = killed_once(harness, project, "ddp", [*overrides, "data.streaming=true"])
+    assert_same_run(run_dir, undisturbed(2, "ddp", *overrides))
+    assert_little_is_lost(run_dir)
+
+
+def killed_once(
+    harness: Harness, project: Project, strategy: str, overrides: Sequence[str]
+) -> Path:
+    """Return a finished run of two ranks, one of which was killed after step 33."""
     run_dir = harness.run_dir()
 
     def disturb(group: Group, number: int) -> None:
@@ -153,9 +171,8 @@ def test_a_killed_run_of_another_method_is_the_undisturbed_one(
         project, run_dir, disturb=disturb, strategy=strategy, overrides=overrides
     )
     assert ended.restarts == 1
-    assert_same_run(run_dir, undisturbed(2, strategy, *overrides))
     assert records(run_dir, "start")[1]["step"] >= SAVE_EVERY
-    assert_little_is_lost(run_dir)
+    return run_dir
 
 
 def assert_little_is_lost(run_dir: Path) -> list[int]:

@@ -96,7 +96,7 @@ def test_a_learned_prompt_is_read_before_a_row(tmp_path: Path, alone: World) -> 
 def test_an_answer_ends_where_a_table_of_positions_ends(tmp_path: Path, alone: World) -> None:
     tiny_model(tmp_path / "model", "gpt2", n_positions=48)
     setup, held = prepared(tmp_path, alone, "gpt2", evaluate={"samples": 17, "sample_tokens": 60})
-    setup.check_lengths(held.rows)
+    setup.check_rows(held.rows)
     assert len(Sampler(setup, held).events(0, None)) == 17
 
 

@@ -37,7 +37,7 @@ method.bottleneck.reduction_factor method.bottleneck.activation method.bottlenec
 method.bottleneck.dropout method.prefix.kind method.prefix.virtual_tokens method.prefix.projection
 method.prompt.kind method.prompt.virtual_tokens method.prompt.init method.prompt.text
 method.bitfit.kind method.bitfit.targets method.bitfit.add_bias method.peft.kind method.peft.type
-data.train data.eval data.train_split data.max_length data.truncation data.packing
+data.train data.eval data.train_split data.max_length data.truncation data.packing data.streaming
 data.max_bad_rows data.date data.columns.prompt data.columns.completion data.columns.text
 data.columns.messages data.columns.chosen data.columns.rejected data.columns.label
 objective.sft.kind objective.dpo.kind objective.dpo.beta objective.dpo.label_smoothing

@@ -169,8 +169,8 @@ def test_rows_past_the_table_of_positions_are_refused(
     longest = int(rows.lengths.max())
     assert longest > 6
     if architecture == "llama":
-        setup.check_lengths(rows)  # rotary positions go on
+        setup.check_rows(rows)  # rotary positions go on
         return
     said = f"a row has {longest} tokens, but gpt2 has places for 6 behind 250 learned ones"
     with pytest.raises(DataError, match=said):
-        setup.check_lengths(rows)
+        setup.check_rows(rows)

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import re
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,9 @@ def encoded(encoder: Encoder, value: dict[str, Any]) -> tuple[ChatRow | None, li
     return (row, rows) if rows else (None, [])
 
 
-def check(tokenizer: PreTrainedTokenizerFast, stop_ids: list[int], row: ChatRow, rows: Any) -> None:
+def check(
+    tokenizer: PreTrainedTokenizerFast, stop_ids: Collection[int], row: ChatRow, rows: Any
+) -> None:
     """Check prompts, answers and stop tokens of a conversation that is trained."""
     texts = [text for one in rows for text in trained_texts(tokenizer, one)]
     assert len(texts) == len(row.trained)
