@@ -180,9 +180,9 @@ def simulated(model: str, gpus: int) -> dict[str, Any]:
             input=json.dumps(config_of(model)), capture_output=True, text=True, check=True,
         )  # fmt: skip
     counted = json.loads(done.stdout.splitlines()[-1])
-    gathered = gathered_bytes(
-        planned.shape, setting_of(planned.recipe, one, hardware("InfiniBand"))
-    )
+    setting = setting_of(planned.recipe, one, hardware("InfiniBand"))
+    gathered = gathered_bytes(planned.shape, planned.adapter, setting)
+    carried = counted["carried_bytes"]
     return {
         "model": model,
         "gpus": gpus,
@@ -190,7 +190,7 @@ def simulated(model: str, gpus: int) -> dict[str, Any]:
         "recompute": one.recompute,
         "peak_gib": counted["peak_bytes"] / GIB,
         "planned_gib": found.bytes.allocated / GIB,
-        "gathered_bytes": counted["carried_bytes"]["_allgather_base_"],
+        "gathered_bytes": carried["_allgather_base_"] + carried.get("alltoall_base_", 0),
         "planned_gathered_bytes": gathered,
         "tflop": counted["flops"] / 1e12,
     }

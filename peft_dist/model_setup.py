@@ -8,7 +8,7 @@ one place.
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.order import RowIds
-from peft_dist.data.pack import Batch, pack
+from peft_dist.data.pack import Batch, Everyone, pack, positions_of
 from peft_dist.data.stream import TrainingRows
 from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.world import World
@@ -102,7 +102,25 @@ class ModelSetup:
             for name, parameter in self.base.items()
         )
 
-    def pack(self, rows: TokenizedRows, ids: RowIds) -> Batch:
+    def everyone(self, rows: TokenizedRows, shares: Sequence[Sequence[RowIds]]) -> list[Everyone]:
+        """Return what `pack` is told of each micro-batch, where all processes know all shares.
+
+        Args:
+            rows: All rows.
+            shares: Row ids by process and micro-batch.
+        """
+        most = [
+            max(
+                positions_of(
+                    rows, ids, packing=self.packing, virtual_tokens=self.method.virtual_tokens
+                )
+                for ids in of_all
+            )
+            for of_all in zip(*shares, strict=True)
+        ]
+        return [Everyone(one, sum(most)) for one in most]
+
+    def pack(self, rows: TokenizedRows, ids: RowIds, everyone: Everyone | None = None) -> Batch:
         """Return the rows `ids` as one micro-batch of this model."""
         pad_id = None
         if rows.class_ids is not None:  # a decoder finds a row's end by it
@@ -113,6 +131,7 @@ class ModelSetup:
             packing=self.packing,
             pad_id=pad_id,
             virtual_tokens=self.method.virtual_tokens,
+            everyone=everyone,
         )
 
     @property

@@ -22,6 +22,7 @@ from peft_dist.common.screen import wait
 from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.mixture import source_shares
 from peft_dist.data.order import RowIds, RowOrder, StepPlan, assign
+from peft_dist.data.pack import Everyone
 from peft_dist.data.stream import TrainingRows
 from peft_dist.data.tokenized_rows import StepRows, TokenizedRows
 from peft_dist.distributed.collectives import barrier, sum_over
@@ -149,20 +150,22 @@ class Trainer:
         engine, device = self.setup.engine, self.world.device
         step, cursor, rows, ids = batch
         self._take_from(rows)
-        groups = assign(
+        shares = assign(
             ids,
             rows.example_lengths,
             world_size=self.world.size,
             micro_batch_size=micro_batch_rows(self.recipe),
-        )[self.world.rank]
+        )
+        groups, rows_of = shares[self.world.rank], self.objective.rows
+        everyone = self.setup.everyone(rows, [[*map(rows_of, share)] for share in shares])
         # Every rank knows all rows, so the divisor of the whole global batch needs no exchange.
         divisor = self.objective.begin(ids, groups)
-        self.router.begin([self.objective.rows(micro) for micro in groups])
+        self.router.begin([*map(rows_of, groups)])
         loss = torch.zeros((), dtype=torch.float32, device=device)
         figures = torch.zeros(len(self.objective.metrics), device=device)
         for index, micro in enumerate(groups):
             self._seed_dropout(step, index)
-            share = self.learn(micro, divisor)
+            share = self.learn(micro, divisor, everyone[index])
             loss += share.loss
             figures += share.metrics
         engine.compute_timer.end()
@@ -193,14 +196,16 @@ class Trainer:
         waits = not self._reader.is_late or self.recipe.train.non_finite == "rollback"
         self._publish(keep=0 if waits else 1)
 
-    def learn(self, micro: RowIds, divisor: float) -> Share:
+    def learn(self, micro: RowIds, divisor: float, everyone: Everyone | None = None) -> Share:
         """Run the examples of one micro-batch forward and backward; gradients add up.
 
         Args:
             micro: The examples.
             divisor: What `objective.begin` has returned for the global batch.
+            everyone: What the other processes compute meanwhile, where they all know it.
         """
-        batch = self.setup.pack(self._some, self.objective.rows(micro)).to(self.world.device)
+        rows = self.objective.rows(micro)
+        batch = self.setup.pack(self._some, rows, everyone).to(self.world.device)
         with self.setup.autocast():
             losses = self.setup.model(batch)
             share = self.objective.share(losses, batch, micro)

@@ -6,6 +6,7 @@ Both say the same about every row: the same targets, the same positions. Rows ar
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,15 @@ from peft_dist.data.token_cache import TokenizedRows
 
 DUMMY_TOKENS = 8
 """Length of the stand-in for an empty micro-batch: short, since its result is thrown away."""
+
+
+class Everyone(NamedTuple):
+    """Positions of the micro-batches that all processes compute at the same time."""
+
+    most: int
+    """B * T of the largest."""
+    of_step: int
+    """The sum of it over the micro-batches of a step."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,9 @@ class Batch:
     virtual_positions: Tensor | None = None
     """int64 [rows * P] flat index into [B * T] of the positions of learned embeddings, row by
     row, in front of its tokens; None where there are none."""
+    everyone: Everyone | None = None
+    """The same on every process, so that they can exchange rows of known sizes; None where they
+    do not know it of each other."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device; the host does not wait for the copy."""
@@ -68,6 +81,7 @@ class Batch:
             virtual_positions=None
             if self.virtual_positions is None
             else change(self.virtual_positions),
+            everyone=self.everyone,
         )
 
 
@@ -98,6 +112,21 @@ def unlabelled(ids: Sequence[int]) -> Batch:
     )
 
 
+def positions_of(
+    rows: TokenizedRows, ids: NDArray[np.int64], *, packing: bool, virtual_tokens: int = 0
+) -> int:
+    """Return B * T of what `pack` makes of the rows `ids`."""
+    taken = _lengths(rows, ids) + virtual_tokens
+    return int(taken.sum() if packing else len(taken) * taken.max())
+
+
+def _lengths(rows: TokenizedRows, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the tokens of each row, or of the stand-in for none."""
+    at = ids if len(ids) else np.zeros(1, dtype=np.int64)
+    lengths: NDArray[np.int64] = rows.offsets[at + 1] - rows.offsets[at]
+    return lengths if len(ids) else lengths.clip(max=DUMMY_TOKENS)
+
+
 def pack(
     rows: TokenizedRows,
     ids: NDArray[np.int64],
@@ -105,6 +134,7 @@ def pack(
     packing: bool,
     pad_id: int | None = None,
     virtual_tokens: int = 0,
+    everyone: Everyone | None = None,
 ) -> Batch:
     """Return the rows `ids` as one micro-batch.
 
@@ -117,13 +147,11 @@ def pack(
         packing: Lay rows end to end instead of padding them to the longest.
         pad_id: What to pad with. Default: as the tokenizer says.
         virtual_tokens: Places P to keep free in front of every row.
+        everyone: See `Batch`.
     """
     n_rows = len(ids)
     at = ids if n_rows else np.zeros(1, dtype=np.int64)
-    begins = rows.offsets[at]
-    lengths = rows.offsets[at + 1] - begins
-    if not n_rows:
-        lengths = np.minimum(lengths, DUMMY_TOKENS)
+    begins, lengths = rows.offsets[at], _lengths(rows, ids)
 
     # one entry per token: its row in the micro-batch, offset in its tokens, and index in the data
     row = np.repeat(np.arange(len(at)), lengths)
@@ -170,4 +198,5 @@ def pack(
         if packing
         else None,
         virtual_positions=torch.from_numpy(virtual) if virtual_tokens else None,
+        everyone=everyone,
     )

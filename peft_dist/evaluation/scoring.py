@@ -193,11 +193,10 @@ def _preferences(
     """Score answers under the recipe's own objective."""
     rows, device = eval_set.rows, setup.world.device
     objective = make_pass(setup, rows, eval_set.reference)
-    groups = _own_groups(setup, rows)
+    groups = _shares(setup, rows)[setup.world.rank]
     divisor = objective.begin(np.arange(rows.n_examples), groups)
     total = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=device)
-    for examples in _until_stopped(setup, rows, wants_stop, "answers"):
-        batch = setup.pack(rows, objective.rows(examples)).to(device)
+    for examples, batch in _batches(setup, rows, wants_stop, "answers", objective.rows):
         share = objective.share(setup.model(batch), batch, examples)
         total[0] += share.loss
         total[1:] += share.metrics
@@ -208,33 +207,32 @@ def _preferences(
     return Score(loss / divisor, accuracy, rows.n_examples, **found)
 
 
-def _own_groups(setup: ModelSetup, rows: TokenizedRows) -> list[RowIds]:
-    """Return this process's share of the examples, micro-batch by micro-batch."""
+def _shares(setup: ModelSetup, rows: TokenizedRows) -> list[list[RowIds]]:
+    """Return each process's share of the examples, micro-batch by micro-batch."""
     return assign(
         np.arange(rows.n_examples),
         rows.example_lengths,
         world_size=setup.world.size,
         micro_batch_size=setup.recipe.evaluate.micro_batch_size,
-    )[setup.world.rank]
+    )
 
 
 def _batches(
-    setup: ModelSetup, rows: TokenizedRows, wants_stop: Callable[[], bool] | None, doing: str
+    setup: ModelSetup,
+    rows: TokenizedRows,
+    wants_stop: Callable[[], bool] | None,
+    doing: str,
+    rows_of: Callable[[RowIds], RowIds] = lambda examples: examples,
 ) -> Iterator[tuple[RowIds, Batch]]:
-    for ids in _until_stopped(setup, rows, wants_stop, doing):
-        yield ids, setup.pack(rows, ids).to(setup.world.device)
-
-
-def _until_stopped(
-    setup: ModelSetup, rows: TokenizedRows, wants_stop: Callable[[], bool] | None, doing: str
-) -> Iterator[RowIds]:
     """Yield this process's micro-batches of examples, as long as no process wants to stop."""
-    mine, vote = _own_groups(setup, rows), StopVote(setup.world.device)
+    shares, vote = _shares(setup, rows), StopVote(setup.world.device)
+    everyone = setup.everyone(rows, [[*map(rows_of, share)] for share in shares])
+    mine = shares[setup.world.rank]
     with wait(f"evaluating {doing}", total=sum(map(len, mine)), unit="rows here") as bar:
-        for ids in mine:
+        for ids, sizes in zip(mine, everyone, strict=True):
             if wants_stop is not None and vote.ask(wants_stop()):
                 raise ScoringStopped
-            yield ids
+            yield ids, setup.pack(rows, rows_of(ids), sizes).to(setup.world.device)
             bar.advance(len(ids))
 
 

@@ -4,7 +4,7 @@ A rank reads only its own rows and quantizes only those, so no process ever hold
 """
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -55,6 +55,11 @@ def _quantized_experts(
     return packed, absmax
 
 
+def is_columns(parameter: Any) -> bool:
+    """Whether this process holds some columns of the parameter, and not some rows."""
+    return isinstance(parameter, DTensor) and parameter.placements[0].is_shard(1)
+
+
 def copy_rows(parameter: nn.Parameter, rows: torch.Tensor) -> None:
     """Write rows into a parameter's own storage, casting to its dtype."""
     with torch.no_grad():
@@ -85,9 +90,9 @@ def fill_base(
 ) -> dict[str, int]:
     """Read this shard's rows of every tensor into the parameters of that name. Collective.
 
-    A parameter sharded by rows takes them as they are. Any other is given to `put` with all rows,
-    of which each process has read and quantized its share; one tensor stands whole at a time. With
-    `parameters` empty, rows go to the sink alone.
+    A parameter sharded by rows takes them as they are. Any other is given to `copy_into` with all
+    rows, of which each process has read and quantized its share; one tensor stands whole at a time.
+    With `parameters` empty, rows go to the sink alone.
 
     Returns:
         The fingerprint of every tensor part as read, over all shards.
@@ -104,7 +109,7 @@ def fill_base(
             for name, rows in zip(tensor.parameters(), parts, strict=True):
                 sums.append(fingerprint_rows(rows, start))
                 target = parameters.get(name)
-                by_rows = target is None or isinstance(target, DTensor)
+                by_rows = target is None or (isinstance(target, DTensor) and not is_columns(target))
                 if sink is not None or not by_rows:
                     wholes.append(shard.gather(rows, tensor.shape[0]))
                 if target is not None and by_rows:

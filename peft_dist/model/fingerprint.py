@@ -25,7 +25,9 @@ def fingerprint_rows(rows: torch.Tensor, first_row: int) -> int:
     return fingerprint_piece(rows.detach().reshape(-1), first_row * row_size, row_size=row_size)
 
 
-def fingerprint_piece(piece: torch.Tensor, first: int, *, row_size: int) -> int:
+def fingerprint_piece(
+    piece: torch.Tensor, first: int, *, row_size: int, width: int | None = None
+) -> int:
     """Return the fingerprint of elements [n] that begin at element `first` of their tensor.
 
     A piece may begin and end inside a word: a word is the sum of its bytes, each at its place, so
@@ -35,6 +37,8 @@ def fingerprint_piece(piece: torch.Tensor, first: int, *, row_size: int) -> int:
         piece: The elements.
         first: Place of the first one in the flattened tensor.
         row_size: Elements per row of the tensor.
+        width: Elements of each row that are in the piece, where it is some columns; they are whole
+            words. Default: all, and a piece is elements side by side.
     """
     if piece.numel() == 0:
         return 0
@@ -50,12 +54,15 @@ def fingerprint_piece(piece: torch.Tensor, first: int, *, row_size: int) -> int:
     if before or after:
         flat = functional.pad(flat, (before, after))
     words = flat.view(word)
+    row_words = row_bytes // word.itemsize
+    own_words = row_words if width is None else width * piece.element_size() // word.itemsize
     total = torch.zeros((), dtype=torch.int64, device=piece.device)
     for start in range(0, words.numel(), _CHUNK_WORDS):
         part = words[start : start + _CHUNK_WORDS].to(torch.int64)
-        position = torch.arange(
-            offset + start, offset + start + part.numel(), device=piece.device, dtype=torch.int64
-        )
+        position = torch.arange(start, start + part.numel(), device=piece.device, dtype=torch.int64)
+        if own_words != row_words:
+            position += position // own_words * (row_words - own_words)
+        position += offset
         multiplier = position * _GOLDEN
         multiplier ^= multiplier >> 29
         multiplier *= _GOLDEN

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_dist.common.errors import ModelError
-from peft_dist.data.pack import Batch, pack
+from peft_dist.data.pack import Batch, Everyone, pack, positions_of
 from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.world import World
 from peft_dist.model import attention
@@ -125,7 +125,9 @@ def _problem(
 ) -> str | None:
     """Score the rows in one way; return what is wrong with it. Collective."""
     attention.find_gap()
-    batch = pack(rows, np.arange(rows.n_rows), packing=way.packing).to(device)
+    ids = np.arange(rows.n_rows)
+    size = positions_of(rows, ids, packing=way.packing)
+    batch = pack(rows, ids, packing=way.packing, everyone=Everyone(size, size)).to(device)
     try:
         if not attention.use_kernel(bare, way.attention):
             return "the model keeps the kernel that it was built with"

@@ -15,6 +15,7 @@ from peft_dist.plan.memory import (
     Setting,
     base_bytes,
     block_bytes,
+    exchanged_bytes,
     kept_by_block,
     outer_bytes,
     peak_bytes,
@@ -147,7 +148,10 @@ def estimate(
     assumed, gpu = hardware.assumed, hardware.gpu
     per_process = -(-longest_rows_of_step(recipe) // candidate.processes)
     micro = min(candidate.micro_batch, per_process)
-    setting = replace(setting, micro_batch=micro * recipe.rows_per_example)
+    accumulation = -(-per_process // micro)
+    setting = replace(
+        setting, micro_batch=micro * recipe.rows_per_example, accumulation=accumulation
+    )
     found = peak_bytes(shape, adapter, setting)
     largest = shape.largest_linear
     weight = largest.out_features * largest.in_features * setting.compute_bytes
@@ -158,9 +162,8 @@ def estimate(
     reserved = found.allocated + int(margin)
     own = assumed.context_gib + (assumed.nccl_gib if candidate.processes > 1 else 0.0)
 
-    accumulation = -(-per_process // micro)
-    seconds = _seconds(shape, adapter, setting, candidate, hardware, accumulation)
-    inside, between = _received(shape, adapter, setting, candidate, accumulation)
+    seconds = _seconds(shape, adapter, setting, candidate, hardware)
+    inside, between = _received(shape, adapter, setting, candidate)
     rows = longest_rows_of_step(recipe)
     tokens = rows * setting.length * recipe.rows_per_example
     tokens_per_s = tokens / seconds.total
@@ -216,9 +219,8 @@ def _seconds(
     setting: Setting,
     candidate: Candidate,
     hardware: Hardware,
-    accumulation: int,
 ) -> Seconds:
-    assumed, gpu = hardware.assumed, hardware.gpu
+    assumed, gpu, accumulation = hardware.assumed, hardware.gpu, setting.accumulation
     peak = gpu.flops / (1 if setting.compute_bytes == 2 else 2)
     memory = gpu.memory_gb_s * 1e9 * assumed.memory_efficiency
     passes = 3 if setting.recompute else 2  # forward, backward, and forward again
@@ -242,7 +244,8 @@ def _seconds(
         ring = Ring.of(candidate, setting.shards)
         gather_s = ring.seconds(block, hardware)
         waits = shape.layers * sum(max(0.0, gather_s - own_s) for own_s in halves)
-        waits += ring.seconds(outer_bytes(shape, setting), hardware)
+        words = gathered_words(shape, adapter, setting)
+        waits += ring.seconds(words, hardware)
     if candidate.offload:
         copy_s = block / setting.shards / (assumed.host_gb_s * 1e9)
         waits += shape.layers * sum(max(0.0, copy_s - own_s) for own_s in halves)
@@ -266,13 +269,23 @@ def _seconds(
     )
 
 
-def gathered_bytes(shape: ModelShape, setting: Setting) -> int:
-    """Return the bytes of whole tensors that are gathered for one micro-batch.
+def gathered_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> int:
+    """Return the bytes of whole tensors, and of rows, that are gathered for one micro-batch.
 
     Under `step` for all micro-batches of a step.
     """
     uses = 2 if setting.reshard == "forward" else 1
-    return uses * shape.layers * block_bytes(shape, setting) + outer_bytes(shape, setting)
+    blocks = uses * shape.layers * block_bytes(shape, setting)
+    return blocks + gathered_words(shape, adapter, setting)
+
+
+def gathered_words(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> int:
+    """Return what of it is embedding, head and all else outside the blocks."""
+    exchanged = exchanged_bytes(shape, adapter, setting)
+    if exchanged is None:
+        return outer_bytes(shape, setting)
+    head = outer_bytes(replace(shape, tied=True), setting)
+    return head + exchanged * (setting.accumulation if setting.reshard == "step" else 1)
 
 
 def _received(
@@ -280,14 +293,13 @@ def _received(
     adapter: AdapterShape,
     setting: Setting,
     candidate: Candidate,
-    accumulation: int,
 ) -> tuple[int, int]:
     """Return the bytes that a GPU receives in a step: inside its node, and from others."""
     everyone = Ring.of(candidate, candidate.processes)
     inside, between = everyone.received(2 * adapter.parameters * FLOAT)
     if setting.sharded and setting.shards > 1:
-        times = 1 if setting.reshard == "step" else accumulation
-        whole = times * gathered_bytes(shape, setting)
+        times = 1 if setting.reshard == "step" else setting.accumulation
+        whole = times * gathered_bytes(shape, adapter, setting)
         of_gathers = Ring.of(candidate, setting.shards).received(whole)
         inside, between = inside + of_gathers[0], between + of_gathers[1]
     return inside, between

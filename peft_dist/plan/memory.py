@@ -14,6 +14,8 @@ LOGIT_BYTES_PER_CHUNK = 256 << 20
 """As in `model.loss`, which cannot be imported without torch; a test compares them."""
 REUSE_ELEMENTS = 50_000_000
 """As in `sharding.deepspeed_zero`; a test compares them too."""
+ALIGNED_COLUMNS, ID_BYTES = 8, 4
+"""As in `sharding.lookup`, likewise."""
 FLOAT = 4
 """Bytes of what is trained, and of copies that norms and losses compute on."""
 
@@ -45,6 +47,8 @@ class Setting:
     """When gathered blocks are freed."""
     holds_vocabulary: bool = False
     """Whether embedding and head stay gathered through a pass (DeepSpeed), not only while used."""
+    accumulation: int = 1
+    """Micro-batches of a step."""
     reuse_elements: int = 0
     """A gathered block stays until its next use where so many elements or fewer come between."""
 
@@ -80,9 +84,40 @@ def base_bytes(shape: ModelShape, setting: Setting) -> int:
 
 def outer_bytes(shape: ModelShape, setting: Setting, shards: int = 1) -> int:
     """Return the bytes of embedding, head and last norm, of one of so many shards."""
-    width = min(setting.compute_bytes, setting.stored_bytes)
-    rows = -(-shape.vocabulary // shards) * shape.vocabulary_matrices
-    return rows * shape.hidden * width + _share(shape.outer_parameters, shards, setting)
+    matrices, elements = shape.vocabulary_matrices, 0
+    if shards > 1 and by_columns(shape, setting):
+        matrices, elements = matrices - 1, shape.vocabulary * (shape.hidden // shards)
+    elements += -(-shape.vocabulary // shards) * matrices * shape.hidden
+    return elements * _word_bytes(setting) + _share(shape.outer_parameters, shards, setting)
+
+
+def _word_bytes(setting: Setting) -> int:
+    """Return the bytes of a value of embedding and head."""
+    return min(setting.compute_bytes, setting.stored_bytes)
+
+
+def by_columns(shape: ModelShape, setting: Setting) -> bool:
+    """Whether the embedding is sharded by columns, so that rows of it can be exchanged."""
+    return (
+        setting.sharded
+        and setting.shards > 1
+        and not (shape.tied or setting.offload or setting.holds_vocabulary)
+        and shape.hidden % (setting.shards * ALIGNED_COLUMNS) == 0
+    )
+
+
+def exchanged_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> int | None:
+    """Return what exchanging rows of the embedding carries in a micro-batch; None: it is gathered.
+
+    It is where that is fewer bytes.
+    """
+    if not by_columns(shape, setting):
+        return None
+    width = _word_bytes(setting)
+    positions = setting.micro_batch * (setting.length + adapter.virtual_tokens)
+    found = positions * (setting.shards * ID_BYTES + shape.hidden * width)
+    passes = setting.accumulation if setting.reshard == "step" else 1
+    return found if passes * found < shape.vocabulary * shape.hidden * width else None
 
 
 def block_bytes(shape: ModelShape, setting: Setting, shards: int = 1) -> int:
@@ -170,7 +205,8 @@ class _Words:
     """Bytes of embedding, head and all else outside the blocks that are whole, by moment."""
 
     at_embedding: int
-    """While the embedding is gathered: twice, as it is received and as it is used."""
+    """While the embedding is gathered: twice, as it is received and as it is used. Or rows of it,
+    three times: as they were found, received and put in order."""
     at_first_block: int
     at_head: int
     """While the head is gathered."""
@@ -178,10 +214,14 @@ class _Words:
     in_backward: int
 
 
-def _words(shape: ModelShape, setting: Setting) -> _Words:
+def _words(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> _Words:
     every = outer_bytes(shape, setting)
     rest = _share(shape.outer_parameters, 1, setting)
     matrix = (every - rest) // shape.vocabulary_matrices
+    exchanged = exchanged_bytes(shape, adapter, setting)
+    if exchanged is not None:
+        kept = matrix if setting.reshard == "step" else 0
+        return _Words(rest + 3 * exchanged, rest, rest + 2 * matrix, rest + matrix, rest + kept)
     if setting.holds_vocabulary:
         return _Words(every, every, every, every, every)
     if setting.reshard == "step":  # nothing is freed before the step ends
@@ -230,7 +270,7 @@ def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> By
     # The buffer that a gather is received in lives until the next one.
     buffer = block if gathers else 0
     stays = _stays(shape, setting) if gathers else 0
-    words = _words(shape, setting) if gathers else _Words(0, 0, 0, 0, 0)
+    words = _words(shape, adapter, setting) if gathers else _Words(0, 0, 0, 0, 0)
     again = buffer if setting.reshard == "forward" else 0  # of what backward gathers
     moments = [
         (inputs, 0, 0, words.at_embedding),

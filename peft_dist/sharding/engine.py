@@ -187,26 +187,35 @@ class Engine(ABC):
         return isinstance(parameter, DTensor)
 
     def local_elements(self, parameter: nn.Parameter) -> tuple[torch.Tensor, int]:
-        """Return this process's elements of a parameter of the base and the place of the first."""
+        """Return this process's elements of a parameter of the base and the place of the first.
+
+        They lie side by side in it, but where it is sharded by columns.
+        """
         if not isinstance(parameter, DTensor):
             return parameter.detach().reshape(-1), 0
+        local = parameter.to_local().detach()
+        if fill_base.is_columns(parameter):
+            return local.reshape(-1), self.shard.index * local.shape[1]
         start, _ = self.shard.rows(parameter.shape[0])
         row_size = parameter.numel() // max(parameter.shape[0], 1)
-        return parameter.to_local().detach().reshape(-1), start * row_size
+        return local.reshape(-1), start * row_size
 
     def full_tensor(self, parameter: nn.Parameter) -> torch.Tensor:
         """Return a parameter of the base whole, on the device. Collective."""
         if not isinstance(parameter, DTensor):
             return parameter.detach()
         local = parameter.to_local().detach().to(self.world.device)
+        if fill_base.is_columns(parameter):
+            return self.shard.gather(local.t().contiguous(), parameter.shape[1]).t().contiguous()
         return self.shard.gather(local, parameter.shape[0])
 
     def copy_into(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         """Write a whole tensor into a parameter, or this process's part of it."""
         with torch.no_grad():
             if isinstance(parameter, DTensor):
-                start, stop = self.shard.rows(value.shape[0])
-                parameter.to_local().copy_(value[start:stop])
+                axis = int(fill_base.is_columns(parameter))
+                start, stop = self.shard.rows(value.shape[axis])
+                parameter.to_local().copy_(value.narrow(axis, start, stop - start))
             else:
                 parameter.copy_(value)
 
@@ -220,7 +229,9 @@ class Engine(ABC):
             elements, first = self.local_elements(parameter)
             shape = self.shape(parameter)
             row_size = shape.numel() // max(shape[0], 1)
-            sums.append(wrap_int64(fingerprint_piece(elements, first, row_size=row_size)))
+            width = row_size // self.shard.count if fill_base.is_columns(parameter) else None
+            found = fingerprint_piece(elements, first, row_size=row_size, width=width)
+            sums.append(wrap_int64(found))
         total = torch.tensor(sums, dtype=torch.int64)
         if self.sharded and sums:
             total = sum_over(total.to(self.world.device), self.shard.group).cpu()
@@ -234,6 +245,9 @@ class Engine(ABC):
         """Return the bytes of the base this process should hold, from shapes alone."""
         total = 0
         for parameter in parameters.values():
+            if fill_base.is_columns(parameter):
+                total += parameter.numel() // self.shard.count * parameter.element_size()
+                continue
             rows = parameter.shape[0]
             start, stop = self.shard.rows(rows) if self.sharded else (0, rows)
             total += parameter.numel() // max(rows, 1) * (stop - start) * parameter.element_size()

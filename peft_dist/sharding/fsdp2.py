@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+from torch.distributed.tensor import Shard as Columns
 
 from peft_dist.distributed.collectives import Shard
 from peft_dist.distributed.world import World
@@ -32,6 +33,10 @@ class _TimedAllGather(DefaultAllGather):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._own_time.gathering():
             return super().__call__(*args, **kwargs)
+
+
+def _columns(_parameter: nn.Parameter) -> Columns:
+    return Columns(1)
 
 
 class FSDP2Engine(Engine):
@@ -64,10 +69,14 @@ class FSDP2Engine(Engine):
         shard = partial(fully_shard, mesh=self.mesh, ignored_params=trained, offload_policy=policy)
         for block in blocks:
             shard(block, reshard_after_forward=self.reshard == "forward")
-        vocabulary = vocabulary_units(model, keeps=self.reshard == "step")
+        vocabulary = vocabulary_units(
+            model,
+            keeps=self.reshard == "step",
+            shards=1 if self.offload else self.shard.count,
+        )
         for own in vocabulary:
-            shard(own)
-            own.watch()
+            shard(own, shard_placement_fn=_columns if own.by_columns else None)
+            own.watch(model, self.shard, self.compute_timer)
         elsewhere = {parameter for own in vocabulary for parameter in own.parameters()}
         shard(model, ignored_params=trained | elsewhere)
         gather = _TimedAllGather(self.compute_timer)

@@ -9,9 +9,12 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from peft_dist.distributed.collectives import Shard
 from peft_dist.model.architectures import bare_model
 from peft_dist.model.gathered import gather_for_use
 from peft_dist.model.loss import CausalLM
+from peft_dist.sharding.compute_timer import ComputeTimer
+from peft_dist.sharding.lookup import ColumnLookup, can_be_columns
 
 
 class VocabularyUnit(nn.Module):
@@ -21,17 +24,30 @@ class VocabularyUnit(nn.Module):
 
     Attributes:
         keeps: Whether what is gathered stays until the engine frees it.
+        by_columns: Whether it is sharded by columns: an embedding alone, of which few rows are
+            used in a pass.
     """
 
-    def __init__(self, modules: list[nn.Module], *, keeps: bool) -> None:
+    def __init__(self, modules: list[nn.Module], *, keeps: bool, by_columns: bool) -> None:
         """Take modules whose parameters are frozen and in no other module."""
         super().__init__()
         self.modules_of = nn.ModuleList(modules)
         self.keeps = keeps
+        self.by_columns = by_columns
 
-    def watch(self) -> None:
-        """Gather for each use of the modules from now on; call it once the unit is sharded."""
+    def watch(self, model: nn.Module, shard: Shard, timer: ComputeTimer) -> None:
+        """Gather for each use of the modules from now on; call it once the unit is sharded.
+
+        Args:
+            model: As an engine wraps it.
+            shard: Who holds which part.
+            timer: Times this process's own part of a step.
+        """
         embedding, *head = self.modules_of
+        if self.by_columns:
+            assert isinstance(embedding, nn.Embedding)
+            ColumnLookup(embedding, self, shard, timer).watch(model, keeps=self.keeps)
+            return
         # Of one matrix, the loss at the end of the pass frees what the embedding has gathered.
         gather_for_use(embedding, self, free=not head)
         for module in head:
@@ -49,7 +65,7 @@ class VocabularyUnit(nn.Module):
             self.reshard()
 
 
-def vocabulary_units(model: nn.Module, *, keeps: bool) -> list[VocabularyUnit]:
+def vocabulary_units(model: nn.Module, *, keeps: bool, shards: int) -> list[VocabularyUnit]:
     """Return the units of a wrapped model, on `meta`; none of what is trained in part or odd.
 
     What is left out is gathered with the rest of the model, and stays so through the pass.
@@ -57,6 +73,8 @@ def vocabulary_units(model: nn.Module, *, keeps: bool) -> list[VocabularyUnit]:
     Args:
         model: As an engine wraps it.
         keeps: See `VocabularyUnit`.
+        shards: Processes that hold one copy of the base, each its part on its device; 1 where
+            parts wait in host memory.
     """
     bare: Any = bare_model(model.peft)  # type: ignore[arg-type]
     embedding = _base_of(bare.get_input_embeddings(), nn.Embedding)
@@ -68,10 +86,17 @@ def vocabulary_units(model: nn.Module, *, keeps: bool) -> list[VocabularyUnit]:
     else:
         groups = [[one] for one in (embedding, head) if one is not None]
     return [
-        VocabularyUnit(group, keeps=keeps)
+        VocabularyUnit(group, keeps=keeps, by_columns=_may_be_columns(group, shards))
         for group in groups
         if _owners(bare, *_parameters(*group)) == {id(module) for module in group}
     ]
+
+
+def _may_be_columns(group: list[Any], shards: int) -> bool:
+    """Whether the modules of a unit are an embedding alone that has columns for so many shards."""
+    return (
+        len(group) == 1 and isinstance(group[0], nn.Embedding) and can_be_columns(group[0], shards)
+    )
 
 
 def _parameters(*modules: Any) -> list[nn.Parameter]:

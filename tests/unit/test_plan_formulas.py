@@ -17,7 +17,7 @@ from peft_dist.plan.adapter import adapter_shape
 from peft_dist.plan.estimate import gathered_bytes
 from peft_dist.plan.memory import Setting, peak_bytes
 from peft_dist.plan.read_shape import read_shape
-from peft_dist.sharding import deepspeed_zero
+from peft_dist.sharding import deepspeed_zero, lookup
 from peft_dist.simulation.run import Simulated, simulate
 from tests.configs import model_folder
 from tests.faults.long import IS_LONG
@@ -129,11 +129,12 @@ def simulated_and_planned(
         length=length,
         recompute=recompute,
         reshard=reshard,
+        accumulation=passes,
         quantized=quantization == "nf4",
         mask_bytes=2,  # of a CPU, on which the simulation runs
     )
     assert shape.parameters == found.base_parameters
-    gathered = gathered_bytes(shape, setting) if setting.sharded else 0
+    gathered = gathered_bytes(shape, adapter, setting) if setting.sharded else 0
     return found, peak_bytes(shape, adapter, setting), gathered, adapter.parameters
 
 
@@ -143,7 +144,8 @@ def test_formulas_are_near_what_the_code_does(tmp_path: Path, case: str) -> None
     found, planned, gathered, trained = simulated_and_planned(tmp_path, **CASES[case])
     assert planned.base == found.base_bytes
     assert trained == found.trained_parameters
-    assert gathered == found.carried_bytes.get("_allgather_base_", 0)
+    carried = found.carried_bytes
+    assert gathered == carried.get("_allgather_base_", 0) + carried.get("alltoall_base_", 0)
     assert planned.allocated == pytest.approx(found.peak_bytes, rel=TOLERANCE)
 
 
@@ -171,3 +173,5 @@ def test_every_parameter_of_a_decoder_is_counted(kind: str, tied: bool) -> None:
 def test_the_formulas_know_the_numbers_of_the_code() -> None:
     assert memory.LOGIT_BYTES_PER_CHUNK == cross_entropy.LOGIT_BYTES_PER_CHUNK
     assert memory.REUSE_ELEMENTS == deepspeed_zero._REUSE_ELEMENTS
+    assert memory.ALIGNED_COLUMNS == lookup.ALIGNED_COLUMNS
+    assert lookup.ID_DTYPE.itemsize == memory.ID_BYTES
