@@ -46,6 +46,8 @@ class FileIndex:
     and the number of rows."""
     sha256: str
     """Of the file's content."""
+    state: tuple[int, ...]
+    """What the file system said of it then."""
 
     def __len__(self) -> int:
         return int(self.starts[-1]) if self.is_parquet else len(self.starts)
@@ -67,6 +69,12 @@ class FileIndex:
             DataError: It is no longer the file that was indexed.
             OSError: It cannot be read.
         """
+        if _state(self.path) != self.state:
+            raise DataError(
+                "has changed since its rows were indexed",
+                where=str(self.path),
+                remedy="put it back, or begin anew with `peft-dist train RECIPE --fresh`",
+            )
         if self.is_parquet:
             yield from self._of_groups(np.asarray(rows, dtype=np.int64), wanted)
             return
@@ -110,19 +118,19 @@ def index_file(path: Path, kind: str, cache_dir: Path) -> FileIndex:
         OSError: It, or the cache, cannot be used.
     """
     assert kind in INDEXED, kind
-    facts = path.stat()
-    identity = [FORMAT, str(path.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ino]
+    state = _state(path)
+    identity = [FORMAT, str(path.resolve()), *state]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     folder = cache_dir / "index" / key
-    found = _opened(folder, path, kind)
+    found = _opened(folder, path, kind, state)
     if found is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with lock_file(folder.with_suffix(".lock")):
-            found = _opened(folder, path, kind)
+            found = _opened(folder, path, kind, state)
             if found is None:
                 with whole_folder(folder, replace=True) as unfinished:
                     _write(unfinished, path, kind)
-                found = _opened(folder, path, kind)
+                found = _opened(folder, path, kind, state)
     assert found is not None, f"{folder} is broken right after it was written"
     return found
 
@@ -159,7 +167,12 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _opened(folder: Path, path: Path, kind: str) -> FileIndex | None:
+def _state(path: Path) -> tuple[int, ...]:
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns, facts.st_ino
+
+
+def _opened(folder: Path, path: Path, kind: str, state: tuple[int, ...]) -> FileIndex | None:
     """Open an index, or return None where it is missing or damaged."""
     try:
         content = json.loads((folder / "index.json").read_text(encoding="utf-8"))
@@ -171,7 +184,7 @@ def _opened(folder: Path, path: Path, kind: str) -> FileIndex | None:
     starts: NDArray[np.int64] = np.empty(0, dtype="<i8")
     if (folder / "starts").stat().st_size:
         starts = np.memmap(folder / "starts", dtype="<i8", mode="r")
-    return FileIndex(path, kind == "parquet", starts, sha256)
+    return FileIndex(path, kind == "parquet", starts, sha256, state)
 
 
 @dataclass(frozen=True)
@@ -179,8 +192,8 @@ class IndexedSource(Source):
     """A source of files with indexes, of which any rows can be read."""
 
     indexes: tuple[FileIndex, ...] = ()
-    rows: tuple[int, ...] | None = None
-    """The rows that `records` yields, in order; None: all."""
+    rows: tuple[int, ...] = ()
+    """The rows that `records` yields, in order."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -208,8 +221,7 @@ class IndexedSource(Source):
             DataError: A file cannot be read, or is no longer what was indexed.
         """
         begin = self._meant.start
-        rows = np.asarray(range(len(self)) if self.rows is None else self.rows, dtype=np.int64)
-        rows = rows + begin
+        rows = np.array(self.rows, dtype=np.int64) + begin
         files = np.searchsorted(self._firsts, rows, side="right") - 1
         for number in np.unique(files).tolist():
             first = int(self._firsts[number])
