@@ -25,6 +25,7 @@ from peft_dist.data.sources import Source, decode, jsonl
 
 if TYPE_CHECKING:
     import pyarrow
+    import pyarrow.parquet
 
 FORMAT = 1
 """Raise this whenever the same file would get another index."""
@@ -96,7 +97,7 @@ class FileIndex:
             within = rows[groups == group]
             table = self._groups.get(group)
             if table is None:
-                table = arrow_files.row_group(self.path, group, wanted)
+                table = arrow_files.row_group(self.path, group, wanted, self._metadata)
                 held = sum(some.nbytes for some in self._groups.values())
                 if held + table.nbytes > GROUP_BYTES:
                     self._groups.clear()
@@ -104,6 +105,13 @@ class FileIndex:
             records = arrow_files.table_records(table.take(within - self.starts[group]))
             for row, (_, value) in zip(within.tolist(), records, strict=True):
                 yield row, value
+
+    @cached_property
+    def _metadata(self) -> "pyarrow.parquet.FileMetaData":
+        """What a file says of its groups: half of the time that one takes to read."""
+        from peft_dist.data import arrow_files
+
+        return arrow_files.parquet_metadata(self.path)
 
     @cached_property
     def _groups(self) -> "dict[int, pyarrow.Table]":
@@ -159,7 +167,9 @@ def _lines(path: Path) -> NDArray[np.int64]:
 def _row_groups(path: Path) -> NDArray[np.int64]:
     from peft_dist.data import arrow_files
 
-    return np.cumsum([0, *arrow_files.row_group_sizes(path)], dtype=np.int64)
+    found = arrow_files.parquet_metadata(path)
+    sizes = [found.row_group(at).num_rows for at in range(found.num_row_groups)]
+    return np.cumsum([0, *sizes], dtype=np.int64)
 
 
 def _digest(path: Path) -> str:
