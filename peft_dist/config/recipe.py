@@ -50,8 +50,8 @@ class Data(Section):
     """The rows."""
 
     train: TrainSources
-    """JSONL, JSON, CSV or Parquet file or `datasets` folder (relative to the recipe), or a hub
-    name; or a list of such sources, mixed."""
+    """JSONL, JSON, CSV or Parquet file, several such as rows/part-*.jsonl, or `datasets` folder
+    (relative to the recipe), or a hub name; or a list of such sources, mixed."""
     eval: EvalSources | None = None
     """Held-out rows in any form `train` takes; or how many of the training rows are held out, such
     as 500 or 5%: which ones follows from their content and `train.seed`. Off: no evaluation."""

@@ -37,7 +37,7 @@ class RowSource(Section):
     """One of several sources, and how much of it is in every epoch of the mixture."""
 
     path: Text
-    """File, folder or hub name, as for a single source."""
+    """File, pattern of files, folder or hub name, as for a single source."""
     split: Text | None = None
     """Split, or part of one, as `train_split` has it. Default: `train_split`."""
     columns: Columns | None = None

@@ -32,23 +32,25 @@ def parquet_records(path: Path, wanted: Collection[str]) -> Iterator[Record]:
         yield from _records(file.iter_batches(ROWS_PER_READ, columns=columns))
 
 
-def row_group_sizes(path: Path) -> list[int]:
-    """Return the rows of each row group of a Parquet file.
+def parquet_metadata(path: Path) -> "pyarrow.parquet.FileMetaData":
+    """Return what a Parquet file says of its row groups.
 
     Raises:
         DataError: It is no Parquet file.
     """
     with _opened(path) as file:
-        return [file.metadata.row_group(at).num_rows for at in range(file.num_row_groups)]
+        return file.metadata
 
 
-def row_group(path: Path, group: int, wanted: Collection[str]) -> "pyarrow.Table":
+def row_group(
+    path: Path, group: int, wanted: Collection[str], metadata: "pyarrow.parquet.FileMetaData"
+) -> "pyarrow.Table":
     """Return the columns of a row group that `parquet_records` would yield.
 
     Raises:
         DataError: There is no such group.
     """
-    with _opened(path) as file:
+    with _opened(path, metadata) as file:
         columns = _chosen(file.schema_arrow.names, wanted)
         return file.read_row_group(group, columns=columns, use_threads=False)
 
@@ -59,12 +61,14 @@ def table_records(table: "pyarrow.Table") -> Iterator[Record]:
 
 
 @contextmanager
-def _opened(path: Path) -> "Iterator[pyarrow.parquet.ParquetFile]":
+def _opened(
+    path: Path, metadata: "pyarrow.parquet.FileMetaData | None" = None
+) -> "Iterator[pyarrow.parquet.ParquetFile]":
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, metadata=metadata) as file:
             yield file
     except pyarrow.ArrowException as error:
         raise DataError(f"invalid Parquet: {error}", where=str(path)) from error

@@ -43,7 +43,7 @@ def check_first_rows(recipe: Recipe) -> None:
         if opened.kind == "folder":
             _check_folder(Path(opened.name))
         elif _can_look(opened):
-            bad = BadRows(opened, recipe.data.max_bad_rows)
+            bad = BadRows.as_allowed(opened, recipe.data)
             for _ in read_examples(recipe, opened, bad, most=ROWS):
                 pass
 

@@ -25,6 +25,7 @@ from peft_dist.data.sources import Source, decode, jsonl
 
 if TYPE_CHECKING:
     import pyarrow
+    import pyarrow.parquet
 
 FORMAT = 1
 """Raise this whenever the same file would get another index."""
@@ -46,6 +47,8 @@ class FileIndex:
     and the number of rows."""
     sha256: str
     """Of the file's content."""
+    state: tuple[int, ...]
+    """What the file system said of it then."""
 
     def __len__(self) -> int:
         return int(self.starts[-1]) if self.is_parquet else len(self.starts)
@@ -67,6 +70,12 @@ class FileIndex:
             DataError: It is no longer the file that was indexed.
             OSError: It cannot be read.
         """
+        if _state(self.path) != self.state:
+            raise DataError(
+                "has changed since its rows were indexed",
+                where=str(self.path),
+                remedy="put it back, or begin anew with `peft-dist train RECIPE --fresh`",
+            )
         if self.is_parquet:
             yield from self._of_groups(np.asarray(rows, dtype=np.int64), wanted)
             return
@@ -88,7 +97,7 @@ class FileIndex:
             within = rows[groups == group]
             table = self._groups.get(group)
             if table is None:
-                table = arrow_files.row_group(self.path, group, wanted)
+                table = arrow_files.row_group(self.path, group, wanted, self._metadata)
                 held = sum(some.nbytes for some in self._groups.values())
                 if held + table.nbytes > GROUP_BYTES:
                     self._groups.clear()
@@ -96,6 +105,13 @@ class FileIndex:
             records = arrow_files.table_records(table.take(within - self.starts[group]))
             for row, (_, value) in zip(within.tolist(), records, strict=True):
                 yield row, value
+
+    @cached_property
+    def _metadata(self) -> "pyarrow.parquet.FileMetaData":
+        """What a file says of its groups: half of the time that one takes to read."""
+        from peft_dist.data import arrow_files
+
+        return arrow_files.parquet_metadata(self.path)
 
     @cached_property
     def _groups(self) -> "dict[int, pyarrow.Table]":
@@ -110,19 +126,19 @@ def index_file(path: Path, kind: str, cache_dir: Path) -> FileIndex:
         OSError: It, or the cache, cannot be used.
     """
     assert kind in INDEXED, kind
-    facts = path.stat()
-    identity = [FORMAT, str(path.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ino]
+    state = _state(path)
+    identity = [FORMAT, str(path.resolve()), *state]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     folder = cache_dir / "index" / key
-    found = _opened(folder, path, kind)
+    found = _opened(folder, path, kind, state)
     if found is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with lock_file(folder.with_suffix(".lock")):
-            found = _opened(folder, path, kind)
+            found = _opened(folder, path, kind, state)
             if found is None:
                 with whole_folder(folder, replace=True) as unfinished:
                     _write(unfinished, path, kind)
-                found = _opened(folder, path, kind)
+                found = _opened(folder, path, kind, state)
     assert found is not None, f"{folder} is broken right after it was written"
     return found
 
@@ -151,7 +167,9 @@ def _lines(path: Path) -> NDArray[np.int64]:
 def _row_groups(path: Path) -> NDArray[np.int64]:
     from peft_dist.data import arrow_files
 
-    return np.cumsum([0, *arrow_files.row_group_sizes(path)], dtype=np.int64)
+    found = arrow_files.parquet_metadata(path)
+    sizes = [found.row_group(at).num_rows for at in range(found.num_row_groups)]
+    return np.cumsum([0, *sizes], dtype=np.int64)
 
 
 def _digest(path: Path) -> str:
@@ -159,7 +177,12 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _opened(folder: Path, path: Path, kind: str) -> FileIndex | None:
+def _state(path: Path) -> tuple[int, ...]:
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns, facts.st_ino
+
+
+def _opened(folder: Path, path: Path, kind: str, state: tuple[int, ...]) -> FileIndex | None:
     """Open an index, or return None where it is missing or damaged."""
     try:
         content = json.loads((folder / "index.json").read_text(encoding="utf-8"))
@@ -171,7 +194,7 @@ def _opened(folder: Path, path: Path, kind: str) -> FileIndex | None:
     starts: NDArray[np.int64] = np.empty(0, dtype="<i8")
     if (folder / "starts").stat().st_size:
         starts = np.memmap(folder / "starts", dtype="<i8", mode="r")
-    return FileIndex(path, kind == "parquet", starts, sha256)
+    return FileIndex(path, kind == "parquet", starts, sha256, state)
 
 
 @dataclass(frozen=True)
@@ -179,8 +202,8 @@ class IndexedSource(Source):
     """A source of files with indexes, of which any rows can be read."""
 
     indexes: tuple[FileIndex, ...] = ()
-    rows: tuple[int, ...] | None = None
-    """The rows that `records` yields, in order; None: all."""
+    rows: tuple[int, ...] = ()
+    """The rows that `records` yields, in order."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -208,8 +231,7 @@ class IndexedSource(Source):
             DataError: A file cannot be read, or is no longer what was indexed.
         """
         begin = self._meant.start
-        rows = np.asarray(range(len(self)) if self.rows is None else self.rows, dtype=np.int64)
-        rows = rows + begin
+        rows = np.array(self.rows, dtype=np.int64) + begin
         files = np.searchsorted(self._firsts, rows, side="right") - 1
         for number in np.unique(files).tolist():
             first = int(self._firsts[number])

@@ -83,7 +83,7 @@ class FittedRows:
             bad: Takes the malformed rows. Default: as many as the recipe allows.
         """
         self._job, self.source, self._hold_out = job, source, hold_out
-        self.bad = bad or BadRows(source, job.recipe.data.max_bad_rows)
+        self.bad = bad or BadRows.as_allowed(source, job.recipe.data)
         self.kept = self.cut = self.lost_end = self.dropped = 0
         self.trained_turns = self.stop_tokens = 0
         self.verdicts: list[bool] = []

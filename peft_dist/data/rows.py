@@ -8,9 +8,10 @@ line. Nothing is tokenised here, and neither torch nor transformers is imported.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, TypeVar, assert_never
+from typing import Any, Literal, Self, TypeVar, assert_never
 
 from peft_dist.common.errors import DataError
+from peft_dist.config.recipe import Data
 from peft_dist.data.bad_row import BadRow as BadRow
 from peft_dist.data.bad_row import shown, text_of
 from peft_dist.data.chat_rows import ROW_OPTIONS, parse_chat
@@ -66,6 +67,12 @@ class BadRows:
     remedy: str = ""
     """What to do about a row. Default: to fix it, or to allow more of such."""
     _remedies: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def as_allowed(cls, source: Source, data: Data) -> Self:
+        """Take as many rows of a source as a recipe allows."""
+        remedy = "fix the row; to leave such out, set data.streaming: false and data.max_bad_rows"
+        return cls(source, data.max_bad_rows, remedy=remedy if data.streaming else "")
 
     def add(self, line: int, why: str, remedy: str = "") -> None:
         """Leave out one row."""

@@ -27,7 +27,6 @@ from peft_dist.data.order import RowIds
 from peft_dist.data.parallel import in_processes
 from peft_dist.data.row_index import IndexedSource, indexed
 from peft_dist.data.row_job import FittedRows
-from peft_dist.data.rows import BadRows
 from peft_dist.data.token_cache import FORMAT, row_job
 from peft_dist.data.tokenized_rows import Step, StepRows, TokenizedRows
 
@@ -158,11 +157,10 @@ class StreamedRows:
 
     def _fitted(self, source: IndexedSource) -> tuple[list[EncodedRow], SourceRows]:
         """Return what is kept of the rows of a source, and what became of them."""
-        bad = BadRows(source, 0, remedy="fix the row, or take the file without data.streaming")
-        fitted = FittedRows(self._job, source, None, bad)
+        fitted = FittedRows(self._job, source, None)
         examples = map(fitted.fit, fitted.encode(list(fitted.read())))
         kept = [row for example in examples if example is not None for row in example.rows]
-        bad.refuse_too_many()
+        fitted.bad.refuse_too_many()
         return kept, fitted.counts()
 
     def _counted(self, step: StepRows) -> StepRows:
