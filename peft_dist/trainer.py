@@ -45,6 +45,7 @@ from peft_dist.metrics.step import StepInputs, StepMetrics, StepMetricsReader, m
 from peft_dist.model_setup import ModelSetup
 from peft_dist.objective.passes import Scores, Share, make_pass
 from peft_dist.objective.router import RouterBalance
+from peft_dist.optim.loss_scale import LEAST, LossScale
 from peft_dist.optim.lr_schedule import learning_rate, peak_learning_rate
 from peft_dist.sharding.chosen_optimizer import make_optimizer
 
@@ -89,6 +90,7 @@ class Trainer:
         self.plan = StepPlan(order, rows.example_lengths, self.recipe.train)
         self.peak_rate = peak_learning_rate(self.recipe)
         self.optimizer = make_optimizer(setup.engine, setup.recipe.train)
+        self.loss_scale = LossScale(self.world.device, setup.compute_dtype)
         self.progress = Progress()
         device, figures = self.world.device, self.objective.metrics
         self._reader = StepMetricsReader(
@@ -104,7 +106,9 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint of the checkpointer's. Collective."""
         assert self.checkpointer is not None
-        self.progress = Progress.of(self.checkpointer.load(checkpoint, self.optimizer))
+        facts = self.checkpointer.load(checkpoint, self.optimizer)
+        self.progress = Progress.of(facts)
+        self.loss_scale.restore(facts)
         self._saved_step = self.progress.step
 
     def run(self) -> Progress:
@@ -179,13 +183,17 @@ class Trainer:
             memory_bytes=peak_memory_bytes(device),
             source_nll=self._source_losses.take(),
         )
-        summed = engine.reduce(extras)
+        summed, scale = engine.reduce(extras), self.loss_scale
+        scale.unscale(engine.gradients)
         norm = engine.clip(self.recipe.train.max_grad_norm)
-        metrics = torch.cat([torch.stack([summed[0] / divisor, norm.float()]), summed[1:]])
+        first = torch.stack([summed[0] / divisor, norm.float(), scale.value])
+        metrics = torch.cat([first, summed[1:]])
         rate = learning_rate(self.recipe.train, step, self.plan.total_steps, peak=self.peak_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
-        self.optimizer.step(torch.isfinite(metrics[:2]).all())
+        finite = torch.isfinite(metrics[:2]).all()
+        self.optimizer.step(finite)
+        scale.update(finite)
         engine.zero_gradients()
         engine.compute_timer.begin()
         self.progress.step, self.progress.cursor = step, cursor
@@ -211,7 +219,7 @@ class Trainer:
             share = self.objective.share(losses, batch, micro)
         self._source_losses.add(micro, batch, losses.nll)
         loss = share.loss + divisor * self.router.share(losses)
-        (loss / divisor).backward()
+        self.loss_scale.scaled(loss / divisor).backward()
         return Share(loss.detach(), share.metrics)
 
     def forget_gradients(self) -> None:
@@ -269,7 +277,8 @@ class Trainer:
         started = time.monotonic()
         self.hooks.phase("save", step)
         if self._saved_step != step:
-            facts = {**asdict(self.progress), "epoch": self.plan.epoch_of(self.progress.cursor)}
+            epoch = self.plan.epoch_of(self.progress.cursor)
+            facts = {**asdict(self.progress), "epoch": epoch, **self.loss_scale.facts()}
             with wait(f"saving step {step}"):
                 self.checkpointer.take(facts, self.optimizer)
             self._saved_step = step
@@ -331,13 +340,20 @@ class Trainer:
     def _not_finite(self, inputs: StepInputs, metrics: StepMetrics) -> None:
         """Deal with a step that has left the adapter as it was. Collective under `rollback`.
 
+        Where only the gradients of float16 have overflowed, and their scale was halved for it, the
+        step is left out whatever the recipe says.
+
         Raises:
             TrainingError: Where the recipe says so, or too many have come in a row.
         """
         train, step = self.recipe.train, inputs.step
         reason = f"loss {metrics.loss:g}, gradient norm {metrics.norm:g} at step {step}"
+        overflow = math.isfinite(metrics.loss) and metrics.loss_scale > LEAST
+        if metrics.loss_scale > LEAST:
+            reason += f", loss scale {metrics.loss_scale:g}"
+        policy = "skip" if overflow else train.non_finite
         self.progress.skipped_in_a_row += 1
-        if train.non_finite == "stop" or self.progress.skipped_in_a_row > train.max_skipped_steps:
+        if policy == "stop" or self.progress.skipped_in_a_row > train.max_skipped_steps:
             in_a_row = self.progress.skipped_in_a_row
             raise TrainingError(
                 reason + (f", not finite {in_a_row} times in a row" if in_a_row > 1 else ""),
@@ -347,7 +363,7 @@ class Trainer:
             )
         fields: dict[str, Any] = {**inputs.fields(), "reason": reason}
         del fields["lr"]
-        if train.non_finite == "skip":
+        if policy == "skip":
             self.write(SkippedEvent(**fields))
         else:
             newest = None if self.checkpointer is None else self.checkpointer.newest()

@@ -32,7 +32,7 @@ from peft_dist.model_setup import ModelSetup
 
 PROBE_ROWS = 4
 """Most training rows whose losses are compared."""
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Difference of two losses, absolute and relative, that passes for none."""
 
 

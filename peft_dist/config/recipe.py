@@ -37,9 +37,10 @@ class Model(Section):
     dropout: Literal["off", "as-configured"] = "off"
     """Dropout of the base itself, as its config.json has it (GPT-2, OPT, BERT: 0.1); that of an
     adapter is `method.dropout`."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute dtype and dtype of unquantized base weights. auto: bfloat16 on GPUs that have it and
-    do not emulate it, else float32."""
+    do not emulate it, float16 on other GPUs, float32 without GPUs. In float16 the loss is scaled by
+    a power of two, which is halved where gradients overflow; such a step is left out."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel. auto: torch's own flash kernels on a GPU that has them, in one call for all
     rows; for models that cap their scores flash_attention_2 where installed; else what the

@@ -20,7 +20,7 @@ SYNONYMS = {
     "eval_file": "data.eval",
     "eval_steps": "evaluate.every_steps",
     "flash_attention": "model.attention: flash_attention_2",
-    "fp16": "model.dtype: bfloat16, for float16 is not offered",
+    "fp16": "model.dtype: float16",
     "gradient_accumulation_steps": "train.global_batch_size, from which accumulation follows",
     "gradient_checkpointing": "train.activation_checkpointing",
     "load_in_4bit": "quantization: nf4",

@@ -37,6 +37,8 @@ class StepMetrics(NamedTuple):
 
     loss: float
     norm: float
+    loss_scale: float
+    """What the loss was multiplied with for backward; 1 but in float16."""
     stop: float
     """Processes that were asked to stop."""
     save: float
@@ -129,7 +131,7 @@ class StepMetricsReader:
         self._unread: deque[tuple[StepInputs, torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def put(self, inputs: StepInputs, metrics: torch.Tensor) -> None:
-        """Take a step's metrics: loss, norm, and the reduced extras after their first."""
+        """Take a step's metrics: loss, norm, scale, and the reduced extras after their first."""
         if not self.is_late:
             self._unread.append((inputs, metrics, None))
             return
@@ -145,13 +147,13 @@ class StepMetricsReader:
             inputs, host, event = self._unread.popleft()
             if event is not None:
                 event.synchronize()
-            loss, norm, stop, save, give_up, *own = host.tolist()
+            loss, norm, scale, stop, save, give_up, *own = host.tolist()
             ranks = len(own) - len(self._objective) - self._sources
             size, figures = ranks // RANK_EXTRAS, own[ranks : len(own) - self._sources]
             yield (
                 inputs,
                 StepMetrics(
-                    *(loss, norm, stop, save, give_up),
+                    *(loss, norm, scale, stop, save, give_up),
                     rank_step_s=tuple(own[:size]),
                     rank_memory_bytes=tuple(own[size:ranks]),
                     objective=dict(zip(self._objective, figures, strict=True)),

@@ -15,6 +15,10 @@ LOGIT_BYTES_PER_CHUNK = 256 << 20
 CAST_BYTES = 4 << 20
 """Bytes of the head that are cast at once where it is stored narrower than it computes."""
 
+HALF_SCALE = 1024.0
+"""By what gradients are larger while they stand in float16: they are made before the scale of the
+loss is known, and most of them would be too small for it."""
+
 After = Callable[[torch.Tensor], torch.Tensor]
 """Maps products with the matrix to logits."""
 
@@ -100,16 +104,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         own = None
         if to_rows and rows is not None:
             own = hidden.new_empty(hidden.shape[0], len(rows), dtype=torch.float32)
-        wanted = None
+        wanted, is_half = None, hidden.dtype == torch.float16
         if to_hidden or to_rows:
-            wanted = hidden.dtype if own is None else torch.float32
+            wanted = torch.float32 if own is not None or is_half else hidden.dtype
         for part in _chunks(matrix, len(hidden)):
             nll[part], step = _losses(hidden[part], matrix, targets[part], after, wanted)
             if own is not None and step is not None:
                 own[part] = step[:, ids]
             if grad is not None and step is not None:
+                step = step * HALF_SCALE if is_half else step
                 grad[part] = _times_vocabulary(step.to(hidden.dtype), matrix)
-        ctx.after = after
+        ctx.after, ctx.scale = after, HALF_SCALE if is_half else 1.0
         # Of a frozen matrix, which an engine may have freed by then, backward needs nothing.
         whole = (weight, bias, targets) if to_weight or to_bias else (None, None, None)
         ctx.save_for_backward(
@@ -121,7 +126,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad, own, hidden, weight, bias, targets = ctx.saved_tensors
         scale = grad_nll[:, None]
-        to_hidden = None if grad is None else grad * scale.to(grad.dtype)
+        to_hidden = None if grad is None else grad * (scale / ctx.scale).to(grad.dtype)
         to_rows = None if own is None else (own * scale).t() @ hidden.float()
         to_weight = to_bias = None
         if targets is not None:

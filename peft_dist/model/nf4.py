@@ -13,6 +13,9 @@ from torch import nn
 BLOCK_SIZES = (64, 32)
 """Values per scale, in order of preference. A block must not cross a row, or rows cannot shard."""
 
+_ZEROS = 0x77
+"""Two codes of the value 0."""
+
 _WEIGHTS_PER_BYTE = {"packed": 2, "absmax": 0}
 
 
@@ -44,7 +47,10 @@ def quantize_rows(rows: torch.Tensor, block_size: int) -> tuple[torch.Tensor, to
         )
     packed, state = bnb.quantize_4bit(rows.contiguous(), blocksize=block_size, quant_type="nf4")
     scales = state.absmax.reshape(n, in_features // block_size)
-    return packed.reshape(n, in_features // 2), scales.view(torch.uint8)
+    # Of a block of zeros a GPU makes codes of 0 / 0, which are other bytes than a CPU's.
+    codes = packed.reshape(*scales.shape, block_size // 2)
+    codes = torch.where(scales[..., None] == 0.0, _ZEROS, codes)
+    return codes.reshape(n, in_features // 2), scales.view(torch.uint8)
 
 
 def dequantize(

@@ -124,7 +124,7 @@ def _simulated(
         words.append(f"parallel.reshard={one.reshard}")
     dtype = plan.subject.recipe.model.dtype
     if dtype == "auto":
-        words.append(f"model.dtype={'bfloat16' if plan.hardware.gpu.bfloat16 else 'float32'}")
+        words.append(f"model.dtype={'bfloat16' if plan.hardware.gpu.bfloat16 else 'float16'}")
     command = [
         sys.executable, "-m", "peft_dist.entrypoints.simulate", recipe_file, *words,
         "--per-node", str(one.processes // one.nodes),

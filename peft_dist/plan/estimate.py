@@ -107,7 +107,7 @@ class Estimate:
 def setting_of(recipe: Recipe, candidate: Candidate, hardware: Hardware) -> Setting:
     """Return a candidate as the formulas of memory take it."""
     sharded = candidate.strategy in ("fsdp", "hsdp", "zero3")
-    wide = recipe.model.dtype == "float32" or not hardware.gpu.bfloat16
+    wide = recipe.model.dtype == "float32"
     zero = candidate.strategy.startswith("zero")
     return Setting(
         sharded=sharded,

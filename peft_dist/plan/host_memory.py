@@ -45,7 +45,7 @@ def reshard_on_host(recipe: Recipe, free_bytes: int | None) -> Reshard:
     one = candidate_for(
         recipe, strategy, nodes=1, processes=processes, rows=rows, recompute=recompute
     )
-    width = 2 if recipe.model.dtype == "bfloat16" else 4
+    width = 2 if recipe.model.dtype in ("bfloat16", "float16") else 4
     setting = Setting(
         sharded=True,
         shards=one.shard_size,

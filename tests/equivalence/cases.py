@@ -145,6 +145,9 @@ def _cases() -> dict[str, Case]:
         "words-untied": Case("llama", sections=nf4 | {"method": {"trainable_tokens": [270, 1]}}),
         "words-head": Case("llama", sections=nf4 | {"method": {"modules_to_save": ["lm_head"]}}),
         "bfloat16-nf4": Case("llama", (SINGLE, FSDP, DDP), nf4 | {"model": {"dtype": "bfloat16"}}),
+        "float16-nf4": Case(
+            "llama", (SINGLE, *MATRIX_ENGINES), nf4 | {"model": {"dtype": "float16"}}
+        ),
         "bfloat16-none": Case("llama", sections=none | {"model": {"dtype": "bfloat16"}}),
         "three-rows": Case(
             "llama", (*everywhere, FSDP4), nf4 | {"train": {"global_batch_size": 3}}

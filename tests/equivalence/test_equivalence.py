@@ -44,7 +44,7 @@ def largest_difference(one: Outcome, other: Outcome, key: str = "losses") -> flo
 def test_every_engine_has_the_losses_of_one_process(outcome: Outcomes, name: str) -> None:
     alone = outcome(name, SINGLE)
     assert len(alone["losses"]) == CASES[name].steps
-    tolerance = BFLOAT16_TOLERANCE if name.startswith("bfloat16") else 1e-5
+    tolerance = BFLOAT16_TOLERANCE if name.startswith(("bfloat16", "float16")) else 1e-5
     if name.startswith("muon-"):  # orthogonalised in bfloat16
         tolerance = BFLOAT16_TOLERANCE
     if name.startswith(("matrix-", "objective-", "experts-")):

@@ -89,7 +89,7 @@ def test_a_plain_peft_model_has_the_trainers_logits(
 ) -> None:
     case, found = CASES[name], outcome(name, engine)
     classify = case.model.startswith("bert")
-    bfloat16 = name.startswith("bfloat16")
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name.partition("-")[0])
     task = "sequence-classification" if classify else "causal-lm"
     recipe = tiny_recipe(
         trained / "models" / case.model,
@@ -99,8 +99,7 @@ def test_a_plain_peft_model_has_the_trainers_logits(
     )
     rows = tokenize_rows(recipe, "train", trained / "cache-1" / "rows")
     folder = Path(found["packed_base"] or recipe.model.name)
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
-    base = plain_base(folder, classify=classify, dtype=dtype)
+    base = plain_base(folder, classify=classify, dtype=dtype or torch.float32)
     packed = sum(isinstance(module, Linear4bit) for module in base.modules())
     assert packed == found["packed_layers"]
     keep_the_weights(base)
@@ -109,7 +108,7 @@ def test_a_plain_peft_model_has_the_trainers_logits(
     with torch.no_grad():
         nll, logits = (class_probe if classify else causal_probe)(model, rows)
     expected = torch.tensor(found["probe_logits"])
-    tolerance = BFLOAT16_TOLERANCE if bfloat16 else TOLERANCE
+    tolerance = BFLOAT16_TOLERANCE if dtype else TOLERANCE
     torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(
         torch.tensor(nll), torch.tensor(found["probe_nll"]), atol=tolerance, rtol=tolerance

@@ -80,7 +80,7 @@ CARDS = {
     "H100": ("bfloat16", True, "flash"),
     "A100": ("bfloat16", True, "flash"),
     "L4": ("bfloat16", True, "flash"),
-    "T4": ("float32", False, "efficient"),  # it keeps no matrix of scores either
+    "T4": ("float16", False, "efficient"),  # it keeps no matrix of scores either
 }
 """Dtype, whether attention is one call for all rows, and torch's kernel for one row."""
 

@@ -16,7 +16,7 @@ from peft_dist.model.attention import VARLEN_ATTENTION
 from peft_dist.model_setup import ModelSetup
 from tests.configs import CONFIGS
 from tests.fakecuda.device import Counted, counting, pinned_bytes
-from tests.fakecuda.rank import RANKS, live, of_shape, prepare, steps
+from tests.fakecuda.rank import RANKS, Rank, live, of_shape, prepare, steps
 from tests.fakecuda.test_life import FACTORED, METHODS
 
 EIGHT_B = CONFIGS["llama-3.1-8b"]
@@ -56,6 +56,21 @@ def test_no_step_waits_for_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, strategy: str
 ) -> None:
     rank = prepare(tmp_path, monkeypatch, method=METHODS[method], parallel={"strategy": strategy})
+    assert_no_waits(rank)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
+def test_no_step_in_float16_waits_for_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    half = {"dtype": "float16"}
+    rank = prepare(tmp_path, monkeypatch, model=half, parallel={"strategy": strategy})
+    assert rank.trainer.loss_scale.is_on
+    assert_no_waits(rank)
+
+
+def assert_no_waits(rank: Rank) -> None:
+    """Take the first steps, and see that all but the one do not wait."""
     assert attention_of(rank.setup) == VARLEN_ATTENTION
     # A flag is the one number of a step that is not always there.
     rank.trainer.hooks.stop_requested = lambda: True  # type: ignore[method-assign]

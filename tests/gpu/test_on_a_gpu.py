@@ -92,6 +92,15 @@ def test_nf4_agrees_with_a_bf16_model_of_the_same_weights(
     assert torch.allclose(ours, theirs, atol=0.05), (ours - theirs).abs().max()
 
 
+def test_a_gpu_packs_weights_of_bfloat16_to_the_bytes_of_a_cpu() -> None:
+    """Of float32, some codes in a million may differ: it divides by a reciprocal of less digits."""
+    full = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)) * 0.02
+    full[7] = full[9, :64] = 0.0
+    full = full.to(torch.bfloat16)
+    for on_cpu, on_gpu in zip(quantize_rows(full, 64), quantize_rows(full.cuda(), 64), strict=True):
+        assert torch.equal(on_cpu, on_gpu.cpu())
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
 def test_the_packed_base_is_byte_exact_after_a_wrap_and_some_steps(
     tmp_path: Path, world: World, strategy: str

@@ -1,5 +1,7 @@
 """The 4-bit linear layer: bitsandbytes' bytes, cut at any row, with exact gradients."""
 
+from typing import Any
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -113,3 +115,40 @@ def test_no_rows_and_no_memory_are_fine() -> None:
     empty = FrozenLinear4bit(128, 7, block_size=64, bias=True, dtype=torch.bfloat16)
     assert empty.weight.is_meta
     assert empty.weight.shape == (7, 128)
+
+
+def test_a_block_of_zeros_has_the_bytes_of_a_cpu_where_a_gpu_makes_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU multiplies by 1 / 0 there: no number, for which bitsandbytes' kernel has code 0."""
+    full = weight(6, 128)
+    full[1] = full[3, 64:] = 0.0
+    on_cpu, quantize = quantize_rows(full, 64), bnb.quantize_4bit
+
+    def on_gpu(rows: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, bnb.QuantState]:
+        packed, state = quantize(rows, **kwargs)
+        packed.view(-1, 32)[state.absmax == 0.0] = 0
+        return packed, state
+
+    monkeypatch.setattr(bnb, "quantize_4bit", on_gpu)
+    for ours, theirs in zip(quantize_rows(full, 64), on_cpu, strict=True):
+        assert torch.equal(ours, theirs)
+    assert (on_cpu[0][1] == 0x77).all()
+
+
+def test_no_rounding_of_a_reciprocal_changes_a_code_of_bfloat16_weights() -> None:
+    """So a GPU's fast division packs the bytes that a CPU does: of every two bfloat16 values.
+
+    Codes depend on value / absmax, of which there are few; none is so near to a bound between two
+    codes that errors of some units in the last place matter.
+    """
+    mantissas = torch.arange(128, 256, dtype=torch.float64) / 128
+    code = bnb.get_4bit_type("nf4", device="cpu").double()
+    bounds = (code[1:] + code[:-1]) / 2
+    nearest = 1.0
+    for halvings in range(6):  # below 1/32 are no bounds but those around 0
+        ratios = (mantissas[:, None] / 2**halvings) / mantissas
+        ratios = ratios[ratios <= 1].flatten()
+        for bound in bounds:
+            nearest = min(nearest, float((ratios / abs(bound) - 1).abs().min()))
+    assert nearest > 8 * torch.finfo(torch.float32).eps

@@ -25,9 +25,10 @@ DROPOUT: dict[str, dict[str, float]] = {
 @pytest.mark.parametrize(
     ("capability", "wanted", "expected", "said"),
     [
-        ((7, 0), "auto", torch.float32, "no bfloat16 of its own"),
-        ((7, 5), "auto", torch.float32, "no bfloat16 of its own"),
+        ((7, 0), "auto", torch.float16, "no bfloat16 of its own"),
+        ((7, 5), "auto", torch.float16, "no bfloat16 of its own"),
         ((7, 5), "bfloat16", torch.bfloat16, "only emulates it"),
+        ((9, 0), "float16", torch.float16, ""),
         ((7, 5), "float32", torch.float32, ""),
         ((8, 0), "auto", torch.bfloat16, ""),
         ((9, 0), "bfloat16", torch.bfloat16, ""),

@@ -31,7 +31,7 @@ def summed(*own_s: float | None) -> torch.Tensor:
 def test_each_process_finds_its_figures_at_its_place() -> None:
     extras = summed(0.25, 1.75, 0.5)
     reader = StepMetricsReader(CPU, objective=("reward_accuracy", "kl"))
-    reader.put(INPUTS, torch.cat([torch.tensor([2.0, 3.0]), extras[1:]]))
+    reader.put(INPUTS, torch.cat([torch.tensor([2.0, 3.0, 1.0]), extras[1:]]))
     ((inputs, metrics),) = reader.take(keep=0)
     assert inputs == INPUTS
     assert (metrics.loss, metrics.norm) == (2.0, 3.0)
@@ -48,7 +48,7 @@ def test_each_process_finds_its_figures_at_its_place() -> None:
 def test_times_that_are_not_known_yet_are_left_out() -> None:
     reader = StepMetricsReader(CPU, objective=("reward_accuracy", "kl"))
     for seconds in (None, 0.0):
-        reader.put(INPUTS, torch.cat([torch.zeros(2), summed(seconds, 0.5)[1:]]))
+        reader.put(INPUTS, torch.cat([torch.zeros(3), summed(seconds, 0.5)[1:]]))
     for _, metrics in reader.take(keep=0):
         assert "rank_step_s" not in metrics.fields()
         assert len(metrics.fields()["rank_memory_bytes"]) == 2
@@ -68,7 +68,7 @@ def test_the_losses_of_sources_are_summed_over_processes_and_divided_by_their_ow
         for rank in range(2)
     ]
     reader = StepMetricsReader(CPU, sources=3)
-    reader.put(INPUTS, torch.cat([torch.zeros(2), torch.stack(extras).sum(0)[1:]]))
+    reader.put(INPUTS, torch.cat([torch.zeros(3), torch.stack(extras).sum(0)[1:]]))
     ((_, metrics),) = reader.take(keep=0)
     fields = metrics.fields((6, 2, 0))
     assert fields["source_loss"] == [0.5, 4.0, None]

@@ -42,7 +42,7 @@ def test_every_answer_names_settings_that_there_are() -> None:
         ("per_device_train_batch_size=2", "train.micro_batch_size"),
         ("train.batch_size=2", "train.global_batch_size (rows per step) and train.micro_batch"),
         ("bf16=true", "model.dtype: bfloat16"),
-        ("fp16=true", "model.dtype: bfloat16, for float16 is not offered"),
+        ("fp16=true", "model.dtype: float16"),
         ("max_seq_length=512", "data.max_length"),
         ("output_dir=x", "the option --run-dir"),
         ("method.learning_rate=1", "train.learning_rate"),
