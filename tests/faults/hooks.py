@@ -219,11 +219,11 @@ def record_rows(here: Rank, *, folder: str) -> None:
     # One line of one write each: a kill leaves whole lines.
     book = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
-    def around(pack: Callable[..., Any], setup: Any, rows: Any, ids: Any) -> Any:
+    def around(pack: Callable[..., Any], setup: Any, rows: Any, ids: Any, *more: Any) -> Any:
         if begun["step"] and setup.model.training:
             line = {"step": begun["step"], "rows": [int(row) for row in ids]}
             os.write(book, json.dumps(line).encode() + b"\n")
-        return pack(setup, rows, ids)
+        return pack(setup, rows, ids, *more)
 
     at_steps(nothing)
     wrap(ModelSetup, "pack", around)
