@@ -88,6 +88,8 @@ class Browser:
             event["params"]["request"]["url"]
             for event in events
             if event["method"] == "Network.requestWillBeSent"
+            # A browser that has just begun may still load its own first page.
+            and not event["params"]["request"]["url"].startswith("chrome://")
         ]
 
     def screenshot(self, path: Path, *, height: int | None = None) -> None:

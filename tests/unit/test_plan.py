@@ -76,7 +76,8 @@ def test_blocks_stay_gathered_where_that_is_worth_its_memory(plan: Plan) -> None
     sent = [way["sent_between_bytes"] for way in ways]
     assert sent[0] > 1.5 * sent[1] > 2.5 * sent[2] == 2.5 * chosen["sent_between_bytes"]
     assert ways[0]["tokens_per_s"] < 0.98 * chosen["tokens_per_s"]
-    tight = fsdp("--gpu", "l4-24gb", "train.micro_batch_size=1", "parallel.reshard=step")
+    long = ("--gpu", "l4-24gb", "train.micro_batch_size=1", "data.max_length=2560")
+    tight = fsdp(*long, "parallel.reshard=step")
     assert not tight["fits"] and "parallel.reshard: forward" in tight["remedy"]
 
 
