@@ -20,7 +20,7 @@ from peft_dist.tracking.wandb.sidecar import EXIT_OFFLINE, EXIT_SENT
 
 log = logging.getLogger(__name__)
 
-WAIT_S = 10.0
+WAIT_S = 20.0
 """Seconds that the end of training waits for the last rows to be sent."""
 KILLED_S = 1.0
 """How long a killed process may take to go."""
