@@ -102,13 +102,19 @@ class ModelSetup:
             for name, parameter in self.base.items()
         )
 
-    def everyone(self, rows: TokenizedRows, shares: Sequence[Sequence[RowIds]]) -> list[Everyone]:
+    def everyone(
+        self, rows: TokenizedRows, shares: Sequence[Sequence[RowIds]]
+    ) -> Sequence[Everyone | None]:
         """Return what `pack` is told of each micro-batch, where all processes know all shares.
+
+        It takes time for each process there is, so nothing is found out that nobody asks for.
 
         Args:
             rows: All rows.
             shares: Row ids by process and micro-batch.
         """
+        if not self.engine.exchanges_rows:
+            return [None] * len(shares[0])
         most = [
             max(
                 positions_of(

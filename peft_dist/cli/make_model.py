@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from peft_dist.cli.options import add_merge_base, add_verbosity
+from peft_dist.cli.options import add_merge_base, add_task, add_verbosity
 from peft_dist.common.errors import PeftDistError
 
 Run = Callable[[argparse.Namespace], int]
@@ -28,12 +28,7 @@ def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) ->
     quantize.add_argument(
         "--revision", metavar="NAME", help="branch, tag or commit of a hub model (default: main)"
     )
-    quantize.add_argument(
-        "--task",
-        choices=("causal-lm", "sequence-classification", "reward"),
-        default="causal-lm",
-        help="what the model will be trained to do (default: causal-lm)",
-    )
+    add_task(quantize)
     add_verbosity(quantize)
     merge = command(
         "merge",
@@ -52,7 +47,9 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.launcher_process import run_tool
     from peft_dist.launch.packages import require_training_packages
 
-    words = [arguments.model, "--task", arguments.task]
+    words = [arguments.model]
+    if arguments.task is not None:
+        words += ["--task", arguments.task]
     if arguments.revision is not None:
         words += ["--revision", arguments.revision]
     require_training_packages()

@@ -37,6 +37,15 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_task(parser: argparse.ArgumentParser) -> None:
+    """Add `--task` of both ways to quantize."""
+    parser.add_argument(
+        "--task",
+        choices=("causal-lm", "sequence-classification", "reward"),
+        help="what the model will be trained to do (default: causal-lm)",
+    )
+
+
 def add_merge_base(parser: argparse.ArgumentParser) -> None:
     """Add `--base` of both ways to merge."""
     parser.add_argument(

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peft_dist.cli.options import add_merge_base
+from peft_dist.cli.options import add_merge_base, add_task
 from peft_dist.cli.slurm import Run, add_after, add_cluster
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE
@@ -47,11 +47,7 @@ def add_commands(
     )
     quantize.add_argument("model", metavar="MODEL", help="folder or hub id")
     quantize.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
-    quantize.add_argument(
-        "--task",
-        choices=("causal-lm", "sequence-classification", "reward"),
-        help="what the model will be trained to do (default: causal-lm)",
-    )
+    add_task(quantize)
     _add_place(quantize, "runs/quantize-MODEL")
     merge = command("submit merge", _merge, "merge a run's LoRA into its base in a Slurm job")
     merge.add_argument("run_dir", metavar="RUN_DIR", help="folder that train or submit made")

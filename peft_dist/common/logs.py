@@ -54,7 +54,7 @@ class _ScreenHandler(logging.Handler):
         """Show one."""
         try:
             screen().line(self.format(record))
-        except Exception:
+        except Exception:  # as every handler of the library does: a line is worth no run
             self.handleError(record)
 
 

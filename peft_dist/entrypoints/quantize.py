@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument(
         "--task",
-        choices=("causal-lm", "sequence-classification", "reward"),
+        choices=tuple(architectures.TASKS),
         default="causal-lm",
         help="what the model will be trained to do (default: %(default)s)",
     )

@@ -31,7 +31,7 @@ from peft_dist.model import special_cases
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_TASKS = {
+TASKS = {
     "causal-lm": AutoModelForCausalLM,
     "sequence-classification": AutoModelForSequenceClassification,
     "reward": AutoModelForSequenceClassification,
@@ -115,7 +115,7 @@ def build_skeleton(
     config.use_cache = False
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = _TASKS[task].from_config(
+            model: PreTrainedModel = TASKS[task].from_config(
                 config,
                 trust_remote_code=False,
                 dtype=dtype,

@@ -35,11 +35,13 @@ class Engine(ABC):
         extras: Number of flags and metrics carried by the gradient all-reduce.
         compute_timer: Times this process's own part of a step.
         reshard: When gathered blocks are freed, by an engine that gathers; set before `wrap`.
+        exchanges_rows: Whether passes use what a `Batch` says of everyone; known after `wrap`.
     """
 
     shard: Shard
     sharded: bool
     reshard: Reshard = "forward"
+    exchanges_rows = False
 
     def __init__(self, world: World, *, shard_size: int, offload: bool = False) -> None:
         """Make the groups and meshes the engine needs. Collective.
