@@ -46,14 +46,19 @@ def add_task(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_merge_base(parser: argparse.ArgumentParser) -> None:
-    """Add `--base` of both ways to merge."""
+def add_merge_form(parser: argparse.ArgumentParser) -> None:
+    """Add `--base` and `--gguf` of both ways to merge."""
     parser.add_argument(
         "--base",
         choices=("full", "dequantized"),
         default="full",
         help="add it to the weights of the files, or to those that 4-bit training saw "
         "(default: full)",
+    )
+    parser.add_argument(
+        "--gguf",
+        choices=("q8_0", "f16", "bf16", "f32"),
+        help="also write DIR/DIR-TYPE.gguf, for llama.cpp, with numbers of this type",
     )
 
 
