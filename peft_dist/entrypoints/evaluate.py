@@ -16,7 +16,7 @@ from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.console import show
 from peft_dist.common.errors import RecipeError, RunDirError
 from peft_dist.config import load_recipe
-from peft_dist.config.recipe import Parallel
+from peft_dist.config.parallel import Parallel
 from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import read_world

@@ -12,7 +12,7 @@ import torch
 
 from peft_dist.common import paths
 from peft_dist.config import Recipe
-from peft_dist.config.recipe import Parallel
+from peft_dist.config.parallel import Parallel
 from peft_dist.distributed.world import World
 from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.placement import Machine, plan_processes
