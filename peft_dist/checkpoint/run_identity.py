@@ -9,6 +9,7 @@ from peft_dist.config import Recipe
 from peft_dist.config.resume_rules import differences, learning_settings, refuse_changes
 from peft_dist.data.mixture import source_shares
 from peft_dist.data.stream import TrainingRows
+from peft_dist.data.token_cache import FORMAT
 from peft_dist.evaluation.scoring import EvalSet
 from peft_dist.model_setup import ModelSetup
 from peft_dist.optim.lr_schedule import peak_learning_rate
@@ -42,6 +43,7 @@ def describe_run(setup: ModelSetup, rows: TrainingRows, eval_set: EvalSet | None
             "model.name": f"weights with fingerprint {_sha256(base)[:16]}",
             **start,
         },
+        "rows_format": FORMAT,
         "rng": {"seed": recipe.train.seed, "rule": RNG_RULE},
         "schedule": {
             "kind": recipe.train.schedule,
@@ -76,6 +78,11 @@ def refuse_another_run(
         RunDirError: With the difference.
     """
     changes = differences(saved["content"], now["content"])
+    if saved.get("rows_format") != now.get("rows_format"):
+        for field in changes.keys() & {"data.train", "data.eval"}:
+            changes[field] += (
+                " (of an earlier version, which may have read the same rows otherwise)"
+            )
     # Checkpoints of earlier versions lack fields: what is off now was off before there was one.
     before = {
         field: EARLIER.get(field, value)
