@@ -15,7 +15,6 @@ import torch
 from peft_dist.config.batch_shape import longest_rows_of_step, micro_batch_rows
 from peft_dist.distributed.collectives import gather_objects
 from peft_dist.ledger.events import MicroBatchEvent
-from peft_dist.run.prediction import with_rows
 from peft_dist.trainer import Trainer
 
 USABLE = 0.95
@@ -118,10 +117,7 @@ def fit_micro_batch(trainer: Trainer, meter: MemoryMeter) -> MicroBatchEvent:
     def trial(count: int) -> int:
         longest = by_length[:count]
         meter.begin()
-        divisor = trainer.objective.begin(longest, [longest])
-        trainer.router.begin([trainer.objective.rows(longest)])
-        trainer.learn(longest, divisor)
-        trainer.forget_gradients()
+        trainer.passes.try_out(longest)
         return int(max(gather_objects(meter.peak_bytes() + moments)))
 
     planned = micro_batch_rows(recipe)
@@ -136,7 +132,7 @@ def fit_micro_batch(trainer: Trainer, meter: MemoryMeter) -> MicroBatchEvent:
         most=min(of_process, rows.n_examples),
     )
     meter.begin()  # what the largest trial took is no peak of the run
-    trainer.recipe = with_rows(recipe, found.rows)
+    trainer.passes.micro_batch_rows = found.rows
     return MicroBatchEvent(
         step=0,
         planned=planned,

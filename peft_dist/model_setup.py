@@ -19,12 +19,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from peft_dist.common.errors import DataError, TrainingError
+from peft_dist.common.errors import TrainingError
 from peft_dist.common.paths import TOKENIZER_FILES
 from peft_dist.common.screen import stage
 from peft_dist.common.sizes import megabytes
 from peft_dist.config import Recipe
-from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.order import RowIds
 from peft_dist.data.pack import Batch, Everyone, pack, positions_of
@@ -33,18 +32,19 @@ from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.world import World
 from peft_dist.methods import METHODS, Method
 from peft_dist.methods.base_access import LoadedBase
-from peft_dist.methods.init import generator_for
+from peft_dist.methods.fill import fill_fresh_heads, fill_from_files, frozen_and_trained
 from peft_dist.methods.method import base_name_in
 from peft_dist.methods.trained_parts import left_frozen
-from peft_dist.model import architectures, attention, fill_base, precision
+from peft_dist.model import architectures, attention, precision
 from peft_dist.model.device_settings import set_up_device
+from peft_dist.model.fitting_rows import refuse_rows_that_do_not_fit
 from peft_dist.model.loss import CausalLM, Decoder, RewardModel, SequenceClassifier
 from peft_dist.model.nf4 import weights_per_element
-from peft_dist.model.plan import BasePlan, plan_base
+from peft_dist.model.plan import plan_base
 from peft_dist.model.proof import ProofRun, Way
 from peft_dist.model.recompute import recompute_blocks
 from peft_dist.model.source import BaseSource, Released
-from peft_dist.model.vocabulary import refuse_ids_above, untrained_rows, with_token_ids
+from peft_dist.model.vocabulary import untrained_rows, with_token_ids
 from peft_dist.model.ways import kernel_to_build_with, prove_once, ways_of
 from peft_dist.sharding import ENGINES, Engine, Group
 from peft_dist.sharding.chosen_optimizer import refuse_muon
@@ -154,26 +154,8 @@ class ModelSetup:
             ModelError: For a token that the model has no row for.
         """
         config = architectures.bare_model(self.peft).config
-        refuse_ids_above(
-            config.get_text_config().vocab_size, self.recipe, "data.train", rows.tokens
-        )
-        longest, learned = int(rows.lengths.max()), self.method.learned_positions
-        limit = architectures.rope_limit(config)
-        if limit and longest > limit and micro_batch_rows(self.recipe) > 1:
-            raise DataError(
-                f"a row has {longest} tokens, and above {limit} {config.model_type} takes other "
-                "positions for all rows that are computed together",
-                where="data.max_length",
-                remedy=f"set it to {limit}, or train.micro_batch_size to 1",
-            )
-        max_positions = self.max_positions
-        if max_positions is not None and longest > max_positions:
-            raise DataError(
-                f"a row has {longest} tokens, but {config.model_type} has places for "
-                f"{max_positions}" + (f" behind {learned} learned ones" if learned else ""),
-                where="data.max_length",
-                remedy=f"set it to {max_positions}",
-            )
+        learned = self.method.learned_positions
+        refuse_rows_that_do_not_fit(config, self.recipe, rows, self.max_positions, learned)
 
     def warn_of_untrained_rows(self, rows: TokenizedRows) -> None:
         """Say which tokens of the rows stand for nothing yet and stay so. Collective."""
@@ -235,6 +217,7 @@ def set_up_model(
     rows: TrainingRows | None = None,
     engines: Mapping[str, type[Engine]] = ENGINES,
     prover: Prover = prove_once,
+    began_in: str = "",
 ) -> ModelSetup:
     """Build, shard and load the model. Collective.
 
@@ -247,6 +230,7 @@ def set_up_model(
             replaced by what was saved.
         engines: By strategy, what shards.
         prover: Compares losses with those of transformers; see `prove_once`.
+        began_in: The dtype in which the run began, where it goes on.
 
     Raises:
         PeftDistError: For a model, launcher or option that cannot work; before weights are read
@@ -256,9 +240,10 @@ def set_up_model(
     launched = resolve(recipe.parallel, world, os.environ)
     refuse_muon(recipe.train, launched.strategy)
     set_up_device(world.device, deterministic=recipe.train.deterministic)
-    dtype, why = precision.compute_dtype(recipe.model, world.device)
+    dtype, why = precision.compute_dtype(recipe.model, world.device, began_in)
     if world.is_main:
-        log.log(logging.WARNING if why else logging.INFO, "computing in %s%s", dtype, why)
+        level = logging.WARNING if why.startswith(":") else logging.INFO
+        log.log(level, "computing in %s%s", str(dtype).removeprefix("torch."), why)
     config = architectures.read_config(source.files.folder, task=recipe.model.task)
     if recipe.model.dropout == "off":
         architectures.turn_dropout_off(config)
@@ -309,10 +294,10 @@ def set_up_model(
     engine.wrap(model, blocks.values(), [p for p in model.parameters() if p.requires_grad])
     engine.materialize(model)
 
-    frozen, trained = _split(peft)
+    frozen, trained = frozen_and_trained(peft)
     log.info("built: %s with %s adapters", type(skeleton).__name__, recipe.method.kind)
-    packed = _load_base(peft, frozen, trained, plan, source, engine, of_base)
-    _fill_fresh_heads({**frozen, **trained}, plan, peft, engine, seed=recipe.train.seed)
+    packed = fill_from_files(peft, frozen, trained, plan, source, engine, of_base)
+    fill_fresh_heads({**frozen, **trained}, plan, peft, engine, seed=recipe.train.seed)
     as_released = engine.fingerprint(frozen)
     verify_one_base(as_released)
     log.info("base: %s, built and loaded  %.1f s", recipe.quantization, time.monotonic() - started)
@@ -359,58 +344,3 @@ def set_up_model(
         facts = [launched.strategy, recipe.quantization, setup.released_fingerprint]
         setup.packing = prover(run, ways, facts, source.cache_dir).packing
     return setup
-
-
-def _split(peft: PeftModel) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    frozen: dict[str, nn.Parameter] = {}
-    trained: dict[str, nn.Parameter] = {}
-    for name, parameter in peft.named_parameters():
-        (trained if parameter.requires_grad else frozen)[name] = parameter
-    return frozen, trained
-
-
-def _load_base(
-    peft: PeftModel,
-    frozen: dict[str, nn.Parameter],
-    trained: dict[str, nn.Parameter],
-    plan: BasePlan,
-    source: BaseSource,
-    engine: Engine,
-    of_base: set[str],
-) -> Path | None:
-    """Fill every parameter that the files hold; return the cache entry that holds them, if any.
-
-    Of these some may be trained: biases, and the trained copy of a head. Collective.
-    """
-    # Of a head and its trained copy, both have one name in the files; the frozen one is filled.
-    by_name = {base_name_in(peft, name): p for name, p in {**trained, **frozen}.items()}
-    packed = source.fill(
-        by_name, plan, engine.shard, world=engine.world, copy_into=engine.copy_into
-    )
-    filled = {name for tensor in plan.tensors for name in tensor.parameters()} | set(plan.fresh)
-    if unfilled := sorted(of_base.intersection(by_name) - filled):
-        raise AssertionError(f"{unfilled[0]} is what was in memory: a tie is lost")
-    for name, parameter in trained.items():
-        twin = by_name.get(base_name_in(peft, name))
-        if twin is not None and twin is not parameter:
-            fill_base.copy_rows(parameter, engine.full_tensor(twin))
-    return packed
-
-
-def _fill_fresh_heads(
-    parameters: dict[str, nn.Parameter],
-    plan: BasePlan,
-    peft: PeftModel,
-    engine: Engine,
-    *,
-    seed: int,
-) -> None:
-    """Fill the heads that the checkpoint lacks. Collective."""
-    std = getattr(architectures.bare_model(peft).config, "initializer_range", 0.02)
-    for name, parameter in parameters.items():
-        plain = base_name_in(peft, name)
-        if plain in plan.fresh:
-            full = torch.zeros(engine.shape(parameter))
-            if full.dim() > 1:
-                full.normal_(std=std, generator=generator_for(seed, plain))
-            engine.copy_into(parameter, full)

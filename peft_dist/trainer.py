@@ -1,10 +1,8 @@
 """The training loop: rows of a step, passes, one update, a record.
 
-Knows no file format, no engine by name and no command line. A long file, so that
-a step can be read from its rows to its record in one place.
+Knows no file format, no engine by name and no command line.
 """
 
-import hashlib
 import math
 import time
 from contextlib import closing
@@ -19,33 +17,28 @@ from peft_dist.checkpoint.checkpointer import Checkpointer
 from peft_dist.checkpoint.progress import NoHooks, Progress, TrainerHooks
 from peft_dist.common.errors import Interrupted, TrainingError
 from peft_dist.common.screen import wait
-from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.data.mixture import source_shares
-from peft_dist.data.order import RowIds, RowOrder, StepPlan, assign
-from peft_dist.data.pack import Everyone
+from peft_dist.data.order import RowOrder, StepPlan
 from peft_dist.data.stream import TrainingRows
-from peft_dist.data.tokenized_rows import StepRows, TokenizedRows
+from peft_dist.data.tokenized_rows import StepRows
 from peft_dist.distributed.collectives import barrier, sum_over
-from peft_dist.evaluation.generation import Sampler
-from peft_dist.evaluation.scoring import EvalSet, ScoringStopped, score_rows
+from peft_dist.evaluation.during_training import evaluate
+from peft_dist.evaluation.scoring import EvalSet, ScoringStopped
 from peft_dist.ledger.events import (
     CheckpointEvent,
-    EvaluationEvent,
     LedgerEvent,
     RollbackEvent,
-    SampleEvent,
     SkippedEvent,
     StepEvent,
 )
 from peft_dist.ledger.writer import Tracker
 from peft_dist.metrics.memory import peak_memory_bytes
 from peft_dist.metrics.mfu import Utilisation
-from peft_dist.metrics.source_loss import SourceLosses
+from peft_dist.metrics.non_finite import skip_or_roll_back
 from peft_dist.metrics.step import StepInputs, StepMetrics, StepMetricsReader, make_extras
 from peft_dist.model_setup import ModelSetup
-from peft_dist.objective.passes import Scores, Share, make_pass
-from peft_dist.objective.router import RouterBalance
-from peft_dist.optim.loss_scale import LEAST, LossScale
+from peft_dist.objective.forward_backward import ForwardBackward
+from peft_dist.objective.passes import Scores
 from peft_dist.optim.lr_schedule import learning_rate, peak_learning_rate
 from peft_dist.sharding.chosen_optimizer import make_optimizer
 
@@ -81,22 +74,17 @@ class Trainer:
         self.trackers: list[Tracker] = []
         """Views of the run; stays empty on every rank but 0."""
         some, _ = rows.at(np.arange(1))
-        self._some = some
-        """Rows that micro-batches are taken from: all, or those of a step."""
-        self.objective = make_pass(setup, some, reference)
-        self.router = RouterBalance(setup, some)
+        self.passes = ForwardBackward(setup, some, reference)
         shares = source_shares(self.recipe.data, [source.rows for source in rows.sources])
         order = RowOrder(rows.n_examples, self.recipe.train.seed, shares)
         self.plan = StepPlan(order, rows.example_lengths, self.recipe.train)
         self.peak_rate = peak_learning_rate(self.recipe)
         self.optimizer = make_optimizer(setup.engine, setup.recipe.train)
-        self.loss_scale = LossScale(self.world.device, setup.compute_dtype)
         self.progress = Progress()
-        device, figures = self.world.device, self.objective.metrics
+        device, figures = self.world.device, self.passes.objective.metrics
         self._reader = StepMetricsReader(
             device, objective=figures, sources=self.recipe.source_losses
         )
-        self._source_losses = SourceLosses(self.recipe, some, device)
         self._stop = self._save_due = self._give_up = False
         self._saved_step = -1
         self._saved_at = self._mark = time.monotonic()
@@ -108,7 +96,7 @@ class Trainer:
         assert self.checkpointer is not None
         facts = self.checkpointer.load(checkpoint, self.optimizer)
         self.progress = Progress.of(facts)
-        self.loss_scale.restore(facts)
+        self.passes.loss_scale.restore(facts)
         self._saved_step = self.progress.step
 
     def run(self) -> Progress:
@@ -143,50 +131,26 @@ class Trainer:
         self.setup.engine.compute_timer.begin()
         return self._mark
 
-    def _take_from(self, rows: TokenizedRows) -> None:
-        """Take micro-batches from these rows from now on."""
-        if rows is not self._some:
-            self.setup.check_rows(rows)
-            self._some = self.objective.data = self.router.rows = self._source_losses.rows = rows
-
     def _step(self, batch: StepRows) -> None:
         """Train on the rows of one step and update the adapter once."""
         engine, device = self.setup.engine, self.world.device
         step, cursor, rows, ids = batch
-        self._take_from(rows)
-        shares = assign(
-            ids,
-            rows.example_lengths,
-            world_size=self.world.size,
-            micro_batch_size=micro_batch_rows(self.recipe),
-        )
-        groups, rows_of = shares[self.world.rank], self.objective.rows
-        everyone = self.setup.everyone(rows, [[*map(rows_of, share)] for share in shares])
-        # Every rank knows all rows, so the divisor of the whole global batch needs no exchange.
-        divisor = self.objective.begin(ids, groups)
-        self.router.begin([*map(rows_of, groups)])
-        loss = torch.zeros((), dtype=torch.float32, device=device)
-        figures = torch.zeros(len(self.objective.metrics), device=device)
-        for index, micro in enumerate(groups):
-            self._seed_dropout(step, index)
-            share = self.learn(micro, divisor, everyone[index])
-            loss += share.loss
-            figures += share.metrics
+        own, sources = self.passes.run(batch), self.passes.source_losses
         engine.compute_timer.end()
         # Flags and metrics of all processes are carried by the gradient all-reduce.
         extras = make_extras(
             self.world,
-            loss,
-            figures,
+            own.loss,
+            own.metrics,
             flags=self._flags(),
             step_s=engine.compute_timer.latest_s(),
             memory_bytes=peak_memory_bytes(device),
-            source_nll=self._source_losses.take(),
+            source_nll=sources.take(),
         )
-        summed, scale = engine.reduce(extras), self.loss_scale
+        summed, scale = engine.reduce(extras), self.passes.loss_scale
         scale.unscale(engine.gradients)
         norm = engine.clip(self.recipe.train.max_grad_norm)
-        first = torch.stack([summed[0] / divisor, norm.float(), scale.value])
+        first = torch.stack([summed[0] / own.divisor, norm.float(), scale.value])
         metrics = torch.cat([first, summed[1:]])
         rate = learning_rate(self.recipe.train, step, self.plan.total_steps, peak=self.peak_rate)
         for group in self.optimizer.param_groups:
@@ -198,34 +162,11 @@ class Trainer:
         engine.compute_timer.begin()
         self.progress.step, self.progress.cursor = step, cursor
         tokens = int(rows.example_lengths[ids].sum())
-        by_source = self._source_losses.predictions(ids)
+        by_source = sources.predictions(ids)
         self._reader.put(StepInputs(step, rate, len(ids), cursor, tokens, by_source), metrics)
         # To roll back a step later would undo one that was sound, and is in the ledger.
         waits = not self._reader.is_late or self.recipe.train.non_finite == "rollback"
         self._publish(keep=0 if waits else 1)
-
-    def learn(self, micro: RowIds, divisor: float, everyone: Everyone | None = None) -> Share:
-        """Run the examples of one micro-batch forward and backward; gradients add up.
-
-        Args:
-            micro: The examples.
-            divisor: What `objective.begin` has returned for the global batch.
-            everyone: What the other processes compute meanwhile, where they all know it.
-        """
-        rows = self.objective.rows(micro)
-        batch = self.setup.pack(self._some, rows, everyone).to(self.world.device)
-        with self.setup.autocast():
-            losses = self.setup.model(batch)
-            share = self.objective.share(losses, batch, micro)
-        self._source_losses.add(micro, batch, losses.nll)
-        loss = share.loss + divisor * self.router.share(losses)
-        self.loss_scale.scaled(loss / divisor).backward()
-        return Share(loss.detach(), share.metrics)
-
-    def forget_gradients(self) -> None:
-        """Leave no trace of passes that were made to measure something."""
-        self._source_losses.take()
-        self.setup.engine.zero_gradients()
 
     def _flags(self) -> tuple[bool, bool, bool]:
         """Return what this process asks of all at the end of a step: stop, save, give up."""
@@ -238,11 +179,11 @@ class Trainer:
 
     def _after(self, step: int) -> None:
         """Do what is due between two steps: an evaluation, a checkpoint, stopping."""
-        evaluate, save = self.recipe.evaluate.every_steps, self.recipe.checkpoint.every_steps
+        score, save = self.recipe.evaluate.every_steps, self.recipe.checkpoint.every_steps
         total = self.plan.total_steps
         evaluate_due = self.progress.evaluated != step and (
             step == total
-            or bool(step and evaluate and step % evaluate == 0)
+            or bool(step and score and step % score == 0)
             or (step == 0 and self.recipe.evaluate.at_start)
         )
         may_be_best = evaluate_due and self.recipe.checkpoint.keep_best > 0
@@ -278,7 +219,7 @@ class Trainer:
         self.hooks.phase("save", step)
         if self._saved_step != step:
             epoch = self.plan.epoch_of(self.progress.cursor)
-            facts = {**asdict(self.progress), "epoch": epoch, **self.loss_scale.facts()}
+            facts = {**asdict(self.progress), "epoch": epoch, **self.passes.loss_scale.facts()}
             with wait(f"saving step {step}"):
                 self.checkpointer.take(facts, self.optimizer)
             self._saved_step = step
@@ -301,15 +242,6 @@ class Trainer:
         """Record what became of the checkpoints that were being written."""
         for event in [] if self.checkpointer is None else self.checkpointer.results():
             self.write(event)
-
-    def _seed_dropout(self, step: int, index: int) -> None:
-        """Make dropout a function of (seed, step, micro-batch), so that any restart repeats it.
-
-        Many bases have dropout of their own, some of it in no module that could be asked.
-        """
-        key = f"{self.recipe.train.seed} {step} {index * self.world.size + self.world.rank}"
-        digest = hashlib.sha256(key.encode("ascii")).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def _publish(self, *, keep: int) -> None:
         """Write the events of all but the last `keep` steps, and take over their flags."""
@@ -340,42 +272,28 @@ class Trainer:
     def _not_finite(self, inputs: StepInputs, metrics: StepMetrics) -> None:
         """Deal with a step that has left the adapter as it was. Collective under `rollback`.
 
-        Where only the gradients of float16 have overflowed, and their scale was halved for it, the
-        step is left out whatever the recipe says.
-
         Raises:
             TrainingError: Where the recipe says so, or too many have come in a row.
         """
-        train, step = self.recipe.train, inputs.step
-        reason = f"loss {metrics.loss:g}, gradient norm {metrics.norm:g} at step {step}"
-        overflow = math.isfinite(metrics.loss) and metrics.loss_scale > LEAST
-        if metrics.loss_scale > LEAST:
-            reason += f", loss scale {metrics.loss_scale:g}"
-        policy = "skip" if overflow else train.non_finite
         self.progress.skipped_in_a_row += 1
-        if policy == "stop" or self.progress.skipped_in_a_row > train.max_skipped_steps:
-            in_a_row = self.progress.skipped_in_a_row
-            raise TrainingError(
-                reason + (f", not finite {in_a_row} times in a row" if in_a_row > 1 else ""),
-                where="train.non_finite",
-                remedy="lower train.learning_rate, or look at the rows; the adapter of the last "
-                "checkpoint is sound",
-            )
+        policy, reason = skip_or_roll_back(
+            self.recipe.train, inputs.step, metrics, in_a_row=self.progress.skipped_in_a_row
+        )
         fields: dict[str, Any] = {**inputs.fields(), "reason": reason}
         del fields["lr"]
         if policy == "skip":
             self.write(SkippedEvent(**fields))
-        else:
-            newest = None if self.checkpointer is None else self.checkpointer.newest()
-            if self.checkpointer is None or newest is None:
-                raise TrainingError(
-                    f"{reason}, and there is no checkpoint to roll back to",
-                    where="train.non_finite",
-                    remedy="set checkpoint.every_steps, or non_finite: skip",
-                )
-            back_to = self.checkpointer.load(newest, self.optimizer)["step"]
-            self.setup.engine.compute_timer.begin()
-            self.write(RollbackEvent(**fields, back_to=back_to))
+            return
+        newest = None if self.checkpointer is None else self.checkpointer.newest()
+        if self.checkpointer is None or newest is None:
+            raise TrainingError(
+                f"{reason}, and there is no checkpoint to roll back to",
+                where="train.non_finite",
+                remedy="set checkpoint.every_steps, or non_finite: skip",
+            )
+        back_to = self.checkpointer.load(newest, self.optimizer)["step"]
+        self.setup.engine.compute_timer.begin()
+        self.write(RollbackEvent(**fields, back_to=back_to))
 
     def _settle(self) -> None:
         """Write the events of all steps, before anything is saved or scored."""
@@ -386,46 +304,27 @@ class Trainer:
         self.progress.evaluated = step
         if self.eval_set is None:
             return
-        self.hooks.phase("evaluation", step)
-        started = time.monotonic()
 
         def wants_stop() -> bool:
             self.hooks.phase("evaluation", step)
             return self.hooks.stop_requested()
 
-        samples: list[SampleEvent] = []
+        wants_stop()
+        ends = step in (0, self.plan.total_steps)
         try:
-            result, predicted = score_rows(self.setup, self.eval_set, wants_stop=wants_stop)
-            seconds = time.monotonic() - started
-            if step in (0, self.plan.total_steps):
-                sampler = Sampler(self.setup, self.eval_set)
-                samples = sampler.events(step, predicted, wants_stop=wants_stop)
+            result, events = evaluate(
+                self.setup, self.eval_set, step, with_samples=ends, wants_stop=wants_stop
+            )
         except ScoringStopped:
             self.progress.evaluated, self._stop = -1, True
             return
-        if not math.isfinite(result.loss):
-            raise TrainingError(
-                f"held-out loss {result.loss} after step {step}",
-                where="evaluate",
-                remedy="look at the model's weights and the held-out rows",
-            )
         self.progress.last = result
         if step == 0:
             self.progress.first = result
         self._go_on()
-        figures: dict[str, Any] = {f"eval_{k}": v for k, v in result.figures().items()}
-        self.write(
-            EvaluationEvent(
-                step=step,
-                eval_loss=result.loss,
-                eval_accuracy=result.accuracy,
-                eval_seconds=seconds,
-                **figures,
-            )
-        )
-        for sample in samples:
-            self.write(sample)
-        if 0 < step < self.plan.total_steps:  # a stop that came after the last batch had begun
+        for event in events:
+            self.write(event)
+        if not ends:  # a stop that came after the last batch had begun
             asked = torch.tensor(float(self.hooks.stop_requested()), device=self.world.device)
             self._stop = sum_over(asked).item() > 0
 

@@ -80,7 +80,8 @@ def _processes(arguments: argparse.Namespace) -> list[str]:
 def resume(arguments: argparse.Namespace) -> int:
     """Go on with a run, here or on its cluster; return the exit code."""
     from peft_dist.launch.run_here import refuse_changes_of_finished
-    from peft_dist.run.directory import ARRAY_FILE, RunDir
+    from peft_dist.run.directory import RunDir
+    from peft_dist.run.paths import ARRAY_FILE
     from peft_dist.slurm.job_scripts import JOB_SCRIPT
     from peft_dist.slurm.resubmit import was_submitted
 

@@ -1,26 +1,17 @@
 """The recipe: every setting of a run, its meaning, unit and default.
 
 Numbers that follow from a recipe and a placement are functions elsewhere. The docstring under a
-field is its text in the JSON Schema. A long file: sections that refuse each other's values stand
-together.
+field is its text in the JSON Schema.
 """
 
-import datetime as dt
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from peft_dist.config.data import Data
 from peft_dist.config.method import Lora, Method
 from peft_dist.config.objective import Objective, Sft
-from peft_dist.config.row_sources import (
-    AMOUNTS,
-    Columns,
-    EvalSources,
-    RowSource,
-    TrainSources,
-    held_out,
-    require_one_kind_of_amount,
-)
+from peft_dist.config.parallel import Parallel
 from peft_dist.config.run_sections import Checkpoint, Profile, Tracking, Watchdog
 from peft_dist.config.section import Fraction, NonNegativeFloat, PositiveFloat, Section, Text
 
@@ -39,88 +30,13 @@ class Model(Section):
     adapter is `method.dropout`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute dtype and dtype of unquantized base weights. auto: bfloat16 on GPUs that have it and
-    do not emulate it, float16 on other GPUs, float32 without GPUs. In float16 the loss is scaled by
-    a power of two, which is halved where gradients overflow; such a step is left out."""
+    do not emulate it and on processors with AVX512_BF16 or AMX, float16 on other GPUs, float32 on
+    other processors; a run goes on in what it began in. In float16 the loss is scaled by a power of
+    two, which is halved where gradients overflow; such a step is left out."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel. auto: torch's own flash kernels on a GPU that has them, in one call for all
     rows; for models that cap their scores flash_attention_2 where installed; else what the
     architecture supports."""
-
-
-class Data(Section):
-    """The rows."""
-
-    train: TrainSources
-    """JSONL, JSON, CSV or Parquet file, several such as rows/part-*.jsonl, or `datasets` folder
-    (relative to the recipe), or a hub name; or a list of such sources, mixed."""
-    eval: EvalSources | None = None
-    """Held-out rows in any form `train` takes; or how many of the training rows are held out, such
-    as 500 or 5%: which ones follows from their content and `train.seed`. Off: no evaluation."""
-    train_split: Text = "train"
-    """Split to read where `train` is a hub name or a folder with several splits; of any source
-    also a part of it, such as train[:10%]."""
-    eval_split: Text = "test"
-    """The same of `eval`."""
-    columns: Columns = Columns()
-    """Which columns to read, where they have names of their own, such as {prompt: question,
-    completion: answer}. Alpaca's, ShareGPT's and OpenAI's forms need none."""
-    max_length: Annotated[int, Field(ge=2)] = 1024
-    """Most tokens of one row; see `truncation`."""
-    truncation: Literal["end", "start", "drop", "error"] = "end"
-    """What happens to a longer row: cut its end, cut its start, leave it out, or stop."""
-    packing: bool | None = None
-    """Lay the rows of a micro-batch end to end, without padding and without attention between
-    rows; the loss is the same. Default: on for causal-lm where the start proves that the model
-    keeps them apart, off for classification."""
-    streaming: bool = False
-    """Read and tokenise training rows as their steps come, instead of all before the first one:
-    for JSONL and Parquet files that are larger than a disk cache. Their order is the same."""
-    max_bad_rows: Annotated[int, Field(ge=0)] = 0
-    """Malformed rows of a source to leave out, each reported with file and line, before
-    stopping."""
-    date: dt.date | None = None
-    """What a chat template that prints the date takes for today. Default: the day, in UTC, on which
-    the run is first started."""
-
-    @model_validator(mode="after")
-    def _sources_are_consistent(self) -> Self:
-        held_out(self.eval)
-        if not isinstance(self.train, str):
-            require_one_kind_of_amount(self.train)
-        if isinstance(self.eval, tuple):
-            for source in self.eval:
-                for name in AMOUNTS:
-                    if getattr(source, name) is not None:
-                        raise ValueError(f"eval: {name} is for training rows; remove it")
-        return self
-
-    @property
-    def held_out(self) -> int | float | None:
-        """How many of the training rows are held out, or what share; None: none of them."""
-        return held_out(self.eval)
-
-    @property
-    def mixed_sources(self) -> int:
-        """How many training sources are told apart: none where there is one."""
-        return len(self.train) if isinstance(self.train, tuple) and len(self.train) > 1 else 0
-
-    def sources(self, which: Literal["train", "eval"]) -> tuple[RowSource, ...]:
-        """Return where rows are read, with split and columns of each; () for no held-out rows."""
-        of_train = which == "train" or self.held_out is not None
-        value = self.train if of_train else self.eval
-        assert not isinstance(value, int), "that is a part of the training rows"
-        if isinstance(value, str):
-            value = (RowSource(path=value),)
-        split = self.train_split if of_train else self.eval_split
-        return tuple(
-            source.model_copy(
-                update={
-                    "split": source.split or split,
-                    "columns": source.columns or self.columns,
-                }
-            )
-            for source in value or ()
-        )
 
 
 class Train(Section):
@@ -219,65 +135,6 @@ class Evaluate(Section):
     def _choices_differ(self) -> Self:
         if len(self.choices) == 1 or len(set(self.choices)) != len(self.choices):
             raise ValueError(f"choices must be two or more different texts, got {self.choices!r}")
-        return self
-
-
-Reshard: TypeAlias = Literal["forward", "backward", "step"]
-"""After what gathered blocks are freed: from the least memory to the fewest gathers."""
-
-
-class Parallel(Section):
-    """How processes share the work."""
-
-    strategy: Literal["auto", "ddp", "fsdp", "hsdp", "zero2", "zero3"] = "auto"
-    """ddp: base on every process. fsdp: base sharded over all. hsdp: sharded inside groups,
-    groups are replicas. zero2: ddp with the optimizer sharded by DeepSpeed. zero3: base sharded by
-    DeepSpeed too. auto: what the launcher says; without one what `peft-dist plan` finds fastest of
-    what fits, else fsdp."""
-    processes: PositiveInt | None = None
-    """Processes in all. Default: what the launcher says, else one per GPU, else 1."""
-    shard_size: PositiveInt | None = None
-    """Processes per shard group, hsdp only. Default: the processes of one node."""
-    max_restarts: Annotated[int, Field(ge=0)] = 3
-    """Times the launcher starts all processes again in place after one has crashed."""
-    offload: Literal["none", "cpu"] = "none"
-    """Where this process's part of the base waits while it is not needed: on the device, or in
-    host memory (fsdp, hsdp and zero3)."""
-    reshard: Reshard | Literal["auto"] = "auto"
-    """When a process frees the blocks that it has gathered from the others (fsdp and hsdp).
-    forward: after each use; backward gathers them again. backward: once backward is through with
-    them, half of the gathers for memory of the whole base. step: at the end of the step, one gather
-    for all of its passes. All give the same losses, to the bit. auto: what `peft-dist plan`
-    finds memory for and a step at least 2 % faster by, on a CPU what the host has memory for; where
-    nobody has asked it, forward."""
-
-    @model_validator(mode="after")
-    def _offload_needs_shards(self) -> Self:
-        if self.offload != "none" and self.strategy in ("ddp", "zero2"):
-            raise ValueError(
-                f"offload {self.offload} is for a sharded base, not {self.strategy}; remove it"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _reshard_needs_gathers(self) -> Self:
-        if self.reshard != "auto" and self.strategy not in ("auto", "fsdp", "hsdp"):
-            raise ValueError(
-                f"reshard {self.reshard} is for strategy fsdp or hsdp, not {self.strategy}; "
-                "remove it"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _shard_size_belongs_to_hsdp(self) -> Self:
-        if self.shard_size is None:
-            return self
-        if self.strategy not in ("hsdp", "auto"):
-            raise ValueError(f"shard_size is for strategy hsdp, not {self.strategy}; remove it")
-        if self.processes is not None and self.processes % self.shard_size:
-            raise ValueError(
-                f"shard_size {self.shard_size} does not divide processes {self.processes}"
-            )
         return self
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from peft_dist.common.errors import DataError
-from peft_dist.config.recipe import Data
+from peft_dist.config.data import Data
 from peft_dist.config.row_sources import RowSource
 from peft_dist.data.order import SourceShare
 

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, Literal, Self, TypeVar, assert_never
 
 from peft_dist.common.errors import DataError
-from peft_dist.config.recipe import Data
+from peft_dist.config.data import Data
 from peft_dist.data.bad_row import BadRow as BadRow
 from peft_dist.data.bad_row import shown, text_of
 from peft_dist.data.chat_rows import ROW_OPTIONS, parse_chat

@@ -14,7 +14,7 @@ from peft_dist.common.errors import PeftDistError
 from peft_dist.common.screen import stage
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.method import Lora
-from peft_dist.config.recipe import Parallel
+from peft_dist.config.parallel import Parallel
 from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import World, read_world

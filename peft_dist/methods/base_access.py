@@ -31,6 +31,9 @@ class HoldsBase(Protocol):
     world: World
     shard: Shard
 
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Return a parameter's shape as a whole, whatever shards it."""
+
     def full_tensor(self, parameter: nn.Parameter) -> torch.Tensor:
         """Return a parameter whole, whatever shards it. Collective."""
 

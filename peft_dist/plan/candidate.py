@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from peft_dist.config import Recipe
-from peft_dist.config.recipe import Reshard
+from peft_dist.config.parallel import Reshard
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import get_args
 from peft_dist.common.errors import PeftDistError
 from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import longest_rows_of_step, micro_batch_rows
-from peft_dist.config.recipe import Reshard
+from peft_dist.config.parallel import Reshard
 from peft_dist.plan.candidate import candidate_for
 from peft_dist.plan.hardware import GIB
 from peft_dist.plan.memory import Setting, peak_bytes

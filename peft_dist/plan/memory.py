@@ -6,7 +6,7 @@ runs that code. Counted is a micro-batch of the longest rows.
 
 from dataclasses import dataclass, fields
 
-from peft_dist.config.recipe import Reshard
+from peft_dist.config.parallel import Reshard
 from peft_dist.plan.adapter import AdapterShape
 from peft_dist.plan.shapes import Linear, ModelShape
 

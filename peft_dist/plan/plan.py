@@ -10,7 +10,7 @@ from peft_dist.common.errors import ModelError, PeftDistError
 from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import longest_rows_of_step
 from peft_dist.config.models import read_model_config
-from peft_dist.config.recipe import Reshard
+from peft_dist.config.parallel import Reshard
 from peft_dist.plan.adapter import AdapterShape, adapter_shape
 from peft_dist.plan.candidate import Candidate, candidate_for
 from peft_dist.plan.estimate import Estimate, estimate

@@ -13,7 +13,7 @@ from peft_dist.common.errors import LaunchError, PeftDistError
 from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.config.cluster import Cluster
-from peft_dist.config.recipe import Reshard
+from peft_dist.config.parallel import Reshard
 from peft_dist.launch.placement import this_machine
 from peft_dist.plan.estimate import Estimate
 from peft_dist.plan.hardware import GIB, Hardware, find_gpu, hardware_of, recognise_gpu

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from peft_dist.common.errors import RunDirError
 from peft_dist.common.sharing import folder_mode
-from peft_dist.run.directory import ARRAY_FILE, RunDir, write_text_atomic
+from peft_dist.run.directory import RunDir, write_text_atomic
+from peft_dist.run.paths import ARRAY_FILE
 
 COMMAND_FILE = "command.json"
 

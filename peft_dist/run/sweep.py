@@ -12,7 +12,8 @@ from typing import Any
 
 from peft_dist.common.errors import RecipeError, RunDirError
 from peft_dist.config.load import read_mapping
-from peft_dist.run.directory import ARRAY_FILE, RunDir, write_text_atomic
+from peft_dist.run.directory import RunDir, write_text_atomic
+from peft_dist.run.paths import ARRAY_FILE
 
 MAX_ELEMENTS = 1000
 """Elements of an array, which are numbered with three digits; Slurm's own MaxArraySize is 1001."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from peft_dist.config.recipe import Reshard
+from peft_dist.config.parallel import Reshard
 from peft_dist.distributed.collectives import Shard, gather_objects, sum_over
 from peft_dist.distributed.world import World
 from peft_dist.model import fill_base

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft_dist.common.errors import LaunchError
-from peft_dist.config.recipe import Parallel, Reshard
+from peft_dist.config.parallel import Parallel, Reshard
 from peft_dist.distributed.world import World
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from peft_dist.common.errors import RunDirError
 from peft_dist.config.cluster import load_cluster
 from peft_dist.run import job_events
-from peft_dist.run.directory import ARRAY_FILE, RunDir
+from peft_dist.run.directory import RunDir
+from peft_dist.run.paths import ARRAY_FILE
 from peft_dist.run.sweep import array_elements, array_limit
 from peft_dist.slurm.submit import Request
 

@@ -14,7 +14,7 @@ from peft_dist.common.errors import LaunchError, RecipeError
 from peft_dist.common.sharing import GROUP, set_run_umask
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, render_cluster
-from peft_dist.config.recipe import Parallel
+from peft_dist.config.parallel import Parallel
 from peft_dist.launch.command import merge_command, merge_words, quantize_command
 from peft_dist.launch.placement import Machine, Placement, plan_processes
 from peft_dist.run.command_folder import check_command_folder, make_command_folder

@@ -19,7 +19,7 @@ from peft_dist.common.errors import EXIT_DONE
 from peft_dist.common.table import joined, print_lines, stdout_form
 from peft_dist.common.terminal import is_terminal, size, terminal_console
 from peft_dist.run.command_folder import COMMAND_FILE, find_folder
-from peft_dist.run.directory import ARRAY_FILE
+from peft_dist.run.paths import ARRAY_FILE
 from peft_dist.run.sweep import array_elements
 from peft_dist.slurm.job_state import JobState, job_states
 from peft_dist.slurm.pending import fair_shares, jobs_ahead

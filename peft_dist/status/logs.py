@@ -13,8 +13,9 @@ from pathlib import Path
 from peft_dist.common.console import say, show
 from peft_dist.common.errors import EXIT_DONE, RunDirError
 from peft_dist.run.command_folder import find_folder
-from peft_dist.run.directory import ARRAY_FILE, RunDir
+from peft_dist.run.directory import RunDir
 from peft_dist.run.job_events import newest_job
+from peft_dist.run.paths import ARRAY_FILE
 from peft_dist.slurm.job_state import UNKNOWN, is_live, job_states
 from peft_dist.status.log_tail import Tail, printable
 from peft_dist.status.run_state import CRASHED, NOT_STARTED, read_run, view

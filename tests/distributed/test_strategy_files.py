@@ -12,7 +12,7 @@ import torch
 
 from peft_dist.common import paths
 from peft_dist.config import Recipe
-from peft_dist.config.recipe import Parallel
+from peft_dist.config.parallel import Parallel
 from peft_dist.distributed.world import World
 from peft_dist.launch.command import launch_environment, worker_command
 from peft_dist.launch.placement import Machine, plan_processes
@@ -200,7 +200,8 @@ def test_the_deepspeed_launcher_trains_with_its_own_json_file(tmp_path: Path) ->
     tiny_model(tmp_path / "model", "llama")
     write_jsonl(tmp_path / "rows.jsonl", completion_rows(16))
     (tmp_path / "recipe.yaml").write_text(
-        "model: {name: model}\ndata: {train: rows.jsonl}\ntrain: {steps: 1}\n", encoding="utf-8"
+        "model: {name: model, dtype: float32}\ndata: {train: rows.jsonl}\ntrain: {steps: 1}\n",
+        encoding="utf-8",
     )
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
                "--master_port", str(free_port()), str(ROOT / "launch" / "train.py"),

@@ -65,7 +65,7 @@ def test_no_step_in_float16_waits_for_the_device(
 ) -> None:
     half = {"dtype": "float16"}
     rank = prepare(tmp_path, monkeypatch, model=half, parallel={"strategy": strategy})
-    assert rank.trainer.loss_scale.is_on
+    assert rank.trainer.passes.loss_scale.is_on
     assert_no_waits(rank)
 
 

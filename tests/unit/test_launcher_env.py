@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peft_dist.common.errors import LaunchError
-from peft_dist.config.recipe import Parallel
+from peft_dist.config.parallel import Parallel
 from peft_dist.distributed.world import World, read_world
 from peft_dist.sharding import deepspeed_zero
 from peft_dist.sharding.launcher_env import Launched, deepspeed_exports, resolve

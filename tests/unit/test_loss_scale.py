@@ -105,7 +105,7 @@ def test_an_overflow_is_left_out_and_halves_the_scale(
     skipped = records.of("skipped")
     assert [one["step"] for one in skipped] == [2, 3]
     assert "loss scale 65536" in skipped[0]["reason"] and "32768" in skipped[1]["reason"]
-    assert trainer.loss_scale.value == FIRST / 4
+    assert trainer.passes.loss_scale.value == FIRST / 4
     assert trainer.optimizer.moments().updates == len(records.of("step"))
 
 
@@ -133,7 +133,7 @@ def test_a_resumed_training_has_its_scale_to_the_bit(
     go_on(resumed)
     resumed.run()
     assert losses(first) + losses(rest) == losses(expected)
-    assert resumed.loss_scale.facts() == whole.loss_scale.facts()
-    assert resumed.loss_scale.value == FIRST
+    assert resumed.passes.loss_scale.facts() == whole.passes.loss_scale.facts()
+    assert resumed.passes.loss_scale.value == FIRST
     ours, theirs = (one.setup.engine.adapter_state() for one in (resumed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_dist.common.errors import DataError
-from peft_dist.config.recipe import Data, Recipe, Train
+from peft_dist.config.data import Data
+from peft_dist.config.recipe import Recipe, Train
 from peft_dist.data.mixture import source_shares
 from peft_dist.data.order import RowOrder, SourceShare, StepPlan
 from peft_dist.data.token_cache import TokenizedRows, tokenize_rows

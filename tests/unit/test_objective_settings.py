@@ -85,6 +85,19 @@ def test_a_run_of_an_earlier_version_goes_on_where_what_it_lacks_is_off() -> Non
         refuse_another_run(old, {"content": {}, "recipe": other}, (), where="run")
 
 
+def test_rows_that_an_earlier_version_read_otherwise_are_not_said_to_have_changed_alone() -> None:
+    from peft_dist.checkpoint.run_identity import refuse_another_run
+    from peft_dist.common.errors import RunDirError
+
+    now = {"content": {"data.train": "new"}, "recipe": {}, "rows_format": 2}
+    same = now | {"content": {"data.train": "old"}}
+    earlier = {"content": {"data.train": "old"}, "recipe": {}}
+    for saved, told in ((same, False), (earlier, True)):
+        with pytest.raises(RunDirError, match="data.train .*: old before, new now") as refused:
+            refuse_another_run(saved, now, (), where="run")
+        assert ("of an earlier version" in str(refused.value)) is told
+
+
 def test_a_run_that_began_before_there_was_a_setting_goes_on_with_its_default() -> None:
     """Whoever adds a field whose default is not off says in EARLIER what was done before."""
     from peft_dist.checkpoint.run_identity import refuse_another_run

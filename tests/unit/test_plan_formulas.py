@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from peft_dist.config.recipe import Recipe, Reshard
+from peft_dist.config.parallel import Reshard
+from peft_dist.config.recipe import Recipe
 from peft_dist.distributed.world import World
 from peft_dist.model import cross_entropy
 from peft_dist.model.tiny_config import tiny_config

@@ -123,7 +123,7 @@ def test_what_cannot_be_trained_is_refused_before_a_weight_is_read(
         setup, _ = opened(tmp_path, alone, architecture, method)
         assert len([name for name in setup.adapter if ".lora_" not in name]) == 1
         return
-    monkeypatch.setattr("peft_dist.model_setup._load_base", None)
+    monkeypatch.setattr("peft_dist.model_setup.fill_from_files", None)
     with pytest.raises(RecipeError) as caught:
         opened(tmp_path, alone, architecture, method, quantization="nf4")
     assert said in str(caught.value)
