@@ -66,7 +66,7 @@ def add_vocabulary(writer: Any, folder: Path, config: PreTrainedConfig, refuse: 
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = gguf.SpecialVocab(folder, load_merges=not pieces, n_vocab=len(tokens))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     plain, whole = (tokenizer.encode("a", add_special_tokens=on) for on in (False, True))
     # As the tokenizer does, not as files of several ages say.
     special.add_special_token = {
