@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from peft_dist.common import logs
+from peft_dist.common.arguments import GGUF_TYPES
 from peft_dist.common.console import show
 from peft_dist.common.env import VERBOSITY
 
@@ -57,7 +58,7 @@ def add_merge_form(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gguf",
-        choices=("q8_0", "f16", "bf16", "f32"),
+        choices=GGUF_TYPES,
         help="also write DIR/DIR-TYPE.gguf, for llama.cpp, with numbers of this type",
     )
 

@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from peft_dist.checkpoint.adapter_file import ADAPTER_FILE
+from peft_dist.common.arguments import GGUF_TYPES
 from peft_dist.common.atomic import whole_folder
 from peft_dist.common.console import show
 from peft_dist.common.errors import ModelError, RecipeError, RunDirError
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.entrypoints.merge_changes import plan_changes
-from peft_dist.entrypoints.merge_gguf import GGUF_TYPES, GgufPlan
+from peft_dist.entrypoints.merge_gguf import GgufPlan
 from peft_dist.entrypoints.merge_updates import Change
 from peft_dist.entrypoints.merged_losses import held_out_losses
 from peft_dist.model import architectures
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run_dir", type=Path, help="folder of a finished run")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--base", choices=BASES, default=BASES[0], help="weights to add it to")
-    parser.add_argument("--gguf", choices=tuple(GGUF_TYPES), help="also write a GGUF file")
+    parser.add_argument("--gguf", choices=GGUF_TYPES, help="also write a GGUF file")
     options = parser.parse_args(argv)
     run, dequantized = RunDir.open(options.run_dir), options.base == BASES[1]
 

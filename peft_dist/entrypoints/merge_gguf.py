@@ -12,14 +12,13 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from safetensors import safe_open
 
+from peft_dist.common.arguments import GGUF_TYPES
 from peft_dist.common.errors import LaunchError, ModelError
 from peft_dist.entrypoints.gguf_architecture import Architecture, architecture_of
 from peft_dist.entrypoints.gguf_vocabulary import add_vocabulary
 from peft_dist.model import architectures
 from peft_dist.model.weights import WeightFiles
 
-GGUF_TYPES = {"q8_0": "MOSTLY_Q8_0", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "f32": "ALL_F32"}
-"""What numbers a GGUF file may have, and the names that `gguf.LlamaFileType` has for such files."""
 CHUNK_BYTES = 64 << 20
 """Float32 values that are quantized at a time."""
 
@@ -85,7 +84,8 @@ class GgufPlan:
 
         writer = self._writer(gguf)
         writer.add_name(target.stem)
-        writer.add_file_type(getattr(gguf.LlamaFileType, GGUF_TYPES[self.outtype]))
+        share = "ALL" if self.outtype == "f32" else "MOSTLY"
+        writer.add_file_type(getattr(gguf.LlamaFileType, f"{share}_{self.outtype.upper()}"))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         self._architecture.add_metadata(writer)
         add_vocabulary(writer, folder, self._config, self._refuse)
