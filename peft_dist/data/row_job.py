@@ -85,6 +85,8 @@ class FittedRows:
         self._job, self.source, self._hold_out = job, source, hold_out
         self.bad = bad or BadRows.as_allowed(source, job.recipe.data)
         self.kept = self.cut = self.lost_end = self.dropped = 0
+        self.longest_dropped = 0
+        """Tokens of the longest example that is dropped."""
         self.trained_turns = self.stop_tokens = 0
         self.verdicts: list[bool] = []
         """Of the judged answers that are kept."""
@@ -175,6 +177,7 @@ class FittedRows:
         fitted = [row for row in kept if row is not None and _has_predictions(row)]
         if len(fitted) < len(example.rows):
             self.dropped += 1
+            self.longest_dropped = max(self.longest_dropped, *(len(row.tokens) for row in own))
             return None
         self.kept += 1
         self.cut += bool(too_long)
@@ -196,6 +199,27 @@ class FittedRows:
         self.trained_turns += len(row.stops)
         self.stop_tokens += len(ends)
         return len(ends) < len(row.stops)
+
+    def require_some(self) -> None:
+        """Stop where no row is left.
+
+        Raises:
+            DataError: With why there is none, and which setting would keep some.
+        """
+        if self.kept:
+            return
+        data = self._job.recipe.data
+        why, remedy = "with nothing to train", "fix the rows"
+        if self.longest_dropped > data.max_length:
+            why = f"as data.max_length ({data.max_length}) leaves nothing of them to train (the "
+            why += f"longest has {self.longest_dropped} tokens)"
+            remedy = "raise data.max_length, or set data.truncation: "
+            remedy += "start, to cut prompts" if data.truncation == "end" else "end"
+        raise DataError(
+            f"no row is left to use: {self.dropped} dropped {why}, {len(self.bad.found)} malformed",
+            where=self.source.name,
+            remedy=remedy,
+        )
 
     def counts(self) -> SourceRows:
         """Return what has become of the rows so far."""

@@ -129,12 +129,8 @@ def _write(job: RowJob, folder: Path) -> None:
                     labels.append(row.label)
     for rows in found:
         # held-out rows may all come from one source; a source to train on must have some
-        if not rows.kept and (job.which == "train" or not lengths):
-            raise DataError(
-                f"no row is left to use: {rows.dropped} dropped, {len(rows.bad.found)} malformed",
-                where=rows.source.name,
-                remedy="see data.max_length and data.truncation",
-            )
+        if job.which == "train" or not lengths:
+            rows.require_some()
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     (folder / "offsets").write_bytes(offsets.astype(FILES["offsets"]).tobytes())
     names = job.label_names

@@ -195,7 +195,11 @@ def test_a_row_without_a_trained_prediction_is_dropped_and_counted(tmp_path: Pat
     rows = tokenised(tmp_path, [long_prompt, {"text": "a"}], data={"max_length": 4})
     assert (rows.n_rows, rows.sources[0].dropped, rows.sources[0].cut) == (1, 1, 0)
     error = error_of(DataError, tmp_path, [long_prompt], data={"max_length": 4})
-    assert "no row is left to use: 1 dropped, 0 malformed; see data.max_length" in error
+    assert error.endswith(
+        "no row is left to use: 1 dropped as data.max_length (4) leaves nothing of them to train "
+        "(the longest has 10 tokens), 0 malformed; raise data.max_length, or set data.truncation: "
+        "start, to cut prompts"
+    )
 
 
 def test_labels_become_class_ids_and_special_tokens_survive_truncation(tmp_path: Path) -> None:
