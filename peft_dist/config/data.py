@@ -36,8 +36,10 @@ class Data(Section):
     completion: answer}. Alpaca's, ShareGPT's and OpenAI's forms need none."""
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Most tokens of one row; see `truncation`."""
-    truncation: Literal["end", "start", "drop", "error"] = "end"
-    """What happens to a longer row: cut its end, cut its start, leave it out, or stop."""
+    truncation: Literal["end", "start", "split", "drop", "error"] = "end"
+    """What happens to a longer row: cut its end, cut its start, split a text into several rows that
+    each go on where the one before ends (and cut the end of a row with a prompt, for nothing would
+    ask for the rest), leave it out, or stop."""
     packing: bool | None = None
     """Lay the rows of a micro-batch end to end, without padding and without attention between
     rows; the loss is the same. Default: on for causal-lm where the start proves that the model

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from peft_dist.common.errors import DataError
 from peft_dist.data.counts import SourceRows
-from peft_dist.data.encode import EncodedRow
+from peft_dist.data.encoded_row import EncodedRow
 from peft_dist.data.pairs import Example
 from peft_dist.data.row_job import FittedRows, RowJob
 from peft_dist.data.rows import BadRows

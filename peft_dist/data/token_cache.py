@@ -22,7 +22,7 @@ from peft_dist.config.recipe import Recipe
 from peft_dist.data.counts import SourceRows
 from peft_dist.data.encode import Encoder
 from peft_dist.data.first_rows import open_row_source
-from peft_dist.data.row_job import FittedRows, RowJob
+from peft_dist.data.row_job import FittedRows, RowJob, split_notices
 from peft_dist.data.sources import Source
 from peft_dist.data.tokenized_rows import TokenizedRows as TokenizedRows
 
@@ -156,7 +156,7 @@ def _write(job: RowJob, folder: Path) -> None:
             }
             for rows in found
         ],
-        "notices": job.encoder.notices(),
+        "notices": [*job.encoder.notices(), *split_notices(found)],
         "rows_per_example": job.recipe.rows_per_example,
     }
     sealed = {"fingerprint": _fingerprint(content), "content": content}

@@ -10,7 +10,7 @@ from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE, EXIT_USER_ERROR
 from peft_dist.config import load_recipe
-from peft_dist.data.encode import EncodedRow
+from peft_dist.data.encoded_row import EncodedRow
 from peft_dist.data.known_ids import refuse_ids_above, rows_of_embedding
 from peft_dist.data.preview import SourcePreview, preview
 from peft_dist.data.record import file_and_line
