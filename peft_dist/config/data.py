@@ -24,8 +24,9 @@ class Data(Section):
     """JSONL, JSON, CSV or Parquet file, several such as rows/part-*.jsonl, or `datasets` folder
     (relative to the recipe), or a hub name; or a list of such sources, mixed."""
     eval: EvalSources | None = None
-    """Held-out rows in any form `train` takes; or how many of the training rows are held out, such
-    as 500 or 5%: which ones follows from their content and `train.seed`. Off: no evaluation."""
+    """Held-out rows in any form `train` takes, each of several sources with a loss of its own; or
+    how many of the training rows are held out, such as 500 or 5%: which ones follows from their
+    content and `train.seed`. Off: no evaluation."""
     train_split: Text = "train"
     """Split to read where `train` is a hub name or a folder with several splits; of any source
     also a part of it, such as train[:10%]."""
