@@ -12,8 +12,8 @@ import torch
 import torch.distributed as torch_dist
 
 from peft_dist.checks.checks import GPUS, Looking
-from peft_dist.checks.gpus import Gpu, GpuFault
-from peft_dist.checks.surroundings import Surroundings
+from peft_dist.checks.context import CheckContext
+from peft_dist.checks.gpu_tools import Gpu, GpuFault
 from peft_dist.common.library_messages import is_port_taken
 from peft_dist.common.time_limit import within
 from peft_dist.distributed import rendezvous
@@ -49,7 +49,7 @@ def brief(error: BaseException) -> str:
     return re.sub(r"^(\[[^\]]*\]:? *)+", "", lines[0])[:160]
 
 
-def with_devices(facts: NodeFacts, around: Surroundings) -> NodeFacts:
+def with_devices(facts: NodeFacts, context: CheckContext) -> NodeFacts:
     """Return a node's facts with those of its GPUs, and with what is wrong with them."""
     seen: list[Gpu] = []
 
@@ -64,7 +64,7 @@ def with_devices(facts: NodeFacts, around: Surroundings) -> NodeFacts:
             return GpuFault(f"its devices cannot be used: {brief(error)}")
         return seen
 
-    found = Looking(replace(around, look_at_gpus=look), [GPUS]).findings()
+    found = Looking(replace(context, look_at_gpus=look), [GPUS]).findings()
     kinds = " and ".join(sorted({gpu.kind for gpu in seen}))
     return replace(facts, device_kind=kinds, findings=(*facts.findings, *told(found)))
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft_dist.checks.gpus import Gpu, GpuFault, gpus_by_tools
+from peft_dist.checks.gpu_tools import Gpu, GpuFault, gpus_by_tools
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class CheckContext:
     """One machine, and what is asked of it."""
 
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
