@@ -14,7 +14,7 @@ TOOL_S = 20
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuState:
     """One GPU."""
 
     name: str
@@ -35,7 +35,7 @@ class GpuFault:
     is_bad: bool = True
 
 
-def gpus_by_tools(_environ: Mapping[str, str]) -> list[Gpu] | GpuFault:
+def gpus_by_tools(_environ: Mapping[str, str]) -> list[GpuState] | GpuFault:
     """Ask the driver's own tool, which needs no torch and starts no CUDA."""
     if (installed("torch") or "").partition("+")[2].startswith("rocm"):
         return amd_gpus()
@@ -52,11 +52,11 @@ def gpus_by_tools(_environ: Mapping[str, str]) -> list[Gpu] | GpuFault:
             continue
         index, kind, driver = parts[0], parts[1], parts[4]
         total, used = int(parts[2]) << 20, int(parts[3]) << 20
-        found.append(Gpu(f"GPU {index}", kind, total, total - used, driver))
+        found.append(GpuState(f"GPU {index}", kind, total, total - used, driver))
     return found
 
 
-def amd_gpus() -> list[Gpu] | GpuFault:
+def amd_gpus() -> list[GpuState] | GpuFault:
     """Ask the tool of AMD's driver."""
     try:
         done = subprocess.run(ROCM_SMI, capture_output=True, text=True, check=True, timeout=TOOL_S)
@@ -68,5 +68,5 @@ def amd_gpus() -> list[Gpu] | GpuFault:
         sizes = [int(facts[key]) for key in facts if "VRAM" in key and facts[key].isdecimal()]
         used, total = min(sizes, default=0), max(sizes, default=0)
         kind = facts.get("Card Series") or facts.get("Card series") or "AMD GPU"
-        found.append(Gpu(name, kind, total, total - used))
+        found.append(GpuState(name, kind, total, total - used))
     return found

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from peft_dist.checks.context import CheckContext
 from peft_dist.checks.finding import Finding
-from peft_dist.checks.gpu_tools import Gpu, GpuFault, gpus_by_tools
+from peft_dist.checks.gpu_tools import GpuFault, GpuState, gpus_by_tools
 from peft_dist.checks.known_faults import driver_fault, installed
 from peft_dist.common.gpus import visible_gpus
 from peft_dist.common.time_limit import within
@@ -70,7 +70,7 @@ def _builds(present: int, build: str) -> Iterator[Finding]:
         yield Finding("bad", "bitsandbytes build", text, "reinstall it with pip")
 
 
-def _memory(gpu: Gpu) -> Finding:
+def _memory(gpu: GpuState) -> Finding:
     used = gpu.total_bytes - gpu.free_bytes
     driver = f", driver {gpu.driver}" if gpu.driver else ""
     text = f"{gpu.name}: {gpu.kind}, {gpu.total_bytes >> 20} MiB, {used >> 20} in use{driver}"

@@ -150,11 +150,11 @@ class NodeCheck:
 
     def _lead(self, facts: NodeFacts) -> int:
         from peft_dist.preflight import network
-        from peft_dist.preflight.head import Head
+        from peft_dist.preflight.head import HeadNode
 
         self.doing = "its own port"
         try:
-            head = Head(self._member(facts.index), self.hosts)
+            head = HeadNode(self._member(facts.index), self.hosts)
         except network.PortTaken:
             self._say(f"port {self.options.port} of {self.name} is taken")
             return PORT_TAKEN

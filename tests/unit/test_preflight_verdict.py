@@ -16,7 +16,7 @@ from peft_dist.checks import folders
 from peft_dist.checks.context import CheckContext
 from peft_dist.checks.finding import Finding
 from peft_dist.checks.folders import check_run_dir
-from peft_dist.checks.gpu_tools import Gpu
+from peft_dist.checks.gpu_tools import GpuState
 from peft_dist.checks.gpus import check_gpus
 from peft_dist.common.time_limit import within
 from peft_dist.preflight.node_info import SILENT, NodeFacts, code_digest, gather, told
@@ -41,7 +41,7 @@ def found_by(check: Callable[[CheckContext], Iterable[Finding]], **around: Any) 
 
 def with_gpus(count: int, *, free_gb: int = 79) -> dict[str, Any]:
     """Return the facts of a node that has some of eight GPUs."""
-    seen = [Gpu(f"GPU {index}", "H100", 80 * GB, free_gb * GB) for index in range(count)]
+    seen = [GpuState(f"GPU {index}", "H100", 80 * GB, free_gb * GB) for index in range(count)]
     return found_by(check_gpus, devices=8, look_at_gpus=lambda _: seen)
 
 
