@@ -139,6 +139,16 @@ def test_a_template_without_stop_tokens_gets_the_end_token_after_every_turn(
     assert "1 conversations are trained as one row for each of their 2 turns" in split
 
 
+def test_the_control_token_that_begins_the_next_turn_is_no_stop_token(tmp_path: Path) -> None:
+    template = "{% for m in messages %}<|start|>{{ m.role + ':' + m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|start|>assistant:{% endif %}"
+    assert shown(tmp_path, template, *CHAT) == [
+        "<|start|>user:cat?<|start|>assistant:«the mat<|end|>»",
+        "<|start|>user:cat?<|start|>assistant:the mat<|start|>user:dog?<|start|>assistant:"
+        "«the log<|end|>»",
+    ]
+
+
 @pytest.mark.parametrize("content", [" the mat ", "the mat<|end|>", " \n", "<|end|>"])
 @pytest.mark.parametrize("after", ["<|end|>", " <|end|>\n<|end|>", "<|end|><|end|>", "", "]"])
 def test_a_turn_stops_once_whatever_it_holds(tmp_path: Path, content: str, after: str) -> None:
