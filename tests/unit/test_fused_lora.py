@@ -122,7 +122,7 @@ def test_torch_may_rely_on_the_operator(kernel: TorchKernel, tokens: int) -> Non
     )
     assert 3 < fused_lora.fewest_tokens(packed.shape, 64, x.dtype) < 300
     arguments = (x, packed, absmax, a, b, 0.5, 64)
-    torch.library.opcheck(fused_lora._product, arguments)
+    torch.library.opcheck(fused_lora._operator, arguments)
     assert bool(kernel.calls) == (tokens == 300)
 
 
