@@ -1,12 +1,12 @@
 """LoRA on a 4-bit weight without a product of its own: x @ (W + s B A)^T.
 
-The update is added while the weight is dequantized, as each pass does anyway. What a low-rank
-product of [T, out] or [T, in] reads and writes then falls away, and its launches; gradients of A
-and B are products of their own as before. It rounds W + s B A where the separate products round
-W and their sum.
+The update is added while the weight is dequantized, as it is in each pass anyway. What products of
+[T, out] and [T, in] of its own would read and write falls away, and their launches; the gradients
+of A and B are products as before. An update that is too small for an output in 16 bits is not lost:
+W + s B A is rounded once, from values that have more digits, and not added to what is rounded.
 
-A product that dequantizes what it needs would do so once for each tile of tokens, which takes
-longer than the dequantized weight from about 400 tokens on; see docs/methods.md.
+A product that dequantizes what it needs would do so once for each tile of tokens, which takes more
+time from some 2,000 tokens on; see `benchmarks/kernels.py`.
 """
 
 import math

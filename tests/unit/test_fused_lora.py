@@ -126,6 +126,28 @@ def test_torch_may_rely_on_the_operator(kernel: TorchKernel, tokens: int) -> Non
     assert bool(kernel.calls) == (tokens == 300)
 
 
+def test_a_small_update_is_not_lost(kernel: TorchKernel) -> None:
+    """Added to an output that is rounded already, half of one a thousandth as large is."""
+    source = torch.Generator().manual_seed(0)
+    rows, columns, rank, tokens = 256, 1024, 16, 512
+    packed, absmax = quantize_rows(torch.randn(rows, columns, generator=source) * 0.02, 64)
+    weight = dequantize(packed, absmax, block_size=64, dtype=torch.float32)
+    a, b = (torch.randn(size, generator=source) for size in ((rank, columns), (rows, rank)))
+    factor = 1e-3 * float(weight.norm() / (b @ a).norm())
+    x = torch.randn(tokens, columns, generator=source).bfloat16()
+    before = x @ weight.bfloat16().t()
+    wanted = x.double() @ (factor * b @ a).double().t()
+    low = x @ (a * factor).bfloat16().t()
+    apart = torch.addmm(before, low, b.bfloat16().t())
+    fused = LowRank(a, b, factor).product(x, packed, absmax, 64)
+    shares = [
+        float(((y.double() - before.double()) * wanted).sum() / wanted.square().sum())
+        for y in (apart, fused)
+    ]
+    assert shares[0] < 0.7
+    assert shares[1] == pytest.approx(1.0, abs=0.1)
+
+
 def test_without_a_gpu_it_says_so_and_products_stay_apart(
     tmp_path: Path, alone: World, caplog: pytest.LogCaptureFixture
 ) -> None:
