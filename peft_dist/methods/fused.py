@@ -21,7 +21,7 @@ from peft_dist.distributed.world import World
 from peft_dist.methods.lora_layer import LoraOn4bit
 from peft_dist.model import fused_lora
 from peft_dist.model.expected import line_of
-from peft_dist.model.fused_lora import LowRank
+from peft_dist.model.fused_lora import WeightUpdate
 from peft_dist.model.nf4 import FrozenLinear4bit, dequantize
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class _Drawn:
         scales = normal(rows, columns // self.block_size).abs() + 0.5
         self.absmax = scales.view(torch.uint8)
         a, b = normal(rank, columns).requires_grad_(), normal(rows, rank).requires_grad_()
-        self.update = LowRank(a, b, rank**-0.5)
+        self.update = WeightUpdate(a, b, rank**-0.5)
         # As few as the kernel is chosen for, and no multiple of any tile.
         tokens = fused_lora.fewest_tokens(self.packed.shape, rank, dtype) | 1
         self.x = normal(tokens, columns).to(dtype).requires_grad_()

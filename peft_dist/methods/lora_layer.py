@@ -8,7 +8,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from peft_dist.model.fused_lora import LowRank
+from peft_dist.model.fused_lora import WeightUpdate
 
 
 class LoraOn4bit(LoraLinear):
@@ -51,7 +51,7 @@ class LoraOn4bit(LoraLinear):
         a: Any = self.lora_A[name]
         b: Any = self.lora_B[name]
         if self.fused:
-            update = LowRank(a.weight, b.weight, float(self.scaling[name]))
+            update = WeightUpdate(a.weight, b.weight, float(self.scaling[name]))
             # Through the layer, so that an engine that gathers each layer's bytes does so.
             return self.base_layer(x, product=update.product)  # type: ignore[no-any-return]
         low = a(self.lora_dropout[name](x)) * self.scaling[name]

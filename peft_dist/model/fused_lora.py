@@ -27,7 +27,7 @@ _PRODUCTS_PER_BYTE = 8
 
 
 @dataclass(frozen=True)
-class LowRank:
+class WeightUpdate:
     """An update of a weight.
 
     Attributes:
@@ -75,7 +75,7 @@ def fewest_tokens(shape: torch.Size, rank: int, dtype: torch.dtype) -> int:
 def updated_weight(
     packed: torch.Tensor,
     absmax: torch.Tensor,
-    low: LowRank,
+    low: WeightUpdate,
     *,
     block_size: int,
     dtype: torch.dtype,
@@ -113,7 +113,7 @@ def _product(
     """Return x [..., in] @ (dequantize(packed) + factor * b @ a).T."""
     tokens = x.flatten(0, -2)
     if len(tokens) >= fewest_tokens(packed.shape, len(a), x.dtype):
-        low = LowRank(a, b, factor)
+        low = WeightUpdate(a, b, factor)
         weight = updated_weight(packed, absmax, low, block_size=block_size, dtype=x.dtype)
         y = tokens @ weight.t()
     else:
@@ -143,7 +143,7 @@ def _gradients(
     if not of_x:
         return x.new_empty(0), of_a, of_b
     if len(tokens) >= fewest_tokens(packed.shape, len(a), dtype):
-        update = LowRank(a, b, factor)
+        update = WeightUpdate(a, b, factor)
         found = above @ updated_weight(packed, absmax, update, block_size=block_size, dtype=dtype)
     else:
         found = above @ dequantize(packed, absmax, block_size=block_size, dtype=dtype)

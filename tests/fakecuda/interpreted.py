@@ -18,7 +18,7 @@ from triton.runtime import interpreter
 
 from peft_dist.methods.fused import Shape, find_problem
 from peft_dist.model import nf4_kernel
-from peft_dist.model.fused_lora import LowRank, updated_weight
+from peft_dist.model.fused_lora import WeightUpdate, updated_weight
 from peft_dist.model.nf4 import dequantize, quantize_rows
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def is_the_dequantized_weight(shape: Shape, dtype: torch.dtype) -> bool:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
     weight[0, :block_size] = 0.0
     packed, absmax = quantize_rows(weight, block_size)
-    nothing = LowRank(torch.randn(rank, columns), torch.zeros(rows, rank), 2.0)
+    nothing = WeightUpdate(torch.randn(rank, columns), torch.zeros(rows, rank), 2.0)
     found = updated_weight(packed, absmax, nothing, block_size=block_size, dtype=dtype)
     wanted = dequantize(packed, absmax, block_size=block_size, dtype=torch.float32)
     return torch.equal(found, wanted.to(dtype))

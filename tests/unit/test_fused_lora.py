@@ -14,7 +14,7 @@ from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.methods.lora_layer import LoraOn4bit
 from peft_dist.model import fused_lora
-from peft_dist.model.fused_lora import LowRank
+from peft_dist.model.fused_lora import WeightUpdate
 from peft_dist.model.nf4 import dequantize, quantize_rows
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import ModelSetup, set_up_model
@@ -33,7 +33,7 @@ class TorchKernel:
         self,
         packed: torch.Tensor,
         absmax: torch.Tensor,
-        low: LowRank,
+        low: WeightUpdate,
         *,
         block_size: int,
         dtype: torch.dtype,
@@ -139,7 +139,7 @@ def test_a_small_update_is_not_lost(kernel: TorchKernel) -> None:
     wanted = x.double() @ (factor * b @ a).double().t()
     low = x @ (a * factor).bfloat16().t()
     apart = torch.addmm(before, low, b.bfloat16().t())
-    fused = LowRank(a, b, factor).product(x, packed, absmax, 64)
+    fused = WeightUpdate(a, b, factor).product(x, packed, absmax, 64)
     shares = [
         float(((y.double() - before.double()) * wanted).sum() / wanted.square().sum())
         for y in (apart, fused)
