@@ -33,6 +33,7 @@ from peft_dist.distributed.world import World
 from peft_dist.methods import METHODS, Method
 from peft_dist.methods.base_access import LoadedBase
 from peft_dist.methods.fill import fill_fresh_heads, fill_from_files, frozen_and_trained
+from peft_dist.methods.fused import fuse
 from peft_dist.methods.method import base_name_in
 from peft_dist.methods.trained_parts import left_frozen
 from peft_dist.model import architectures, attention, precision
@@ -283,6 +284,7 @@ def set_up_model(
         has_conv1d=has_conv1d,
     )
     peft.peft_config[peft.active_adapter].revision = released.commit
+    fused = fuse(recipe, peft, world, dtype, source.cache_dir)
     if recipe.train.activation_checkpointing is True:
         # After the adapter: PEFT refuses a prefix on a model that has it on already.
         recompute_blocks(skeleton)
@@ -341,6 +343,6 @@ def set_up_model(
     setup.check_adapters_agree()
     if isinstance(model, Decoder | SequenceClassifier):
         run = ProofRun(model, peft, blocks, world, dtype, setup.autocast)
-        facts = [launched.strategy, recipe.quantization, setup.released_fingerprint]
+        facts = [launched.strategy, recipe.quantization, fused, setup.released_fingerprint]
         setup.packing = prover(run, ways, facts, source.cache_dir).packing
     return setup

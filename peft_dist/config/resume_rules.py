@@ -11,6 +11,7 @@ FREE = (
     "model.revision",
     "model.attention",
     "method.start_from",  # compared by content
+    "method.fused",
     "data",
     "evaluate",
     "parallel",

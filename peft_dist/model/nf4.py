@@ -4,6 +4,8 @@ The bytes are exactly bitsandbytes' NF4 codes and scales; its kernels do the ari
 layer is never trained, merged or repacked.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -12,6 +14,8 @@ from torch import nn
 
 BLOCK_SIZES = (64, 32)
 """Values per scale, in order of preference. A block must not cross a row, or rows cannot shard."""
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 _ZEROS = 0x77
 """Two codes of the value 0."""
@@ -51,6 +55,12 @@ def quantize_rows(rows: torch.Tensor, block_size: int) -> tuple[torch.Tensor, to
     codes = packed.reshape(*scales.shape, block_size // 2)
     codes = torch.where(scales[..., None] == 0.0, _ZEROS, codes)
     return codes.reshape(n, in_features // 2), scales.view(torch.uint8)
+
+
+@functools.cache
+def levels(device: torch.device) -> torch.Tensor:
+    """Return what the 16 codes stand for where the scale is 1, float32 [16]; not to be changed."""
+    return bnb.get_4bit_type("nf4", device=device)  # type: ignore[no-any-return]
 
 
 def dequantize(
@@ -135,13 +145,17 @@ class FrozenLinear4bit(nn.Module):
         """The dequantized weight [out, in]; made anew at each access (DoRA needs its norm)."""
         return dequantize(self.packed, self.absmax, block_size=self.block_size, dtype=self.dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [..., in] to [..., out] in x's dtype, or autocast's where that is on."""
+    def forward(self, x: torch.Tensor, product: Product | None = None) -> torch.Tensor:
+        """Map x [..., in] to [..., out] in x's dtype, or autocast's where that is on.
+
+        Args:
+            x: [..., in].
+            product: Takes x, `packed`, `absmax` and the block size. Default: x W^T.
+        """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: torch.Tensor = _FrozenMatmul.apply(  # type: ignore[no-untyped-call]  # it is torch's
-            x, self.packed, self.absmax, self.block_size
-        )
+        multiply = product or _FrozenMatmul.apply
+        y: torch.Tensor = multiply(x, self.packed, self.absmax, self.block_size)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

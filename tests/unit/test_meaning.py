@@ -68,6 +68,7 @@ profile.steps
 EXAMPLES: dict[str, tuple[str, list[str], list[str]]] = {
     "model.revision": ("v1", [], ["model.name=someone/model"]),
     "method.lora.init_rows": ("8", [], ["method.init=eva"]),
+    "method.lora.fused": ("auto", ["quantization=none"], ["quantization=nf4"]),
     "method.prefix.init": ("vocabulary", [PREFIX, "method.projection=true"], [PREFIX]),
     "method.prefix.text": ("a cat", [PREFIX, "method.projection=true"], [PREFIX]),
     "method.prefix.projection_size": ("16", [PREFIX], [PREFIX, "method.projection=true"]),
