@@ -70,26 +70,51 @@ def dequantize(
     return bnb.dequantize_4bit(packed.reshape(-1, 1), state)
 
 
-class _FrozenMatmul(torch.autograd.Function):
-    """x @ dequantize(packed).T, with a gradient for x alone.
+# Operators of torch, one each way: a compiler that sees the weight dequantized twice would keep the
+# first for backward, which takes as much memory as a base that is not quantized.
+@torch.library.custom_op("peft_dist::frozen_product", mutates_args=())
+def _frozen_product(
+    x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Return x [..., in] @ dequantize(packed).T."""
+    return x @ dequantize(packed, absmax, block_size=block_size, dtype=x.dtype).t()
 
-    The parameters themselves are saved, not the float weight: an engine that frees them after
-    forward gathers them again before backward.
+
+@torch.library.custom_op("peft_dist::frozen_product_backward", mutates_args=())
+def _frozen_product_backward(
+    grad: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Return grad [..., out] @ dequantize(packed)."""
+    return grad @ dequantize(packed, absmax, block_size=block_size, dtype=grad.dtype)
+
+
+@_frozen_product.register_fake
+def _(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+@_frozen_product_backward.register_fake
+def _(
+    grad: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    return grad.new_empty(*grad.shape[:-1], packed.shape[1] * 2)
+
+
+def _save_parameters(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    """Save the parameters themselves, not the float weight.
+
+    An engine that frees them after forward gathers them again before backward.
     """
+    _, packed, absmax, ctx.block_size = inputs
+    ctx.save_for_backward(packed, absmax)
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int
-    ) -> torch.Tensor:
-        ctx.save_for_backward(packed, absmax)
-        ctx.block_size = block_size
-        return x @ dequantize(packed, absmax, block_size=block_size, dtype=x.dtype).t()
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        packed, absmax = ctx.saved_tensors
-        weight = dequantize(packed, absmax, block_size=ctx.block_size, dtype=grad.dtype)
-        return grad @ weight, None, None, None
+def _gradient_of_x(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    packed, absmax = ctx.saved_tensors
+    return _frozen_product_backward(grad, packed, absmax, ctx.block_size), None, None, None
+
+
+_frozen_product.register_autograd(_gradient_of_x, setup_context=_save_parameters)
 
 
 class FrozenLinear4bit(nn.Module):
@@ -139,9 +164,7 @@ class FrozenLinear4bit(nn.Module):
         """Map x [..., in] to [..., out] in x's dtype, or autocast's where that is on."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: torch.Tensor = _FrozenMatmul.apply(  # type: ignore[no-untyped-call]  # it is torch's
-            x, self.packed, self.absmax, self.block_size
-        )
+        y: torch.Tensor = _frozen_product(x, self.packed, self.absmax, self.block_size)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

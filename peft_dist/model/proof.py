@@ -19,10 +19,13 @@ from transformers import PreTrainedModel
 from peft_dist.common.errors import ModelError
 from peft_dist.data.pack import Batch, Everyone, pack, positions_of
 from peft_dist.data.token_cache import TokenizedRows
+from peft_dist.distributed.collectives import gather_objects
 from peft_dist.distributed.world import World
 from peft_dist.model import attention
 from peft_dist.model.architectures import bare_model
+from peft_dist.model.compiled import CompiledBlocks
 from peft_dist.model.expected import (
+    ROUNDING,
     Expected,
     Model,
     by_transformers,
@@ -33,11 +36,14 @@ from peft_dist.model.expected import (
 )
 from peft_dist.model.loss import CausalLM, Decoder, SequenceClassifier
 from peft_dist.model.probe import probe_rows
+from peft_dist.model.recompute import draws_numbers
 from peft_dist.model.router import Routing
 
 WINDOW = 6
 """Tokens that a sliding window or a chunk has in the proof, so that rows are longer than it."""
 _WINDOWS = ("attention_chunk_size", "local_attention", "sliding_window", "sliding_window_size")
+GRADIENT_ROUNDING = 4.0
+"""Times `ROUNDING` that a gradient may be off, relative to its norm."""
 NOISE = 4.0
 """Times the difference that transformers' own losses have between two lengths of a row."""
 
@@ -47,10 +53,12 @@ class Way(NamedTuple):
 
     attention: str
     packing: bool
+    compiled: bool = False
 
     def __str__(self) -> str:
         """Say it in words."""
-        return f"{'packed' if self.packing else 'padded'} rows and attention {self.attention}"
+        rows = f"{'packed' if self.packing else 'padded'} rows and attention {self.attention}"
+        return f"{rows}, blocks compiled" if self.compiled else rows
 
 
 class ProofRun(NamedTuple):
@@ -63,6 +71,8 @@ class ProofRun(NamedTuple):
         world: Where it runs.
         dtype: What it computes in.
         autocast: Returns the context of every pass.
+        gradient: Goes back from a loss that is part of no step; returns the flat gradient.
+        compiled: Its blocks, where they can be compiled.
     """
 
     model: Model
@@ -71,6 +81,13 @@ class ProofRun(NamedTuple):
     world: World
     dtype: torch.dtype
     autocast: Callable[[], AbstractContextManager[object]]
+    gradient: Callable[[torch.Tensor], torch.Tensor]
+    compiled: CompiledBlocks | None = None
+
+    def compile_blocks(self, on: bool) -> None:
+        """Let blocks run compiled from now on, or as they are."""
+        if self.compiled is not None:
+            self.compiled.on = on
 
 
 def prove(run: ProofRun, ways: Sequence[Way]) -> tuple[Way, list[str]]:
@@ -90,10 +107,11 @@ def prove(run: ProofRun, ways: Sequence[Way]) -> tuple[Way, list[str]]:
     rows = probe_rows(bare, classified=isinstance(model, SequenceClassifier))
     problems: list[str] = []
     model.eval()
+    run.compile_blocks(False)
     with alone, torch.no_grad(), run.autocast(), _short_windows(bare):
         expected = by_transformers(model, bare, blocks, device, dtype)
         for way in ways:
-            problem = _problem(model, bare, blocks, rows, device, dtype, way, expected)
+            problem = _problem(run, bare, rows, way, expected)
             if problem is None:
                 return way, problems
             problems.append(f"{way}: {problem}")
@@ -103,7 +121,7 @@ def prove(run: ProofRun, ways: Sequence[Way]) -> tuple[Way, list[str]]:
         if noise > expected.allowed:
             expected = expected._replace(allowed=noise)
             for tried, way in enumerate(ways):
-                problem = _problem(model, bare, blocks, rows, device, dtype, way, expected)
+                problem = _problem(run, bare, rows, way, expected)
                 if problem is None:
                     return way, problems[:tried]
     raise ModelError(
@@ -114,16 +132,11 @@ def prove(run: ProofRun, ways: Sequence[Way]) -> tuple[Way, list[str]]:
 
 
 def _problem(
-    model: Model,
-    bare: PreTrainedModel,
-    blocks: dict[str, nn.Module],
-    rows: TokenizedRows,
-    device: torch.device,
-    dtype: torch.dtype,
-    way: Way,
-    expected: Expected,
+    run: ProofRun, bare: PreTrainedModel, rows: TokenizedRows, way: Way, expected: Expected
 ) -> str | None:
     """Score the rows in one way; return what is wrong with it. Collective."""
+    model, blocks, dtype, device = run.model, run.blocks, run.dtype, run.world.device
+    run.compile_blocks(False)
     attention.find_gap()
     ids = np.arange(rows.n_rows)
     size = positions_of(rows, ids, packing=way.packing)
@@ -131,6 +144,8 @@ def _problem(
     try:
         if not attention.use_kernel(bare, way.attention):
             return "the model keeps the kernel that it was built with"
+        if way.compiled:
+            return _problem_of_compiled(run, bare, batch, expected)
         with layers_of(bare, blocks) as layers:
             nll, logits, routing = model(batch)
     except Exception as error:  # each model fails in its own way
@@ -138,19 +153,54 @@ def _problem(
     if (gap := attention.find_gap()) is not None:
         return gap
     scores = logits.flatten() if isinstance(model, SequenceClassifier) else nll
-    counts = [len(losses) for losses in expected.losses]
-    differences = [
-        difference(found, theirs, dtype)
-        for found, theirs in zip(scores.split(counts), expected.losses, strict=True)
-    ]
-    worst = int(np.argmax(differences))
-    if differences[worst] <= expected.allowed:
+    worst = _largest_difference(scores, expected, dtype)
+    if worst <= expected.allowed:
         return _problem_of_routing(routing, expected)
     what = "the loss of a token" if scores is nll else "a logit"
     return (
-        f"{what} differs by {differences[worst]:.2g}, "
+        f"{what} differs by {worst:.2g}, "
         f"{_first_difference(batch, layers, expected)} is the first to differ"
     )
+
+
+def _largest_difference(scores: torch.Tensor, expected: Expected, dtype: torch.dtype) -> float:
+    counts = [len(losses) for losses in expected.losses]
+    pairs = zip(scores.split(counts), expected.losses, strict=True)
+    return float(np.max([difference(found, theirs, dtype) for found, theirs in pairs]))
+
+
+def _problem_of_compiled(
+    run: ProofRun, bare: PreTrainedModel, batch: Batch, expected: Expected
+) -> str | None:
+    """Compare losses of compiled blocks with transformers' own, and gradients with plain blocks'.
+
+    It is the code that trains which runs here, unless dropout makes it another. Collective.
+    """
+    assert run.compiled is not None
+    model, gradients, worst = run.model, [], 0.0
+    model.train(not draws_numbers(bare))
+    try:
+        for on in (False, True):
+            run.compile_blocks(on)
+            with torch.enable_grad():
+                nll, logits, _ = model(batch)
+                if nll.requires_grad:  # not without what is learned in front of rows
+                    gradients.append(run.gradient(nll.sum()))
+            scores = logits.flatten() if isinstance(model, SequenceClassifier) else nll
+            worst = _largest_difference(scores.detach(), expected, run.dtype)
+    finally:
+        model.eval()
+    off = 0.0
+    if gradients:
+        plain, compiled = gradients
+        off = float((compiled - plain).norm() / plain.norm().clamp(min=1e-30))
+    problem = run.compiled.problem or attention.find_gap() or ""
+    if not problem and not worst <= expected.allowed:
+        problem = f"a loss differs by {worst:.2g}"
+    if not problem and not off <= GRADIENT_ROUNDING * ROUNDING[run.dtype]:
+        problem = f"the gradient differs by {off:.2g} of its norm"
+    # Another machine may have another compiler: all take the same way.
+    return next(filter(None, gather_objects(problem)), None)
 
 
 def _problem_of_routing(found: Routing | None, expected: Expected) -> str | None:

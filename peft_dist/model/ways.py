@@ -40,7 +40,27 @@ def kernel_to_build_with(
     return "flash_attention_2" if is_flash_attn_2_available() else "auto"
 
 
-def ways_of(recipe: Recipe, *, picked: str, ours: list[str], own_attention: bool) -> list[Way]:
+def compiles(recipe: Recipe, device: torch.device, strategy: str) -> bool:
+    """Whether blocks are to be compiled, where they can be.
+
+    Raises:
+        RecipeError: For an engine under which they cannot.
+    """
+    wanted = recipe.model.compile
+    if strategy == "zero3":
+        if wanted == "blocks":
+            raise RecipeError(
+                "zero3 gathers each layer inside a block, which cannot be compiled then",
+                where="model.compile",
+                remedy="set parallel.strategy: fsdp, or compile: auto",
+            )
+        return False
+    return wanted == "blocks" or (wanted == "auto" and device.type == "cuda")
+
+
+def ways_of(
+    recipe: Recipe, *, picked: str, ours: list[str], own_attention: bool, compiled: bool
+) -> list[Way]:
     """Return the ways to compute a micro-batch, best first.
 
     Our attention does the same as transformers' with less work; where it does not, the kernel that
@@ -51,6 +71,7 @@ def ways_of(recipe: Recipe, *, picked: str, ours: list[str], own_attention: bool
         picked: The kernel that the model was built with.
         ours: Those of our own that the device has; see `attention.kernels_of`.
         own_attention: Whether what is trained works through our attention alone.
+        compiled: Whether each is first tried with compiled blocks.
 
     Raises:
         RecipeError: Where the recipe wants another kernel then.
@@ -71,9 +92,22 @@ def ways_of(recipe: Recipe, *, picked: str, ours: list[str], own_attention: bool
         kernels.append("eager")
     packing = False if recipe.head == "sequence-classification" else recipe.data.packing
     layouts = [True, False] if packing is None else [packing]
-    ways = [Way(kernel, layout) for layout in layouts for kernel in kernels]
-    # Padded rows are one call as it is.
-    return [way for way in ways if way.packing or way.attention != attention.VARLEN_ATTENTION]
+    ways = [
+        Way(kernel, layout, code)
+        for layout in layouts
+        for kernel in kernels
+        for code in ((True, False) if compiled else (False,))
+    ]
+    if recipe.model.compile == "blocks":
+        ways.sort(key=lambda way: not way.compiled)
+    return [way for way in ways if _can_be(way)]
+
+
+def _can_be(way: Way) -> bool:
+    if way.attention == attention.VARLEN_ATTENTION:
+        return way.packing  # padded rows are one call as it is
+    # A call for each row is other code for each number of rows and each of their lengths.
+    return not (way.compiled and way.packing and way.attention == attention.ROW_ATTENTION)
 
 
 def prove_once(run: ProofRun, ways: list[Way], facts: list[Any], cache_dir: Path) -> Way:
@@ -95,6 +129,7 @@ def prove_once(run: ProofRun, ways: list[Way], facts: list[Any], cache_dir: Path
     if proven is not None:
         way = ways[int(proven)]
         if attention.use_kernel(bare, way.attention):
+            run.compile_blocks(way.compiled)
             log.info("%s, with %s, as was proven before", name, way)
             return way
     with stage("comparing losses with those of transformers", log) as told:
@@ -105,6 +140,8 @@ def prove_once(run: ProofRun, ways: list[Way], facts: list[Any], cache_dir: Path
     if is_main:
         if problems and (not way.packing or not way.attention.startswith("peft_dist")):
             log.warning("%s: computed with %s; see docs/models.md", bare.config.model_type, way)
+        elif problems and ways[0].compiled and not way.compiled:
+            log.warning("%s: its blocks run as they are; %s", bare.config.model_type, problems[0])
         _write(file, way)
     return way
 

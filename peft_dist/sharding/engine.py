@@ -133,6 +133,13 @@ class Engine(ABC):
         """Go back from a loss that is part of no step; nothing is left gathered."""
         loss.backward()
 
+    def gradient_of(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return this process's flat gradient of a loss that is part of no step; none is left."""
+        self.backward(loss)
+        found = self.gradients.clone()
+        self.zero_gradients()
+        return found
+
     def reduce(self, extras: torch.Tensor) -> torch.Tensor:
         """Sum gradients and `extras`, float32 [extras]; return the summed extras. Collective."""
         self._reduced[-self.extras :] = extras
