@@ -47,7 +47,7 @@ def figure(found: dict[str, Any]) -> Any:
     drawn.update_yaxes(range=[0, 1.5], tickformat=".0%")
     drawn.update_yaxes(title_text="speed per GPU", col=1)
     drawn.update_layout(template="plotly_white", font={"size": 12}, margin={"t": 40, "r": 10})
-    drawn.update_layout(legend={"orientation": "h", "y": -0.12})
+    drawn.update_layout(legend={"orientation": "h", "y": -0.12, "entrywidth": 140})
     return drawn
 
 

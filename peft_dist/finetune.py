@@ -16,7 +16,7 @@ from torch.distributed import Store
 from peft_dist.checkpoint import directory
 from peft_dist.checkpoint.checkpointer import Checkpointer
 from peft_dist.checkpoint.room import require_room
-from peft_dist.checkpoint.run_identity import describe_run, refuse_another_run
+from peft_dist.checkpoint.run_identity import describe_run, dtype_of_run, refuse_another_run
 from peft_dist.checkpoint.same_inputs import describe_inputs, refuse_different_inputs
 from peft_dist.checkpoint.start_adapter import load_start
 from peft_dist.checkpoint.state import read_state
@@ -36,6 +36,7 @@ from peft_dist.distributed.world import World
 from peft_dist.evaluation.scoring import EvalSet, make_eval_set
 from peft_dist.micro_batch import CudaMemory, fit_micro_batch
 from peft_dist.model.device_settings import export_determinism
+from peft_dist.model.precision import compute_dtype
 from peft_dist.model.source import find_base
 from peft_dist.model.vocabulary import refuse_unknown_ids
 from peft_dist.model.weights import model_folder
@@ -81,6 +82,8 @@ def fine_tune(
     world = attempt.world
     meeting = rendezvous.meet(world)
     recipe = _with_date_of_main(recipe, world, meeting)
+    began_in = _dtype_of_run(attempt, meeting)
+    dtype, _ = compute_dtype(recipe.model, world.device, began_in)
 
     # What can take minutes comes before the process group, whose collectives would not wait.
     cache = usable_cache_dir()
@@ -98,7 +101,7 @@ def fine_tune(
     with wait("comparing the rows with the model's vocabulary"):
         refuse_unknown_ids(recipe, base.files.folder, texts)
     with wait("sampling the model's weights"):
-        inputs = describe_inputs(recipe, {"data.train": rows, "data.eval": held}, base.files)
+        inputs = describe_inputs(recipe, {"data.train": rows, "data.eval": held}, base.files, dtype)
     if recipe.train.deterministic:
         export_determinism()  # before NCCL and cuBLAS are used
     many = f"all {world.size} processes are" if world.size > 1 else "torch.distributed is"
@@ -107,7 +110,9 @@ def fine_tune(
         attempt.share_run()
         refuse_different_inputs(inputs)
 
-    setup = set_up_model(recipe, world, base, label_names=rows.label_names, rows=rows)
+    setup = set_up_model(
+        recipe, world, base, label_names=rows.label_names, rows=rows, began_in=began_in
+    )
     load_start(setup)
     setup.check_rows(some)
     if held is not None:
@@ -143,6 +148,13 @@ def _with_date_of_main(recipe: Recipe, world: World, meeting: Store) -> Recipe:
         meeting.set("data.date", str(with_date(recipe).data.date))
     day = date.fromisoformat(meeting.get("data.date").decode())
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": day})})
+
+
+def _dtype_of_run(attempt: TrainingAttempt, meeting: Store) -> str:
+    """Return the dtype in which the run was begun, as its checkpoints have it; "" for a new one."""
+    if attempt.world.is_main:
+        meeting.set("began in", dtype_of_run(attempt.run.checkpoints, attempt.world.device))
+    return meeting.get("began in").decode()
 
 
 def _read_rows(recipe: Recipe, cache: Path) -> tuple[TrainingRows, EvalSet | None]:

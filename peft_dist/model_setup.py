@@ -217,6 +217,7 @@ def set_up_model(
     rows: TrainingRows | None = None,
     engines: Mapping[str, type[Engine]] = ENGINES,
     prover: Prover = prove_once,
+    began_in: str = "",
 ) -> ModelSetup:
     """Build, shard and load the model. Collective.
 
@@ -229,6 +230,7 @@ def set_up_model(
             replaced by what was saved.
         engines: By strategy, what shards.
         prover: Compares losses with those of transformers; see `prove_once`.
+        began_in: The dtype in which the run began, where it goes on.
 
     Raises:
         PeftDistError: For a model, launcher or option that cannot work; before weights are read
@@ -238,9 +240,10 @@ def set_up_model(
     launched = resolve(recipe.parallel, world, os.environ)
     refuse_muon(recipe.train, launched.strategy)
     set_up_device(world.device, deterministic=recipe.train.deterministic)
-    dtype, why = precision.compute_dtype(recipe.model, world.device)
+    dtype, why = precision.compute_dtype(recipe.model, world.device, began_in)
     if world.is_main:
-        log.log(logging.WARNING if why else logging.INFO, "computing in %s%s", dtype, why)
+        level = logging.WARNING if why.startswith(":") else logging.INFO
+        log.log(level, "computing in %s%s", str(dtype).removeprefix("torch."), why)
     config = architectures.read_config(source.files.folder, task=recipe.model.task)
     if recipe.model.dropout == "off":
         architectures.turn_dropout_off(config)

@@ -23,7 +23,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, so that no worker is left with it alone at the end."""
+    """Begin with what takes longest, so that no worker is left with it alone at the end.
+
+    Tests that set up a model in this process take a second or more each: they count as slow.
+    """
+    for item in items:
+        if "alone" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
     items.sort(key=lambda item: (_place(item), item.path.name not in LONG_FILES))
 
 

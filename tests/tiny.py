@@ -236,7 +236,10 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
 
 def tiny_recipe(model: Path, train: Path, /, **sections: Any) -> Recipe:
     """Return a recipe for a model folder and a row file; `sections` are merged into it."""
-    raw: dict[str, Any] = {"model": {"name": str(model)}, "data": {"train": str(train)}}
+    raw: dict[str, Any] = {
+        "model": {"name": str(model), "dtype": "float32"},  # the same bits on every processor
+        "data": {"train": str(train)},
+    }
     for name, section in sections.items():
         raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) else section
     return Recipe.model_validate(raw)

@@ -3,8 +3,15 @@
 import hashlib
 import json
 from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from peft_dist.checkpoint import directory
+from peft_dist.checkpoint.state import read_state
+from peft_dist.common.errors import RunDirError
 from peft_dist.config import Recipe
 from peft_dist.config.resume_rules import differences, learning_settings, refuse_changes
 from peft_dist.data.mixture import source_shares
@@ -44,6 +51,7 @@ def describe_run(setup: ModelSetup, rows: TrainingRows, eval_set: EvalSet | None
             **start,
         },
         "rows_format": FORMAT,
+        "compute_dtype": str(setup.compute_dtype).removeprefix("torch."),
         "rng": {"seed": recipe.train.seed, "rule": RNG_RULE},
         "schedule": {
             "kind": recipe.train.schedule,
@@ -53,6 +61,18 @@ def describe_run(setup: ModelSetup, rows: TrainingRows, eval_set: EvalSet | None
         "world_size": setup.world.size,
         "strategy": setup.strategy,
     }
+
+
+def dtype_of_run(checkpoints: Path, device: torch.device) -> str:
+    """Return the name of the dtype that a run was begun in, or "" where nothing tells.
+
+    Versions that did not note it computed in float32 on every CPU, unless the recipe said another.
+    """
+    with suppress(OSError, ValueError, RunDirError):  # told where it is gone on from
+        for folder in reversed(directory.folders(checkpoints)):
+            earlier = "float32" if device.type == "cpu" else ""
+            return str(read_state(folder).get("compute_dtype", earlier))
+    return ""
 
 
 def _describe_rows(recipe: Recipe, rows: TrainingRows) -> str:

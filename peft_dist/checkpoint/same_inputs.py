@@ -10,6 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from peft_dist.common.errors import LaunchError
 from peft_dist.common.paths import TOKENIZER_FILES
 from peft_dist.config import Recipe
@@ -25,7 +27,10 @@ Inputs = dict[str, str]
 
 
 def describe_inputs(
-    recipe: Recipe, rows: Mapping[str, TrainingRows | None], files: WeightFiles
+    recipe: Recipe,
+    rows: Mapping[str, TrainingRows | None],
+    files: WeightFiles,
+    dtype: torch.dtype,
 ) -> Inputs:
     """Return what this process has read; needs no other process.
 
@@ -33,12 +38,14 @@ def describe_inputs(
         recipe: With every default.
         rows: Rows by the field that names them.
         files: The model; of each tensor a few values are read.
+        dtype: What this process computes in.
     """
     found = {f"package {name}": version for name, version in versions().items() if name != "wandb"}
     found |= {field: _of_rows(some) for field, some in rows.items()}
     found["tokenizer"] = _of_files(files, TOKENIZER_FILES)
     found["config.json"] = _of_files(files, ("config.json",))
     found["model.name"] = f"weights with sample {files.sample()}"
+    found["dtype to compute in"] = str(dtype).removeprefix("torch.")
     # A file may lie elsewhere: its content is what counts.
     settings = all_settings(recipe, without=[".".join(path) for path in PATH_FIELDS])
     return found | {field: json.dumps(value) for field, value in settings.items()}

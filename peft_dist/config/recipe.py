@@ -30,8 +30,9 @@ class Model(Section):
     adapter is `method.dropout`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute dtype and dtype of unquantized base weights. auto: bfloat16 on GPUs that have it and
-    do not emulate it, float16 on other GPUs, float32 without GPUs. In float16 the loss is scaled by
-    a power of two, which is halved where gradients overflow; such a step is left out."""
+    do not emulate it and on processors with AVX512_BF16 or AMX, float16 on other GPUs, float32 on
+    other processors; a run goes on in what it began in. In float16 the loss is scaled by a power of
+    two, which is halved where gradients overflow; such a step is left out."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel. auto: torch's own flash kernels on a GPU that has them, in one call for all
     rows; for models that cap their scores flash_attention_2 where installed; else what the

@@ -22,6 +22,7 @@ from peft_dist.distributed import process_group
 from peft_dist.distributed.world import read_world
 from peft_dist.evaluation.scoring import make_eval_set, score
 from peft_dist.methods import METHODS
+from peft_dist.model.precision import compute_dtype
 from peft_dist.model.source import find_base
 from peft_dist.model.vocabulary import refuse_unknown_ids
 from peft_dist.model_setup import set_up_model
@@ -68,7 +69,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     eval_set = make_eval_set(recipe, rows)
     source = find_base(recipe, cache)
     refuse_unknown_ids(recipe, source.files.folder, eval_set.texts())
-    inputs = describe_inputs(recipe, {"data.eval": rows}, source.files)
+    dtype, _ = compute_dtype(recipe.model, world.device)
+    inputs = describe_inputs(recipe, {"data.eval": rows}, source.files, dtype)
     process_group.start(world)
     refuse_different_inputs(inputs)
     setup = set_up_model(recipe, world, source, label_names=rows.label_names)

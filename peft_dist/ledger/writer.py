@@ -171,13 +171,14 @@ class LedgerWriter:
     def _append(self, line: bytes) -> None:
         """Append a line, or nothing of it."""
         self._undo_half()
-        before, written = os.fstat(self._fd).st_size, 0
+        written = 0
         try:
             while written < len(line):
                 written += os.write(self._fd, line[written:])
         except OSError:
             if written:
-                self._half = (before, before + written)
+                end = os.lseek(self._fd, 0, os.SEEK_CUR)  # of what was appended last
+                self._half = (end - written, end)
                 with suppress(OSError):  # else before the next line
                     self._undo_half()
             raise

@@ -152,6 +152,50 @@ def noise_of(
     return most
 
 
+def rounding_of(
+    model: CausalLM,
+    bare: PreTrainedModel,
+    blocks: dict[str, nn.Module],
+    device: torch.device,
+    dtype: torch.dtype,
+    expected: Expected,
+) -> float:
+    """Return by how much transformers' losses change where every layer rounds otherwise.
+
+    The output of the token embedding and of each block is changed at random, each number by at most
+    half of its last bit. Collective.
+
+    Args:
+        model: The model as an engine wraps it.
+        bare: The model of transformers in it.
+        blocks: Its layers by name.
+        device: Where it computes.
+        dtype: What it computes in.
+        expected: The losses without that.
+    """
+    rows = probe_rows(bare, whole=True)
+    batch = pack(rows, np.arange(rows.n_rows), packing=False).to(device)
+    random = torch.Generator().manual_seed(0)
+    attention.use_kernel(bare, "eager")
+
+    def disturb(_module: nn.Module, _args: Any, output: Any) -> Any:
+        value = output if isinstance(output, torch.Tensor) else output[0]
+        change = (torch.rand(value.shape, generator=random) - 0.5).to(value.device)
+        changed = (value.float() * (1.0 + torch.finfo(dtype).eps * change)).to(value.dtype)
+        return changed if isinstance(output, torch.Tensor) else (changed, *output[1:])
+
+    with _refused_in_one_line(bare):
+        watched = [bare.get_input_embeddings(), *blocks.values()]
+        handles = [module.register_forward_hook(disturb) for module in watched]
+        try:
+            changed = model(batch, None, _released).nll
+        finally:
+            for handle in handles:
+                handle.remove()
+    per_row = zip(changed.chunk(rows.n_rows), expected.losses, strict=True)
+    return max(difference(one[: len(own)], own, dtype) for one, own in per_row)
+
+
 @contextmanager
 def _refused_in_one_line(bare: PreTrainedModel) -> Iterator[None]:
     """Turn whatever a model fails with in transformers itself into a refusal."""

@@ -43,7 +43,7 @@ class ForwardBackward:
         self.micro_batch_rows = micro_batch_rows(setup.recipe)
         """Most rows of a pass: as the recipe says, until a measurement says better."""
         self.objective = make_pass(setup, rows, reference)
-        self._router = RouterBalance(setup, rows)
+        self.router = RouterBalance(setup, rows)
         self.source_losses = SourceLosses(setup.recipe, rows, self._device)
         self.loss_scale = LossScale(self._device, setup.compute_dtype)
 
@@ -81,11 +81,11 @@ class ForwardBackward:
         """Take micro-batches from these rows from now on."""
         if rows is not self._rows:
             self.setup.check_rows(rows)
-            self._rows = self.objective.data = self._router.rows = self.source_losses.rows = rows
+            self._rows = self.objective.data = self.router.rows = self.source_losses.rows = rows
 
     def _begin(self, examples: RowIds, groups: list[RowIds]) -> float:
         divisor = self.objective.begin(examples, groups)
-        self._router.begin([*map(self.objective.rows, groups)])
+        self.router.begin([*map(self.objective.rows, groups)])
         return divisor
 
     def _learn(self, micro: RowIds, divisor: float, everyone: Everyone | None) -> Share:
@@ -102,7 +102,7 @@ class ForwardBackward:
             losses = self.setup.model(batch)
             share = self.objective.share(losses, batch, micro)
         self.source_losses.add(micro, batch, losses.nll)
-        loss = share.loss + divisor * self._router.share(losses)
+        loss = share.loss + divisor * self.router.share(losses)
         self.loss_scale.scaled(loss / divisor).backward()
         return Share(loss.detach(), share.metrics)
 

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 4
 RECIPE = f"""
-model: {{name: model}}
+model: {{name: model, dtype: float32}}
 quantization: nf4
 method: {{kind: lora, rank: 4, alpha: 8}}
 data: {{train: rows.jsonl, eval: held.jsonl}}
@@ -432,7 +432,7 @@ def test_a_classifier_trains_from_end_to_end(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", labelled_rows(64))
     write_jsonl(tmp_path / "held.jsonl", labelled_rows(21, seed=1))
     (tmp_path / "recipe.yaml").write_text(
-        "model: {name: model, task: sequence-classification}\n"
+        "model: {name: model, dtype: float32, task: sequence-classification}\n"
         "quantization: none\n"
         "data: {train: rows.jsonl, eval: held.jsonl}\n"
         "train: {steps: 40, learning_rate: 1e-2}\n"

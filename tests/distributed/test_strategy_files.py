@@ -200,7 +200,8 @@ def test_the_deepspeed_launcher_trains_with_its_own_json_file(tmp_path: Path) ->
     tiny_model(tmp_path / "model", "llama")
     write_jsonl(tmp_path / "rows.jsonl", completion_rows(16))
     (tmp_path / "recipe.yaml").write_text(
-        "model: {name: model}\ndata: {train: rows.jsonl}\ntrain: {steps: 1}\n", encoding="utf-8"
+        "model: {name: model, dtype: float32}\ndata: {train: rows.jsonl}\ntrain: {steps: 1}\n",
+        encoding="utf-8",
     )
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
                "--master_port", str(free_port()), str(ROOT / "launch" / "train.py"),

@@ -21,7 +21,7 @@ pytest.importorskip("wandb")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 RECIPE = """
-model: {name: model}
+model: {name: model, dtype: float32}
 method: {kind: lora, rank: 4, alpha: 8}
 data: {train: rows.jsonl, eval: held.jsonl}
 train: {steps: 40, global_batch_size: 4, micro_batch_size: 2}

@@ -30,7 +30,7 @@ def make_project(folder: Path) -> Project:
     write_jsonl(folder / "rows.jsonl", completion_rows(300))
     write_jsonl(folder / "held.jsonl", completion_rows(11, seed=1))
     (folder / "recipe.yaml").write_text(
-        "model: {name: model}\n"
+        "model: {name: model, dtype: float32}\n"
         "quantization: nf4\n"
         "method: {kind: lora, rank: 4, alpha: 8, dropout: 0.1}\n"
         "data: {train: rows.jsonl, eval: held.jsonl}\n"

@@ -40,7 +40,9 @@ def set_up(
     if not (folder / "model").exists():
         tiny_model(folder / "model", architecture)
     file = write_jsonl(folder / "rows.jsonl", completion_rows(12))
-    recipe = tiny_recipe(folder / "model", file, **{**sections, "model": {"compile": code}})
+    recipe = tiny_recipe(
+        folder / "model", file, **{**sections, "model": {"compile": code, "dtype": "float32"}}
+    )
     rows = tokenize_rows(recipe, "train", folder / "cache")
     setup = set_up_model(recipe, alone, find_base(recipe, folder / "cache"))
     setup.model.train()
@@ -56,6 +58,7 @@ def learn(
     return nll.detach(), setup.engine.gradient_of(nll.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_blocks_give_the_same_losses_and_gradients_and_are_compiled_once(
     tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch, name: str
@@ -79,6 +82,7 @@ def test_compiled_blocks_give_the_same_losses_and_gradients_and_are_compiled_onc
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_blocks_that_do_not_compile_run_as_they_are_and_say_so(
     tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -97,6 +101,7 @@ def test_blocks_that_do_not_compile_run_as_they_are_and_say_so(
     assert "no compiler here" in said[0].getMessage()
 
 
+@pytest.mark.slow
 def test_a_compiled_backward_that_is_wrong_is_not_trained_with(
     tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -366,7 +366,7 @@ def test_the_command_merges_a_run_that_was_trained(
     tiny_model(tmp_path / "base", "llama")
     write_jsonl(tmp_path / "rows.jsonl", completion_rows(8))
     (tmp_path / "recipe.yaml").write_text(
-        "model: {name: base}\ndata: {train: rows.jsonl, eval: rows.jsonl}\n"
+        "model: {name: base, dtype: float32}\ndata: {train: rows.jsonl, eval: rows.jsonl}\n"
         "train: {steps: 3, global_batch_size: 4, learning_rate: 1e-2}\n",
         encoding="utf-8",
     )

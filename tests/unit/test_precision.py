@@ -1,11 +1,13 @@
 """What a base computes in, and whether it drops anything."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from peft_dist.checkpoint.run_identity import dtype_of_run
 from peft_dist.config.recipe import Model
 from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed.world import World
@@ -32,26 +34,47 @@ DROPOUT: dict[str, dict[str, float]] = {
         ((7, 5), "float32", torch.float32, ""),
         ((8, 0), "auto", torch.bfloat16, ""),
         ((9, 0), "bfloat16", torch.bfloat16, ""),
-        (None, "auto", torch.float32, ""),
+        (None, "auto", torch.float32, "no bfloat16 of its own"),
+        ("avx512_bf16", "auto", torch.bfloat16, "multiplies itself"),
+        ("amx_bf16", "auto", torch.bfloat16, "multiplies itself"),
+        ("amx_bf16", "float32", torch.float32, ""),
         (None, "bfloat16", torch.bfloat16, ""),
     ],
 )
 def test_bfloat16_is_chosen_where_the_device_has_it_itself(
     monkeypatch: pytest.MonkeyPatch,
-    capability: tuple[int, int] | None,
+    capability: tuple[int, int] | str | None,
     wanted: Any,
     expected: torch.dtype,
     said: str,
 ) -> None:
     def is_supported(including_emulation: bool = True) -> bool:
         """Answer as torch does: a GPU that emulates counts unless asked otherwise."""
-        return capability is not None and (including_emulation or capability >= (8, 0))
+        return isinstance(capability, tuple) and (including_emulation or capability >= (8, 0))
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
-    device = torch.device("cpu" if capability is None else "cuda")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    device = torch.device("cuda" if isinstance(capability, tuple) else "cpu")
     found, why = compute_dtype(Model(name="m", dtype=wanted), device)
     assert found == expected
     assert said in why if said else why == ""
+
+
+def test_a_run_goes_on_in_what_it_began_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, model = torch.device("cpu"), Model(name="m")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert dtype_of_run(tmp_path / "checkpoints", cpu) == ""
+    for step, state, expected in (
+        (1, {}, torch.float32),  # of a version that took float32 on every CPU
+        (2, {"compute_dtype": "bfloat16"}, torch.bfloat16),
+        (3, {"compute_dtype": "float32"}, torch.float32),
+    ):
+        folder = tmp_path / "checkpoints" / f"step-{step:08}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"format": 1, **state}))
+        found, why = compute_dtype(model, cpu, dtype_of_run(tmp_path / "checkpoints", cpu))
+        assert (found, why) == (expected, ", in which the run began")
+    assert compute_dtype(Model(name="m", dtype="float16"), cpu, "float32")[0] == torch.float16
 
 
 def opened(folder: Path, world: World, architecture: str, dropout: str) -> tuple[ModelSetup, Any]:

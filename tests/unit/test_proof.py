@@ -12,14 +12,14 @@ from peft_dist.config.models import known_to_transformers
 from peft_dist.distributed.world import World
 from peft_dist.entrypoints.check_models import build_tiny, check
 from peft_dist.methods.method import base_name_in
-from peft_dist.model import attention, ways
+from peft_dist.model import attention, proof, ways
 from peft_dist.model import experts as experts_module
 from peft_dist.model.head import Head
 from peft_dist.model.proof import ProofRun, Way, prove
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import ModelSetup, set_up_model
 from tests.faults.long import only_long
-from tests.tiny import tiny_recipe
+from tests.tiny import tiny_model, tiny_recipe
 
 WAYS = {
     "cohere": "packed, peft_dist_rows",  # scales its logits
@@ -94,9 +94,12 @@ def set_up(folder: Path, world: World, model_type: str, **sections: Any) -> Mode
     return set_up_model(recipe, world, find_base(recipe, folder / "cache"))
 
 
-@pytest.mark.parametrize("model_type", ["cohere", "granite", "gemma2"])
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    [("cohere", "float32"), ("granite", "float32"), ("gemma2", "float32"), ("granite", "bfloat16")],
+)
 def test_a_head_that_drops_what_the_model_does_to_its_logits_is_refused(
-    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch, model_type: str
+    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch, model_type: str, dtype: str
 ) -> None:
     whole = Head.__init__
 
@@ -106,8 +109,37 @@ def test_a_head_that_drops_what_the_model_does_to_its_logits_is_refused(
 
     monkeypatch.setattr(Head, "__init__", broken)
     with pytest.raises(ModelError, match="the head is the first to differ") as caught:
-        set_up(tmp_path, alone, model_type)
+        set_up(tmp_path, alone, model_type, model={"dtype": dtype})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_model_that_rounds_coarsely_is_not_taken_for_a_wrong_attention(
+    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """As SmolLM2 does in bfloat16, whose losses of made-up rows differ by 0.1 between kernels."""
+    if not told:
+        monkeypatch.setattr(proof, "rounding_of", lambda *_: 0.0)
+    model = tiny_model(tmp_path / "model", "llama", num_hidden_layers=6)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40.0)
+    model.save_pretrained(tmp_path / "model")
+    recipe = tiny_recipe(
+        tmp_path / "model", tmp_path / "none", quantization="none", model={"dtype": "bfloat16"}
+    )
+    found = []
+    set_up_model(
+        recipe,
+        alone,
+        find_base(recipe, tmp_path / "cache"),
+        prover=lambda run, tried, *_: found.append(prove(run, tried)) or tried[0],
+    )
+    ((way, problems),) = found
+    assert (str(way), problems == []) == (
+        ("packed rows and attention peft_dist_rows", True)
+        if told
+        else ("packed rows and attention eager", False)
+    )
 
 
 def test_learned_sinks_that_an_attention_leaves_out_are_found(

@@ -78,7 +78,7 @@ def test_the_loss_of_a_step_is_that_of_its_whole_batch_in_any_number_of_passes(
 
 
 def test_a_model_whose_config_asks_for_none_has_none(tmp_path: Path, alone: World) -> None:
-    assert trainer(tmp_path, alone, BATCH, even=False).router.term is None
+    assert trainer(tmp_path, alone, BATCH, even=False).passes.router.term is None
 
 
 def test_a_loss_for_the_router_that_is_not_ours_is_refused(

@@ -34,7 +34,7 @@ def recipe_of(folder: Path, **names: str) -> Recipe:
 def read(folder: Path, recipe: Recipe) -> Inputs:
     cache = folder / "cache"
     rows = {f"data.{w}": tokenize_rows(recipe, w, cache) for w in ("train", "eval")}
-    return describe_inputs(recipe, rows, WeightFiles(Path(recipe.model.name)))
+    return describe_inputs(recipe, rows, WeightFiles(Path(recipe.model.name)), torch.float32)
 
 
 def difference(*inputs: Inputs) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from peft_dist.common.errors import RecipeError, RunDirError
-from peft_dist.run.directory import ARRAY_FILE
+from peft_dist.run.paths import ARRAY_FILE
 from peft_dist.run.sweep import (
     MAX_ELEMENTS,
     array_elements,
