@@ -243,7 +243,7 @@ def set_up_model(
     dtype, why = precision.compute_dtype(recipe.model, world.device, began_in)
     if world.is_main:
         level = logging.WARNING if why.startswith(":") else logging.INFO
-        log.log(level, "computing in %s%s", str(dtype).removeprefix("torch."), why)
+        log.log(level, "computing in %s%s", precision.name_of(dtype), why)
     config = architectures.read_config(source.files.folder, task=recipe.model.task)
     if recipe.model.dropout == "off":
         architectures.turn_dropout_off(config)

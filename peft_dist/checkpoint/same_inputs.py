@@ -19,6 +19,7 @@ from peft_dist.config.load import PATH_FIELDS
 from peft_dist.config.resume_rules import all_settings
 from peft_dist.data.stream import TrainingRows
 from peft_dist.distributed.collectives import gather_objects
+from peft_dist.model.precision import name_of
 from peft_dist.model.weights import WeightFiles
 from peft_dist.run.provenance import versions
 
@@ -45,7 +46,7 @@ def describe_inputs(
     found["tokenizer"] = _of_files(files, TOKENIZER_FILES)
     found["config.json"] = _of_files(files, ("config.json",))
     found["model.name"] = f"weights with sample {files.sample()}"
-    found["dtype to compute in"] = str(dtype).removeprefix("torch.")
+    found["dtype to compute in"] = name_of(dtype)
     # A file may lie elsewhere: its content is what counts.
     settings = all_settings(recipe, without=[".".join(path) for path in PATH_FIELDS])
     return found | {field: json.dumps(value) for field, value in settings.items()}

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from peft_dist.cli.options import add_merge_base, add_task, add_verbosity
+from peft_dist.cli.options import add_merge_form, add_task, add_verbosity
 from peft_dist.common.errors import PeftDistError
 
 Run = Callable[[argparse.Namespace], int]
@@ -37,8 +37,7 @@ def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) ->
     )
     merge.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     merge.add_argument("--out", metavar="DIR", required=True, help="folder to make for the model")
-    add_merge_base(merge)
-    merge.add_argument("--gguf", metavar="TYPE", help="not offered; the error says what is")
+    add_merge_form(merge)
     add_verbosity(merge)
 
 
@@ -64,20 +63,12 @@ def _merge(arguments: argparse.Namespace) -> int:
 
     run = RunDir.open(arguments.run_dir)
     out = Path(arguments.out).absolute()
-    if arguments.gguf is not None:
-        # The `gguf` package writes the format, but what a model's tensors and tokenizer are called
-        # and how they are turned stands in that script alone, which is on no package index.
-        raise PeftDistError(
-            "is written by llama.cpp's own converter alone",
-            where=f"--gguf {arguments.gguf}",
-            remedy=f"merge without it, then run llama.cpp's `convert_hf_to_gguf.py {out} "
-            f"--outtype {arguments.gguf}`",
-        )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise PeftDistError(
             "already there", where=str(out), remedy="choose another folder with --out"
         )
     require_training_packages()
     return run_tool(
-        merge_command(run.path, out, base=arguments.base), environment=worker_environment()
+        merge_command(run.path, out, base=arguments.base, gguf=arguments.gguf),
+        environment=worker_environment(),
     )

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from peft_dist.common import logs
+from peft_dist.common.arguments import GGUF_TYPES
 from peft_dist.common.console import show
 from peft_dist.common.env import VERBOSITY
 
@@ -46,14 +47,19 @@ def add_task(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_merge_base(parser: argparse.ArgumentParser) -> None:
-    """Add `--base` of both ways to merge."""
+def add_merge_form(parser: argparse.ArgumentParser) -> None:
+    """Add `--base` and `--gguf` of both ways to merge."""
     parser.add_argument(
         "--base",
         choices=("full", "dequantized"),
         default="full",
         help="add it to the weights of the files, or to those that 4-bit training saw "
         "(default: full)",
+    )
+    parser.add_argument(
+        "--gguf",
+        choices=GGUF_TYPES,
+        help="also write DIR/DIR-TYPE.gguf, for llama.cpp, with numbers of this type",
     )
 
 

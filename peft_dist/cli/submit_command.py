@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peft_dist.cli.options import add_merge_base, add_task
+from peft_dist.cli.options import add_merge_form, add_task
 from peft_dist.cli.slurm import Run, add_after, add_cluster
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE
@@ -52,7 +52,7 @@ def add_commands(
     merge = command("submit merge", _merge, "merge a run's LoRA into its base in a Slurm job")
     merge.add_argument("run_dir", metavar="RUN_DIR", help="folder that train or submit made")
     merge.add_argument("--out", metavar="DIR", required=True, help="folder to make")
-    add_merge_base(merge)
+    add_merge_form(merge)
     _add_place(merge, "RUN_DIR/merge")
 
 
@@ -90,7 +90,13 @@ def _quantize(arguments: argparse.Namespace) -> int:
 def _merge(arguments: argparse.Namespace) -> int:
     from peft_dist.slurm.submit_command import merge_job
 
-    made = merge_job(_where(arguments), arguments.run_dir, arguments.out, base=arguments.base)
+    made = merge_job(
+        _where(arguments),
+        arguments.run_dir,
+        arguments.out,
+        base=arguments.base,
+        gguf=arguments.gguf,
+    )
     return _hand_over(made, dry_run=arguments.dry_run)
 
 

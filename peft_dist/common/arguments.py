@@ -12,3 +12,7 @@ def add_allow_changed(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD",
         help="go on although this setting, or these rows or this model, have changed",
     )
+
+
+GGUF_TYPES = ("q8_0", "f16", "bf16", "f32")
+"""What numbers a GGUF file may have."""

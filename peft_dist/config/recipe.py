@@ -251,7 +251,7 @@ class Recipe(Section):
             what, remedy = "train.global_batch_tokens", "set global_batch_size"
         elif self.model.task == "sequence-classification":
             what, remedy = f"model.task {self.model.task}", "set streaming: false"
-        elif objective != "sft":
+        elif self.objective.has_reference:
             what, remedy = f"objective {objective}", "set streaming: false"
         else:
             return

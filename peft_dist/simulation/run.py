@@ -124,6 +124,7 @@ def measure(
     world: World,
     *,
     mode: AbstractContextManager[object],
+    steps: int = 1,
 ) -> Simulated:
     """Run a start and a step with a base that is not read; return what was counted. Collective.
 
@@ -134,6 +135,7 @@ def measure(
         folder: Has the model's config.json; its weights are not read.
         world: This process's rank and world; the process group has been started.
         mode: What the steps run in: fake tensors, or nothing to use real ones.
+        steps: How many; DeepSpeed fetches ahead from the second one on.
     """
     recipe, meter = _settled(recipe, world), Meter()
     with ExitStack() as stack, _one_thread(), _even_experts():
@@ -145,7 +147,8 @@ def measure(
         scores = np.zeros(rows.n_rows, dtype=np.float32)  # of a reference, where one is asked for
         trainer = _Trainer(setup, rows, None, reference=scores)
         meter.phase = "step"
-        trainer.one_step()
+        for _ in range(steps):
+            trainer.one_step()
     return Simulated(
         peak_bytes=meter.peak_bytes["step"],
         start_peak_bytes=meter.peak_bytes["start"],

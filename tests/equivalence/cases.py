@@ -56,7 +56,7 @@ if IS_LONG:
         "granitemoe",
         "llama4_text",
     )
-STEPS, FEW = (10, 5) if IS_LONG else (4, 3)
+STEPS, FEW = (10, 5) if IS_LONG else (6, 3)
 """Optimizer steps of a case, and of one that looks at a single setting: a difference shows in the
 first of them, and grows."""
 PROBE_ROWS = 6
@@ -88,7 +88,8 @@ class Case:
 
 def _cases() -> dict[str, Case]:
     nf4, none = {"quantization": "nf4"}, {"quantization": "none"}
-    dropping = Case("gpt2-dropout", (SINGLE,), none | {"model": {"dropout": "as-configured"}})
+    dropout = {"model": {"dropout": "as-configured"}}
+    dropping = Case("gpt2-dropout", (SINGLE,), none | dropout, steps=5)
     lora = {"rslora": {"rslora": True}, "dora": {"dora": True}, "all-biases": {"bias": "all"},
             "lora-biases": {"bias": "lora_only"}, "rank-1": {"rank": 1},
             "two-targets": {"targets": ["q_proj", "down_proj"]}}  # fmt: skip
@@ -122,7 +123,7 @@ def _cases() -> dict[str, Case]:
         "files": Case("files", sections=nf4),
         "packed-before": Case("bnb", sections=nf4),
         "packed-twice": Case("bnb-double", sections=nf4),
-        "gpt2-trunk": Case("gpt2-trunk", sections=nf4),
+        "gpt2-trunk": Case("gpt2-trunk", sections=nf4, steps=5),
         "bert-trunk": Case("bert-trunk", (SINGLE, FSDP, DDP), none),
         "bert-trunk-nf4": Case("bert-trunk", sections=nf4),
         "half-nf4": Case("half", (SINGLE, FSDP, DDP), nf4),
@@ -168,7 +169,7 @@ def _cases() -> dict[str, Case]:
         ),
         "repeated": Case("llama", (SINGLE, *MATRIX_ENGINES), nf4),
         "repeated-again": Case("llama", (SINGLE, *MATRIX_ENGINES), nf4),
-        "own-dropout-off": Case("gpt2-dropout", (SINGLE,), none),
+        "own-dropout-off": Case("gpt2-dropout", (SINGLE,), none, steps=5),
         **dict.fromkeys(("own-dropout", "own-dropout-again"), dropping),
     }
     return (

@@ -11,6 +11,7 @@ from tests.equivalence.cases import (
     FSDP4,
     HSDP,
     SINGLE,
+    STEPS,
     ZERO2,
     ZERO3,
     expert_cases,
@@ -169,7 +170,7 @@ def test_four_passes_per_step_are_one(outcome: Outcomes, engine: str) -> None:
 @pytest.mark.parametrize("engine", [SINGLE, FSDP])
 def test_pairs_have_one_loss_in_any_number_of_passes(outcome: Outcomes, engine: str) -> None:
     once = outcome("objective-dpo-lora-nf4", SINGLE)
-    assert len(once["rewards"]) == 10
+    assert len(once["rewards"]) == STEPS
     found = outcome("objective-dpo-accumulated", engine)
     assert largest_difference(found, once) <= 1e-5
     assert largest_difference(found, once, "rewards") <= 1e-5
