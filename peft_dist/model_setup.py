@@ -295,7 +295,7 @@ def set_up_model(
     engine.reshard = launched.reshard
     engine.wrap(model, blocks.values(), [p for p in model.parameters() if p.requires_grad])
     engine.materialize(model)
-    code = compiled.of(skeleton, blocks.values(), world, source.cache_dir) if compiling else None
+    code = compiled.of(recipe, skeleton, blocks, world, source.cache_dir) if compiling else None
 
     frozen, trained = frozen_and_trained(peft)
     log.info("built: %s with %s adapters", type(skeleton).__name__, recipe.method.kind)
@@ -343,8 +343,8 @@ def set_up_model(
     )
     setup.check_adapters_agree()
     if isinstance(model, Decoder | SequenceClassifier):
-        passes = (setup.autocast, engine.gradient_of, code)
-        run = ProofRun(model, peft, blocks, world, dtype, *passes)
+        passes = (setup.autocast, engine.gradient_of, engine.disturbed_adapter)
+        run = ProofRun(model, peft, blocks, world, dtype, *passes, method.virtual_tokens, code)
         facts = [launched.strategy, recipe.quantization, setup.released_fingerprint]
         setup.packing = prover(run, ways, facts, source.cache_dir).packing
     return setup

@@ -149,9 +149,8 @@ def _row_attention(
         _gap = "this attention knows no mask of the model's own"
     if _recorded is not None:
         _recorded[module.layer_idx] = torch.stack([key[0], value[0]])
-    if isinstance(prefix, tuple):
-        prefix = prefix[module.layer_idx]
-    past = None if prefix is None else prefix.to(key.dtype)
+    learned = prefix[module.layer_idx] if isinstance(prefix, tuple) else prefix
+    past = None if learned is None else learned.to(key.dtype)
     if (
         one_call
         and row_lengths is not None

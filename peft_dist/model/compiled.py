@@ -7,7 +7,7 @@ block runs. Blocks that do not compile run as they are.
 
 import logging
 import os
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_dist.config import Recipe
 from peft_dist.distributed.world import World
 from peft_dist.model.expected import line_of
 
@@ -27,28 +28,42 @@ _MOST_THREADS = 8
 """That compile side by side for a process; torch would start one for each core, in every rank."""
 
 
-def set_up_cache(
-    folder: Path, processes: int, environ: MutableMapping[str, str] = os.environ
+def set_up_compiler(
+    folder: Path,
+    processes: int,
+    *,
+    deterministic: bool,
+    environ: MutableMapping[str, str] = os.environ,
 ) -> None:
     """Have what is compiled kept in a folder, from which the next start takes it.
 
     Args:
         folder: Is made where it is not there; who can write to it is trusted.
         processes: That compile on this machine at the same time.
-        environ: What torch reads.
+        deterministic: Whether the same inputs must give the same bits: else reductions are arranged
+            as was fastest in a trial.
+        environ: What torch reads where it looks for code.
     """
+    # Takes a second, which a run without it need not wait for.
+    from torch._inductor import config
+
     cores = len(os.sched_getaffinity(0))
-    threads = max(1, min(_MOST_THREADS, cores // processes))
+    config.compile_threads = max(1, min(_MOST_THREADS, cores // processes))
+    config.deterministic = config.deterministic or deterministic
     environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
 
 
 def of(
-    model: PreTrainedModel, blocks: Iterable[nn.Module], world: World, cache_dir: Path
+    recipe: Recipe,
+    model: PreTrainedModel,
+    blocks: Mapping[str, nn.Module],
+    world: World,
+    cache_dir: Path,
 ) -> "CompiledBlocks":
     """Return the blocks of a model as an engine has wrapped it, ready to be compiled."""
-    set_up_cache(cache_dir / "compiled", world.local_size)
-    return CompiledBlocks(blocks, model.config.model_type)
+    folder, deterministic = cache_dir / "compiled", recipe.train.deterministic
+    set_up_compiler(folder, world.local_size, deterministic=deterministic)
+    return CompiledBlocks(blocks.values(), model.config.model_type)
 
 
 class CompiledBlocks:
@@ -58,7 +73,7 @@ class CompiledBlocks:
 
     Attributes:
         on: Whether blocks run compiled.
-        problem: Why they cannot, in one line; empty where nothing has failed.
+        problem: Why they could not since `switch`, in one line; empty where nothing has failed.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], model_type: str) -> None:
@@ -68,13 +83,11 @@ class CompiledBlocks:
             blocks: Equal ones share their code.
             model_type: What the model is called where its blocks do not compile.
         """
-        # Takes a second, which a run without it need not wait for.
         from torch._dynamo import config, exc
 
         config.recompile_limit = max(config.recompile_limit, _VARIANTS)
         self._errors = (exc.TorchDynamoException, exc.FailOnRecompileLimitHit)
-        self.on = False
-        self.problem = ""
+        self.switch(on=False)
         self._model_type = model_type
         codes: dict[Any, Callable[..., Any]] = {}
         for block in blocks:
@@ -83,6 +96,15 @@ class CompiledBlocks:
                 codes[forward] = torch.compile(forward, fullgraph=True, dynamic=True)
             # On the module and not as a call of it, so that hooks are no part of the code.
             block.forward = self._forward_of(block, forward, codes[forward])
+
+    def switch(self, *, on: bool, told: bool = False) -> None:
+        """Let blocks run compiled from now on, or as they are.
+
+        Args:
+            on: Whether compiled.
+            told: Whether to warn where they do not compile; a proof tells so itself.
+        """
+        self.on, self.problem, self._told = on, "", told
 
     def _forward_of(
         self, block: nn.Module, plain: Callable[..., Any], compiled: Callable[..., Any]
@@ -99,8 +121,10 @@ class CompiledBlocks:
             try:
                 return compiled(block, *inputs, **arguments)
             except self._errors as error:
-                self.on, self.problem = False, line_of(error)
-                log.warning(
+                cause = getattr(error, "inner_exception", error)
+                self.on, self.problem = False, line_of(cause)
+                log.log(
+                    logging.WARNING if self._told else logging.DEBUG,
                     "%s: its blocks are not compiled and run slower: %s",
                     self._model_type,
                     self.problem,

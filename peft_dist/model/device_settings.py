@@ -8,7 +8,6 @@ import torch
 DETERMINISTIC = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what torch demands of cuBLAS
     "FLASH_ATTENTION_DETERMINISTIC": "1",  # read by transformers
-    "TORCHINDUCTOR_DETERMINISTIC": "1",  # else reductions are arranged as was fastest in a trial
     "NCCL_ALGO": "Ring",  # others are chosen by size and place, and sum in another order
 }
 """Environment variables without which sums may come in another order; set before CUDA is used."""

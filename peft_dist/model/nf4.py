@@ -70,30 +70,56 @@ def dequantize(
     return bnb.dequantize_4bit(packed.reshape(-1, 1), state)
 
 
-# Operators of torch, one each way: a compiler that sees the weight dequantized twice would keep the
-# first for backward, which takes as much memory as a base that is not quantized.
-@torch.library.custom_op("peft_dist::frozen_product", mutates_args=())
-def _frozen_product(
+def _product(
     x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int
 ) -> torch.Tensor:
     """Return x [..., in] @ dequantize(packed).T."""
     return x @ dequantize(packed, absmax, block_size=block_size, dtype=x.dtype).t()
 
 
-@torch.library.custom_op("peft_dist::frozen_product_backward", mutates_args=())
-def _frozen_product_backward(
+def _product_backward(
     grad: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int
 ) -> torch.Tensor:
     """Return grad [..., out] @ dequantize(packed)."""
     return grad @ dequantize(packed, absmax, block_size=block_size, dtype=grad.dtype)
 
 
-@_frozen_product.register_fake
+class _FrozenMatmul(torch.autograd.Function):
+    """x @ dequantize(packed).T, with a gradient for x alone.
+
+    The parameters themselves are saved, not the float weight: an engine that frees them after
+    forward gathers them again before backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(packed, absmax)
+        ctx.block_size = block_size
+        return _product(x, packed, absmax, block_size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        packed, absmax = ctx.saved_tensors
+        return _product_backward(grad, packed, absmax, ctx.block_size), None, None, None
+
+
+# The same for a compiler, as operators of torch, one each way: one that sees the weight dequantized
+# twice would keep the first for backward, which takes as much memory as a base that is not
+# quantized. Elsewhere each call of an operator of Python would cost some 25 microseconds more.
+_operator = torch.library.custom_op("peft_dist::frozen_product", _product, mutates_args=())
+_operator_backward = torch.library.custom_op(
+    "peft_dist::frozen_product_backward", _product_backward, mutates_args=()
+)
+
+
+@_operator.register_fake
 def _(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
-@_frozen_product_backward.register_fake
+@_operator_backward.register_fake
 def _(
     grad: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int
 ) -> torch.Tensor:
@@ -101,20 +127,16 @@ def _(
 
 
 def _save_parameters(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    """Save the parameters themselves, not the float weight.
-
-    An engine that frees them after forward gathers them again before backward.
-    """
     _, packed, absmax, ctx.block_size = inputs
     ctx.save_for_backward(packed, absmax)
 
 
 def _gradient_of_x(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
     packed, absmax = ctx.saved_tensors
-    return _frozen_product_backward(grad, packed, absmax, ctx.block_size), None, None, None
+    return _operator_backward(grad, packed, absmax, ctx.block_size), None, None, None
 
 
-_frozen_product.register_autograd(_gradient_of_x, setup_context=_save_parameters)
+_operator.register_autograd(_gradient_of_x, setup_context=_save_parameters)
 
 
 class FrozenLinear4bit(nn.Module):
@@ -164,7 +186,13 @@ class FrozenLinear4bit(nn.Module):
         """Map x [..., in] to [..., out] in x's dtype, or autocast's where that is on."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: torch.Tensor = _frozen_product(x, self.packed, self.absmax, self.block_size)
+        y: torch.Tensor
+        if torch.compiler.is_compiling():
+            y = _operator(x, self.packed, self.absmax, self.block_size)
+        else:
+            y = _FrozenMatmul.apply(  # type: ignore[no-untyped-call]  # it is torch's
+                x, self.packed, self.absmax, self.block_size
+            )
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

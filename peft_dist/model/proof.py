@@ -74,6 +74,8 @@ class ProofRun(NamedTuple):
         dtype: What it computes in.
         autocast: Returns the context of every pass.
         gradient: Goes back from a loss that is part of no step; returns the flat gradient.
+        disturbed: Returns a context in which the adapter has other values.
+        virtual_tokens: Places of learned tokens in front of every row.
         compiled: Its blocks, where they can be compiled.
     """
 
@@ -84,12 +86,14 @@ class ProofRun(NamedTuple):
     dtype: torch.dtype
     autocast: Callable[[], AbstractContextManager[object]]
     gradient: Callable[[torch.Tensor], torch.Tensor]
+    disturbed: Callable[[], AbstractContextManager[None]]
+    virtual_tokens: int = 0
     compiled: CompiledBlocks | None = None
 
-    def compile_blocks(self, on: bool) -> None:
-        """Let blocks run compiled from now on, or as they are."""
+    def compile_blocks(self, on: bool, *, told: bool = False) -> None:
+        """Let blocks run compiled from now on, or as they are; see `CompiledBlocks.switch`."""
         if self.compiled is not None:
-            self.compiled.on = on
+            self.compiled.switch(on=on, told=told)
 
 
 def prove(run: ProofRun, ways: Sequence[Way]) -> tuple[Way, list[str]]:
@@ -105,32 +109,44 @@ def prove(run: ProofRun, ways: Sequence[Way]) -> tuple[Way, list[str]]:
     bare = bare_model(run.peft)
     # Learned tokens stand in front of rows and are not the model's; a classifier gets none here.
     learned = run.peft.active_peft_config.is_prompt_learning and isinstance(model, Decoder)
-    alone = run.peft.disable_adapter() if learned else nullcontext()
+    alone = run.peft.disable_adapter if learned else nullcontext
     rows = probe_rows(bare, classified=isinstance(model, SequenceClassifier))
     problems: list[str] = []
     model.eval()
     run.compile_blocks(False)
-    with alone, torch.no_grad(), run.autocast(), _short_windows(bare):
-        expected = by_transformers(model, bare, blocks, device, dtype)
-        for way in ways:
+
+    def problem_of(way: Way) -> str | None:
+        with alone():
             problem = _problem(run, bare, rows, way, expected)
+        if problem is None and way.compiled:
+            return _problem_of_gradient(run, bare, _packed(run, rows, way, run.virtual_tokens))
+        return problem
+
+    with torch.no_grad(), run.autocast(), _short_windows(bare):
+        with alone():
+            expected = by_transformers(model, bare, blocks, device, dtype)
+        for way in ways:
+            problem = problem_of(way)
             first = problem is not None and not problems
             if first and dtype != torch.float32 and isinstance(model, CausalLM):
                 # Before a slower way is taken: is that more than how this model rounds?
                 run.compile_blocks(False)
-                rounding = ROUNDING * rounding_of(model, bare, blocks, device, dtype, expected)
+                with alone():
+                    rounding = ROUNDING * rounding_of(model, bare, blocks, device, dtype, expected)
                 expected = expected._replace(allowed=max(expected.allowed, rounding))
-                problem = _problem(run, bare, rows, way, expected)
+                problem = problem_of(way)
             if problem is None:
                 return way, problems
             problems.append(f"{way}: {problem}")
         noise = 0.0
         if isinstance(model, CausalLM):
-            noise = NOISE * noise_of(model, bare, device, dtype)
+            run.compile_blocks(False)
+            with alone():
+                noise = NOISE * noise_of(model, bare, device, dtype)
         if noise > expected.allowed:
             expected = expected._replace(allowed=noise)
             for tried, way in enumerate(ways):
-                problem = _problem(run, bare, rows, way, expected)
+                problem = problem_of(way)
                 if problem is None:
                     return way, problems[:tried]
     raise ModelError(
@@ -144,12 +160,10 @@ def _problem(
     run: ProofRun, bare: PreTrainedModel, rows: TokenizedRows, way: Way, expected: Expected
 ) -> str | None:
     """Score the rows in one way; return what is wrong with it. Collective."""
-    model, blocks, dtype, device = run.model, run.blocks, run.dtype, run.world.device
+    model, blocks, dtype = run.model, run.blocks, run.dtype
     run.compile_blocks(False)
     attention.find_gap()
-    ids = np.arange(rows.n_rows)
-    size = positions_of(rows, ids, packing=way.packing)
-    batch = pack(rows, ids, packing=way.packing, everyone=Everyone(size, size)).to(device)
+    batch = _packed(run, rows, way)
     try:
         if not attention.use_kernel(bare, way.attention):
             return "the model keeps the kernel that it was built with"
@@ -181,35 +195,62 @@ def _largest_difference(scores: torch.Tensor, expected: Expected, dtype: torch.d
 def _problem_of_compiled(
     run: ProofRun, bare: PreTrainedModel, batch: Batch, expected: Expected
 ) -> str | None:
-    """Compare losses of compiled blocks with transformers' own, and gradients with plain blocks'.
+    """Compare losses of compiled blocks with transformers' own. Collective."""
+    (losses,), _ = _passes(run, bare, batch, (True,))
+    worst = _largest_difference(losses, expected, run.dtype)
+    wrong = None if worst <= expected.allowed else f"a loss differs by {worst:.2g}"
+    return _first_problem(run, wrong)
+
+
+def _problem_of_gradient(run: ProofRun, bare: PreTrainedModel, batch: Batch) -> str | None:
+    """Compare the gradient of compiled blocks with that of plain ones. Collective."""
+    try:
+        with run.disturbed():  # where a factor is zero the other has no gradient
+            _, (plain, compiled) = _passes(run, bare, batch, (False, True))
+    except Exception as error:  # what is wrong with code for backward shows there
+        return line_of(error)
+    off = float((compiled - plain).norm() / plain.norm().clamp(min=1e-30))
+    wrong = None if off <= GRADIENT_ROUNDING[run.dtype] else f"the gradient differs by {off:.2g}"
+    return _first_problem(run, wrong and f"{wrong} of its norm")
+
+
+def _passes(
+    run: ProofRun, bare: PreTrainedModel, batch: Batch, compiled: tuple[bool, ...]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return losses and gradients of a micro-batch by plain blocks, or compiled ones.
 
     It is the code that trains which runs here, unless dropout makes it another. Collective.
     """
-    assert run.compiled is not None
-    model, gradients, worst = run.model, [], 0.0
+    model, losses, gradients = run.model, [], []
     model.train(not draws_numbers(bare))
     try:
-        for on in (False, True):
+        for on in compiled:
             run.compile_blocks(on)
             with torch.enable_grad():
                 nll, logits, _ = model(batch)
                 if nll.requires_grad:  # not without what is learned in front of rows
                     gradients.append(run.gradient(nll.sum()))
             scores = logits.flatten() if isinstance(model, SequenceClassifier) else nll
-            worst = _largest_difference(scores.detach(), expected, run.dtype)
+            losses.append(scores.detach())
     finally:
         model.eval()
-    off = 0.0
-    if gradients:
-        plain, compiled = gradients
-        off = float((compiled - plain).norm() / plain.norm().clamp(min=1e-30))
-    problem = run.compiled.problem or attention.find_gap() or ""
-    if not problem and not worst <= expected.allowed:
-        problem = f"a loss differs by {worst:.2g}"
-    if not problem and not off <= GRADIENT_ROUNDING[run.dtype]:
-        problem = f"the gradient differs by {off:.2g} of its norm"
+    return losses, gradients
+
+
+def _first_problem(run: ProofRun, wrong: str | None) -> str | None:
+    """Return what is wrong with compiled blocks on any process. Collective."""
+    assert run.compiled is not None
+    problem = run.compiled.problem or attention.find_gap() or wrong
     # Another machine may have another compiler: all take the same way.
     return next(filter(None, gather_objects(problem)), None)
+
+
+def _packed(run: ProofRun, rows: TokenizedRows, way: Way, virtual_tokens: int = 0) -> Batch:
+    ids, packing = np.arange(rows.n_rows), way.packing
+    size = positions_of(rows, ids, packing=packing, virtual_tokens=virtual_tokens)
+    everyone = Everyone(size, size)
+    batch = pack(rows, ids, packing=packing, virtual_tokens=virtual_tokens, everyone=everyone)
+    return batch.to(run.world.device)
 
 
 def _problem_of_routing(found: Routing | None, expected: Expected) -> str | None:

@@ -92,22 +92,26 @@ def ways_of(
         kernels.append("eager")
     packing = False if recipe.head == "sequence-classification" else recipe.data.packing
     layouts = [True, False] if packing is None else [packing]
-    ways = [
-        Way(kernel, layout, code)
-        for layout in layouts
-        for kernel in kernels
-        for code in ((True, False) if compiled else (False,))
-    ]
+    ways = []
+    for layout in layouts:
+        # Padded rows are one call as they are.
+        usable = [kernel for kernel in kernels if layout or kernel != attention.VARLEN_ATTENTION]
+        # One call for each row would be other code for other rows. More than the best is not tried:
+        # each takes a minute to compile, and most of what is wrong with one is so with all.
+        best = None if layout and usable[0] != attention.VARLEN_ATTENTION else usable[0]
+        for kernel in usable:
+            if compiled and kernel == best:
+                ways.append(Way(kernel, layout, compiled=True))
+            ways.append(Way(kernel, layout))
     if recipe.model.compile == "blocks":
         ways.sort(key=lambda way: not way.compiled)
-    return [way for way in ways if _can_be(way)]
-
-
-def _can_be(way: Way) -> bool:
-    if way.attention == attention.VARLEN_ATTENTION:
-        return way.packing  # padded rows are one call as it is
-    # A call for each row is other code for each number of rows and each of their lengths.
-    return not (way.compiled and way.packing and way.attention == attention.ROW_ATTENTION)
+        if not ways[0].compiled:
+            raise RecipeError(
+                "packed rows are compiled on GPUs alone, in 16 bits",
+                where="model.compile",
+                remedy="set data.packing: false, or compile: off",
+            )
+    return ways
 
 
 def prove_once(run: ProofRun, ways: list[Way], facts: list[Any], cache_dir: Path) -> Way:
@@ -129,12 +133,13 @@ def prove_once(run: ProofRun, ways: list[Way], facts: list[Any], cache_dir: Path
     if proven is not None:
         way = ways[int(proven)]
         if attention.use_kernel(bare, way.attention):
-            run.compile_blocks(way.compiled)
+            run.compile_blocks(way.compiled, told=True)
             log.info("%s, with %s, as was proven before", name, way)
             return way
     with stage("comparing losses with those of transformers", log) as told:
         way, problems = prove(run, ways)
         told.append(f"{name}, with {way}")
+    run.compile_blocks(way.compiled, told=True)
     for problem in problems:
         log.info("not used: %s", problem)
     if is_main:
