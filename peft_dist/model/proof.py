@@ -196,10 +196,11 @@ def _problem_of_compiled(
     run: ProofRun, bare: PreTrainedModel, batch: Batch, expected: Expected
 ) -> str | None:
     """Compare losses of compiled blocks with transformers' own. Collective."""
-    (losses,), _ = _passes(run, bare, batch, (True,))
-    worst = _largest_difference(losses, expected, run.dtype)
+    ((nll, logits, routing),), _ = _passes(run, bare, batch, (True,))
+    scores = logits.flatten() if isinstance(run.model, SequenceClassifier) else nll
+    worst = _largest_difference(scores, expected, run.dtype)
     wrong = None if worst <= expected.allowed else f"a loss differs by {worst:.2g}"
-    return _first_problem(run, wrong)
+    return _first_problem(run, wrong or _problem_of_routing(routing, expected))
 
 
 def _problem_of_gradient(run: ProofRun, bare: PreTrainedModel, batch: Batch) -> str | None:
@@ -216,25 +217,24 @@ def _problem_of_gradient(run: ProofRun, bare: PreTrainedModel, batch: Batch) -> 
 
 def _passes(
     run: ProofRun, bare: PreTrainedModel, batch: Batch, compiled: tuple[bool, ...]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return losses and gradients of a micro-batch by plain blocks, or compiled ones.
+) -> tuple[list[Any], list[torch.Tensor]]:
+    """Return the `Losses` of a micro-batch and its gradients by plain blocks, or compiled ones.
 
     It is the code that trains which runs here, unless dropout makes it another. Collective.
     """
-    model, losses, gradients = run.model, [], []
+    model, given, gradients = run.model, [], []
     model.train(not draws_numbers(bare))
     try:
         for on in compiled:
             run.compile_blocks(on)
             with torch.enable_grad():
-                nll, logits, _ = model(batch)
+                given.append(model(batch))
+                nll = given[-1].nll
                 if nll.requires_grad:  # not without what is learned in front of rows
                     gradients.append(run.gradient(nll.sum()))
-            scores = logits.flatten() if isinstance(model, SequenceClassifier) else nll
-            losses.append(scores.detach())
     finally:
         model.eval()
-    return losses, gradients
+    return given, gradients
 
 
 def _first_problem(run: ProofRun, wrong: str | None) -> str | None:

@@ -1,5 +1,6 @@
 """Compiled blocks compute what plain ones do, and are compiled once for rows of all lengths."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from peft_dist.common.errors import RecipeError
 from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from peft_dist.distributed.world import World
 from peft_dist.model.attention import ROW_ATTENTION
+from peft_dist.model.compiled import set_up_compiler
 from peft_dist.model.source import find_base
 from peft_dist.model.ways import compiles, ways_of
 from peft_dist.model_setup import ModelSetup, set_up_model
@@ -215,6 +217,22 @@ def test_blocks_cannot_be_asked_to_be_compiled_under_zero3(tmp_path: Path) -> No
     recipe = tiny_recipe(tmp_path, tmp_path / "rows.jsonl", model={"compile": "blocks"})
     with pytest.raises(RecipeError, match="model.compile: zero3 gathers each layer"):
         compiles(recipe, torch.device("cpu"), "zero3")
+
+
+def test_code_is_kept_in_the_cache_folder_and_made_by_few_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "compile_threads", 32)
+    monkeypatch.setattr(config, "deterministic", False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    environ: dict[str, str] = {}
+    set_up_compiler(tmp_path, 16, deterministic=False, environ=environ)
+    assert (config.compile_threads, config.deterministic) == (4, False)
+    set_up_compiler(tmp_path / "other", 1, deterministic=True, environ=environ)
+    assert (config.compile_threads, config.deterministic) == (8, True)
+    assert environ == {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
 
 
 def test_packed_rows_cannot_be_asked_to_be_compiled_on_a_cpu(tmp_path: Path) -> None:
