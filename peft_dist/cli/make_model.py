@@ -7,7 +7,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from peft_dist.cli.options import add_merge_form, add_task, add_verbosity
+from peft_dist.cli.options import add_verbosity
+from peft_dist.common.arguments import add_merge_form, add_model_to_quantize
 from peft_dist.common.errors import PeftDistError
 
 Run = Callable[[argparse.Namespace], int]
@@ -24,11 +25,7 @@ def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) ->
         _quantize,
         "store a model in 4 bits in the cache, ahead of the first run that needs it",
     )
-    quantize.add_argument("model", metavar="MODEL", help="folder with safetensors files, or hub id")
-    quantize.add_argument(
-        "--revision", metavar="NAME", help="branch, tag or commit of a hub model (default: main)"
-    )
-    add_task(quantize)
+    add_model_to_quantize(quantize)
     add_verbosity(quantize)
     merge = command(
         "merge",
@@ -46,9 +43,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.launcher_process import run_tool
     from peft_dist.launch.packages import require_training_packages
 
-    words = [arguments.model]
-    if arguments.task is not None:
-        words += ["--task", arguments.task]
+    words = [arguments.model, "--task", arguments.task]
     if arguments.revision is not None:
         words += ["--revision", arguments.revision]
     require_training_packages()

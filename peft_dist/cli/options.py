@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from peft_dist.common import logs
-from peft_dist.common.arguments import GGUF_TYPES
 from peft_dist.common.console import show
 from peft_dist.common.env import VERBOSITY
 
@@ -35,31 +34,6 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--verbose", action="store_true", help="show what every process and library has to say"
-    )
-
-
-def add_task(parser: argparse.ArgumentParser) -> None:
-    """Add `--task` of both ways to quantize."""
-    parser.add_argument(
-        "--task",
-        choices=("causal-lm", "sequence-classification", "reward"),
-        help="what the model will be trained to do (default: causal-lm)",
-    )
-
-
-def add_merge_form(parser: argparse.ArgumentParser) -> None:
-    """Add `--base` and `--gguf` of both ways to merge."""
-    parser.add_argument(
-        "--base",
-        choices=("full", "dequantized"),
-        default="full",
-        help="add it to the weights of the files, or to those that 4-bit training saw "
-        "(default: full)",
-    )
-    parser.add_argument(
-        "--gguf",
-        choices=GGUF_TYPES,
-        help="also write DIR/DIR-TYPE.gguf, for llama.cpp, with numbers of this type",
     )
 
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peft_dist.cli.options import add_merge_form, add_task
 from peft_dist.cli.slurm import Run, add_after, add_cluster
+from peft_dist.common.arguments import add_merge_form, add_model_to_quantize
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE
 
@@ -45,9 +45,7 @@ def add_commands(
     quantize = command(
         "submit quantize", _quantize, "fill the cache of packed bases in a Slurm job"
     )
-    quantize.add_argument("model", metavar="MODEL", help="folder or hub id")
-    quantize.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
-    add_task(quantize)
+    add_model_to_quantize(quantize)
     _add_place(quantize, "runs/quantize-MODEL")
     merge = command("submit merge", _merge, "merge a run's LoRA into its base in a Slurm job")
     merge.add_argument("run_dir", metavar="RUN_DIR", help="folder that train or submit made")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from peft_dist.checkpoint.adapter_file import ADAPTER_FILE
-from peft_dist.common.arguments import GGUF_TYPES
+from peft_dist.common.arguments import BASES, add_merge_form
 from peft_dist.common.atomic import whole_folder
 from peft_dist.common.console import show
 from peft_dist.common.errors import ModelError, RecipeError, RunDirError
@@ -36,8 +36,6 @@ from peft_dist.model.weights import FLOATS, WeightFiles, model_folder
 from peft_dist.run.directory import RunDir
 from peft_dist.worker.process import WorkerContext, run_worker
 
-BASES = ("full", "dequantized")
-"""What an adapter may be added to: the weights of the files, or those it was trained on."""
 UNMERGEABLE = {
     "bottleneck": "a bottleneck is a layer of its own, with a non-linearity",
     "prefix": "learned keys and values are no part of any weight",
@@ -58,8 +56,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="peft-dist merge", description=main.__doc__)
     parser.add_argument("run_dir", type=Path, help="folder of a finished run")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--base", choices=BASES, default=BASES[0], help="weights to add it to")
-    parser.add_argument("--gguf", choices=GGUF_TYPES, help="also write a GGUF file")
+    add_merge_form(parser)
     options = parser.parse_args(argv)
     run, dequantized = RunDir.open(options.run_dir), options.base == BASES[1]
 

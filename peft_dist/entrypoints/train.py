@@ -110,7 +110,7 @@ def _train(
 ) -> None:
     started_s = time.monotonic() - process_age_s()
     context.run_dir = _run_of(options)[0]
-    stop_requests.on_setup_stop = context.stopped_in_setup
+    stop_requests.end_setup_by(context.stopped_in_setup)
     recipe = load_recipe(_recipe_of(options), options.overrides)
     require_settled(recipe)
     if context.rank == 0:

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -286,6 +286,15 @@ def matrix_cases() -> dict[str, Case]:
 
 
 CASES = _cases()
+SAVED = {
+    (name, engine)
+    for name, case in CASES.items()
+    for engine in case.engines
+    if IS_LONG
+    or name.startswith(("matrix-", "repeated"))
+    or engine == (FSDP if FSDP in case.engines else SINGLE)
+}
+"""Trainings that leave their adapter: in short, every cell's, and else that of a base in shards."""
 
 
 class Recorder:
@@ -307,21 +316,28 @@ def main(folder: Path) -> None:
     """Run every case that belongs to this number of processes."""
     world = read_world()
     process_group.start(world)
-    run_cases(folder, CASES, world)
+    run_cases(folder, CASES, world, SAVED)
     process_group.stop()
 
 
-def run_cases(folder: Path, cases: Mapping[str, Case], world: World) -> None:
+def run_cases(
+    folder: Path,
+    cases: Mapping[str, Case],
+    world: World,
+    saved: Container[tuple[str, str]],
+) -> None:
     """Run those of some cases that belong to this number of processes."""
     for name, case in cases.items():
         for engine in case.engines:
             processes, strategy = engine.split("-")
             if int(processes) == world.size:
-                run_case(folder, name, case, strategy, world)
+                run_case(folder, name, case, strategy, world, is_saved=(name, engine) in saved)
 
 
-def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -> None:
-    """Train one case and leave `outcome.json` and the adapter."""
+def run_case(
+    folder: Path, name: str, case: Case, strategy: str, world: World, *, is_saved: bool
+) -> None:
+    """Train one case and leave `outcome.json` and, where that is wanted, the adapter."""
     started = time.monotonic()
     out = folder / "outcomes" / name / f"{world.size}-{strategy}"
     kind = case.rows
@@ -360,7 +376,7 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -
     logging.getLogger("peft_dist").removeHandler(warnings)
     # At the start: DeepSpeed keeps what it may need again soon, which of a tiny model is all.
     sharded = all(setup.engine.is_shard(parameter) for parameter in setup.base.values())
-    saver = AdapterSaver(setup, rows)
+    saver = AdapterSaver(setup, rows) if is_saved else None
     reference = None
     if recipe.objective.has_reference:
         reference = reference_scores(setup, rows, cache / "reference" / strategy)
@@ -380,9 +396,11 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -
     expert_bytes = gather_objects(setup.engine.resident_bytes(experts))
     digests = gather_objects({name: fingerprint(t) for name, t in after.items()})
     nll, logits = probe(setup, rows)
-    saver.save(out / "adapter")
+    if saver is not None:
+        saver.save(out / "adapter")
     if not world.is_main:
         return
+    out.mkdir(parents=True, exist_ok=True)
     facts = {
         "losses": [r["loss"] for r in recorder.records if r["event"] == "step"],
         "norms": [r["grad_norm"] for r in recorder.records if r["event"] == "step"],

@@ -236,6 +236,23 @@ def test_a_dashboard_that_cannot_be_saved_is_one_line(
     assert re.fullmatch(f"peft-dist: error: {line}", told), told
 
 
+def test_a_service_of_the_sdk_that_does_not_end_is_killed() -> None:
+    code = """
+import subprocess, sys
+from types import SimpleNamespace
+from peft_dist.tracking.wandb import wandb_run
+wandb_run.SERVICE_END_S = 0.2
+service = subprocess.Popen(["sleep", "600"])
+sdk = SimpleNamespace(teardown=lambda _code: sys.exit(service.wait()))
+wandb_run.end_service(sdk)
+print(service.poll())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "-9\n", "")
+
+
 def every_row(tmp_path: Path) -> list[dict[str, Any]]:
     """Return a row of each kind of event that a run writes."""
     run = make_run(tmp_path / "run")
