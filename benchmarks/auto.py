@@ -23,7 +23,7 @@ from typing import Any
 
 from peft_dist.config import load_recipe
 from peft_dist.plan.candidate import Candidate
-from peft_dist.plan.hardware import GIB, Assumed, Gpu, Hardware
+from peft_dist.plan.hardware import GIB, Assumed, GpuKind, Hardware
 from peft_dist.plan.learn import solve
 from peft_dist.plan.plan import Subject, choose, read_config, subject_of
 
@@ -151,7 +151,7 @@ def _compared(report: dict[str, Any]) -> dict[str, Any]:
     measured = {key: median(times) for key, times in report["seconds"].items()}
     # A card's speed is that in bfloat16, of which the plan takes half in float32.
     in_bfloat16 = report["dtype"] == "bfloat16"
-    cpu = Gpu("cpu", 1024.0, report["memory_gb_s"], LINK_GB_S, bfloat16=in_bfloat16,
+    cpu = GpuKind("cpu", 1024.0, report["memory_gb_s"], LINK_GB_S, bfloat16=in_bfloat16,
               measured_flops=report["flops"] * (1 if in_bfloat16 else 2))  # fmt: skip
     assumed = Assumed(context_gib=0, nccl_gib=0, hop_inside_us=30.0)
     machine = Hardware(cpu, PROCESSES, LINK_GB_S, LINK_GB_S, None, assumed)

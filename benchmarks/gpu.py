@@ -37,7 +37,7 @@ from peft_dist.ledger.events import LedgerEvent, StepEvent
 from peft_dist.metrics.mfu import FLOPS_PER_TOKEN_AND_PARAMETER, peak_flops
 from peft_dist.model.architectures import bare_model, build_skeleton
 from peft_dist.model.source import BaseSource
-from peft_dist.model.weights import Stored, WeightFiles
+from peft_dist.model.weights import StoredTensor, WeightFiles
 from peft_dist.model_setup import set_up_model
 from peft_dist.trainer import Trainer
 from peft_dist.worker.process import set_allocator
@@ -72,7 +72,7 @@ class RandomFiles(WeightFiles):
         self.folder, self.files = folder, ()
         self._device = device
         self.tensors = {
-            name: Stored(self.folder, tuple(parameter.shape), "BF16")
+            name: StoredTensor(self.folder, tuple(parameter.shape), "BF16")
             for name, parameter in model.named_parameters()
         }
 

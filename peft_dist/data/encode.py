@@ -26,7 +26,7 @@ from peft_dist.data.bad_row import BadRow
 from peft_dist.data.chat_rows import ChatRow
 from peft_dist.data.chat_template import ChatTemplate
 from peft_dist.data.conversation import Conversation, ConversationReader
-from peft_dist.data.pieces import Ids, Piece, PieceEncoder
+from peft_dist.data.pieces import Ids, PieceEncoder, TextPiece
 from peft_dist.data.rows import BadRows, CompletionRow, LabelledRow, Row, Task, TextRow
 
 if TYPE_CHECKING:
@@ -209,17 +209,17 @@ class Encoder:
         A conversation becomes several rows where no one text holds all its prompts as inference
         sends them.
         """
-        texts: list[list[Piece]] = []
+        texts: list[list[TextPiece]] = []
         chats: dict[int, Conversation] = {}
         with self._template.limited() if self._template is not None else nullcontext():
             for number, row in enumerate(rows):
                 match row:
                     case TextRow() | LabelledRow():
-                        texts.append([Piece(row.text, is_trained=isinstance(row, TextRow))])
+                        texts.append([TextPiece(row.text, is_trained=isinstance(row, TextRow))])
                     case CompletionRow():
                         after = "" if row.prompt else None
-                        completion = Piece(row.completion, is_trained=True, after=after)
-                        texts.append([Piece(row.prompt), completion])
+                        completion = TextPiece(row.completion, is_trained=True, after=after)
+                        texts.append([TextPiece(row.prompt), completion])
                     case ChatRow():
                         conversation = self._read(row, bad)
                         if conversation is not None:
@@ -241,7 +241,9 @@ class Encoder:
 
     def completions(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], ...]:
         """Return each text as the trained tokens it would be as a completion, end included."""
-        encoded = self._pieces.encode([Piece(text, is_trained=True, after="") for text in texts])
+        encoded = self._pieces.encode(
+            [TextPiece(text, is_trained=True, after="") for text in texts]
+        )
         return tuple(np.array(self._with_end(ids), dtype=np.int32) for ids in encoded)
 
     def text(self, tokens: NDArray[np.int32]) -> str:
@@ -302,7 +304,7 @@ class Encoder:
         self.tally["turns"] += sum(len(chat.answers) for chat in chats.values())
         return done
 
-    def _encoded(self, texts: Sequence[Sequence[Piece]]) -> "list[_EncodedPieces]":
+    def _encoded(self, texts: Sequence[Sequence[TextPiece]]) -> "list[_EncodedPieces]":
         """Encode the pieces of several texts at once."""
         ids = iter(self._pieces.encode([piece for text in texts for piece in text]))
         return [[(piece, next(ids)) for piece in text] for text in texts]
@@ -314,7 +316,7 @@ class Encoder:
         first = next(found for _, found in pieces if found)
         # a text that was rendered by a chat template already begins with the begin token
         head = [] if first[: len(self._head)] == self._head else self._head
-        return replace(_joined(line, [(Piece(""), head), *pieces]), head=len(head))
+        return replace(_joined(line, [(TextPiece(""), head), *pieces]), head=len(head))
 
     def _labelled(self, row: LabelledRow, pieces: "_EncodedPieces") -> EncodedRow:
         ids = [token for _, found in pieces for token in found]
@@ -335,7 +337,7 @@ class Encoder:
         return replace(row, head=head)
 
 
-_EncodedPieces = list[tuple[Piece, Ids]]
+_EncodedPieces = list[tuple[TextPiece, Ids]]
 
 
 def _joined(line: int, pieces: _EncodedPieces) -> EncodedRow:

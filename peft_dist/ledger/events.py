@@ -237,7 +237,7 @@ class RollbackEvent(NonFiniteEvent):
         return self.step if self.back_to is None else self.back_to
 
 
-class Gpu(BaseModel):
+class GpuSample(BaseModel):
     """One GPU of a sample; what NVML does not report is missing."""
 
     model_config = LedgerEvent.model_config
@@ -289,7 +289,7 @@ class SystemEvent(LedgerEvent):
     """Bytes sent by all interfaces since the last sample."""
     network_received_bytes: int | None = None
     """Bytes received by all interfaces since the last sample."""
-    gpus: list[Gpu] | None = None
+    gpus: list[GpuSample] | None = None
     """The GPUs of the run on this node."""
 
 

@@ -85,7 +85,7 @@ def model_folder(name: str, revision: str | None) -> Path:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where one tensor lies and what it is."""
 
     file: Path
@@ -115,12 +115,12 @@ class WeightFiles:
         self.folder = folder
         self.files = _safetensors_files(folder)
         self._open: dict[Path, Any] = {}
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
             handle = self._handle(file)
             for key in handle.keys():  # noqa: SIM118 - not a mapping
                 piece = handle.get_slice(key)
-                self.tensors[key] = Stored(file, tuple(piece.get_shape()), piece.get_dtype())
+                self.tensors[key] = StoredTensor(file, tuple(piece.get_shape()), piece.get_dtype())
 
     @property
     def bytes(self) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from peft_dist.checks.checks import CHECKS, GPUS, Looking
-from peft_dist.checks.surroundings import Surroundings
+from peft_dist.checks.context import CheckContext
 from peft_dist.common import console
 from peft_dist.common.console import say
 from peft_dist.common.env import NONCE
@@ -120,7 +120,7 @@ class NodeCheck:
                 within(
                     self.options.timeout_s / 4, lambda: report_path(self.options.run_dir).unlink()
                 )
-        around = Surroundings(
+        context = CheckContext(
             environ={**os.environ},
             run_dir=self.options.run_dir,
             min_free_bytes=self.options.min_free_gb * 1e9,
@@ -128,7 +128,7 @@ class NodeCheck:
             nodes=len(self.hosts),
             limit_s=self.options.timeout_s * LOCAL_SHARE,
         )
-        looking = Looking(around, [check for check in CHECKS if check is not GPUS])
+        looking = Looking(context, [check for check in CHECKS if check is not GPUS])
         facts = gather(self.options.index, self.name)
         self.doing = "torch"
         os.environ.update(TORCH_SETTINGS)
@@ -142,7 +142,7 @@ class NodeCheck:
         if problem is not None:
             return self._cannot_import(problem, facts)
         self.doing = "its devices"
-        facts = network.with_devices(facts, around)
+        facts = network.with_devices(facts, context)
         self.arrivals.announce(self.options.index)
         if self.options.index == 0:
             return self._lead(facts)
@@ -150,11 +150,11 @@ class NodeCheck:
 
     def _lead(self, facts: NodeFacts) -> int:
         from peft_dist.preflight import network
-        from peft_dist.preflight.head import Head
+        from peft_dist.preflight.head import HeadNode
 
         self.doing = "its own port"
         try:
-            head = Head(self._member(facts.index), self.hosts)
+            head = HeadNode(self._member(facts.index), self.hosts)
         except network.PortTaken:
             self._say(f"port {self.options.port} of {self.name} is taken")
             return PORT_TAKEN

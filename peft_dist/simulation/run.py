@@ -28,7 +28,7 @@ from peft_dist.metrics.step import StepMetricsReader
 from peft_dist.model import architectures, experts
 from peft_dist.model.proof import Way
 from peft_dist.model.source import BaseSource
-from peft_dist.model.weights import Stored, WeightFiles
+from peft_dist.model.weights import StoredTensor, WeightFiles
 from peft_dist.model_setup import set_up_model
 from peft_dist.sharding import ENGINES, Engine
 from peft_dist.simulation.meter import Meter
@@ -62,7 +62,7 @@ class ShapeFiles(WeightFiles):
         self.folder, self.files = folder, ()
         skeleton.tie_weights()
         self.tensors = {
-            name: Stored(folder, tuple(parameter.shape), dtype)
+            name: StoredTensor(folder, tuple(parameter.shape), dtype)
             for name, parameter in skeleton.named_parameters()
         }
 

@@ -44,13 +44,13 @@ def unreachable() -> None:
 
 def hangs() -> None:
     """Wait for the others for ever."""
-    head.Head.wait_for_all = lambda *_, **__: time.sleep(1000)  # type: ignore[assignment, method-assign]
+    head.HeadNode.wait_for_all = lambda *_, **__: time.sleep(1000)  # type: ignore[assignment, method-assign]
 
 
 def holds_the_interpreter() -> None:
     """Hang in C, so that no thread of Python can run."""
     sleep = ctypes.PyDLL(None).sleep
-    head.Head.wait_for_all = lambda *_, **__: sleep(1000)  # type: ignore[assignment, method-assign]
+    head.HeadNode.wait_for_all = lambda *_, **__: sleep(1000)  # type: ignore[assignment, method-assign]
 
 
 def _before_the_all_reduce(act: Any) -> None:

@@ -14,7 +14,7 @@ from peft_dist.common.manifest import MANIFEST_FILE
 from peft_dist.ledger.events import (
     CheckpointEvent,
     EvaluationEvent,
-    Gpu,
+    GpuSample,
     RollbackEvent,
     SavedEvent,
     SaveFailedEvent,
@@ -342,7 +342,7 @@ def test_of_very_many_ranks_the_slowest_and_the_median_are_shown(tmp_path: Path)
 def test_the_machines_of_other_nodes_have_names_of_their_own(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     training = Training(run, with_wandb=False)
-    sample = SystemEvent(step=0, cpu_percent=50.0, gpus=[Gpu(power_w=300.0)])
+    sample = SystemEvent(step=0, cpu_percent=50.0, gpus=[GpuSample(power_w=300.0)])
     for event in (sample, sample.model_copy(update={"node": 8})):
         training.write(event)
     training.end()

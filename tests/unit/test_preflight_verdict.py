@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from peft_dist.checks import folders
+from peft_dist.checks.context import CheckContext
 from peft_dist.checks.finding import Finding
 from peft_dist.checks.folders import check_run_dir
-from peft_dist.checks.gpus import Gpu, check_gpus
-from peft_dist.checks.surroundings import Surroundings
+from peft_dist.checks.gpu_tools import GpuState
+from peft_dist.checks.gpus import check_gpus
 from peft_dist.common.time_limit import within
 from peft_dist.preflight.node_info import SILENT, NodeFacts, code_digest, gather, told
 from peft_dist.preflight.verdict import PreflightLimits, Report, judge, report_path
@@ -33,14 +34,14 @@ FINE = NodeFacts(
 )
 
 
-def found_by(check: Callable[[Surroundings], Iterable[Finding]], **around: Any) -> dict[str, Any]:
+def found_by(check: Callable[[CheckContext], Iterable[Finding]], **around: Any) -> dict[str, Any]:
     """Return the facts of a node with what a check finds in these surroundings."""
-    return {"findings": told(check(Surroundings(**around)))}
+    return {"findings": told(check(CheckContext(**around)))}
 
 
 def with_gpus(count: int, *, free_gb: int = 79) -> dict[str, Any]:
     """Return the facts of a node that has some of eight GPUs."""
-    seen = [Gpu(f"GPU {index}", "H100", 80 * GB, free_gb * GB) for index in range(count)]
+    seen = [GpuState(f"GPU {index}", "H100", 80 * GB, free_gb * GB) for index in range(count)]
     return found_by(check_gpus, devices=8, look_at_gpus=lambda _: seen)
 
 
@@ -284,7 +285,7 @@ def test_a_node_gathers_its_facts() -> None:
 def test_a_look_at_a_run_directory_ends_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    around = Surroundings(run_dir=tmp_path, limit_s=0.1)
+    around = CheckContext(run_dir=tmp_path, limit_s=0.1)
     assert not told(check_run_dir(replace(around, limit_s=10)))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(folders, "_probe", lambda _: time.sleep(60))
