@@ -197,7 +197,8 @@ def _described(rows: TrainingRows, eval_set: EvalSet | None) -> list[str]:
         for source in some.sources:
             for report in source.reports:
                 log.warning("left out %s", report)
-            log.info("%s", source.line(what))
+            level = logging.WARNING if source.lose_much else logging.INFO
+            log.log(level, "%s", source.line(what))
     how = f"{len(rows.tokens):,} tokens" if isinstance(rows, TokenizedRows) else "streamed"
     kept = f"rows: {rows.n_examples:,} to train on, {how}"
     return [kept + ("" if eval_set is None else f", {eval_set.rows.n_examples:,} held out")]

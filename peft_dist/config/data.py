@@ -24,8 +24,9 @@ class Data(Section):
     """JSONL, JSON, CSV or Parquet file, several such as rows/part-*.jsonl, or `datasets` folder
     (relative to the recipe), or a hub name; or a list of such sources, mixed."""
     eval: EvalSources | None = None
-    """Held-out rows in any form `train` takes; or how many of the training rows are held out, such
-    as 500 or 5%: which ones follows from their content and `train.seed`. Off: no evaluation."""
+    """Held-out rows in any form `train` takes, each of several sources with a loss of its own; or
+    how many of the training rows are held out, such as 500 or 5%: which ones follows from their
+    content and `train.seed`. Off: no evaluation."""
     train_split: Text = "train"
     """Split to read where `train` is a hub name or a folder with several splits; of any source
     also a part of it, such as train[:10%]."""
@@ -36,8 +37,10 @@ class Data(Section):
     completion: answer}. Alpaca's, ShareGPT's and OpenAI's forms need none."""
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Most tokens of one row; see `truncation`."""
-    truncation: Literal["end", "start", "drop", "error"] = "end"
-    """What happens to a longer row: cut its end, cut its start, leave it out, or stop."""
+    truncation: Literal["end", "start", "split", "drop", "error"] = "end"
+    """What happens to a longer row: cut its end, cut its start, split a text into several rows that
+    each go on where the one before ends (and cut the end of a row with a prompt, for nothing would
+    ask for the rest), leave it out, or stop."""
     packing: bool | None = None
     """Lay the rows of a micro-batch end to end, without padding and without attention between
     rows; the loss is the same. Default: on for causal-lm where the start proves that the model

@@ -196,6 +196,8 @@ class Recipe(Section):
         classify = self.model.task == "sequence-classification"
         if self.data.streaming:
             self._refuse_streaming()
+        if self.data.truncation == "split":
+            self._refuse_split()
         if classify and self.data.packing:
             raise ValueError("data.packing cannot be on for sequence-classification; remove it")
         if classify and self.method.kind == "prefix":
@@ -240,6 +242,17 @@ class Recipe(Section):
                 "checkpoint.keep_best needs held-out losses; set evaluate.every_steps and data.eval"
             )
         return self
+
+    def _refuse_split(self) -> None:
+        """Refuse, beside `data.truncation: split`, what takes every row as a whole."""
+        whole = {
+            f"model.task {self.model.task}": self.model.task == "sequence-classification",
+            f"objective {self.objective.kind}": self.objective.kind != "sft",
+            "evaluate.choices": bool(self.evaluate.choices),
+        }
+        for what, is_set in whole.items():
+            if is_set:
+                raise ValueError(f"{what} takes rows whole; set data.truncation: end or drop")
 
     def _refuse_streaming(self) -> None:
         """Refuse, beside `data.streaming`, what takes a look at all rows before training."""

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -26,39 +26,12 @@ from peft_dist.data.bad_row import BadRow
 from peft_dist.data.chat_rows import ChatRow
 from peft_dist.data.chat_template import ChatTemplate
 from peft_dist.data.conversation import Conversation, ConversationReader
+from peft_dist.data.encoded_row import EncodedRow
 from peft_dist.data.pieces import Ids, PieceEncoder, TextPiece
 from peft_dist.data.rows import BadRows, CompletionRow, LabelledRow, Row, Task, TextRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedRow:
-    """The tokens of one row; `head` and `tail` of them survive any truncation."""
-
-    line: int
-    tokens: NDArray[np.int32]
-    trained: NDArray[np.bool_]
-    head: int = 0
-    tail: int = 0
-    label: str | None = None
-    stops: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """[n_trained_turns] where the last stop token of each trained turn is."""
-
-    def cut(self, *, max_length: int, keep: str) -> "EncodedRow":
-        """Return at most `max_length` tokens, from the `start` or the `end` of the row."""
-        room = max_length - self.head - self.tail
-        assert room >= 1, (max_length, self.head, self.tail)
-        last = len(self.tokens) - self.tail
-        body = (
-            np.arange(self.head, self.head + room)
-            if keep == "start"
-            else last + np.arange(-room, 0)
-        )
-        at = np.concatenate((np.arange(self.head), body, np.arange(last, len(self.tokens))))
-        stops = np.flatnonzero(np.isin(at, self.stops))
-        return replace(self, tokens=self.tokens[at], trained=self.trained[at], stops=stops)
 
 
 def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerFast":
@@ -182,7 +155,7 @@ class Encoder:
         template = self._template
         if self.tally["turns"] and template is not None and not template.end_of_turn().has_stop:
             found.append(
-                f"the chat template of {self._name} ends an answer with no stop token;"
+                "the chat template ends an answer with no stop token;"
                 f" {self._tokenizer.eos_token!r} is trained after each"
             )
         if self.tally["turns"] and self._reader.opening is not None:

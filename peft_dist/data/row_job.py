@@ -13,7 +13,8 @@ from peft_dist.common.errors import DataError
 from peft_dist.common.screen import Bar, wait
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.counts import SourceRows
-from peft_dist.data.encode import EncodedRow, Encoder
+from peft_dist.data.encode import Encoder
+from peft_dist.data.encoded_row import EncodedRow
 from peft_dist.data.hold_out import HoldOut
 from peft_dist.data.pairs import Example, encode_judged, encode_pairs, with_mismatched
 from peft_dist.data.parallel import encode_in_processes, processes_here
@@ -84,7 +85,9 @@ class FittedRows:
         """
         self._job, self.source, self._hold_out = job, source, hold_out
         self.bad = bad or BadRows.as_allowed(source, job.recipe.data)
-        self.kept = self.cut = self.lost_end = self.dropped = 0
+        self.kept = self.cut = self.lost_end = self.dropped = self.split = self.pieces = 0
+        self.longest_dropped = 0
+        """Tokens of the longest example that is dropped."""
         self.trained_turns = self.stop_tokens = 0
         self.verdicts: list[bool] = []
         """Of the judged answers that are kept."""
@@ -112,9 +115,7 @@ class FittedRows:
         match self._job.recipe.objective.rows:
             case "single":
                 rows: Any = batches
-                return one_by_one(
-                    [Example((row,)) for row in encoded] for encoded in self._encoded(rows)
-                )
+                return one_by_one(self._alone(encoded) for encoded in self._encoded(rows))
             case "pair":
                 return one_by_one(map(self.encode, batches))
             case "judged":
@@ -125,12 +126,27 @@ class FittedRows:
         job, rows = self._job, list(batch)
         match job.recipe.objective.rows:
             case "single":
-                encoded = job.encoder.encode(cast("list[Row]", rows), self.bad)
-                return [Example((row,)) for row in encoded]
+                return self._alone(job.encoder.encode(cast("list[Row]", rows), self.bad))
             case "pair":
                 return encode_pairs(job.encoder, cast("list[PairRow]", rows), self.bad)
             case "judged":
                 return encode_judged(job.encoder, cast("list[JudgedRow]", rows), self.bad)
+
+    def _alone(self, rows: Sequence[EncodedRow]) -> list[Example]:
+        """Return rows that are trained alone, long texts in pieces where that is asked."""
+        data = self._job.recipe.data
+        if data.truncation != "split":
+            return [Example((row,)) for row in rows]
+        found: list[Example] = []
+        for row in rows:
+            is_text = bool(row.trained[row.head :].all())
+            pieces = [row]
+            if is_text and len(row.tokens) > data.max_length:
+                pieces = row.pieces(data.max_length)
+                self.split += 1
+                self.pieces += len(pieces)
+            found += [Example((piece,)) for piece in pieces]
+        return found
 
     def _encoded(self, batches: Iterator[list[Row]]) -> Iterator[list[EncodedRow]]:
         """Yield the tokens of each batch; the later ones of many chats on all cores."""
@@ -175,6 +191,7 @@ class FittedRows:
         fitted = [row for row in kept if row is not None and _has_predictions(row)]
         if len(fitted) < len(example.rows):
             self.dropped += 1
+            self.longest_dropped = max(self.longest_dropped, *(len(row.tokens) for row in own))
             return None
         self.kept += 1
         self.cut += bool(too_long)
@@ -196,6 +213,27 @@ class FittedRows:
         self.trained_turns += len(row.stops)
         self.stop_tokens += len(ends)
         return len(ends) < len(row.stops)
+
+    def require_some(self) -> None:
+        """Stop where no row is left.
+
+        Raises:
+            DataError: With why there is none, and which setting would keep some.
+        """
+        if self.kept:
+            return
+        data = self._job.recipe.data
+        why, remedy = "with nothing to train", "fix the rows"
+        if self.longest_dropped > data.max_length:
+            why = f"as data.max_length ({data.max_length}) leaves nothing of them to train (the "
+            why += f"longest has {self.longest_dropped} tokens)"
+            remedy = "raise data.max_length, or set data.truncation: "
+            remedy += "start, to cut prompts" if data.truncation == "end" else "end"
+        raise DataError(
+            f"no row is left to use: {self.dropped} dropped {why}, {len(self.bad.found)} malformed",
+            where=self.source.name,
+            remedy=remedy,
+        )
 
     def counts(self) -> SourceRows:
         """Return what has become of the rows so far."""
@@ -242,3 +280,13 @@ class FittedRows:
 
 def _has_predictions(row: EncodedRow) -> bool:
     return len(row.tokens) > 0 if row.label is not None else bool(row.trained[1:].any())
+
+
+def split_notices(read: Sequence[FittedRows]) -> list[str]:
+    """Return how many rows were split; without paths, for rows are the same wherever they lie."""
+    rows, pieces = sum(one.split for one in read), sum(one.pieces for one in read)
+    return (
+        [f"{rows:,} texts longer than data.max_length are trained as {pieces:,} rows"]
+        if rows
+        else []
+    )

@@ -22,7 +22,7 @@ from peft_dist.common.errors import DataError
 from peft_dist.common.screen import wait
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.counts import SourceRows
-from peft_dist.data.encode import EncodedRow
+from peft_dist.data.encoded_row import EncodedRow
 from peft_dist.data.order import RowIds
 from peft_dist.data.parallel import in_processes
 from peft_dist.data.row_index import IndexedSource, indexed

@@ -22,7 +22,7 @@ from peft_dist.config.recipe import Recipe
 from peft_dist.data.counts import SourceRows
 from peft_dist.data.encode import Encoder
 from peft_dist.data.first_rows import open_row_source
-from peft_dist.data.row_job import FittedRows, RowJob
+from peft_dist.data.row_job import FittedRows, RowJob, split_notices
 from peft_dist.data.sources import Source
 from peft_dist.data.tokenized_rows import TokenizedRows as TokenizedRows
 
@@ -129,12 +129,8 @@ def _write(job: RowJob, folder: Path) -> None:
                     labels.append(row.label)
     for rows in found:
         # held-out rows may all come from one source; a source to train on must have some
-        if not rows.kept and (job.which == "train" or not lengths):
-            raise DataError(
-                f"no row is left to use: {rows.dropped} dropped, {len(rows.bad.found)} malformed",
-                where=rows.source.name,
-                remedy="see data.max_length and data.truncation",
-            )
+        if job.which == "train" or not lengths:
+            rows.require_some()
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     (folder / "offsets").write_bytes(offsets.astype(FILES["offsets"]).tobytes())
     names = job.label_names
@@ -160,7 +156,7 @@ def _write(job: RowJob, folder: Path) -> None:
             }
             for rows in found
         ],
-        "notices": job.encoder.notices(),
+        "notices": [*job.encoder.notices(), *split_notices(found)],
         "rows_per_example": job.recipe.rows_per_example,
     }
     sealed = {"fingerprint": _fingerprint(content), "content": content}

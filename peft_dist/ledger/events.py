@@ -151,6 +151,9 @@ class EvaluationEvent(LedgerEvent):
     eval_accuracy: float | None = None
     """Share of examples answered right, or of pairs whose chosen answer has the higher reward, 0
     to 1; null without choices, classes or pairs."""
+    eval_source_loss: list[float | None] | None = None
+    """Loss of each source of the held-out rows, in the recipe's order, as long as the objective is
+    sft; null for one that no row of is scored. Missing where there is one source."""
     eval_reward_chosen: float | None = None
     """Mean reward of the chosen or desirable answers; missing where the objective has none."""
     eval_reward_rejected: float | None = None

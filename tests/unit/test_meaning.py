@@ -41,6 +41,7 @@ data.train data.eval data.train_split data.max_length data.truncation data.packi
 data.max_bad_rows data.date data.columns.prompt data.columns.completion data.columns.text
 data.columns.messages data.columns.chosen data.columns.rejected data.columns.label
 objective.sft.kind objective.dpo.kind objective.dpo.beta objective.dpo.label_smoothing
+objective.dpo.length_normalised
 objective.dpo.sft_weight objective.ipo.kind objective.ipo.beta objective.ipo.sft_weight
 objective.kto.kind objective.kto.beta objective.kto.desirable_weight
 objective.kto.undesirable_weight objective.orpo.kind objective.orpo.beta objective.simpo.kind
