@@ -93,7 +93,7 @@ def write_partial(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
     config: PeftConfig,
-    beside: Collection[Path] = (),
+    beside: Mapping[str, Path | str] | None = None,
 ) -> Path:
     """Write an adapter into a folder of its own, beside the one it is for; return it.
 
@@ -101,7 +101,7 @@ def write_partial(
         folder: Where `replace_adapter` will put it.
         tensors: What the file holds, by the names PEFT reads.
         config: What stands beside them.
-        beside: Files that are copied beside them.
+        beside: Files that are copied beside them, and texts that are written there, by name.
 
     Raises:
         TrainingError: Where the disk is full.
@@ -110,8 +110,11 @@ def write_partial(
     try:
         partial = folder_beside(folder)
         write_adapter(partial, tensors, config)
-        for file in beside:
-            shutil.copyfile(file, partial / file.name)
+        for name, content in (beside or {}).items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, partial / name)
+            else:
+                (partial / name).write_text(content, encoding="utf-8")
         sync_tree(partial)
     except (OSError, SafetensorError) as error:
         if partial is not None:

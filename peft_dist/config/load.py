@@ -26,12 +26,18 @@ from peft_dist.config.explain import (
 )
 from peft_dist.config.meaning import refuse_meaningless
 from peft_dist.config.recipe import Recipe
-from peft_dist.config.row_sources import held_out
+from peft_dist.config.row_sources import RowSource, held_out
 from peft_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml
 
-PATH_FIELDS = (("model", "name"), ("data", "train"), ("data", "eval"), ("method", "start_from"))
+PATH_FIELDS = (
+    ("model", "name"),
+    ("data", "train"),
+    ("data", "eval"),
+    ("data", "template"),
+    ("method", "start_from"),
+)
 """Fields that hold a local path or, where no such path exists, a hub name; or a list of sources."""
-_NEVER_ON_THE_HUB = (("method", "start_from"),)
+_NEVER_ON_THE_HUB = (("data", "template"), ("method", "start_from"))
 
 _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".tsv", ".txt", ".xls", ".xlsx",
                  ".gz", ".zip", ".yaml", ".yml", ".xml")  # fmt: skip
@@ -196,13 +202,7 @@ def _resolve_paths(
         where = f"{recipe_path}: {section}.{field}"
         if isinstance(value, tuple):
             changed.setdefault(section, {})[field] = tuple(
-                source.model_copy(
-                    update={
-                        "path": _resolved(
-                            source.path, bases, f"{where}[{at}].path", check=check_paths
-                        )
-                    }
-                )
+                _resolved_source(source, bases, f"{where}[{at}]", check=check_paths)
                 for at, source in enumerate(value)
             )
         elif value is not None and not (section == "data" and held_out(value) is not None):
@@ -218,6 +218,17 @@ def _resolve_paths(
             changed.setdefault(section, {})[field] = found
     parts = {name: getattr(recipe, name).model_copy(update=new) for name, new in changed.items()}
     return recipe.model_copy(update=parts)
+
+
+def _resolved_source(
+    source: RowSource, bases: Sequence[Path], where: str, *, check: bool
+) -> RowSource:
+    """Return a source with its local paths made absolute."""
+    found = {"path": _resolved(source.path, bases, f"{where}.path", check=check)}
+    if source.template is not None:
+        where = f"{where}.template"
+        found["template"] = _resolved(source.template, bases, where, check=check, is_local=True)
+    return source.model_copy(update=found)
 
 
 def _resolved(
