@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from peft_dist.common.atomic import folder_beside, put_in_place, sync_tree
 from peft_dist.common.errors import RunDirError, TrainingError
+from peft_dist.common.paths import ADAPTER_FILES
 from peft_dist.methods import Method
 
-ADAPTER_FILE = "adapter_model.safetensors"
+_, ADAPTER_FILE = ADAPTER_FILES
 CHECKPOINTS = "checkpoints"
 """Beside the adapter of a run."""
 _TARGETS = ("target_modules", "target_parameters")

@@ -25,19 +25,20 @@ from peft_dist.config.explain import (
     section_at,
 )
 from peft_dist.config.meaning import refuse_meaningless
+from peft_dist.config.method import hub_adapter
 from peft_dist.config.recipe import Recipe
 from peft_dist.config.row_sources import RowSource, held_out
 from peft_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml
 
+_START = ("method", "start_from")
 PATH_FIELDS = (
     ("model", "name"),
     ("data", "train"),
     ("data", "eval"),
     ("data", "template"),
-    ("method", "start_from"),
+    _START,
 )
 """Fields that hold a local path or, where no such path exists, a hub name; or a list of sources."""
-_NEVER_ON_THE_HUB = (("data", "template"), ("method", "start_from"))
 
 _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".tsv", ".txt", ".xls", ".xlsx",
                  ".gz", ".zip", ".yaml", ".yml", ".xml")  # fmt: skip
@@ -197,6 +198,7 @@ def _resolve_paths(
     for path in PATH_FIELDS:
         section, field = path
         value = getattr(getattr(recipe, section), field)
+        absent = "does not exist"
         from_override = path in typed or (section,) in typed
         bases = [folder, Path.cwd()] if from_override else [folder]
         where = f"{recipe_path}: {section}.{field}"
@@ -206,8 +208,11 @@ def _resolve_paths(
                 for at, source in enumerate(value)
             )
         elif value is not None and not (section == "data" and held_out(value) is not None):
+            is_local = path == ("data", "template")
+            if path == _START and hub_adapter(value) is None:
+                is_local, absent = True, "is neither a folder here nor a hub id like ORG/NAME"
             found = _resolved(
-                value, bases, where, check=check_paths, is_local=path in _NEVER_ON_THE_HUB
+                value, bases, where, check=check_paths, is_local=is_local, absent=absent
             )
             if section == "model" and Path(found).is_absolute() and Path(found).is_file():
                 raise RecipeError(
@@ -232,7 +237,13 @@ def _resolved_source(
 
 
 def _resolved(
-    name: str, bases: Sequence[Path], where: str, *, check: bool, is_local: bool = False
+    name: str,
+    bases: Sequence[Path],
+    where: str,
+    *,
+    check: bool,
+    is_local: bool = False,
+    absent: str = "does not exist",
 ) -> str:
     """Return a path as an absolute one, and a hub name as it is."""
     found = _find(name, bases)
@@ -243,7 +254,7 @@ def _resolved(
         return pattern
     if (is_local or _looks_local(name)) and check:
         raise RecipeError(
-            f"{quote(name)} does not exist",
+            f"{quote(name)} {absent}",
             where=where,
             remedy=f"relative paths start at {bases[0]}",
         )

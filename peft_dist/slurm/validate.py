@@ -101,6 +101,7 @@ def check_paths(cluster: Cluster, nodes: int, folder: Path, recipe: Recipe) -> l
     paths = {
         "--run-dir": str(folder),
         "model.name": local_model(recipe),
+        "method.start_from": recipe.method.start_from,
         **_row_paths(recipe),
     }
     return check_shared(cluster, nodes, paths)
