@@ -236,7 +236,8 @@ def test_a_signal_to_one_rank_that_loads_stops_the_command(
     print(
         f"\n{number.name} to rank {rank} in setup: ended {time.monotonic() - told_at_s:.1f} s after"
     )
-    assert "stopped by a signal; `peft-dist resume " in command.told()
+    # Which one it was is known where rank 0 had it once it had the run.
+    assert re.search(f"stopped by (a signal|{number.name}); `peft-dist resume ", command.told())
     assert run.outcomes() == ["interrupted"]
     assert not records(run.path)
 
