@@ -209,8 +209,8 @@ def _resolve_paths(
             )
         elif value is not None and not (section == "data" and held_out(value) is not None):
             is_local = path == ("data", "template")
-            if path == _START and hub_adapter(value) is None:
-                is_local, absent = True, "is neither a folder here nor a hub id like ORG/NAME"
+            if path == _START and (refusal := _why_not_on_hub(value, bases)):
+                is_local, absent = True, refusal
             found = _resolved(
                 value, bases, where, check=check_paths, is_local=is_local, absent=absent
             )
@@ -223,6 +223,17 @@ def _resolve_paths(
             changed.setdefault(section, {})[field] = found
     parts = {name: getattr(recipe, name).model_copy(update=new) for name, new in changed.items()}
     return recipe.model_copy(update=parts)
+
+
+def _why_not_on_hub(named: str, bases: Sequence[Path]) -> str:
+    """Return what is wrong with a start that is no folder; nothing where it can be a hub id."""
+    problem = "is neither a folder here nor a hub id like ORG/NAME"
+    if hub_adapter(named) is None:
+        return problem
+    owner = named.partition("/")[0]
+    if "@" in named or _find(owner, bases) is None:
+        return ""
+    return f"{problem}: {owner}/ is a folder here (on the hub it is {named}@main)"
 
 
 def _resolved_source(

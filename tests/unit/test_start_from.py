@@ -93,9 +93,14 @@ def test_a_folder_that_is_not_there_is_refused_before_anything_starts(recipe_fil
             match=rf"start_from: '{name}' is neither a folder here nor a hub id like ORG/NAME; rel",
         ):
             load_recipe(recipe_file, [f"method.start_from={name}"])
-    for hub in ("org/sft-v1.2", "org/sft@main", "org/sft@refs/pr/3"):
-        assert load_recipe(recipe_file, [f"method.start_from={hub}"]).method.start_from == hub
-    (recipe_file.parent / "runs" / "sft").mkdir(parents=True)
+    for name in ("org/sft-v1.2", "org/sft@main", "org/sft@refs/pr/3"):
+        assert load_recipe(recipe_file, [f"method.start_from={name}"]).method.start_from == name
+    (recipe_file.parent / "runs").mkdir()
+    with pytest.raises(PeftDistError, match=r"'runs/sft' is neither .+: runs/ is a folder here"):
+        load_recipe(recipe_file, ["method.start_from=runs/sft"])
+    hub = load_recipe(recipe_file, ["method.start_from=runs/sft@main"])
+    assert hub.method.start_from == "runs/sft@main"
+    (recipe_file.parent / "runs" / "sft").mkdir()
     found = load_recipe(recipe_file, ["method.start_from=runs/sft"])
     assert found.method.start_from == str(recipe_file.parent / "runs" / "sft")
 
