@@ -6,6 +6,7 @@ before they train, but by then the libraries are imported and the rows tokenised
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from peft_dist.config import Recipe, load_recipe
 from peft_dist.preflight.node_info import NOTHING
 from peft_dist.run.paths import RunPaths
 
+INDEX = "model.safetensors.index.json"
 WHOLE_BYTES = 1 << 20
 """Size up to which a file is read to its end."""
 END_BYTES = 1 << 16
@@ -41,10 +43,10 @@ def local_inputs(recipe: Recipe) -> Inputs:
     found: Inputs = {}
     model = paths.staged(recipe.model.name) or Path(recipe.model.name)
     if model.is_absolute():
-        weights = sorted(model.glob("*.safetensors"))
-        found["model.name"] = _of_files(weights)
-        small = {file for pattern in paths.MODEL_FILES for file in model.glob(pattern)}
-        for file in sorted(small - set(weights)):
+        found["model.name"] = _of_files(_weights_of(model))
+        # not all that lies there: a node's own copy may lack what nobody reads
+        read = ("config.json", INDEX, *paths.TOKENIZER_FILES)
+        for file in sorted({file for pattern in read for file in model.glob(pattern)}):
             found[f"{file.name} of the model"] = _of_files([file])
     start = recipe.method.start_from
     if start is not None and Path(start).is_absolute():
@@ -58,6 +60,16 @@ def local_inputs(recipe: Recipe) -> Inputs:
     for path in recipe.data.templates:
         found[f"data.template {path}"] = _of_files([Path(path)])
     return found
+
+
+def _weights_of(model: Path) -> list[Path]:
+    """Return the weight files that are read of a model's folder."""
+    try:
+        text = (model / INDEX).read_text(encoding="utf-8")
+        names = set(json.loads(text)["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = {"model.safetensors"}
+    return [model / name for name in sorted(names)]
 
 
 def _files_of(rows: str) -> list[Path]:

@@ -1,5 +1,6 @@
 """What a node finds of a recipe's files: told apart cheaply, wherever a copy of them lies."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -7,13 +8,27 @@ from pathlib import Path
 
 import pytest
 
+from peft_dist.common.env import STAGED
 from peft_dist.config import load_recipe
 from peft_dist.config.load import render_yaml
-from peft_dist.preflight.inputs import MOST_FILES, WHOLE_BYTES, Inputs, inputs_of_run, local_inputs
+from peft_dist.preflight.inputs import (
+    INDEX,
+    MOST_FILES,
+    WHOLE_BYTES,
+    Inputs,
+    inputs_of_run,
+    local_inputs,
+)
 from peft_dist.preflight.node_info import NOTHING
+from peft_dist.slurm.stage_model import stage
 
 SAMPLED = 3 * WHOLE_BYTES
 """Bytes of a file of which both ends are read."""
+
+
+def write_index(folder: Path, *weights: str) -> None:
+    index = {"weight_map": {f"weight of {name}": name for name in weights}}
+    (folder / "model" / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
 @pytest.fixture
@@ -22,10 +37,11 @@ def project(tmp_path: Path) -> Path:
     folder = tmp_path / "project"
     for name in ("model", "run/adapter", "shards"):
         (folder / name).mkdir(parents=True)
-    for name in ("config.json", "tokenizer.json", "model.safetensors.index.json"):
+    for name in ("config.json", "tokenizer.json"):
         (folder / "model" / name).write_text("{}", encoding="utf-8")
     for name in ("1.safetensors", "2.safetensors"):
         (folder / "model" / name).write_bytes(bytes(SAMPLED))
+    write_index(folder, "1.safetensors", "2.safetensors")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / "run" / "adapter" / name).write_bytes(b"adapter")
     for number in range(MOST_FILES + 6):
@@ -61,10 +77,7 @@ def flip(name: str, at: int) -> Callable[[Path], None]:
     [
         ("config.json of the model", flip("model/config.json", 0)),
         ("tokenizer.json of the model", flip("model/tokenizer.json", 1)),
-        (
-            "model.safetensors.index.json of the model",
-            flip("model/model.safetensors.index.json", 0),
-        ),
+        (f"{INDEX} of the model", flip(f"model/{INDEX}", 18)),
         ("model.name", flip("model/1.safetensors", 9)),
         ("model.name", flip("model/2.safetensors", SAMPLED - 1)),
         ("model.name", flip("model/2.safetensors", SAMPLED)),
@@ -105,15 +118,28 @@ def test_what_this_node_alone_lacks_is_told(project: Path) -> None:
     assert inputs["model.name"] == inputs[f"data.eval {project}/held.jsonl"] == NOTHING
 
 
+def test_a_nodes_own_copy_of_the_model_is_the_same(project: Path, tmp_path: Path) -> None:
+    (project / "model" / "consolidated.safetensors").write_bytes(b"of another program")
+    copy = stage(project / "model", tmp_path / "own")
+    first = found(project)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(STAGED, json.dumps({str(project / "model"): str(copy)}))
+        assert found(project) == first
+        (copy / "config.json").write_text("[]", encoding="utf-8")
+        assert found(project) != first
+
+
 def test_a_run_whose_recipe_cannot_be_read_has_none(tmp_path: Path) -> None:
     assert inputs_of_run(tmp_path) == {}
 
 
 def test_a_model_of_many_large_files_takes_less_than_a_second(project: Path) -> None:
-    for number in range(200):
-        with (project / "model" / f"more-{number:03}.safetensors").open("wb") as file:
+    names = [f"more-{number:03}.safetensors" for number in range(200)]
+    for name in names:
+        with (project / "model" / name).open("wb") as file:
             file.truncate(5_000_000_000)
+    write_index(project, *names)
     began = time.process_time()
     told = found(project)["model.name"]
     assert time.process_time() - began < 1.0
-    assert told.startswith(f"202 files, {200 * 5_000_000_000 + 2 * SAMPLED:,} bytes")
+    assert told.startswith(f"200 files, {200 * 5_000_000_000:,} bytes")
