@@ -115,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quantization", choices=("nf4", "none"), default="nf4")
     made.add_argument("--strategy", choices=("ddp", "fsdp"), default="fsdp")
     made.add_argument("--rank", type=int, default=16, help="LoRA rank; alpha is twice that")
+    made.add_argument("--fused", action="store_true", help="method.fused: auto")
     made.add_argument("--length", type=int, default=4096, help="tokens of the longest row")
     made.add_argument("--shortest", type=int, help="of the shortest; default: all are as long")
     made.add_argument("--rows", type=int, default=1, help="rows per GPU and step, packed")
@@ -173,7 +174,12 @@ def make_trainer(args: argparse.Namespace, world: World, folder: Path) -> Traine
         {
             "model": {"name": str(folder), "attention": args.attention},
             "quantization": args.quantization,
-            "method": {"kind": "lora", "rank": args.rank, "alpha": 2.0 * args.rank},
+            "method": {
+                "kind": "lora",
+                "rank": args.rank,
+                "alpha": 2.0 * args.rank,
+                "fused": "auto" if args.fused else "off",
+            },
             "data": {"train": str(folder / "random.jsonl"), "max_length": args.length},
             "train": {
                 "steps": args.steps,

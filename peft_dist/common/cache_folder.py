@@ -32,9 +32,9 @@ def usable_cache_dir() -> Path:
     return folder
 
 
-_PARTS = ("packed", "proofs", "reference", "rows", "sha256")
-"""Folders in the cache: bases, what was proven of them, their scores of answers, rows, and what is
-remembered of files."""
+_PARTS = ("compiled", "packed", "proofs", "reference", "rows", "sha256")
+"""Folders in the cache: code that torch has made, bases, what was proven of them, their scores of
+answers, rows, and what is remembered of files."""
 
 
 def _require_own(folder: Path) -> None:

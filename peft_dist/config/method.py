@@ -93,6 +93,10 @@ class Lora(_Adapter):
     """Weight-decomposed updates (arXiv 2402.09353); dequantizes each weight once more per pass."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases of the base are trained too."""
+    fused: Literal["off", "auto"] = "off"
+    """Whether, on a GPU, B A is added to a 4-bit weight while that is dequantized, and not to the
+    layer's output: less memory read and written, fewer kernels, other rounding. auto: in passes of
+    so many tokens that it pays, where a start finds the values right."""
     extra: dict[Text, Any] = {}
     """Fields of PEFT's LoraConfig that have no key here, such as {lora_bias: true}, and that
     leave the adapter a plain LoRA."""

@@ -37,6 +37,13 @@ class Model(Section):
     """Attention kernel. auto: torch's own flash kernels on a GPU that has them, in one call for all
     rows; for models that cap their scores flash_attention_2 where installed; else what the
     architecture supports."""
+    compile: Literal["auto", "off", "blocks"] = "off"
+    """Whether transformer blocks are compiled by torch for passes that train: half the kernels, and
+    less memory read and written between products, for a minute or so of compiling in a first start.
+    What is compiled is kept in the cache folder. auto: on GPUs, but not with zero3; off without
+    GPUs. blocks: everywhere, but with zero3; on a CPU with padded rows alone. A model whose blocks
+    do not compile, or compute something else then, runs as it is, and says so. What an adapter
+    drops is compiled in the first step, and drawn otherwise than without."""
 
 
 class Train(Section):

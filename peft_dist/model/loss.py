@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from peft_dist.data.pack import Batch
 from peft_dist.model.architectures import bare_model, trunk_name
-from peft_dist.model.attention import OURS
+from peft_dist.model.attention import OURS, rows_for_attention
 from peft_dist.model.cross_entropy import cross_entropy, logits_of
 from peft_dist.model.head import Head
 from peft_dist.model.router import Routing, router_term
@@ -142,7 +142,7 @@ class Decoder(nn.Module, ABC):
         """
         kernel = model.config._attn_implementation
         if kernel in OURS:
-            return {"row_lengths": batch.row_lengths, "row_bounds": batch.row_bounds}
+            return rows_for_attention(batch.row_lengths, batch.row_bounds)
         if kernel == "flash_attention_2" and batch.row_lengths is not None:
             longest = max(batch.row_lengths)
             return {

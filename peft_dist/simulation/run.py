@@ -200,13 +200,15 @@ def _even_experts() -> Iterator[None]:
 
 def _settled(recipe: Recipe, world: World) -> Recipe:
     """Return the recipe with what a start would find out on the nodes, and one step."""
+    # Code for this machine would be other code, and says nothing of the bytes on a GPU.
+    model = recipe.model.model_copy(update={"compile": "off"})
     train = recipe.train.model_copy(update={"steps": 1, "epochs": None})
     method = recipe.method
     if hasattr(
         method, "virtual_tokens"
     ):  # words to start from need a tokenizer, and change no size
         method = method.model_copy(update={"init": "random", "text": None})
-    return recipe.model_copy(update={"train": train, "method": method})
+    return recipe.model_copy(update={"model": model, "train": train, "method": method})
 
 
 def _source(recipe: Recipe, folder: Path) -> BaseSource:

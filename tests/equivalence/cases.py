@@ -172,9 +172,30 @@ def _cases() -> dict[str, Case]:
         "own-dropout-off": Case("gpt2-dropout", (SINGLE,), none, steps=5),
         **dict.fromkeys(("own-dropout", "own-dropout-again"), dropping),
     }
+    cases |= compiled_cases() if IS_LONG else {}
     return (
         cases | objective_cases() | matrix_cases() | expert_cases() | start_cases() | muon_cases()
     )
+
+
+def compiled_cases() -> dict[str, Case]:
+    """Return trainings of compiled blocks, by the name of that of the same blocks as they are."""
+    engines = {"lora": (SINGLE, FSDP, DDP, HSDP, ZERO2)}
+    cells = [(name, "nf4", "recomputed") for name in MATRIX_METHODS] + [("lora", "none", "kept")]
+    return {
+        f"compiled-matrix-{name}-{quantization}-{recomputed}": Case(
+            "llama",
+            engines.get(name, (SINGLE, FSDP)),
+            {
+                "quantization": quantization,
+                "method": MATRIX_METHODS[name],
+                "model": {"compile": "blocks"},
+                "train": {"activation_checkpointing": recomputed == "recomputed"},
+            },
+            steps=STEPS,
+        )
+        for name, quantization, recomputed in cells
+    }
 
 
 def start_cases() -> dict[str, Case]:

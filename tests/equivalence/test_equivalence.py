@@ -138,8 +138,8 @@ def test_only_adapters_biases_and_heads_train(outcome: Outcomes, name: str) -> N
         "trainable_tokens",
         *(["bias"] if "biases" in name else []),
     ]
-    if name.startswith("matrix-"):
-        marks = MARKS[name.split("-")[1]]
+    if "matrix-" in name:
+        marks = MARKS[name.partition("matrix-")[2].split("-")[0]]
     if name.startswith("objective-"):
         marks = [*MARKS.get(name.split("-")[2], MARKS["lora"]), "modules_to_save"]
     for engine in CASES[name].engines:

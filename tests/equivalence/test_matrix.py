@@ -21,6 +21,7 @@ from tests.equivalence.cases import (
     MATRIX_METHODS,
     SINGLE,
     STEPS,
+    compiled_cases,
     matrix_cases,
 )
 from tests.equivalence.conftest import Outcomes
@@ -45,6 +46,16 @@ def test_recomputing_changes_no_loss(outcome: Outcomes, method: str, quantizatio
     for engine in CASES[case].engines:
         pairs = zip(outcome(case, engine)["losses"], outcome(again, engine)["losses"], strict=True)
         assert max(abs(a - b) for a, b in pairs) <= 1e-5, engine
+
+
+@only_long
+@pytest.mark.parametrize("case", compiled_cases())
+def test_compiled_blocks_change_no_loss(outcome: Outcomes, case: str) -> None:
+    for engine in CASES[case].engines:
+        compiled, plain = outcome(case, engine), outcome(case.removeprefix("compiled-"), engine)
+        assert compiled["warnings"] == plain["warnings"], engine
+        for key in ("losses", "norms"):
+            assert compiled[key] == pytest.approx(plain[key], rel=1e-5, abs=1e-5), (engine, key)
 
 
 @pytest.mark.parametrize("case", matrix_cases())

@@ -25,7 +25,7 @@ PREFIX = "method.kind=prefix"
 ALWAYS = re.findall(
     r"\S+",
     """
-model.name model.task model.dropout model.dtype model.attention quantization
+model.name model.task model.dropout model.dtype model.attention model.compile quantization
 method.lora.kind method.lora.rank method.lora.alpha method.lora.dropout method.lora.targets
 method.lora.target_parameters
 method.lora.init method.lora.learning_rate_ratio method.lora.rslora method.lora.dora
@@ -68,6 +68,7 @@ profile.steps
 EXAMPLES: dict[str, tuple[str, list[str], list[str]]] = {
     "model.revision": ("v1", [], ["model.name=someone/model"]),
     "method.lora.init_rows": ("8", [], ["method.init=eva"]),
+    "method.lora.fused": ("auto", ["quantization=none"], ["quantization=nf4"]),
     "method.prefix.init": ("vocabulary", [PREFIX, "method.projection=true"], [PREFIX]),
     "method.prefix.text": ("a cat", [PREFIX, "method.projection=true"], [PREFIX]),
     "method.prefix.projection_size": ("16", [PREFIX], [PREFIX, "method.projection=true"]),
