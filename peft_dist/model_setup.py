@@ -91,7 +91,7 @@ class ModelSetup:
     released: Released
     """What the adapter names as its base."""
     tokenizer_files: list[Path]
-    """What is saved beside the adapter: the tokenizer and its chat template."""
+    """Of the tokenizer and its chat template, which are saved beside the adapter."""
     start_sha256: str | None = None
     """Of the file of the adapter that training starts from; None for a new one."""
 

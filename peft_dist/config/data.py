@@ -35,6 +35,9 @@ class Data(Section):
     columns: Columns = Columns()
     """Which columns to read, where they have names of their own, such as {prompt: question,
     completion: answer}. Alpaca's, ShareGPT's and OpenAI's forms need none."""
+    template: Text | None = None
+    """File with the chat template (Jinja) that conversations are rendered with, relative to the
+    recipe. Default: the tokenizer's own."""
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Most tokens of one row; see `truncation`."""
     truncation: Literal["end", "start", "split", "drop", "error"] = "end"
@@ -65,6 +68,9 @@ class Data(Section):
                 for name in AMOUNTS:
                     if getattr(source, name) is not None:
                         raise ValueError(f"eval: {name} is for training rows; remove it")
+        own = [source.template for source in (*self._named("train"), *self._named("eval"))]
+        if self.template is not None and all(own):
+            raise ValueError("template: every source has one of its own; remove it")
         return self
 
     @property
@@ -78,19 +84,28 @@ class Data(Section):
         return len(self.train) if isinstance(self.train, tuple) and len(self.train) > 1 else 0
 
     def sources(self, which: Literal["train", "eval"]) -> tuple[RowSource, ...]:
-        """Return where rows are read, with split and columns of each; () for no held-out rows."""
+        """Return where rows are read, with what `data` says of each; () for no held-out rows."""
         of_train = which == "train" or self.held_out is not None
-        value = self.train if of_train else self.eval
-        assert not isinstance(value, int), "that is a part of the training rows"
-        if isinstance(value, str):
-            value = (RowSource(path=value),)
         split = self.train_split if of_train else self.eval_split
         return tuple(
             source.model_copy(
                 update={
                     "split": source.split or split,
                     "columns": source.columns or self.columns,
+                    "template": source.template or self.template,
                 }
             )
-            for source in value or ()
+            for source in self._named(which)
         )
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The files with chat templates, each once."""
+        sources = (*self.sources("train"), *self.sources("eval"))
+        return tuple(dict.fromkeys(one.template for one in sources if one.template is not None))
+
+    def _named(self, which: Literal["train", "eval"]) -> tuple[RowSource, ...]:
+        """Return the sources as they are written, as a list."""
+        value = self.train if which == "train" or self.held_out is not None else self.eval
+        assert not isinstance(value, int), "that is a part of the training rows"
+        return (RowSource(path=value),) if isinstance(value, str) else value or ()

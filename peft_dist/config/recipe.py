@@ -198,6 +198,11 @@ class Recipe(Section):
             self._refuse_streaming()
         if self.data.truncation == "split":
             self._refuse_split()
+        if classify and self.data.templates:
+            raise ValueError(
+                "data.template is for conversations, and sequence-classification reads none; "
+                "remove it"
+            )
         if classify and self.data.packing:
             raise ValueError("data.packing cannot be on for sequence-classification; remove it")
         if classify and self.method.kind == "prefix":

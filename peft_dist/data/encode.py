@@ -8,7 +8,7 @@ here (see `token_cache.py`).
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -29,6 +29,7 @@ from peft_dist.data.conversation import Conversation, ConversationReader
 from peft_dist.data.encoded_row import EncodedRow
 from peft_dist.data.pieces import Ids, PieceEncoder, TextPiece
 from peft_dist.data.rows import BadRows, CompletionRow, LabelledRow, Row, Task, TextRow
+from peft_dist.data.template_file import TemplateFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -73,6 +74,7 @@ class Encoder:
         task: The recipe's `model.task`.
         name: The model, for errors.
         day: What a chat template takes for today. Default: today, in UTC.
+        template: What conversations are rendered with. Default: the tokenizer's own template.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Encoder:
         task: Task,
         name: str,
         day: date | None = None,
+        template: TemplateFile | None = None,
     ) -> None:
         """Find out which special tokens the tokenizer itself puts around a text."""
         self._tokenizer = tokenizer
@@ -96,27 +99,36 @@ class Encoder:
         if not self._classify:
             self._tail = []  # the end token below is the one a model is trained to stop with
         self._pieces = PieceEncoder(tokenizer)
+        self._rendered_with = tokenizer.chat_template if template is None else template.text
+        self._has_file = template is not None
         self._template: ChatTemplate | None = None
-        if tokenizer.chat_template:
+        if self._rendered_with:
             self._day = day or datetime.now(UTC).date()
-            self._template = ChatTemplate(tokenizer, name=name, day=self._day)
+            self._template = ChatTemplate(tokenizer, name=name, day=self._day, own=template)
             self._reader = ConversationReader(self._template, self._pieces.is_hidden)
         self.tally = Counter[str]()
         """What `notices` counts of the conversations encoded so far."""
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "Encoder":
+    def of(cls, recipe: Recipe, template: TemplateFile | None = None) -> "Encoder":
         """Return the encoder of a recipe; loads its tokenizer.
 
         Raises:
             ModelError: The tokenizer cannot be used.
         """
-        return cls(
-            load_tokenizer(recipe),
-            task=recipe.model.task,
-            name=recipe.model.name,
-            day=recipe.data.date,
-        )
+        return cls.of_all(recipe, [template])[template]
+
+    @classmethod
+    def of_all(
+        cls, recipe: Recipe, templates: Iterable[TemplateFile | None]
+    ) -> "dict[TemplateFile | None, Encoder]":
+        """Return an encoder for each template, all with one tokenizer; see `of`."""
+        tokenizer = load_tokenizer(recipe)
+        task, name, day = recipe.model.task, recipe.model.name, recipe.data.date
+        return {
+            template: cls(tokenizer, task=task, name=name, day=day, template=template)
+            for template in dict.fromkeys(templates)
+        }
 
     @property
     def least_length(self) -> int:
@@ -125,8 +137,8 @@ class Encoder:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the tokenizer can lay out a conversation."""
-        return bool(self._tokenizer.chat_template)
+        """Whether there is something to lay out a conversation with."""
+        return bool(self._rendered_with)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -140,7 +152,7 @@ class Encoder:
         tokenizer = self._tokenizer
         facts = [
             tokenizer.backend_tokenizer.to_str(),
-            tokenizer.chat_template,
+            self._rendered_with,
             tokenizer.special_tokens_map,
             [version(name) for name in ("tokenizers", "transformers", "jinja2")],
         ]
@@ -153,6 +165,8 @@ class Encoder:
         """Return what a person should know of the conversations that were encoded."""
         found = []
         template = self._template
+        if self._has_file and not self.tally["turns"]:
+            found.append("no row is a conversation, so the chat template that is set has no effect")
         if self.tally["turns"] and template is not None and not template.end_of_turn().has_stop:
             found.append(
                 "the chat template ends an answer with no stop token;"
@@ -239,7 +253,8 @@ class Encoder:
             raise DataError(
                 f"the row has messages, but the tokenizer of {self._name} has no chat template",
                 where=bad.source.where(row.line),
-                remedy="name an instruct model, or write rows with prompt and completion",
+                remedy="name an instruct model, set data.template, or write rows with prompt and "
+                "completion",
             )
         try:
             conversation = self._reader.read(row)

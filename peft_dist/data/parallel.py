@@ -95,7 +95,7 @@ _own: list[tuple[Encoder, Source]] = []
 
 def _load(recipe: Recipe, source: Source) -> None:
     """Load the tokenizer of a new process."""
-    _own.append((Encoder.of(recipe), source))
+    _own.append((Encoder.of(recipe, source.template), source))
 
 
 def _begin(begin: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -86,7 +86,7 @@ class StreamedRows:
     @property
     def notices(self) -> tuple[str, ...]:
         """What a person should know of how the rows were read that `at` has read."""
-        return tuple(self._job.encoder.notices())
+        return tuple(self._job.notices())
 
     def at(self, examples: RowIds) -> tuple[TokenizedRows, RowIds]:
         """Read and tokenise some examples, which may be the same ones.
@@ -125,7 +125,7 @@ class StreamedRows:
                 offsets=np.cumsum([0, *(len(row.tokens) for row in found)], dtype=np.int64),
                 class_ids=None,
                 label_names=(),
-                pad_id=self._job.encoder.pad_id,
+                pad_id=self._job.tokenizer.pad_id,
                 sources=tuple(sources),
                 fingerprint="",
                 rows_per_example=self.rows_per_example,

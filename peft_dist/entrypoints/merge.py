@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from peft_dist.checkpoint.adapter_file import ADAPTER_FILE
+from peft_dist.checkpoint.saved_tokenizer import TEMPLATE
 from peft_dist.common.arguments import BASES, add_merge_form
 from peft_dist.common.atomic import whole_folder
 from peft_dist.common.console import show
 from peft_dist.common.errors import ModelError, RecipeError, RunDirError
+from peft_dist.common.paths import TOKENIZER_FILES
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.entrypoints.merge_changes import plan_changes
 from peft_dist.entrypoints.merge_gguf import GgufPlan
@@ -128,6 +130,7 @@ def merge(run: RunDir, out: Path, *, dequantized: bool = False, gguf: str | None
     try:
         with whole_folder(out) as partial:
             _write_model(partial, files, changes, added)
+            _copy_tokenizer(run.adapter, partial)
             if recipe.model.task == "sequence-classification":
                 _name_classes(partial / "config.json", skeleton)
             if plan is not None:
@@ -223,6 +226,16 @@ def _write_model(
         if "total_size" in index.get("metadata", {}):
             index["metadata"]["total_size"] += sum(t.nbytes for t in added.values())
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_tokenizer(adapter: Path, folder: Path) -> None:
+    """Put the tokenizer that an adapter was trained with in place of the base's."""
+    if (adapter / TEMPLATE).is_file():
+        for file in folder.glob("chat_template*"):
+            file.unlink()
+    for pattern in TOKENIZER_FILES:
+        for file in adapter.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
 
 
 def _write_weights(

@@ -123,8 +123,8 @@ def _marked(row: EncodedRow, job: RowJob, *, whole: bool) -> str:
     """Return the text of a row with «» around what is trained."""
     borders = [0, *(np.flatnonzero(np.diff(row.trained)) + 1).tolist(), len(row.tokens)]
     # Some tokenizers put a blank before what they decode alone: decode from the beginning.
-    ends = [len(job.encoder.text(row.tokens[:border])) for border in borders]
-    text = job.encoder.text(row.tokens)
+    ends = [len(job.tokenizer.text(row.tokens[:border])) for border in borders]
+    text = job.tokenizer.text(row.tokens)
     parts = []
     for at, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
         part = text[begin:end]

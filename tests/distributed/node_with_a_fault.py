@@ -1,6 +1,7 @@
 """One node of a pre-flight with a fault of its own: FAULT and then the pre-flight's arguments."""
 
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -15,6 +16,12 @@ def other_version() -> None:
     versions = node_info.versions()
     node_info.versions = lambda: {**versions, "peft": "0.20.1"}  # type: ignore[assignment]
     node_info.code_digest = lambda: "0" * 64  # type: ignore[assignment]
+
+
+def other_model() -> None:
+    """Have a stale copy of the model."""
+    copies = {"/models/tiny": os.environ["STALE_MODEL"]}
+    os.environ["PEFT_DIST_STAGED"] = json.dumps(copies)
 
 
 def fast_clock() -> None:

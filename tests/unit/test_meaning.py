@@ -38,8 +38,8 @@ method.bottleneck.dropout method.prefix.kind method.prefix.virtual_tokens method
 method.prompt.kind method.prompt.virtual_tokens method.prompt.init method.prompt.text
 method.bitfit.kind method.bitfit.targets method.bitfit.add_bias method.peft.kind method.peft.type
 data.train data.eval data.train_split data.max_length data.truncation data.packing data.streaming
-data.max_bad_rows data.date data.columns.prompt data.columns.completion data.columns.text
-data.columns.messages data.columns.chosen data.columns.rejected data.columns.label
+data.max_bad_rows data.date data.template data.columns.prompt data.columns.completion
+data.columns.text data.columns.messages data.columns.chosen data.columns.rejected data.columns.label
 objective.sft.kind objective.dpo.kind objective.dpo.beta objective.dpo.label_smoothing
 objective.dpo.length_normalised
 objective.dpo.sft_weight objective.ipo.kind objective.ipo.beta objective.ipo.sft_weight

@@ -130,6 +130,19 @@ def test_more_devices_than_expected_and_none_looked_at_are_no_fault() -> None:
     assert report_of(with_gpus(16), found_by(check_gpus, devices=0)).ok
 
 
+def test_other_files_are_a_persons_to_make_alike_and_no_nodes_fault() -> None:
+    own, stale = {"config.json of the model": "2 bytes", "rows": "9 bytes"}, {"rows": "8 bytes"}
+    blind: dict[str, str] = {}
+    report = report_of({"inputs": own}, {"inputs": own}, {"inputs": blind}, {"inputs": stale})
+    assert report.common == (
+        "node4 has another config.json of the model than node1: nothing there, not 2 bytes; "
+        "node4 has another rows than node1: 8 bytes, not 9 bytes; give every node the same files"
+    )
+    assert report.bad == report.lines == ()
+    assert not report.ok
+    assert report_of({"inputs": own}, {"inputs": dict(reversed(own.items()))}).ok
+
+
 def test_the_minority_is_at_fault_though_it_be_the_head() -> None:
     old = {"versions": {"peft": "0.20.1", "torch": "2.13.0"}}
     assert_bad(report_of(old, {}, {}), "node1: peft 0.20.1, node2 has 0.21.0")
