@@ -55,7 +55,7 @@ def use_kernel(model: PreTrainedModel, name: str) -> bool:
 def rows_for_attention(
     lengths: tuple[int, ...] | None, bounds: torch.Tensor | None
 ) -> dict[str, Any]:
-    """Return what our attention is told of packed rows, as tensors: code for these is made once.
+    """Return what our attention is told of packed rows.
 
     Args:
         lengths: Tokens of each row; None for one row per sequence.
@@ -64,7 +64,7 @@ def rows_for_attention(
     if lengths is None:
         return {"row_lengths": None, "row_bounds": None, "longest_row": 0}
     return {
-        "row_lengths": torch.tensor(lengths),
+        "row_lengths": lengths,
         "row_bounds": bounds,
         "longest_row": max(lengths),
     }
@@ -101,7 +101,7 @@ def _row_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    row_lengths: torch.Tensor | str | None = _NOT_TOLD,
+    row_lengths: tuple[int, ...] | torch.Tensor | str | None = _NOT_TOLD,
     row_bounds: torch.Tensor | None = None,
     longest_row: int = 0,
     one_call: bool = False,
@@ -122,8 +122,8 @@ def _row_attention(
         attention_mask: Not used. Rows padded on the right need none: no real token looks ahead.
             transformers makes none for this kernel, so that one of four dimensions is the model's
             own and may hold a bias: see `find_gap`.
-        row_lengths: int64 [rows] tokens of each packed row, B is 1 then, on the host; None for one
-            row per sequence.
+        row_lengths: Tokens of each packed row, B is 1 then; None for one row per sequence. Compiled
+            blocks get a tensor, int64 [rows] on the host: code for it is made once for all lengths.
         row_bounds: int32 [rows + 1] where each packed row begins, and the end, on the device.
         longest_row: Tokens of the longest of packed rows.
         one_call: Compute all packed rows at once where the kernel for it can.
@@ -174,7 +174,7 @@ def _row_attention(
         # float32, torch would take the one that keeps all scores.
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         past = None if past is None else past.repeat_interleave(groups, dim=1)
-    lengths = [query.shape[2]] if row_lengths is None else row_lengths.tolist()
+    lengths = [query.shape[2]] if row_lengths is None else list(map(int, row_lengths))
     outputs = []
     for q, k, v in zip(
         query.split(lengths, dim=2),

@@ -117,6 +117,8 @@ class CompiledBlocks:
             prefix = arguments.get("prefix")
             if isinstance(prefix, tuple) and index is not None:
                 arguments["prefix"] = prefix[index]  # else each layer would have code of its own
+            if isinstance(lengths := arguments.get("row_lengths"), tuple):
+                arguments["row_lengths"] = torch.tensor(lengths)  # else each batch would
             _fix_widths((*inputs, *arguments.values()))
             try:
                 return compiled(block, *inputs, **arguments)

@@ -34,7 +34,7 @@ def picked(*, window=None, width=128):
     # The kernels that two rows of a micro-batch are computed with, one row at a time.
     with counting() as counted:
         attention._row_attention(
-            None, *parts(width), None, row_lengths=torch.tensor([56, 200]), sliding_window=window
+            None, *parts(width), None, row_lengths=(56, 200), sliding_window=window
         )
     return [name for name, part in KERNELS.items() if counted.kernels_named(part)]
 

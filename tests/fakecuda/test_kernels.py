@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from peft_dist.methods.lora_layer import LoraOn4bit
-from peft_dist.model import fused_lora, nf4_kernel
+from peft_dist.model import fused_lora
 from tests.configs import CONFIGS
 from tests.fakecuda.device import Counted, counting
 from tests.fakecuda.rank import RANKS, live, of_shape, off_device, prepare, steps
 from tests.fakecuda.test_cards import run
 
-KERNEL = nf4_kernel.weight_kernel.__name__
+KERNEL = "weight_kernel"
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_where_the_kernel_fails_a_run_goes_on_without_it_and_says_so(
     def without_compiler(*_: Any, **__: Any) -> None:
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(nf4_kernel, "updated_weight", without_compiler)
+    monkeypatch.setattr("peft_dist.model.nf4_kernel.updated_weight", without_compiler)
     rank = prepare(tmp_path, monkeypatch, method={"fused": "auto"})
     assert not any(m.fused for m in rank.setup.peft.modules() if isinstance(m, LoraOn4bit))
     assert "method.fused: not used, 32 x 64, rank 8: RuntimeError: Failed to find C" in caplog.text
