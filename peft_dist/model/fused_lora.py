@@ -6,7 +6,7 @@ of A and B are products as before. An update that is too small for an output in 
 W + s B A is rounded once, from values that have more digits, and not added to what is rounded.
 
 A product that dequantizes what it needs would do so once for each tile of tokens, which takes more
-time from some 2,000 tokens on; see `benchmarks/kernels.py`.
+time from some 2,000 tokens on; see `benchmarks/weight_kernel.py`.
 """
 
 import math

@@ -41,7 +41,7 @@ def test_a_kernel_that_is_wrong_or_does_not_run_is_found(interpreted: dict[str, 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    return importlib.import_module("kernels")
+    return importlib.import_module("weight_kernel")
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 100])

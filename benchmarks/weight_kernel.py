@@ -3,7 +3,7 @@
 Registers, bytes spilled and shared memory are what ptxas made; bytes and times are a model of
 Llama-3.1-8B: what memory moves at 85 % of the bandwidth, products at 70 % of the peak.
 
-    python benchmarks/kernels.py       # needs Triton, which torch brings for CUDA
+    python benchmarks/weight_kernel.py       # needs Triton, which torch brings for CUDA
 """
 
 import functools
