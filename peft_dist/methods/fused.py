@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 
+from peft_dist.common.cache_folder import code_folder
 from peft_dist.common.screen import stage
 from peft_dist.config import Recipe
 from peft_dist.distributed.collectives import gather_objects
@@ -64,7 +65,8 @@ def fuse(recipe: Recipe, peft: PeftModel, world: World, dtype: torch.dtype, cach
     if not fused_lora.has_kernel(world.device, dtype):
         problem = "it needs a GPU of NVIDIA, of the A100's generation or later"
     else:
-        os.environ.setdefault("TRITON_CACHE_DIR", str(cache / "compiled" / "triton"))
+        if (folder := code_folder(cache)) is not None:
+            os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
         with stage("comparing a kernel with products of torch", log) as told:
             shapes = sorted({_shape(module, name) for module, name in layers})
             problem = next(filter(None, (find_problem(s, world.device, dtype) for s in shapes)), "")

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_dist.common.cache_folder import code_folder
 from peft_dist.config import Recipe
 from peft_dist.distributed.world import World
 from peft_dist.model.expected import line_of
@@ -29,7 +30,7 @@ _MOST_THREADS = 8
 
 
 def set_up_compiler(
-    folder: Path,
+    folder: Path | None,
     processes: int,
     *,
     deterministic: bool,
@@ -38,7 +39,7 @@ def set_up_compiler(
     """Have what is compiled kept in a folder, from which the next start takes it.
 
     Args:
-        folder: Is made where it is not there; who can write to it is trusted.
+        folder: Is made where it is not there; who can write to it is trusted. None: torch's own.
         processes: That compile on this machine at the same time.
         deterministic: Whether the same inputs must give the same bits: else reductions are arranged
             as was fastest in a trial.
@@ -50,7 +51,8 @@ def set_up_compiler(
     cores = len(os.sched_getaffinity(0))
     config.compile_threads = max(1, min(_MOST_THREADS, cores // processes))
     config.deterministic = config.deterministic or deterministic
-    environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    if folder is not None:
+        environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def of(
@@ -61,7 +63,7 @@ def of(
     cache_dir: Path,
 ) -> "CompiledBlocks":
     """Return the blocks of a model as an engine has wrapped it, ready to be compiled."""
-    folder, deterministic = cache_dir / "compiled", recipe.train.deterministic
+    folder, deterministic = code_folder(cache_dir), recipe.train.deterministic
     set_up_compiler(folder, world.local_size, deterministic=deterministic)
     return CompiledBlocks(blocks.values(), model.config.model_type)
 
