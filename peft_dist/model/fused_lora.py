@@ -187,30 +187,13 @@ _operator_of_gradients = torch.library.custom_op(
 
 
 @_operator.register_fake
-def _(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    factor: float,
-    block_size: int,
-) -> torch.Tensor:
+def _(x: torch.Tensor, packed: torch.Tensor, *_rest: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
 @_operator_of_gradients.register_fake
-def _(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    factor: float,
-    block_size: int,
-    of_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(_grad: torch.Tensor, x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    _packed, _absmax, a, b, _factor, _block_size, of_x = rest
     return x.new_empty(x.shape if of_x else 0), torch.empty_like(a), torch.empty_like(b)
 
 
