@@ -52,24 +52,6 @@ def use_kernel(model: PreTrainedModel, name: str) -> bool:
     return bool(model.config._attn_implementation == name)
 
 
-def rows_for_attention(
-    lengths: tuple[int, ...] | None, bounds: torch.Tensor | None
-) -> dict[str, Any]:
-    """Return what our attention is told of packed rows.
-
-    Args:
-        lengths: Tokens of each row; None for one row per sequence.
-        bounds: int32 [rows + 1] where each row begins, and the end, on the device.
-    """
-    if lengths is None:
-        return {"row_lengths": None, "row_bounds": None, "longest_row": 0}
-    return {
-        "row_lengths": lengths,
-        "row_bounds": bounds,
-        "longest_row": max(lengths),
-    }
-
-
 def find_gap() -> str | None:
     """Return what our attention lacked for a model, since this was asked last; None for nothing.
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from peft_dist.data.pack import Batch
 from peft_dist.model.architectures import bare_model, trunk_name
-from peft_dist.model.attention import OURS, rows_for_attention
+from peft_dist.model.attention import OURS
 from peft_dist.model.cross_entropy import cross_entropy, logits_of
 from peft_dist.model.head import Head
 from peft_dist.model.router import Routing, router_term
@@ -141,10 +141,14 @@ class Decoder(nn.Module, ABC):
         Flash attention would find out by itself, in every layer, waiting for the device.
         """
         kernel = model.config._attn_implementation
+        longest = max(batch.row_lengths or (0,))
         if kernel in OURS:
-            return rows_for_attention(batch.row_lengths, batch.row_bounds)
+            return {
+                "row_lengths": batch.row_lengths,
+                "row_bounds": batch.row_bounds,
+                "longest_row": longest,
+            }
         if kernel == "flash_attention_2" and batch.row_lengths is not None:
-            longest = max(batch.row_lengths)
             return {
                 "cu_seq_lens_q": batch.row_bounds,
                 "cu_seq_lens_k": batch.row_bounds,
