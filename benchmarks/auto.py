@@ -25,7 +25,8 @@ from peft_dist.config import load_recipe
 from peft_dist.plan.candidate import Candidate
 from peft_dist.plan.hardware import GIB, Assumed, GpuKind, Hardware
 from peft_dist.plan.learn import solve
-from peft_dist.plan.plan import Subject, choose, read_config, subject_of
+from peft_dist.plan.plan import choose
+from peft_dist.plan.subject import Subject, read_config, subject_of
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "quickstart.yaml"
 PROCESSES = 2

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from peft_dist.config import Recipe
-from peft_dist.plan.estimate import Estimate, gathered_bytes, setting_of
+from peft_dist.plan.estimate import Estimate, setting_of
+from peft_dist.plan.gathers import gathered_bytes
 from peft_dist.plan.hardware import GIB, Hardware, find_gpu, hardware_of
 from peft_dist.plan.memory import base_bytes
-from peft_dist.plan.plan import Subject, best_setting, subject_of
+from peft_dist.plan.plan import best_setting
+from peft_dist.plan.subject import Subject, subject_of
 
 MODELS = {
     "8B": (4096, 14336, 32, 32), "70B": (8192, 28672, 80, 64), "405B": (16384, 53248, 126, 128),
@@ -79,7 +81,7 @@ def subject(model: str, rows: int, *, rank: int = 16) -> Subject:
                 "micro_batch_size": "auto",
                 "activation_checkpointing": "auto",
             },
-            "parallel": {"reshard": "forward"},
+            "parallel": {"reshard": "forward", "dequantized_blocks": 0},
         }
     )
     return subject_of(recipe, config_of(model))

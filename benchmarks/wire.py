@@ -205,7 +205,7 @@ def _compared(args: argparse.Namespace, strategy: str, report: dict[str, Any]) -
     from peft_dist.plan.candidate import Candidate
     from peft_dist.plan.hardware import Assumed, GpuKind, Hardware
     from peft_dist.plan.learn import solve
-    from peft_dist.plan.plan import subject_of
+    from peft_dist.plan.subject import subject_of
 
     marks = report["marks"]
     pairs = list(zip(marks, marks[1:], strict=False))

@@ -49,6 +49,7 @@ from peft_dist.model.vocabulary import untrained_rows, with_token_ids
 from peft_dist.model.ways import compiles, kernel_to_build_with, prove_once, ways_of
 from peft_dist.sharding import ENGINES, Engine, Group
 from peft_dist.sharding.chosen_optimizer import refuse_muon
+from peft_dist.sharding.dequantized import keep_dequantized, verify_dequantized
 from peft_dist.sharding.launcher_env import resolve
 from peft_dist.sharding.verify import verify_one_base, verify_sharded
 
@@ -195,6 +196,7 @@ class ModelSetup:
                 f"{len(changed)} frozen tensors changed in training, {changed[0]} first",
                 remedy="the adapter is not to be trusted; please report this",
             )
+        verify_dequantized(self.peft, self.engine)
         self.check_adapters_agree()
 
     def check_adapters_agree(self) -> None:
@@ -294,7 +296,7 @@ def set_up_model(
     engine = engines[launched.strategy](
         world, shard_size=launched.shard_size, offload=launched.offload
     )
-    engine.reshard = launched.reshard
+    engine.reshard, engine.dequantized_blocks = launched.reshard, launched.dequantized_blocks
     engine.wrap(model, blocks.values(), [p for p in model.parameters() if p.requires_grad])
     engine.materialize(model)
     code = compiled.of(recipe, skeleton, blocks, world, source.cache_dir) if compiling else None
@@ -305,6 +307,7 @@ def set_up_model(
     as_released = engine.fingerprint(frozen)
     verify_one_base(as_released)
     log.info("base: %s, built and loaded  %.1f s", recipe.quantization, time.monotonic() - started)
+    keep_dequantized([*blocks.values()][: engine.dequantized_blocks], engine, dtype)
     by_name = {base_name_in(peft, name): parameter for name, parameter in frozen.items()}
     loaded = LoadedBase(recipe, source, plan, by_name, engine, model, peft, dtype, rows)
     with stage("filling and sharding the adapters", log) as told:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from peft_dist.config.section import Section
 
@@ -34,6 +34,21 @@ class Parallel(Section):
     for all of its passes. All give the same losses, to the bit. auto: what `peft-dist plan`
     finds memory for and a step at least 2 % faster by, on a CPU what the host has memory for; where
     nobody has asked it, forward."""
+
+    dequantized_blocks: NonNegativeInt | Literal["auto"] = "auto"
+    """Transformer blocks, the first ones, whose 4-bit weights stay dequantized on every process, in
+    the compute dtype: no pass dequantizes or gathers them. All give the same losses, to the bit.
+    More than there are: all; not with zero3. auto: as many as `peft-dist plan` finds memory left
+    for, where a step is at least 2 % faster by them, on a CPU what the host has memory for; where
+    nobody has asked it, 0. 0: off."""
+
+    @model_validator(mode="after")
+    def _kept_weights_are_no_pieces(self) -> Self:
+        if self.strategy == "zero3" and self.dequantized_blocks not in ("auto", 0):
+            raise ValueError(
+                f"dequantized_blocks {self.dequantized_blocks} is not for strategy zero3; remove it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _offload_needs_shards(self) -> Self:

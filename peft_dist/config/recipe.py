@@ -213,6 +213,16 @@ class Recipe(Section):
                 f"method.init {init} splits the full weights; "
                 "set quantization: none, or another init"
             )
+        kept = self.parallel.dequantized_blocks
+        if kept not in ("auto", 0) and self.quantization == "none":
+            raise ValueError(
+                f"parallel.dequantized_blocks {kept} is for a base in 4 bits; remove it"
+            )
+        if kept not in ("auto", 0) and getattr(self.method, "fused", "off") != "off":
+            raise ValueError(
+                f"parallel.dequantized_blocks {kept} dequantizes once, method.fused in each pass;"
+                " keep one of them"
+            )
         if init == "loftq" and self.quantization == "none":
             raise ValueError("method.init loftq is for a base in 4 bits; set quantization: nf4")
         if init == "lora_ga" and self.objective.kind != "sft":

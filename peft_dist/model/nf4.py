@@ -115,6 +115,20 @@ class _FrozenMatmul(torch.autograd.Function):
         return _product_backward(grad, packed, absmax, ctx.block_size), None, None, None
 
 
+class _KeptMatmul(torch.autograd.Function):
+    """x @ weight.T for a weight that stays dequantized: the same products in either pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return grad @ weight, None
+
+
 # The same for a compiler, as operators of torch, one each way: one that sees the weight dequantized
 # twice would keep the first for backward, which takes as much memory as a base that is not
 # quantized. Elsewhere each call of an operator of Python would cost some 25 microseconds more.
@@ -157,7 +171,10 @@ class FrozenLinear4bit(nn.Module):
         absmax: uint8 [out, in / block_size * 4], frozen; float32 scales kept as bytes because a
             mixed precision policy would cast a float parameter.
         bias: float [out] or None.
+        kept: float [out, in], the dequantized weight where it stays, which is used in their stead.
     """
+
+    kept: torch.Tensor | None
 
     def __init__(
         self,
@@ -182,6 +199,7 @@ class FrozenLinear4bit(nn.Module):
             torch.empty(out_features, scales, dtype=torch.uint8, device=device),
             requires_grad=False,
         )
+        self.register_buffer("kept", None, persistent=False)
         self.bias: nn.Parameter | None = None
         if bias:
             empty = torch.empty(out_features, dtype=dtype, device=device)
@@ -189,7 +207,9 @@ class FrozenLinear4bit(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized weight [out, in]; made anew at each access (DoRA needs its norm)."""
+        """The dequantized weight [out, in] (DoRA needs its norm); made anew, unless it is kept."""
+        if self.kept is not None:
+            return self.kept
         return dequantize(self.packed, self.absmax, block_size=self.block_size, dtype=self.dtype)
 
     def forward(self, x: torch.Tensor, product: Product | None = None) -> torch.Tensor:
@@ -201,8 +221,13 @@ class FrozenLinear4bit(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        ours = _operator if torch.compiler.is_compiling() else _FrozenMatmul.apply
-        y: torch.Tensor = (product or ours)(x, self.packed, self.absmax, self.block_size)
+        y: torch.Tensor
+        if self.kept is not None:
+            assert product is None, "the weight is not dequantized"
+            y = _KeptMatmul.apply(x, self.kept)  # type: ignore[no-untyped-call]
+        else:
+            ours = _operator if torch.compiler.is_compiling() else _FrozenMatmul.apply
+            y = (product or ours)(x, self.packed, self.absmax, self.block_size)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

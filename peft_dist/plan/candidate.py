@@ -19,6 +19,8 @@ class Candidate:
     recompute: bool
     offload: bool
     reshard: Reshard = "forward"
+    dequantized: int = 0
+    """Blocks whose 4-bit weights stay dequantized."""
 
 
 def candidate_for(
@@ -27,8 +29,8 @@ def candidate_for(
     """Return the way to run a recipe by a strategy on so many nodes and processes.
 
     Args:
-        recipe: Has the shard size of hsdp (default: a node's processes), the offload, and when
-            gathered blocks are freed.
+        recipe: Has the shard size of hsdp (default: a node's processes), the offload, when
+            gathered blocks are freed, and how many blocks stay dequantized.
         strategy: `ddp`, `fsdp`, `hsdp`, `zero2` or `zero3`.
         nodes: How many.
         processes: On all of them.
@@ -46,6 +48,7 @@ def candidate_for(
         recompute=recompute,
         offload=recipe.parallel.offload == "cpu" and strategy not in ("ddp", "zero2"),
         reshard=_reshard(recipe, strategy),
+        dequantized=_dequantized(recipe, strategy),
     )
 
 
@@ -53,3 +56,19 @@ def _reshard(recipe: Recipe, strategy: str) -> Reshard:
     """Return when a recipe has gathered blocks freed; of what it leaves open, the least memory."""
     own = recipe.parallel.reshard
     return "forward" if own == "auto" or strategy not in ("fsdp", "hsdp") else own
+
+
+def _dequantized(recipe: Recipe, strategy: str) -> int:
+    """Return how many blocks a recipe has dequantized for good; of what it leaves open, none."""
+    own = recipe.parallel.dequantized_blocks
+    return 0 if own == "auto" or strategy == "zero3" else own
+
+
+def may_keep_dequantized(recipe: Recipe, strategy: str) -> bool:
+    """Whether the recipe leaves open how many blocks stay dequantized, and some could."""
+    return (
+        recipe.parallel.dequantized_blocks == "auto"
+        and recipe.quantization == "nf4"
+        and getattr(recipe.method, "fused", "off") == "off"
+        and strategy != "zero3"
+    )

@@ -17,7 +17,8 @@ from peft_dist.config.cluster import Cluster, load_cluster
 from peft_dist.plan.estimate import Estimate
 from peft_dist.plan.hardware import GIB, Hardware, find_gpu, hardware_of
 from peft_dist.plan.learn import learn
-from peft_dist.plan.plan import Plan, Subject, make_plan, read_config, subject_of
+from peft_dist.plan.plan import Plan, make_plan
+from peft_dist.plan.subject import Subject, read_config, subject_of
 from peft_dist.plan.table import render
 
 DEFAULT_GPU = "h100-80gb"

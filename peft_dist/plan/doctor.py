@@ -15,8 +15,8 @@ from peft_dist.common.errors import EXIT_DONE, EXIT_USER_ERROR, PeftDistError
 from peft_dist.common.table import Column, print_lines, stdout_form, table_lines
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, load_cluster
-from peft_dist.plan.plan import read_config, subject_of
 from peft_dist.plan.settle import cluster_hardware, settle
+from peft_dist.plan.subject import read_config, subject_of
 
 HANG_MARGIN = 3.0
 """Times a planned step that a watchdog should wait at least."""

@@ -7,6 +7,7 @@ from peft_dist.config.batch_shape import longest_rows_of_step
 from peft_dist.metrics.mfu import FLOPS_PER_TOKEN_AND_PARAMETER
 from peft_dist.plan.adapter import AdapterShape
 from peft_dist.plan.candidate import Candidate
+from peft_dist.plan.gathers import Gathers, gather_times, gathered_bytes
 from peft_dist.plan.hardware import GIB, Hardware
 from peft_dist.plan.memory import (
     FLOAT,
@@ -14,10 +15,9 @@ from peft_dist.plan.memory import (
     Bytes,
     Setting,
     base_bytes,
-    block_bytes,
-    exchanged_bytes,
+    dequantized_bytes,
+    gathered_block_bytes,
     kept_by_block,
-    outer_bytes,
     peak_bytes,
 )
 from peft_dist.plan.ring import Ring
@@ -69,6 +69,8 @@ class Estimate:
     host_limit_bytes: int | None
     accumulation: int
     seconds: Seconds
+    gathers: Gathers | None
+    """None where nothing is gathered."""
     sent_inside_bytes: int
     """That a GPU receives in a step from others of its node."""
     sent_between_bytes: int
@@ -120,6 +122,7 @@ def setting_of(recipe: Recipe, candidate: Candidate, hardware: Hardware) -> Sett
         compute_bytes=4 if wide else 2,
         moments_shared_by=candidate.processes if zero else 1,
         reshard=candidate.reshard,
+        dequantized=candidate.dequantized,
         holds_vocabulary=candidate.strategy == "zero3",
         reuse_elements=REUSE_ELEMENTS if candidate.strategy == "zero3" else 0,
     )
@@ -162,7 +165,7 @@ def estimate(
     reserved = found.allocated + int(margin)
     own = assumed.context_gib + (assumed.nccl_gib if candidate.processes > 1 else 0.0)
 
-    seconds = _seconds(shape, adapter, setting, candidate, hardware)
+    seconds, gather_s = _seconds(shape, adapter, setting, candidate, hardware)
     inside, between = _received(shape, adapter, setting, candidate)
     rows = longest_rows_of_step(recipe)
     tokens = rows * setting.length * recipe.rows_per_example
@@ -187,6 +190,7 @@ def estimate(
         host_limit_bytes=None if limit is None else int(limit * GIB),
         accumulation=accumulation,
         seconds=seconds,
+        gathers=gather_s,
         sent_inside_bytes=inside,
         sent_between_bytes=between,
         rows_per_step=rows,
@@ -219,7 +223,7 @@ def _seconds(
     setting: Setting,
     candidate: Candidate,
     hardware: Hardware,
-) -> Seconds:
+) -> tuple[Seconds, Gathers | None]:
     assumed, gpu, accumulation = hardware.assumed, hardware.gpu, setting.accumulation
     peak = gpu.flops / (1 if setting.compute_bytes == 2 else 2)
     memory = gpu.memory_gb_s * 1e9 * assumed.memory_efficiency
@@ -231,24 +235,25 @@ def _seconds(
     kept = kept_by_block(shape, adapter, setting)
     other_s = assumed.passes_over_kept * kept * (passes / 2) ** 0.5 / memory
     written = 2.6 if setting.quantized else 0.0  # bytes per weight: codes and scales, and values
-    dequantize_s = passes * shape.block_weights * written / memory
+    kept_blocks = min(setting.dequantized, shape.layers)
+    kept_weights = dequantized_bytes(shape, setting) // setting.compute_bytes
+    made = shape.block_weights - kept_blocks / shape.layers * kept_weights  # of a block on average
+    dequantize_s = passes * made * written / memory
     per_block = product_s + attention_s + other_s + dequantize_s
 
     # A block is gathered for forward and perhaps for backward, where its recomputation runs too.
-    halves = [per_block / passes, per_block * (passes - 1) / passes]
-    if setting.reshard != "forward":
-        halves.pop()
-    block = block_bytes(shape, setting)
-    waits = 0.0
+    forward_s, backward_s = per_block / passes, per_block * (passes - 1) / passes
+    waits, gathers = 0.0, None
     if setting.sharded and setting.shards > 1:
-        ring = Ring.of(candidate, setting.shards)
-        gather_s = ring.seconds(block, hardware)
-        waits = shape.layers * sum(max(0.0, gather_s - own_s) for own_s in halves)
-        words = gathered_words(shape, adapter, setting)
-        waits += ring.seconds(words, hardware)
+        halves = {"forward_s": forward_s, "backward_s": backward_s}
+        gathers = gather_times(shape, adapter, setting, candidate, hardware, **halves)
+        waits = gathers.waits
     if candidate.offload:
+        block = gathered_block_bytes(shape, setting, dequantized=False)
         copy_s = block / setting.shards / (assumed.host_gb_s * 1e9)
-        waits += shape.layers * sum(max(0.0, copy_s - own_s) for own_s in halves)
+        uses = [forward_s, backward_s][: 2 if setting.reshard == "forward" else 1]
+        copied = shape.layers - kept_blocks
+        waits += copied * sum(max(0.0, copy_s - own_s) for own_s in uses)
 
     predicted = setting.micro_batch * (setting.length - 1)
     logits = predicted * shape.vocabulary
@@ -259,7 +264,7 @@ def _seconds(
     everyone = Ring.of(candidate, candidate.processes)
     update_s = 7 * summed / memory
     layers = shape.layers * accumulation
-    return Seconds(
+    seconds = Seconds(
         products=layers * product_s + accumulation * head_s,
         attention=layers * attention_s,
         other_kernels=layers * other_s + accumulation * loss_s + update_s,
@@ -267,25 +272,7 @@ def _seconds(
         waits_for_gathers=waits if setting.reshard == "step" else accumulation * waits,
         reduce=2 * everyone.seconds(summed, hardware),
     )
-
-
-def gathered_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> int:
-    """Return the bytes of whole tensors, and of rows, that are gathered for one micro-batch.
-
-    Under `step` for all micro-batches of a step.
-    """
-    uses = 2 if setting.reshard == "forward" else 1
-    blocks = uses * shape.layers * block_bytes(shape, setting)
-    return blocks + gathered_words(shape, adapter, setting)
-
-
-def gathered_words(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> int:
-    """Return what of it is embedding, head and all else outside the blocks."""
-    exchanged = exchanged_bytes(shape, adapter, setting)
-    if exchanged is None:
-        return outer_bytes(shape, setting)
-    head = outer_bytes(replace(shape, tied=True), setting)
-    return head + exchanged * (setting.accumulation if setting.reshard == "step" else 1)
+    return seconds, gathers
 
 
 def _received(

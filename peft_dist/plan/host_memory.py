@@ -1,20 +1,21 @@
-"""How long blocks may stay gathered on a machine without GPUs, where a rank's memory is the host's.
+"""What may stay in memory on a machine without GPUs, where a rank's memory is the host's.
 
 Read from Linux alone; what is not known counts as no room.
 """
 
+from bisect import bisect_left
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from peft_dist.common.errors import PeftDistError
 from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import longest_rows_of_step, micro_batch_rows
 from peft_dist.config.parallel import Reshard
-from peft_dist.plan.candidate import candidate_for
+from peft_dist.plan.candidate import candidate_for, may_keep_dequantized
 from peft_dist.plan.hardware import GIB
 from peft_dist.plan.memory import Setting, peak_bytes
-from peft_dist.plan.plan import read_config, subject_of
+from peft_dist.plan.subject import read_config, subject_of
 
 USABLE = 0.9
 """Share of the free memory that a run may take."""
@@ -24,22 +25,27 @@ PROCESS_BYTES = GIB
 """Of Python, torch and tables of rows."""
 
 
-def reshard_on_host(recipe: Recipe, free_bytes: int | None) -> Reshard:
-    """Return when gathered blocks are to be freed: the fewest gathers that memory is there for.
+def keep_on_host(recipe: Recipe, free_bytes: int | None) -> Recipe:
+    """Return a recipe with what memory is there for, where it leaves that open.
+
+    First the fewest gathers; then as many dequantized blocks as there is room for.
 
     Args:
         recipe: Settled in all else.
         free_bytes: Of the machine. None: not known.
     """
-    processes = recipe.parallel.processes or 1
-    strategy = "fsdp" if recipe.parallel.strategy == "auto" else recipe.parallel.strategy
-    if processes == 1 or free_bytes is None or strategy not in ("fsdp", "hsdp"):
-        return "forward"
+    own = recipe.parallel
+    processes = own.processes or 1
+    strategy = "fsdp" if own.strategy == "auto" else own.strategy
+    gathers = own.reshard == "auto" and strategy in ("fsdp", "hsdp") and processes > 1
+    dequantizes = may_keep_dequantized(recipe, strategy)
+    if free_bytes is None or not (gathers or dequantizes):
+        return recipe
     try:
         config = read_config(recipe.model.name, recipe.model.revision, network=False)
         subject = subject_of(recipe, config)
     except PeftDistError:  # no formulas for this model or method
-        return "forward"
+        return recipe
     rows = min(micro_batch_rows(recipe), -(-longest_rows_of_step(recipe) // processes))
     recompute = recipe.train.activation_checkpointing is True
     one = candidate_for(
@@ -47,7 +53,7 @@ def reshard_on_host(recipe: Recipe, free_bytes: int | None) -> Reshard:
     )
     width = 2 if recipe.model.dtype in ("bfloat16", "float16") else 4
     setting = Setting(
-        sharded=True,
+        sharded=one.shard_size > 1,
         shards=one.shard_size,
         micro_batch=rows * recipe.rows_per_example,
         length=recipe.data.max_length,
@@ -56,14 +62,23 @@ def reshard_on_host(recipe: Recipe, free_bytes: int | None) -> Reshard:
         compute_bytes=width,
         stored_bytes=4,
         mask_bytes=width,
+        reshard=one.reshard,
+        dequantized=one.dequantized,
     )
-    choices: tuple[Reshard, ...] = get_args(Reshard)
-    for reshard in reversed(choices):
-        tensors = peak_bytes(subject.shape, subject.adapter, replace(setting, reshard=reshard))
-        resident = HEAP_FACTOR * tensors.allocated + PROCESS_BYTES
-        if processes * resident <= USABLE * free_bytes:
-            return reshard
-    return "forward"
+
+    def has_no_room(other: Setting) -> bool:
+        tensors = peak_bytes(subject.shape, subject.adapter, other).allocated
+        return processes * (HEAP_FACTOR * tensors + PROCESS_BYTES) > USABLE * free_bytes
+
+    kept: dict[str, Any] = {}
+    if gathers:
+        choices = [replace(setting, reshard=way) for way in get_args(Reshard)]
+        setting = next((way for way in reversed(choices) if not has_no_room(way)), setting)
+        kept["reshard"] = setting.reshard
+    if dequantizes:
+        more = [replace(setting, dequantized=count + 1) for count in range(subject.shape.layers)]
+        kept["dequantized_blocks"] = bisect_left(more, True, key=has_no_room)
+    return recipe.model_copy(update={"parallel": own.model_copy(update=kept)})
 
 
 def free_memory_bytes(

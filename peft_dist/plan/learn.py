@@ -17,7 +17,7 @@ from peft_dist.ledger.reader import LedgerReader
 from peft_dist.plan.candidate import Candidate, candidate_for
 from peft_dist.plan.estimate import Estimate
 from peft_dist.plan.hardware import Hardware, is_gpu
-from peft_dist.plan.plan import read_config, subject_of
+from peft_dist.plan.subject import read_config, subject_of
 from peft_dist.run.directory import RunDir
 
 WARM_UP_STEPS = 2

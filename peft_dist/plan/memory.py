@@ -49,6 +49,8 @@ class Setting:
     """Whether embedding and head stay gathered through a pass (DeepSpeed), not only while used."""
     accumulation: int = 1
     """Micro-batches of a step."""
+    dequantized: int = 0
+    """Blocks whose weights of 4 bits stay dequantized."""
     reuse_elements: int = 0
     """A gathered block stays until its next use where so many elements or fewer come between."""
 
@@ -59,6 +61,8 @@ class Bytes:
 
     base: int
     """This process's part of the base."""
+    dequantized: int
+    """Weights of 4 bits that stay dequantized."""
     gathered_blocks: int
     """Blocks that are whole for the moment."""
     gathered_vocabulary: int
@@ -131,6 +135,41 @@ def _share(parameters: int, shards: int, setting: Setting) -> int:
     return -(-parameters // shards) * setting.compute_bytes
 
 
+def dequantized_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Return the bytes that the weights of one block take where they stay dequantized."""
+    return sum(one.weights for one in _can_be_kept(shape, setting)) * setting.compute_bytes
+
+
+def _can_be_kept(shape: ModelShape, setting: Setting) -> list[Linear]:
+    """Return the linears of a block in 4 bits; experts, of which few are used, stay as they are."""
+    if not setting.quantized:
+        return []
+    return [one for one in shape.linears if one.copies == 1 and one.in_features % 32 == 0]
+
+
+def gathered_block_bytes(shape: ModelShape, setting: Setting, *, dequantized: bool) -> int:
+    """Return the bytes that are gathered of a block, whose weights may stay dequantized."""
+    kept = _can_be_kept(shape, setting) if dequantized else []
+    return block_bytes(shape, setting) - sum(_linear_bytes(one, setting, 1) for one in kept)
+
+
+def blocks_ahead(shape: ModelShape, setting: Setting) -> int:
+    """Return how many blocks before it is used a block, and an own head, is asked for.
+
+    As `sharding.fsdp2.blocks_ahead`, which a test compares.
+    """
+    if setting.holds_vocabulary:
+        return 0
+    head = 0 if shape.tied else shape.vocabulary * shape.hidden * _word_bytes(setting)
+    largest = _largest_gathered(shape, setting)
+    return max(1, min(-(-head // largest) if largest else 1, shape.layers - 1))
+
+
+def _largest_gathered(shape: ModelShape, setting: Setting) -> int:
+    all_kept = setting.dequantized >= shape.layers
+    return gathered_block_bytes(shape, setting, dequantized=all_kept)
+
+
 def _linear_bytes(linear: Linear, setting: Setting, shards: int) -> int:
     pieces = linear.copies if linear.copies > 1 else linear.out_features
     row = linear.weights // pieces
@@ -194,7 +233,10 @@ def _stays(shape: ModelShape, setting: Setting) -> int:
     """Return the bytes of blocks that stay gathered from forward to backward: the last, or all."""
     size = block_bytes(shape, setting)
     if setting.reshard != "forward":
-        return shape.layers * size
+        kept = min(setting.dequantized, shape.layers)
+        return (shape.layers - kept) * size + kept * gathered_block_bytes(
+            shape, setting, dequantized=True
+        )
     elements = size if setting.quantized else size // setting.compute_bytes
     # Between the two uses of a block come all later blocks, twice.
     return size * min(shape.layers - 1, setting.reuse_elements // (2 * elements))
@@ -208,6 +250,7 @@ class _Words:
     """While the embedding is gathered: twice, as it is received and as it is used. Or rows of it,
     three times: as they were found, received and put in order."""
     at_first_block: int
+    when_head_is_asked_for: int
     at_head: int
     """While the head is gathered."""
     at_loss: int
@@ -221,22 +264,30 @@ def _words(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> _Words
     exchanged = exchanged_bytes(shape, adapter, setting)
     if exchanged is not None:
         kept = matrix if setting.reshard == "step" else 0
-        return _Words(rest + 3 * exchanged, rest, rest + 2 * matrix, rest + matrix, rest + kept)
+        return _Words(
+            rest + 3 * exchanged,
+            rest,
+            rest + matrix,
+            rest + 2 * matrix,
+            rest + matrix,
+            rest + kept,
+        )
     if setting.holds_vocabulary:
-        return _Words(every, every, every, every, every)
+        return _Words(every, every, every, every, every, every)
     if setting.reshard == "step":  # nothing is freed before the step ends
         more = 0 if shape.tied else matrix
-        return _Words(rest + 2 * matrix, rest + matrix, every + more, every, every)
+        return _Words(rest + 2 * matrix, rest + matrix, every, every + more, every, every)
     if shape.tied:
-        return _Words(rest + 2 * matrix, every, every, every, rest)
-    return _Words(rest + 2 * matrix, rest, rest + 2 * matrix, rest + matrix, rest)
+        return _Words(rest + 2 * matrix, every, every, every, every, rest)
+    return _Words(rest + 2 * matrix, rest, rest + matrix, rest + 2 * matrix, rest + matrix, rest)
 
 
 def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> Bytes:
     """Return the bytes of the fullest moment of a step.
 
-    There are six that can be it: the gathers of embedding, first block and head, the loss, the
-    start of backward in the last norm, and backward through the feed-forward of a block.
+    There are seven that can be it: the gathers of embedding, first block and head, the block before
+    which the head is asked for, the loss, the start of backward in the last norm, and backward
+    through the feed-forward of a block.
     """
     e = setting.compute_bytes
     rows, length = setting.micro_batch, setting.length + adapter.virtual_tokens
@@ -261,20 +312,24 @@ def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> By
 
     largest = shape.largest_linear
     product = tokens * shape.intermediate * max(shape.experts_per_token, 1) * e
-    weight = largest.out_features * largest.in_features * e if setting.quantized else 0
+    kept_blocks = min(setting.dequantized, shape.layers)
+    makes_weights = setting.quantized and kept_blocks < shape.layers
+    weight = largest.out_features * largest.in_features * e if makes_weights else 0
     backward = wide * e + product + max(product, weight)
     norm = 5 * wide * FLOAT
 
     gathers = setting.sharded and setting.shards > 1
-    block = block_bytes(shape, setting)
     # The buffer that a gather is received in lives until the next one.
-    buffer = block if gathers else 0
+    buffer = _largest_gathered(shape, setting) if gathers else 0
+    ahead = blocks_ahead(shape, setting)
+    unfilled = (shape.layers - ahead) * (one_block if not setting.recompute else wide * e)
     stays = _stays(shape, setting) if gathers else 0
-    words = _words(shape, adapter, setting) if gathers else _Words(0, 0, 0, 0, 0)
+    words = _words(shape, adapter, setting) if gathers else _Words(*[0] * 6)
     again = buffer if setting.reshard == "forward" else 0  # of what backward gathers
     moments = [
         (inputs, 0, 0, words.at_embedding),
-        (inputs + wide * e, 0, 2 * buffer, words.at_first_block),
+        (inputs + wide * e, 0, (2 + ahead) * buffer, words.at_first_block),
+        (inputs + unfilled, 0, (1 + ahead) * buffer + stays, words.when_head_is_asked_for),
         (at_loss + last - predicted * shape.hidden * e, 0, buffer + stays, words.at_head),
         (at_loss + last, logits, buffer + stays, words.at_loss),
         (at_norm + norm, 0, again + stays, words.in_backward),
@@ -283,6 +338,7 @@ def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> By
     activations, logits, gathered, vocabulary = max(moments, key=sum)
     return Bytes(
         base=0 if setting.offload else base_bytes(shape, setting),
+        dequantized=kept_blocks * dequantized_bytes(shape, setting),
         gathered_blocks=gathered,
         gathered_vocabulary=vocabulary,
         adapter=adapter.parameters * FLOAT,

@@ -1,48 +1,27 @@
 """Which ways there are to run a recipe on some nodes, what each takes, and which is best."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, get_args
 
-from peft_dist.common import paths
-from peft_dist.common.errors import ModelError, PeftDistError
 from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import longest_rows_of_step
-from peft_dist.config.models import read_model_config
 from peft_dist.config.parallel import Reshard
-from peft_dist.plan.adapter import AdapterShape, adapter_shape
-from peft_dist.plan.candidate import Candidate, candidate_for
-from peft_dist.plan.estimate import Estimate, estimate
+from peft_dist.plan.candidate import Candidate, candidate_for, may_keep_dequantized
+from peft_dist.plan.estimate import Estimate
 from peft_dist.plan.hardware import Hardware
-from peft_dist.plan.read_shape import read_shape
-from peft_dist.plan.shapes import ModelShape
+from peft_dist.plan.subject import Subject
 
-COUNTED_ROW_BYTES = 256 << 20
-"""Largest file whose rows are counted to know how long a run takes."""
 MOST_NODES = 64
 """Up to which it is looked for nodes on which something would fit."""
 
 
 SAME_SPEED = 0.98
-"""Share of the best speed from which on fewer gathers are not worth a base more in memory."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is planned: a recipe, and what its model and adapter are made of."""
-
-    recipe: Recipe
-    shape: ModelShape
-    adapter: AdapterShape
-    steps: int | None
-    """Optimizer steps of the run; None where nobody knows."""
-
-    def estimate(self, candidate: Candidate, hardware: Hardware) -> Estimate:
-        """Return what a candidate takes."""
-        return estimate(
-            self.recipe, self.shape, self.adapter, candidate, hardware, steps=self.steps
-        )
+"""Share of the best speed from which on fewer gathers are not worth a base more in memory, nor is
+it to dequantize less often."""
+FILLED = 0.9
+"""Share of a GPU's memory up to which weights stay dequantized."""
 
 
 @dataclass(frozen=True)
@@ -88,82 +67,6 @@ def _as_json(row: Row) -> dict[str, Any]:
     values["bytes"]["allocated"] = found.bytes.allocated
     values["seconds"]["total"] = found.seconds.total
     return {**values, "fits": found.fits, "remedy": row.remedy}
-
-
-def read_config(name: str, revision: str | None, *, network: bool = True) -> dict[str, Any]:
-    """Return a model's config.json: of a folder, this machine's hub cache, or the hub.
-
-    Raises:
-        ModelError: Where there is none, or no JSON object in it.
-    """
-    folder = paths.staged(name) or Path(name).expanduser()
-    file = folder / "config.json"
-    if not folder.is_dir():
-        file = _from_hub(name, revision, network=network)
-    return read_model_config(file)
-
-
-def _from_hub(name: str, revision: str | None, *, network: bool) -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-        faults = (HFValidationError, HfHubHTTPError, OSError)
-    except ImportError:
-        raise ModelError(
-            f"{name!r} is no folder, and huggingface_hub is not installed",
-            where="model.name",
-            remedy="give a folder with the model's config.json",
-        ) from None
-    try:
-        return Path(
-            hf_hub_download(name, "config.json", revision=revision, local_files_only=not network)
-        )
-    except faults as error:
-        raise ModelError(
-            f"{name!r} is neither a folder nor a hub model that can be reached "
-            f"({type(error).__name__})",
-            where="model.name",
-            remedy="give a folder with the model's config.json",
-        ) from None
-
-
-def subject_of(recipe: Recipe, config: dict[str, Any]) -> Subject:
-    """Return what a recipe trains.
-
-    Raises:
-        PeftDistError: For a model or method that there are no formulas for.
-    """
-    shape = read_shape(config, where="model.name")
-    adapter = adapter_shape(recipe.method, shape)
-    if adapter is None:
-        raise PeftDistError(
-            f"no formula for the sizes of method {recipe.method.kind} as it is set",
-            where="method",
-            remedy="plan it with --simulate",
-        )
-    return Subject(recipe, shape, adapter, _steps(recipe))
-
-
-def _steps(recipe: Recipe) -> int | None:
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    sources = recipe.data.sources("train")
-    rows = _count_rows(Path(sources[0].path)) if len(sources) == 1 else None
-    if rows is None:
-        return None
-    return max(1, int(rows * (recipe.train.epochs or 1)) // longest_rows_of_step(recipe))
-
-
-def _count_rows(file: Path) -> int | None:
-    """Count the lines of a JSONL file; None for any other, or a large one."""
-    try:
-        if file.suffix != ".jsonl" or file.stat().st_size > COUNTED_ROW_BYTES:
-            return None
-        with file.open("rb") as stream:
-            return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b""))
-    except OSError:
-        return None
 
 
 def make_plan(subject: Subject, hardware: Hardware, nodes: Sequence[int]) -> Plan:
@@ -228,12 +131,33 @@ def best_setting(
     found = [subject.estimate(one, hardware) for one in candidates]
     best = min(found, key=_order)
     enough = SAME_SPEED * best.tokens_per_s
-    return next(
+    chosen = next(
         one
         for one in found
         if one.candidate == replace(best.candidate, reshard=one.candidate.reshard)
         and (one is best or (one.fits and one.tokens_per_s >= enough))
     )
+    if chosen.fits and may_keep_dequantized(subject.recipe, strategy):
+        return _with_dequantized(subject, hardware, chosen)
+    return chosen
+
+
+def _with_dequantized(subject: Subject, hardware: Hardware, found: Estimate) -> Estimate:
+    """Return the same with as many blocks dequantized for good as there is room for.
+
+    None where that is not worth its memory.
+    """
+
+    def keeping(blocks: int) -> Estimate:
+        return subject.estimate(replace(found.candidate, dequantized=blocks), hardware)
+
+    def has_no_room(blocks: int) -> bool:
+        one = keeping(blocks)
+        return one.device_bytes > FILLED * one.limit_bytes
+
+    layers = range(1, subject.shape.layers + 1)
+    more = keeping(bisect_left(layers, True, key=has_no_room))
+    return more if SAME_SPEED * more.tokens_per_s >= found.tokens_per_s else found
 
 
 def _order(found: Estimate) -> tuple[bool, float, int]:

@@ -7,7 +7,7 @@ import math
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 from peft_dist.common.errors import LaunchError, PeftDistError
 from peft_dist.config import Recipe
@@ -17,8 +17,9 @@ from peft_dist.config.parallel import Reshard
 from peft_dist.launch.placement import this_machine
 from peft_dist.plan.estimate import Estimate
 from peft_dist.plan.hardware import GIB, Hardware, find_gpu, hardware_of, recognise_gpu
-from peft_dist.plan.host_memory import free_memory_bytes, reshard_on_host
-from peft_dist.plan.plan import MOST_NODES, choose, read_config, remedy_for, subject_of
+from peft_dist.plan.host_memory import free_memory_bytes, keep_on_host
+from peft_dist.plan.plan import MOST_NODES, choose, remedy_for
+from peft_dist.plan.subject import read_config, subject_of
 from peft_dist.run.prediction import MEASURES_ROWS, Prediction
 
 QUERY = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
@@ -67,6 +68,7 @@ class Settled:
             "micro_batch_size": found.candidate.micro_batch,
             "activation_checkpointing": found.candidate.recompute,
             "reshard": found.candidate.reshard,
+            "dequantized_blocks": found.candidate.dequantized,
         }
 
 
@@ -112,6 +114,7 @@ def settle(
         recompute=one.recompute,
         strategy=one.strategy,
         reshard=one.reshard,
+        dequantized=one.dequantized,
     )
     remedy = "" if found.fits else remedy_for(subject, hardware, found)
     return Settled(settled, found, remedy, measures_rows=is_open)
@@ -159,6 +162,7 @@ def _with(
     recompute: bool,
     strategy: str | None = None,
     reshard: Reshard = "forward",
+    dequantized: int = 0,
 ) -> Recipe:
     train = recipe.train.model_copy(
         update={"micro_batch_size": micro_batch_size, "activation_checkpointing": recompute}
@@ -166,7 +170,8 @@ def _with(
     parallel = recipe.parallel
     if strategy is not None:
         chosen = {"reshard": reshard} if strategy in ("fsdp", "hsdp") else {}
-        parallel = parallel.model_copy(update={"strategy": strategy, **chosen})
+        kept = {"dequantized_blocks": dequantized}
+        parallel = parallel.model_copy(update={"strategy": strategy, **kept, **chosen})
     return recipe.model_copy(update={"train": train, "parallel": parallel})
 
 
@@ -184,13 +189,9 @@ def settle_here(recipe: Recipe) -> Settled:
     """Return a recipe settled for this machine."""
     gpus = this_machine().gpus
     settled = settle(recipe, own_hardware(gpus), 1)
-    if gpus or recipe.parallel.reshard != "auto":
+    if gpus:
         return settled
-    reshard = reshard_on_host(settled.recipe, free_memory_bytes())
-    if reshard == "forward":  # what a rank does anyway
-        return settled
-    parallel = settled.recipe.parallel.model_copy(update={"reshard": reshard})
-    return replace(settled, recipe=settled.recipe.model_copy(update={"parallel": parallel}))
+    return replace(settled, recipe=keep_on_host(settled.recipe, free_memory_bytes()))
 
 
 def own_hardware(gpus: int) -> Hardware | None:
@@ -234,20 +235,22 @@ def check_memory(settled: Settled, *, anyway: bool) -> list[str]:
 def settle_alike(recipes: Sequence[Recipe], hardware: Hardware | None, nodes: int) -> list[Settled]:
     """Return every recipe of an array settled, all under one strategy: one that suits them all.
 
-    Of what they do with gathered blocks, all do what takes the least memory.
+    With gathered blocks and dequantized weights all do what takes the least memory.
     """
     found = _under_one_strategy(recipes, hardware, nodes)
-    reshards = {one.recipe.parallel.reshard for one in found}
-    least = next((one for one in get_args(Reshard) if one in reshards), None)
-    if least is None or len(reshards) == 1:
+    chosen = [one.recipe.parallel for one in found]
+    least: dict[str, Any] = {}
+    if len(reshards := {one.reshard for one in chosen}) > 1:
+        least["reshard"] = next(one for one in get_args(Reshard) if one in reshards)
+    if len(blocks := {one.dequantized_blocks for one in chosen}) > 1:
+        least["dequantized_blocks"] = min(0 if one == "auto" else one for one in blocks)
+    if not least:
         return found
-    strategies = [found[0].recipe.parallel.strategy]
     pinned = [
-        recipe.model_copy(
-            update={"parallel": recipe.parallel.model_copy(update={"reshard": least})}
-        )
+        recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=least)})
         for recipe in recipes
     ]
+    strategies = [chosen[0].strategy]
     return [settle(recipe, hardware, nodes, strategies=strategies) for recipe in pinned]
 
 

@@ -52,6 +52,7 @@ def render(
         lines.append("best: none; nothing fits")
     else:
         lines.append(f"best: {_name(plan.best.estimate)}: {plan.reason}")
+    lines += [_gathers(row.estimate) for row in plan.rows if row.estimate.gathers is not None]
     if simulated:
         lines.append(simulated)
     if learned is not None:
@@ -59,9 +60,9 @@ def render(
     return [*lines, "", *_basis(plan)]
 
 
-_MEMORY = ("strategy", "GPUs", "rows", "recompute", "reshard", "base", "gathered", "embedding+head",
-           "adapter", "gradients", "moments", "activations", "logits", "allocated", "reserved",
-           "in all", "host GiB", "verdict")  # fmt: skip
+_MEMORY = ("strategy", "GPUs", "rows", "recompute", "reshard", "dequantized", "base", "kept",
+           "gathered", "embedding+head", "adapter", "gradients", "moments", "activations", "logits",
+           "allocated", "reserved", "in all", "host GiB", "verdict")  # fmt: skip
 _SPEED = ("strategy", "GPUs", "passes", "s/step", "products", "attention", "other", "dequantize",
           "waits", "reduce", "tokens/s", "MFU", "hours", "GPU-hours", "GB in", "GB between",
           "first start", "requeue")  # fmt: skip
@@ -71,15 +72,16 @@ def _memory(row: Row) -> list[str]:
     found, one = row.estimate, row.estimate.candidate
     parts = found.bytes
     sizes = [
-        parts.base, parts.gathered_blocks, parts.gathered_vocabulary, parts.adapter,
-        parts.gradients, parts.moments, parts.activations, parts.logits, parts.allocated,
-        found.reserved_bytes, found.device_bytes,
+        parts.base, parts.dequantized, parts.gathered_blocks, parts.gathered_vocabulary,
+        parts.adapter, parts.gradients, parts.moments, parts.activations, parts.logits,
+        parts.allocated, found.reserved_bytes, found.device_bytes,
     ]  # fmt: skip
     return [
         *_who(found),
         str(one.micro_batch),
         "yes" if one.recompute else "no",
         one.reshard if one.strategy in ("fsdp", "hsdp") else "-",
+        str(one.dequantized),
         *(f"{size / GIB:.1f}" for size in sizes),
         f"{found.host_bytes / GIB:.0f}",
         _verdict(found),
@@ -116,6 +118,23 @@ def _who(found: Estimate) -> list[str]:
 def _name(found: Estimate) -> str:
     strategy, gpus = _who(found)
     return f"{strategy} on {gpus} GPU{'s' if gpus != '1' else ''}"
+
+
+def _gathers(found: Estimate) -> str:
+    """Return how long gathers take, and whether the GPU computes meanwhile."""
+    one = found.gathers
+    assert one is not None
+    beside = f"{1e3 * one.forward:.1f} ms of computing forward"
+    if one.backward:
+        beside += f", {1e3 * one.backward:.1f} backward"
+    blocks = f"{one.blocks_ahead} block{'s' if one.blocks_ahead > 1 else ''} ahead"
+    head = f", of the head {1e3 * one.head:.1f}" if one.head else ""
+    verdict = "hidden but for the first" if one.are_hidden else "not all hidden"
+    return (
+        f"gathers of {_name(found)}: {1e3 * one.block:.1f} ms of a block beside {beside}{head}, "
+        f"asked for {blocks}: {verdict}; waits {found.seconds.waits_for_gathers:.2f} s of "
+        f"{found.seconds.total:.2f}"
+    )
 
 
 def _verdict(found: Estimate) -> str:

@@ -51,7 +51,14 @@ def as_measured(
     """
     before = read_prediction(run)
     rows = before.get(MEASURED_ROWS)
-    same = ("micro_batch_size", "strategy", "activation_checkpointing", "reshard", "bytes_per_rank")
+    same = (
+        "micro_batch_size",
+        "strategy",
+        "activation_checkpointing",
+        "reshard",
+        "dequantized_blocks",
+        "bytes_per_rank",
+    )
     if (
         prediction is None
         or not prediction.get(MEASURES_ROWS)

@@ -39,12 +39,14 @@ class Engine(ABC):
         extras: Number of flags and metrics carried by the gradient all-reduce.
         compute_timer: Times this process's own part of a step.
         reshard: When gathered blocks are freed, by an engine that gathers; set before `wrap`.
+        dequantized_blocks: How many of the first blocks stay dequantized; set before `wrap`.
         exchanges_rows: Whether passes use what a `Batch` says of everyone; known after `wrap`.
     """
 
     shard: Shard
     sharded: bool
     reshard: Reshard = "forward"
+    dequantized_blocks = 0
     exchanges_rows = False
 
     def __init__(self, world: World, *, shard_size: int, offload: bool = False) -> None:

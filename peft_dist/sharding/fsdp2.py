@@ -3,6 +3,7 @@
 Accelerate's own FSDP2 wrapping leaves 4-bit weights out of sharding and is plain DDP on CPU.
 """
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -19,8 +20,9 @@ from peft_dist.distributed.collectives import Shard
 from peft_dist.distributed.world import World
 from peft_dist.model import fill_base
 from peft_dist.sharding.compute_timer import ComputeTimer
+from peft_dist.sharding.dequantized import HeldOut
 from peft_dist.sharding.engine import Engine
-from peft_dist.sharding.vocabulary import vocabulary_units
+from peft_dist.sharding.vocabulary import VocabularyUnit, vocabulary_units
 
 
 class _TimedAllGather(DefaultAllGather):
@@ -62,24 +64,33 @@ class FSDP2Engine(Engine):
 
         The adapter is left whole.
         """
-        trained = set(adapter)
+        trained, blocks = set(adapter), list(blocks)
         # Page-locked host memory is what a GPU can copy from while it computes.
         on_gpu = self.world.device.type == "cuda"
         policy = CPUOffloadPolicy(pin_memory=on_gpu) if self.offload else OffloadPolicy()
         shard = partial(fully_shard, mesh=self.mesh, ignored_params=trained, offload_policy=policy)
+        kept = [HeldOut(block) for block in blocks[: self.dequantized_blocks]]
+        apart = set[nn.Parameter]()
+        for one in kept:
+            shard(one, ignored_params=trained | one.others())
+            apart |= set(one.parameters()) - one.others()
+        sizes = [_bytes(set(block.parameters()) - trained - apart) for block in blocks]
         for block in blocks:
-            shard(block, reshard_after_forward=self.reshard == "forward")
+            frees = self.reshard == "forward"
+            shard(block, reshard_after_forward=frees, ignored_params=trained | apart)
         vocabulary = vocabulary_units(
             model,
             keeps=self.reshard == "step",
             shards=1 if self.offload else self.shard.count,
         )
+        head = next((own for own in vocabulary if own.is_head), None)
+        ahead = blocks_ahead(sizes, 0 if head is None else _bytes(head.parameters()))
         for own in vocabulary:
             shard(own, shard_placement_fn=_columns if own.by_columns else None)
             own.watch(model, self.shard, self.compute_timer)
             self.exchanges_rows |= own.by_columns
         elsewhere = {parameter for own in vocabulary for parameter in own.parameters()}
-        shard(model, ignored_params=trained | elsewhere)
+        shard(model, ignored_params=trained | apart | elsewhere)
         gather = _TimedAllGather(self.compute_timer)
         modules = [*model.modules(), *vocabulary]
         self._units = [one for one in modules if isinstance(one, FSDPModule)]
@@ -87,6 +98,7 @@ class FSDP2Engine(Engine):
             unit.set_custom_all_gather(gather)
             unit.set_reshard_after_backward(self.reshard != "step", recurse=False)
         model.register_forward_hook(self._after_forward)
+        _gather_ahead(model, blocks, head, ahead)
 
     def _after_forward(self, *_: Any) -> None:
         """Free everything after a pass that has no backward, in which it would be freed."""
@@ -113,6 +125,37 @@ class FSDP2Engine(Engine):
             return nn.Parameter(empty, parameter.requires_grad)
 
         fill_base.materialize(model, self.world.device, make)
+
+
+def blocks_ahead(block_bytes: list[int], head_bytes: int) -> int:
+    """Return how many blocks before it is used a block, and the head, is asked for.
+
+    Gathers come one after another, and one hides behind a block's products where that takes no
+    longer than they do. Then so does the head's behind those of so many blocks that have as many
+    bytes, if the gathers of these are through before it begins.
+
+    Args:
+        block_bytes: Of what is gathered of each block.
+        head_bytes: Of the head, where it is gathered by itself; else 0.
+    """
+    largest = max(block_bytes, default=0)
+    wanted = math.ceil(head_bytes / largest) if largest else 1
+    return max(1, min(wanted, len(block_bytes) - 1))
+
+
+def _gather_ahead(
+    model: nn.Module, blocks: list[nn.Module], head: VocabularyUnit | None, ahead: int
+) -> None:
+    """Ask for blocks and head before they are used in forward; in backward FSDP2 does so itself."""
+    for index, block in enumerate(blocks):
+        assert isinstance(block, FSDPModule)
+        block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + ahead])  # type: ignore[arg-type]
+    if head is not None:
+        head.watch_for(model, blocks[-min(ahead, len(blocks))])
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.nbytes for parameter in parameters)
 
 
 class HSDPEngine(FSDP2Engine):

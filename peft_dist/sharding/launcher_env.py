@@ -25,6 +25,8 @@ class Launched:
     """Whether the base waits in host memory."""
     reshard: Reshard = "forward"
     """When gathered blocks are freed."""
+    dequantized_blocks: int = 0
+    """Whose weights stay dequantized."""
 
 
 class _LauncherSettings(NamedTuple):
@@ -75,10 +77,17 @@ def resolve(parallel: Parallel, world: World, environ: Mapping[str, str]) -> Lau
             where="parallel.reshard",
             remedy="remove it, or set parallel.strategy: fsdp",
         )
+    kept = 0 if parallel.dequantized_blocks == "auto" else parallel.dequantized_blocks
+    if kept and strategy == "zero3":
+        raise LaunchError(
+            "has no meaning here: the strategy is zero3",
+            where="parallel.dequantized_blocks",
+            remedy="remove it, or set parallel.strategy: fsdp",
+        )
     if strategy in ("ddp", "zero2"):
-        return Launched(strategy, 1)
+        return Launched(strategy, 1, dequantized_blocks=kept)
     if strategy in ("fsdp", "zero3"):
-        return Launched(strategy, world.size, offload, reshard)
+        return Launched(strategy, world.size, offload, reshard, kept)
     exported = _exported_size(environ, "SHARD") if launched else None
     if exported and parallel.shard_size and exported != parallel.shard_size:
         raise LaunchError(
@@ -93,7 +102,7 @@ def resolve(parallel: Parallel, world: World, environ: Mapping[str, str]) -> Lau
             where="parallel.shard_size",
             remedy=f"set it to a divisor of {world.size}",
         )
-    return Launched(strategy, shard_size, offload, reshard)
+    return Launched(strategy, shard_size, offload, reshard, kept)
 
 
 def _offload(parallel: Parallel, launched: _LauncherSettings | None, strategy: str) -> bool:

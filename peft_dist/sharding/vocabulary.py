@@ -24,6 +24,7 @@ class VocabularyUnit(nn.Module):
 
     Attributes:
         keeps: Whether what is gathered stays until the engine frees it.
+        is_head: Whether it is a head alone.
         by_columns: Whether it is sharded by columns: an embedding alone, of which few rows are
             used in a pass.
     """
@@ -34,6 +35,23 @@ class VocabularyUnit(nn.Module):
         self.modules_of = nn.ModuleList(modules)
         self.keeps = keeps
         self.by_columns = by_columns
+        self.is_head = len(modules) == 1 and isinstance(modules[0], nn.Linear)
+        self._is_wanted = self._is_asked_for = False
+
+    def watch_for(self, model: nn.Module, block: nn.Module) -> None:
+        """Ask for the parameters before a block runs in a pass of the model, for use after it."""
+
+        def begins(*_: Any) -> None:
+            self._is_wanted = True
+
+        def asks(*_: Any) -> None:
+            assert isinstance(self, FSDPModule)
+            if self._is_wanted:  # not where the block runs again in backward
+                self._is_wanted, self._is_asked_for = False, True
+                self.unshard(async_op=True)
+
+        model.register_forward_pre_hook(begins)
+        block.register_forward_pre_hook(asks)
 
     def watch(self, model: nn.Module, shard: Shard, timer: ComputeTimer) -> None:
         """Gather for each use of the modules from now on; call it once the unit is sharded.
@@ -43,6 +61,7 @@ class VocabularyUnit(nn.Module):
             shard: Who holds which part.
             timer: Times this process's own part of a step.
         """
+        self._timer = timer
         embedding, *head = self.modules_of
         if self.by_columns:
             assert isinstance(embedding, nn.Embedding)
@@ -56,7 +75,12 @@ class VocabularyUnit(nn.Module):
     def gather(self) -> None:
         """Make the parameters whole, where they are not. Collective."""
         assert isinstance(self, FSDPModule)
-        self.unshard()
+        if not self._is_asked_for:
+            self.unshard()
+            return
+        with self._timer.gathering():  # that is, waiting for it
+            self._is_asked_for = False
+            self.unshard()
 
     def free(self) -> None:
         """Keep this process's part alone."""

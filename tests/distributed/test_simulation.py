@@ -12,7 +12,7 @@ from peft_dist.config.recipe import Recipe
 from peft_dist.distributed.world import World
 from peft_dist.plan.candidate import Candidate
 from peft_dist.plan.hardware import find_gpu, hardware_of
-from peft_dist.plan.plan import subject_of
+from peft_dist.plan.subject import subject_of
 from peft_dist.simulation.run import Simulated, simulate
 from tests.configs import model_folder
 from tests.faults.long import only_long

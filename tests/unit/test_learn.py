@@ -11,7 +11,7 @@ from peft_dist.cli.main import main
 from peft_dist.config import load_recipe
 from peft_dist.plan.candidate import Candidate
 from peft_dist.plan.hardware import find_gpu, hardware_of
-from peft_dist.plan.plan import read_config, subject_of
+from peft_dist.plan.subject import read_config, subject_of
 from peft_dist.run.directory import RunDir
 from tests.configs import model_folder
 from tests.unit.slurm_desk import Capture, told

@@ -55,6 +55,7 @@ train.epsilon train.max_grad_norm train.activation_checkpointing train.non_finit
 train.deterministic
 evaluate.every_steps evaluate.choices parallel.strategy parallel.processes parallel.shard_size
 parallel.max_restarts parallel.offload parallel.reshard
+parallel.dequantized_blocks
 checkpoint.every_steps checkpoint.every_seconds
 checkpoint.keep_last checkpoint.keep_best checkpoint.background checkpoint.max_failed_saves
 watchdog.min_s watchdog.setup_s watchdog.save_s tracking.wandb.mode tracking.wandb.project

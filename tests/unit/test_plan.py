@@ -69,7 +69,8 @@ def test_blocks_stay_gathered_where_that_is_worth_its_memory(plan: Plan) -> None
         return next(row for row in rows if row["candidate"]["strategy"] == "fsdp")
 
     assert fsdp()["candidate"]["reshard"] == "forward"  # gathers are hidden behind the products
-    short = ("data.max_length=128", "train.micro_batch_size=1")
+    none = "parallel.dequantized_blocks=0"
+    short = ("data.max_length=128", "train.micro_batch_size=1", none)
     chosen = fsdp(*short)
     assert chosen["candidate"]["reshard"] == "step" and chosen["fits"]
     ways = [fsdp(*short, f"parallel.reshard={one}") for one in ("forward", "backward", "step")]
@@ -79,6 +80,46 @@ def test_blocks_stay_gathered_where_that_is_worth_its_memory(plan: Plan) -> None
     long = ("--gpu", "l4-24gb", "train.micro_batch_size=1", "data.max_length=2560")
     tight = fsdp(*long, "parallel.reshard=step")
     assert not tight["fits"] and "parallel.reshard: forward" in tight["remedy"]
+
+
+def test_weights_stay_dequantized_where_that_is_worth_its_memory(plan: Plan) -> None:
+    def on_one_node(*words: str) -> Any:
+        return plan("--nodes", "1", *words)[1]["rows"]
+
+    assert [row["candidate"]["dequantized"] for row in on_one_node()] == [0] * 3  # of many tokens
+    few = ("data.max_length=512", "train.micro_batch_size=1")
+    for words, blocks in (((), range(32, 33)), (("--gpu", "l4-24gb"), range(4, 32))):
+        kept, anew = (
+            on_one_node(*few, *words, *more) for more in ((), ("parallel.dequantized_blocks=0",))
+        )
+        for one, other in zip(kept[:2], anew[:2], strict=True):
+            assert one["candidate"]["dequantized"] in blocks and one["fits"]
+            assert one["device_bytes"] <= 0.9 * one["limit_bytes"]
+            assert one["tokens_per_s"] >= other["tokens_per_s"] / 0.98
+            assert one["bytes"]["base"] == other["bytes"]["base"]
+    fused = on_one_node(*few, "method={kind: lora, fused: auto}")
+    assert [row["candidate"]["dequantized"] for row in fused] == [0] * 3
+
+
+def test_gathers_are_hidden_at_45_gb_per_s_from_some_tokens_on(plan: Plan, tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("gpus_per_node: 1\ngpu: h100-80gb\nlinks: {between_gb_s: 45}\n")
+    flat = ("--cluster", str(cluster), "--nodes", "8", "parallel.dequantized_blocks=0")
+
+    def gathers(tokens: int) -> tuple[float, float, float, float]:
+        words = (f"data.max_length={tokens // 4}", "parallel.reshard=forward")
+        row = next(
+            row for row in plan(*flat, *words)[1]["rows"] if row["candidate"]["strategy"] == "fsdp"
+        )
+        one = row["gathers"]
+        assert one["blocks_ahead"] == 9 and one["waits"] < row["seconds"]["total"]
+        return one["block"], one["forward"], one["head"], one["waits"]
+
+    block, forward, head, waits = gathers(8192)
+    assert block < forward and forward < head < 9 * forward, "one block would not hide the head"
+    assert waits < 2 * block, "the first block's, and the embedding"
+    block, forward, _, waits = gathers(512)
+    assert forward < block and waits > 30 * (block - forward)
 
 
 def test_what_does_not_fit_says_what_would(plan: Plan) -> None:

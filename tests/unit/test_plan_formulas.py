@@ -15,7 +15,7 @@ from peft_dist.model import cross_entropy
 from peft_dist.model.tiny_config import tiny_config
 from peft_dist.plan import memory
 from peft_dist.plan.adapter import adapter_shape
-from peft_dist.plan.estimate import gathered_bytes
+from peft_dist.plan.gathers import gathered_bytes
 from peft_dist.plan.memory import Setting, peak_bytes
 from peft_dist.plan.read_shape import read_shape
 from peft_dist.sharding import deepspeed_zero, lookup
@@ -52,6 +52,15 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "fsdp, kept over a step": {"reshard": "step", "passes": 2},
     "fsdp, few tokens": {"rows": 1, "length": 256},
+    "fsdp, some dequantized": {"dequantized": 2},
+    "fsdp, all dequantized, kept over a step": {"dequantized": 9, "reshard": "step", "passes": 2},
+    "ddp, all dequantized": {"strategy": "ddp", "dequantized": 9},
+    "mixture, dequantized": {
+        "model": "qwen3-30b-a3b",
+        "rows": 2,
+        "changes": FEW,
+        "dequantized": 3,
+    },
     "fsdp, many rows": {"rows": 16, "length": 128},
     "ddp": {"strategy": "ddp"},
     "hsdp": {"strategy": "hsdp", "processes": 16},
@@ -92,6 +101,7 @@ def simulated_and_planned(
     recompute: bool = False,
     reshard: Reshard = "forward",
     passes: int = 1,
+    dequantized: int = 0,
     quantization: str = "nf4",
     method: dict[str, Any] | None = None,
     changes: dict[str, Any] | None = None,
@@ -116,6 +126,7 @@ def simulated_and_planned(
                 "processes": processes,
                 **({"shard_size": 8} if strategy == "hsdp" else {}),
                 **({"reshard": reshard} if strategy != "ddp" else {}),
+                "dequantized_blocks": dequantized,
             },
         }
     )
@@ -131,6 +142,7 @@ def simulated_and_planned(
         recompute=recompute,
         reshard=reshard,
         accumulation=passes,
+        dequantized=dequantized,
         quantized=quantization == "nf4",
         mask_bytes=2,  # of a CPU, on which the simulation runs
     )

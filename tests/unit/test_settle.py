@@ -14,9 +14,10 @@ from peft_dist.config.batch_shape import require_settled
 from peft_dist.launch.placement import Machine
 from peft_dist.ledger.read_event import from_fields
 from peft_dist.plan.hardware import find_gpu, hardware_of, recognise_gpu
-from peft_dist.plan.host_memory import free_memory_bytes, reshard_on_host
-from peft_dist.plan.plan import choose, subject_of
+from peft_dist.plan.host_memory import free_memory_bytes, keep_on_host
+from peft_dist.plan.plan import choose
 from peft_dist.plan.settle import settle
+from peft_dist.plan.subject import subject_of
 from peft_dist.run.directory import RunDir
 from peft_dist.run.prediction import planned_facts
 from tests.configs import model_folder
@@ -106,16 +107,19 @@ def test_the_runs_of_an_array_share_a_strategy_that_suits_all(gpus: Desk) -> Non
     gpus.cluster({"gpu": "a100-40gb", "gpus_per_node": 8})
     hardware = hardware_of(None, find_gpu("a100-40gb", where="gpu"), gpus_per_node=8)
     short = "data.max_length=256"
-    chosen = {
-        rank: settle(load_recipe(gpus.recipe, [short, f"method.rank={rank}"]), hardware, 1)
-        for rank in range(8, 1000, 16)
-    }
-    fitting = {rank: one.recipe.parallel.strategy for rank, one in chosen.items() if one.fits}
-    sharded = next(rank for rank, strategy in fitting.items() if strategy == "fsdp")
-    assert fitting[8] == "ddp"
+
+    def replicas_fit(rank: int) -> bool:
+        recipe = load_recipe(gpus.recipe, [short, f"method.rank={rank}"])
+        return settle(recipe, hardware, 1, strategies=["ddp"]).fits
+
+    sharded = next(rank for rank in range(8, 1000, 16) if not replicas_fit(rank))
+    own = settle(load_recipe(gpus.recipe, [short, "method.rank=8"]), hardware, 1).recipe.parallel
+    assert own.strategy == "ddp" and own.dequantized_blocks == 32
     assert gpus.submit(short, "--array", f"method.rank=8,{sharded}") == 0
     recipes = [load_recipe(gpus.run / n / "recipe.yaml", check_paths=False) for n in ("000", "001")]
     assert [recipe.parallel.strategy for recipe in recipes] == ["fsdp", "fsdp"]
+    fewest = {recipe.parallel.dequantized_blocks for recipe in recipes}
+    assert len(fewest) == 1 and {*range(32)} > fewest
 
 
 def test_without_a_kind_of_gpu_nothing_is_refused_or_said(desk: Desk, capsys: Capture) -> None:
@@ -156,19 +160,27 @@ def test_a_local_training_takes_what_suits_its_gpus(
 
 
 @pytest.mark.parametrize(
-    ("free_gib", "expected"), [(1000, "step"), (1, "forward"), (None, "forward")]
+    ("free_gib", "reshard", "blocks"),
+    [(1000, "step", 32), (1, "forward", 0), (None, "auto", "auto")],
 )
-def test_on_a_cpu_blocks_stay_gathered_where_the_host_has_memory(
-    recipe_file: Path, tmp_path: Path, free_gib: int | None, expected: str
+def test_on_a_cpu_as_much_is_kept_as_the_host_has_memory_for(
+    recipe_file: Path, tmp_path: Path, free_gib: int | None, reshard: str, blocks: int | str
 ) -> None:
     model_folder(tmp_path / "model", "llama-3.1-8b")
     free = None if free_gib is None else free_gib * 2**30
-    recipe = load_recipe(recipe_file, ["parallel.processes=2"])
-    assert reshard_on_host(recipe, free) == expected
-    alone = load_recipe(recipe_file, ["parallel.processes=1"])
-    assert reshard_on_host(alone, free) == "forward"
-    replicas = load_recipe(recipe_file, ["parallel={processes: 2, strategy: ddp}"])
-    assert reshard_on_host(replicas, free) == "forward"
+
+    def kept(*words: str, free: int | None = free) -> tuple[str, int | str]:
+        found = keep_on_host(load_recipe(recipe_file, [*words]), free).parallel
+        return found.reshard, found.dequantized_blocks
+
+    assert kept("parallel.processes=2") == (reshard, blocks)
+    for alone in ("parallel.processes=1", "parallel={processes: 2, strategy: ddp}"):
+        assert kept(alone) == ("auto", blocks)
+        assert kept(alone, "quantization=none") == ("auto", "auto")
+    settled = "parallel={processes: 2, strategy: fsdp, reshard: backward, dequantized_blocks: 3}"
+    assert kept(settled) == ("backward", 3)
+    some = [kept("parallel.processes=2", free=gib * 2**30)[1] for gib in range(100, 400, 20)]
+    assert some == sorted(some) and len({*some} - {0, 32}) > 2
 
 
 def test_free_memory_is_what_the_container_leaves(tmp_path: Path) -> None:
