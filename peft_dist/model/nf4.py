@@ -224,7 +224,8 @@ class FrozenLinear4bit(nn.Module):
         y: torch.Tensor
         if self.kept is not None:
             assert product is None, "the weight is not dequantized"
-            y = _KeptMatmul.apply(x, self.kept)  # type: ignore[no-untyped-call]
+            plain = torch.compiler.is_compiling()
+            y = x @ self.kept.t() if plain else _KeptMatmul.apply(x, self.kept)  # type: ignore[no-untyped-call]
         else:
             ours = _operator if torch.compiler.is_compiling() else _FrozenMatmul.apply
             y = (product or ours)(x, self.packed, self.absmax, self.block_size)

@@ -133,7 +133,9 @@ def _cases() -> dict[str, Case]:
         "gpt2-dora": Case("gpt2", sections=nf4 | {"method": {"dora": True}}),
         "gpt2-biases": Case("gpt2", sections=none | {"method": {"bias": "all"}}),
         "bert-biases": Case("bert", sections=none | {"method": {"bias": "all"}}),
-        "accumulated": Case("llama", everywhere, nf4 | {"train": {"micro_batch_size": 2}}),
+        "accumulated": Case(
+            "llama", (*everywhere, ZERO2), nf4 | {"train": {"micro_batch_size": 2}}
+        ),
         **{
             f"accumulated-{reshard}": Case(
                 "llama",
@@ -142,6 +144,20 @@ def _cases() -> dict[str, Case]:
             )
             for reshard in ("backward", "step")
         },
+        "accumulated-dequantized": Case(
+            "llama",
+            (*everywhere, ZERO2),
+            nf4 | {"train": {"micro_batch_size": 2}, "parallel": {"dequantized_blocks": 1}},
+        ),
+        "accumulated-step-dequantized": Case(
+            "llama",
+            (FSDP, HSDP),
+            nf4
+            | {
+                "train": {"micro_batch_size": 2},
+                "parallel": {"reshard": "step", "dequantized_blocks": 2},
+            },
+        ),
         "checkpointed": Case(
             "llama", (SINGLE, FSDP), nf4 | {"train": {"activation_checkpointing": True}}
         ),

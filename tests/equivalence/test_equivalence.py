@@ -70,6 +70,16 @@ def test_blocks_that_stay_gathered_change_no_bit(
     assert kept["base_bytes_by_rank"] == anew["base_bytes_by_rank"]
 
 
+@pytest.mark.parametrize("engine", [SINGLE, DDP, ZERO2, FSDP, HSDP])
+def test_weights_that_stay_dequantized_change_no_bit(outcome: Outcomes, engine: str) -> None:
+    anew, names = outcome("accumulated", engine), ["accumulated-dequantized"]
+    names += ["accumulated-step-dequantized"] if engine in (FSDP, HSDP) else []
+    for name in names:
+        for key in ("losses", "norms", "update", "first", "last", "probe_logits"):
+            assert outcome(name, engine)[key] == anew[key], (name, key)
+        assert outcome(name, engine)["base_bytes_by_rank"] == anew["base_bytes_by_rank"]
+
+
 @pytest.mark.parametrize("engine", [FSDP, DDP, HSDP])
 @pytest.mark.parametrize("name", ["llama-nf4", "llama-none"])
 def test_twenty_steps_are_the_same_and_learn(outcome: Outcomes, name: str, engine: str) -> None:

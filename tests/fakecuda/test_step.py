@@ -1,5 +1,6 @@
 """What a step asks of the device: no wait, few kernels, memory without holes."""
 
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from peft_dist.config.method import Lora
 from peft_dist.data.pack import Batch
 from peft_dist.evaluation.scoring import score_rows
 from peft_dist.model.attention import VARLEN_ATTENTION
 from peft_dist.model_setup import ModelSetup
+from peft_dist.plan.adapter import adapter_shape
+from peft_dist.plan.memory import Setting, peak_bytes
+from peft_dist.plan.read_shape import read_shape
 from tests.configs import CONFIGS
 from tests.fakecuda.device import Counted, counting, pinned_bytes
 from tests.fakecuda.rank import RANKS, Rank, live, of_shape, prepare, steps
@@ -133,6 +138,7 @@ def step_of_8b(
     *,
     strategy: str = "fsdp",
     layers: int = LAYERS,
+    dequantized: int = 0,
 ) -> Counted:
     """Return what the second step of some layers of an 8B counts; every rank has such rows."""
     trainer = of_shape(
@@ -142,7 +148,7 @@ def step_of_8b(
         lengths * (2 * RANKS),
         quantization="nf4",
         method={"rank": 16, "alpha": 32},
-        parallel={"strategy": strategy},
+        parallel={"strategy": strategy, "dequantized_blocks": dequantized},
         train={
             "steps": 2,
             "global_batch_size": len(lengths) * RANKS,
@@ -229,6 +235,38 @@ def test_compiled_blocks_launch_half_the_kernels_for_rows_of_all_lengths(
     assert counters["stats"]["unique_graphs"] == compiled
     assert not counters["graph_break"]
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_weights_that_stay_dequantized_take_what_the_plan_says_and_no_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    shape = read_shape(EIGHT_B | {"num_hidden_layers": LAYERS}, where="test")
+    adapter = adapter_shape(Lora(rank=16, alpha=32), shape)
+    assert adapter is not None
+    kernels = []
+    for blocks in (0, 2, LAYERS):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        counted = step_of_8b(
+            tmp_path, monkeypatch, [2048] * 4, strategy=strategy, dequantized=blocks
+        )
+        kernels.append(counted.kernels)
+        tell(counted, f"{strategy}, {blocks} blocks dequantized")
+        of_first = 3 if blocks == 0 else 0  # q, k and v, of whose input no gradient is wanted
+        assert counted.kernels_named("kDequantize") == 14 * (LAYERS - blocks) - of_first
+        setting = Setting(
+            sharded=strategy == "fsdp",
+            shards=RANKS if strategy == "fsdp" else 1,
+            micro_batch=4,
+            length=2048,
+            recompute=False,
+            dequantized=blocks,
+        )
+        planned = peak_bytes(shape, adapter, setting).allocated
+        assert planned == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.03)
+    assert kernels[0] - kernels[1] >= 14 * 2 - 3 and kernels[1] - kernels[2] >= 14 * 2
 
 
 def test_many_short_rows_cost_no_more_kernels_than_few_long_ones(

@@ -28,6 +28,7 @@ BITFIT: dict[str, Any] = {"method": {"kind": "bitfit"}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "recomputed prefix": ("llama", PREFIX | RECOMPUTED),
     "bitfit": ("gpt2", BITFIT),
+    "dequantized": ("llama", {"parallel": {"dequantized_blocks": 2}}),
 }
 LONG_CASES: dict[str, tuple[str, dict[str, Any]]] = CASES | {
     "lora": ("llama", {}),

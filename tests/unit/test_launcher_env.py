@@ -190,6 +190,11 @@ def test_what_accelerate_says_and_no_engine_does_is_refused(
             ZERO2,
             "parallel.reshard: has no meaning here: the strategy is zero2",
         ),
+        (
+            {"dequantized_blocks": 1},
+            ZERO3,
+            "parallel.dequantized_blocks: has no meaning here: the strategy is zero3",
+        ),
     ],
 )
 def test_a_contradiction_is_one_line_that_names_both_sides(

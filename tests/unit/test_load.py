@@ -153,6 +153,18 @@ def test_an_error_names_the_field_the_value_and_the_remedy(
         ),
         (["parallel={strategy: ddp, offload: cpu}"], "offload cpu is for a sharded base, not ddp"),
         (["parallel={strategy: ddp, reshard: step}"], "reshard step is for strategy fsdp or hsdp"),
+        (
+            ["parallel={strategy: zero3, dequantized_blocks: 1}"],
+            "dequantized_blocks 1 is not for strategy zero3",
+        ),
+        (
+            ["parallel.dequantized_blocks=1", "quantization=none"],
+            "parallel.dequantized_blocks 1 is for a base in 4 bits",
+        ),
+        (
+            ["parallel.dequantized_blocks=1", "method.fused=auto"],
+            "parallel.dequantized_blocks 1 dequantizes once, method.fused in each pass",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_one_line(

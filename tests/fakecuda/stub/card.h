@@ -42,3 +42,6 @@ static inline int device_count(void) {
 
 /* Count one call under a key; the name is what the key is reported as. */
 void fake_count(const void *key, const char *name);
+
+/* Write a line of what is asked of streams into the file that `fake_trace_to` has named, if any. */
+void fake_trace(const char *format, ...);

@@ -89,6 +89,7 @@ const char *ncclGetLastError(ncclComm_t at) { return ""; }
 #define COLLECTIVE(name, call, root, ...)                             \
   ncclResult_t name(__VA_ARGS__, ncclComm_t at, cudaStream_t stream) { \
     note((Communicator *)at, call, count, type, root);                \
+    fake_trace("%s %p %zu", call, (void *)stream, (size_t)count);     \
     return ncclSuccess;                                               \
   }
 COLLECTIVE(ncclAllReduce, "all-reduce", op, const void *from, void *to, size_t count, ncclDataType_t type,

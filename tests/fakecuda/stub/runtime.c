@@ -12,6 +12,7 @@
  * cuDNN is not there: code that needs it fails. */
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <sys/mman.h>
 #include "card.h"
@@ -65,6 +66,35 @@ size_t fake_counts(const char **names, unsigned long *counts, size_t room) {
   return found;
 }
 
+/* ---- what is asked of streams, in the order in which the host asks ---- */
+
+static FILE *trace;
+
+/* Begin a trace; NULL: end it. */
+void fake_trace_to(const char *path) {
+  pthread_mutex_lock(&lock);
+  if (trace) fclose(trace);
+  trace = path ? fopen(path, "w") : NULL;
+  pthread_mutex_unlock(&lock);
+}
+
+void fake_trace(const char *format, ...) {
+  va_list values;
+  pthread_mutex_lock(&lock);
+  if (trace) {
+    va_start(values, format);
+    vfprintf(trace, format, values);
+    va_end(values);
+    fputc('\n', trace);
+  }
+  pthread_mutex_unlock(&lock);
+}
+
+static void count_launch(const void *kernel, cudaStream_t stream) {
+  fake_count(kernel, NULL);
+  fake_trace("kernel %p", (void *)stream);
+}
+
 #define COUNTED fake_count((const void *)__func__, __func__)
 
 /* ---- kernels: registered by name when a library is loaded, then launched by host address ---- */
@@ -112,16 +142,16 @@ cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *host) {
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments,
                                size_t shared, cudaStream_t stream) {
-  fake_count((const void *)kernel, NULL);
+  count_launch((const void *)kernel, stream);
   return cudaSuccess;
 }
 cudaError_t cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
                              cudaStream_t stream) {
-  fake_count(kernel, NULL);
+  count_launch(kernel, stream);
   return cudaSuccess;
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *how, const void *kernel, void **arguments) {
-  fake_count(kernel, NULL);
+  count_launch(kernel, how->stream);
   return cudaSuccess;
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *data) {
@@ -524,6 +554,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
   COUNTED;
+  fake_trace("wait %p %p", (void *)stream, (void *)event);
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
@@ -555,6 +586,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   COUNTED;
+  fake_trace("record %p %p", (void *)stream, (void *)event);
   return cudaSuccess;
 }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
