@@ -118,6 +118,7 @@ def _simulated(
         f"train.micro_batch_size={one.micro_batch}",
         f"train.activation_checkpointing={str(one.recompute).lower()}",
         f"parallel.offload={'cpu' if one.offload else 'none'}",
+        f"parallel.dequantized_blocks={one.dequantized}",
     ]
     if one.strategy == "hsdp":
         words.append(f"parallel.shard_size={one.shard_size}")

@@ -151,7 +151,7 @@ def _cases() -> dict[str, Case]:
         ),
         "accumulated-step-dequantized": Case(
             "llama",
-            (FSDP, HSDP),
+            (SINGLE, FSDP, HSDP),
             nf4
             | {
                 "train": {"micro_batch_size": 2},
