@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -37,9 +38,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is there by now alone for ever, and collect what tests make."""
+    """Leave what is there by now alone for ever, and collect what tests make.
+
+    Where tests run side by side, threads of torch that wait for each other take most of all cores.
+    """
     gc.freeze()
     gc.enable()
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def pytest_sessionfinish() -> None:
+    """Let hypothesis, which may be loaded at the end, find what it looks for among all objects."""
+    gc.unfreeze()
 
 
 def _place(item: pytest.Item) -> int:
