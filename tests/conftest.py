@@ -1,7 +1,9 @@
 """What all tests share: how they are divided among workers, and a world of one process."""
 
+import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +22,8 @@ AFTER_CLUSTER = "tests/faults/test_places.py"
 # process that a test starts.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Nothing of what is imported and collected first is garbage: half of that time went into looking.
+gc.disable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,6 +35,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "alone" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
     items.sort(key=lambda item: (_place(item), item.path.name not in LONG_FILES))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is there by now alone for ever, and collect what tests make.
+
+    Where tests run side by side, threads of torch that wait for each other take most of all cores.
+    """
+    gc.freeze()
+    gc.enable()
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def pytest_sessionfinish() -> None:
+    """Let hypothesis, which may be loaded at the end, find what it looks for among all objects."""
+    gc.unfreeze()
 
 
 def _place(item: pytest.Item) -> int:
