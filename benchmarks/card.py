@@ -199,6 +199,10 @@ def cases(options: argparse.Namespace) -> Iterator[list[str]]:
                 yield [*words, "--shortest", str(length // 10)]
                 if quantization == "nf4":
                     yield [*words, "--fused"]
+                if quantization == "nf4" and not recomputed:
+                    few = [*words, "--length", str(min(lengths)), "--rows", "1"]
+                    yield few
+                    yield [*few, "--dequantized", "99"]
 
 
 def speed(

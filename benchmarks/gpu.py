@@ -116,6 +116,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--strategy", choices=("ddp", "fsdp"), default="fsdp")
     made.add_argument("--rank", type=int, default=16, help="LoRA rank; alpha is twice that")
     made.add_argument("--fused", action="store_true", help="method.fused: auto")
+    made.add_argument(
+        "--dequantized", type=int, default=0, metavar="N", help="parallel.dequantized_blocks"
+    )
     made.add_argument("--length", type=int, default=4096, help="tokens of the longest row")
     made.add_argument("--shortest", type=int, help="of the shortest; default: all are as long")
     made.add_argument("--rows", type=int, default=1, help="rows per GPU and step, packed")
@@ -188,7 +191,7 @@ def make_trainer(args: argparse.Namespace, world: World, folder: Path) -> Traine
                 "activation_checkpointing": args.activation_checkpointing,
                 "deterministic": args.deterministic,
             },
-            "parallel": {"strategy": args.strategy},
+            "parallel": {"strategy": args.strategy, "dequantized_blocks": args.dequantized},
         }
     )
     skeleton = build_skeleton(config, task="causal-lm", dtype=torch.bfloat16, attention="auto")

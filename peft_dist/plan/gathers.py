@@ -68,8 +68,9 @@ def gather_times(
     """
     ring = Ring.of(candidate, setting.shards)
     kept = min(setting.dequantized, shape.layers)
-    block_s = ring.seconds(gathered_block_bytes(shape, setting, dequantized=False), hardware)
     small_s = ring.seconds(gathered_block_bytes(shape, setting, dequantized=True), hardware)
+    whole_s = ring.seconds(gathered_block_bytes(shape, setting, dequantized=False), hardware)
+    block_s = small_s if kept == shape.layers else whole_s
     words, head = gathered_words(shape, adapter, setting), own_head_bytes(shape, setting)
     head_s = ring.seconds(head, hardware) if head else 0.0
     ahead = blocks_ahead(shape, setting)

@@ -161,13 +161,7 @@ def blocks_ahead(shape: ModelShape, setting: Setting) -> int:
     if setting.holds_vocabulary:
         return 0
     head = 0 if shape.tied else shape.vocabulary * shape.hidden * _word_bytes(setting)
-    largest = _largest_gathered(shape, setting)
-    return max(1, min(-(-head // largest) if largest else 1, shape.layers - 1))
-
-
-def _largest_gathered(shape: ModelShape, setting: Setting) -> int:
-    all_kept = setting.dequantized >= shape.layers
-    return gathered_block_bytes(shape, setting, dequantized=all_kept)
+    return max(1, min(-(-head // block_bytes(shape, setting)), shape.layers - 1))
 
 
 def _linear_bytes(linear: Linear, setting: Setting, shards: int) -> int:
@@ -320,7 +314,8 @@ def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> By
 
     gathers = setting.sharded and setting.shards > 1
     # The buffer that a gather is received in lives until the next one.
-    buffer = _largest_gathered(shape, setting) if gathers else 0
+    all_kept = kept_blocks == shape.layers
+    buffer = gathered_block_bytes(shape, setting, dequantized=all_kept) if gathers else 0
     ahead = blocks_ahead(shape, setting)
     unfilled = (shape.layers - ahead) * (one_block if not setting.recompute else wide * e)
     stays = _stays(shape, setting) if gathers else 0

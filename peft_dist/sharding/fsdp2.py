@@ -3,6 +3,7 @@
 Accelerate's own FSDP2 wrapping leaves 4-bit weights out of sharding and is plain DDP on CPU.
 """
 
+import logging
 import math
 from collections.abc import Iterable
 from functools import partial
@@ -23,6 +24,8 @@ from peft_dist.sharding.compute_timer import ComputeTimer
 from peft_dist.sharding.dequantized import HeldOut
 from peft_dist.sharding.engine import Engine
 from peft_dist.sharding.vocabulary import VocabularyUnit, vocabulary_units
+
+log = logging.getLogger(__name__)
 
 
 class _TimedAllGather(DefaultAllGather):
@@ -69,15 +72,15 @@ class FSDP2Engine(Engine):
         on_gpu = self.world.device.type == "cuda"
         policy = CPUOffloadPolicy(pin_memory=on_gpu) if self.offload else OffloadPolicy()
         shard = partial(fully_shard, mesh=self.mesh, ignored_params=trained, offload_policy=policy)
+        sizes = [_bytes(set(block.parameters()) - trained) for block in blocks]
         kept = [HeldOut(block) for block in blocks[: self.dequantized_blocks]]
         apart = set[nn.Parameter]()
         for one in kept:
             shard(one, ignored_params=trained | one.others())
             apart |= set(one.parameters()) - one.others()
-        sizes = [_bytes(set(block.parameters()) - trained - apart) for block in blocks]
+        frees, ignored = self.reshard == "forward", trained | apart
         for block in blocks:
-            frees = self.reshard == "forward"
-            shard(block, reshard_after_forward=frees, ignored_params=trained | apart)
+            shard(block, reshard_after_forward=frees, ignored_params=ignored)
         vocabulary = vocabulary_units(
             model,
             keeps=self.reshard == "step",
@@ -99,6 +102,7 @@ class FSDP2Engine(Engine):
             unit.set_reshard_after_backward(self.reshard != "step", recurse=False)
         model.register_forward_hook(self._after_forward)
         _gather_ahead(model, blocks, head, ahead)
+        log.info("gathers: asked for %d blocks before their use", ahead)
 
     def _after_forward(self, *_: Any) -> None:
         """Free everything after a pass that has no backward, in which it would be freed."""
@@ -135,7 +139,7 @@ def blocks_ahead(block_bytes: list[int], head_bytes: int) -> int:
     bytes, if the gathers of these are through before it begins.
 
     Args:
-        block_bytes: Of what is gathered of each block.
+        block_bytes: Of the base in each block.
         head_bytes: Of the head, where it is gathered by itself; else 0.
     """
     largest = max(block_bytes, default=0)

@@ -25,7 +25,7 @@ def test_a_card_is_measured_as_the_product_trains(
     report = json.loads((tmp_path / "card.json").read_text(encoding="utf-8"))
     assert report["facts"]["device"] == world.device_name
     assert report["left_out"] == []
-    assert len(report["speed"]) == len({row["case"] for row in report["speed"]}) == 28
+    assert len(report["speed"]) == len({row["case"] for row in report["speed"]}) == 32
     assert {row["attention"] for row in report["speed"]} == {VARLEN_ATTENTION}
     assert all(row["tokens_per_s_per_gpu"] > 0 for row in report["speed"])
     assert {"attention_window_difference", "cross_entropy_difference"} <= report["values"].keys()
