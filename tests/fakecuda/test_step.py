@@ -1,6 +1,7 @@
 """What a step asks of the device: no wait, few kernels, memory without holes."""
 
 import gc
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -237,6 +238,17 @@ def test_compiled_blocks_launch_half_the_kernels_for_rows_of_all_lengths(
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
+def left_on_device() -> int:
+    """Return the bytes of what was there before, once threads that go have let go of it."""
+    for _ in range(20):
+        gc.collect()
+        torch.cuda.empty_cache()
+        if torch.cuda.memory_allocated() < GIB // 8:
+            break
+        time.sleep(0.1)
+    return torch.cuda.memory_allocated()
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_weights_that_stay_dequantized_take_what_the_plan_says_and_no_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
@@ -246,8 +258,7 @@ def test_weights_that_stay_dequantized_take_what_the_plan_says_and_no_kernels(
     assert adapter is not None
     kernels = []
     for blocks in (0, 2, LAYERS):
-        gc.collect()
-        torch.cuda.empty_cache()
+        before = left_on_device()
         torch.cuda.reset_peak_memory_stats()
         counted = step_of_8b(
             tmp_path, monkeypatch, [2048] * 4, strategy=strategy, dequantized=blocks
@@ -265,7 +276,8 @@ def test_weights_that_stay_dequantized_take_what_the_plan_says_and_no_kernels(
             dequantized=blocks,
         )
         planned = peak_bytes(shape, adapter, setting).allocated
-        assert planned == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.03)
+        held = torch.cuda.max_memory_allocated() - before
+        assert planned == pytest.approx(held, rel=0.03)
     assert kernels[0] - kernels[1] >= 14 * 2 - 3 and kernels[1] - kernels[2] >= 14 * 2
 
 
