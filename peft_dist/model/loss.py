@@ -21,7 +21,7 @@ from peft_dist.model.attention import OURS
 from peft_dist.model.cross_entropy import cross_entropy, logits_of
 from peft_dist.model.head import Head
 from peft_dist.model.router import Routing, router_term
-from peft_dist.model.token_rows import OutputMatrix, output_matrix, whole_matrix
+from peft_dist.model.token_rows import OutputMatrix, output_matrix, scorer_of_output, whole_matrix
 
 ALL_TOKENS = slice(None)
 """As choices: the whole vocabulary, without a copy of the head."""
@@ -70,6 +70,11 @@ def _prefix(peft: PeftModel, device: torch.device) -> tuple[torch.Tensor, ...] |
     assert layers is not None and heads is not None, config  # PEFT took them from the model
     parts = learned.view(len(learned), layers, 2, heads, -1)
     return parts.permute(1, 2, 3, 0, 4).unbind(0)
+
+
+def _nothing(hidden: torch.Tensor) -> torch.Tensor:
+    """Return the loss of a micro-batch without targets, which has a backward all the same."""
+    return hidden.float().sum()[None] * 0.0
 
 
 class Decoder(nn.Module, ABC):
@@ -192,12 +197,25 @@ class CausalLM(Decoder):
         picked = hidden.flatten(0, 1)[batch.label_positions]
         if self._head.before is not None:
             picked = self._head.before(picked)
+        if torch.is_autocast_enabled(picked.device.type):
+            picked = picked.to(torch.get_autocast_dtype(picked.device.type))
         # Every process takes part in the same collectives, with work or without.
+        scorer, everyone = scorer_of_output(model), batch.everyone
+        if (
+            scorer is not None
+            and everyone is not None
+            and choice_ids is None
+            and self._head.by_token
+            and scorer.pays(everyone, picked)
+        ):
+            nll = scorer.cross_entropy(
+                picked, batch.targets, self._head.after, everyone.most_targets
+            )
+            nothing = batch.label_positions.numel() == 0
+            return Losses(_nothing(hidden) if nothing else nll, None, routing)
         with whole_matrix(model) as matrix:
             if batch.label_positions.numel() == 0:
-                return Losses(hidden.float().sum()[None] * 0.0, None, routing)
-            if torch.is_autocast_enabled(picked.device.type):
-                picked = picked.to(torch.get_autocast_dtype(picked.device.type))
+                return Losses(_nothing(hidden), None, routing)
             nll = cross_entropy(picked, matrix, batch.targets, self._head.after)
             choice_logits = None
             if choice_ids is not None:

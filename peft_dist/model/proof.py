@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_dist.common.errors import ModelError
-from peft_dist.data.pack import Batch, Everyone, pack, positions_of
+from peft_dist.data.pack import Batch, Everyone, pack, positions_of, targets_of
 from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.world import World
 from peft_dist.model import attention
@@ -136,7 +136,9 @@ def _problem(
     attention.find_gap()
     ids = np.arange(rows.n_rows)
     size = positions_of(rows, ids, packing=way.packing)
-    batch = pack(rows, ids, packing=way.packing, everyone=Everyone(size, size)).to(device)
+    targets = targets_of(rows, ids)
+    everyone = Everyone(size, size, targets, targets)
+    batch = pack(rows, ids, packing=way.packing, everyone=everyone).to(device)
     try:
         if not attention.use_kernel(bare, way.attention):
             return "the model keeps the kernel that it was built with"

@@ -19,6 +19,7 @@ from peft_dist.plan.memory import (
     kept_by_block,
     outer_bytes,
     peak_bytes,
+    scored_bytes,
 )
 from peft_dist.plan.ring import Ring
 from peft_dist.plan.shapes import ModelShape
@@ -281,11 +282,13 @@ def gathered_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -
 
 def gathered_words(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> int:
     """Return what of it is embedding, head and all else outside the blocks."""
-    exchanged = exchanged_bytes(shape, adapter, setting)
-    if exchanged is None:
-        return outer_bytes(shape, setting)
-    head = outer_bytes(replace(shape, tied=True), setting)
-    return head + exchanged * (setting.accumulation if setting.reshard == "step" else 1)
+    passes = setting.accumulation if setting.reshard == "step" else 1
+    every = outer_bytes(shape, setting)
+    matrix = every - outer_bytes(replace(shape, tied=True), setting)
+    for instead in (exchanged_bytes(shape, adapter, setting), scored_bytes(shape, setting)):
+        if instead is not None:
+            every += passes * instead - matrix
+    return every
 
 
 def _received(

@@ -11,10 +11,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from peft_dist.distributed.collectives import Shard
 from peft_dist.model.architectures import bare_model
-from peft_dist.model.gathered import gather_for_use
+from peft_dist.model.gathered import gather_for_use, score_in_slices
 from peft_dist.model.loss import CausalLM
+from peft_dist.model.sliced_cross_entropy import can_be_slices
 from peft_dist.sharding.compute_timer import ComputeTimer
 from peft_dist.sharding.lookup import ColumnLookup, can_be_columns
+from peft_dist.sharding.slices import SlicedHead
 
 
 class VocabularyUnit(nn.Module):
@@ -26,14 +28,22 @@ class VocabularyUnit(nn.Module):
         keeps: Whether what is gathered stays until the engine frees it.
         by_columns: Whether it is sharded by columns: an embedding alone, of which few rows are
             used in a pass.
+        in_slices: Whether it is a head alone, against whose parts positions can be scored.
     """
 
-    def __init__(self, modules: list[nn.Module], *, keeps: bool, by_columns: bool) -> None:
+    def __init__(
+        self, modules: list[nn.Module], *, keeps: bool, by_columns: bool, in_slices: bool
+    ) -> None:
         """Take modules whose parameters are frozen and in no other module."""
         super().__init__()
         self.modules_of = nn.ModuleList(modules)
         self.keeps = keeps
-        self.by_columns = by_columns
+        self.by_columns, self.in_slices = by_columns, in_slices
+
+    @property
+    def exchanges_rows(self) -> bool:
+        """Whether passes may exchange rows or positions, for which their numbers must be known."""
+        return self.by_columns or self.in_slices
 
     def watch(self, model: nn.Module, shard: Shard, timer: ComputeTimer) -> None:
         """Gather for each use of the modules from now on; call it once the unit is sharded.
@@ -48,6 +58,10 @@ class VocabularyUnit(nn.Module):
             assert isinstance(embedding, nn.Embedding)
             ColumnLookup(embedding, self, shard, timer).watch(model, keeps=self.keeps)
             return
+        if self.in_slices:
+            assert isinstance(embedding, nn.Linear)
+            scorer = SlicedHead(embedding, shard, timer, keeps=self.keeps)
+            score_in_slices(embedding, scorer)
         # Of one matrix, the loss at the end of the pass frees what the embedding has gathered.
         gather_for_use(embedding, self, free=not head)
         for module in head:
@@ -86,7 +100,12 @@ def vocabulary_units(model: nn.Module, *, keeps: bool, shards: int) -> list[Voca
     else:
         groups = [[one] for one in (embedding, head) if one is not None]
     return [
-        VocabularyUnit(group, keeps=keeps, by_columns=_may_be_columns(group, shards))
+        VocabularyUnit(
+            group,
+            keeps=keeps,
+            by_columns=_may_be_columns(group, shards),
+            in_slices=_may_be_slices(group, shards),
+        )
         for group in groups
         if _owners(bare, *_parameters(*group)) == {id(module) for module in group}
     ]
@@ -97,6 +116,12 @@ def _may_be_columns(group: list[Any], shards: int) -> bool:
     return (
         len(group) == 1 and isinstance(group[0], nn.Embedding) and can_be_columns(group[0], shards)
     )
+
+
+def _may_be_slices(group: list[Any], shards: int) -> bool:
+    """Whether the modules of a unit are a head alone that has a row for each of so many shards."""
+    is_head = len(group) == 1 and isinstance(group[0], nn.Linear)
+    return is_head and can_be_slices(group[0].weight.shape[0], shards)
 
 
 def _parameters(*modules: Any) -> list[nn.Parameter]:

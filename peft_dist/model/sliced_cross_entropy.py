@@ -1,0 +1,185 @@
+"""Cross-entropy against a vocabulary of which every process holds a slice, for the rows of all.
+
+Hidden states travel to the slices, three numbers a position come of each, and the gradients of the
+hidden states travel back. All of it in forward: an objective may weigh positions as it likes, and a
+process that has none in its backward keeps nobody waiting.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch.nn import functional
+
+from peft_dist.distributed.collectives import Shard
+from peft_dist.model.cross_entropy import (
+    HALF_SCALE,
+    LOGIT_BYTES_PER_CHUNK,
+    After,
+    logits_of,
+    times_vocabulary,
+)
+from peft_dist.model.token_rows import OutputMatrix
+
+ID_DTYPE = torch.int32
+"""Of the targets that processes tell each other."""
+NUMBERS = 3
+"""Float32, of each position and slice: largest logit, sum of exponentials, logit of the target."""
+
+
+def can_be_slices(vocabulary: int, shards: int) -> bool:
+    """Whether every one of so many shards has a row; of 32,000, the last of 512 have none."""
+    return shards > 1 and (shards - 1) * -(-vocabulary // shards) < vocabulary
+
+
+def scored_bytes(targets: int, hidden_bytes: int, shards: int, *, learns: bool) -> int:
+    """Return what scoring in slices carries to and from one process.
+
+    Args:
+        targets: Most of any process.
+        hidden_bytes: Of the hidden states of a position.
+        shards: Processes that hold one copy of the matrix.
+        learns: Whether gradients travel back.
+    """
+    numbers = shards * NUMBERS * torch.float32.itemsize
+    each = hidden_bytes * (2 if learns else 1) + ID_DTYPE.itemsize + numbers
+    return shards * targets * each
+
+
+def sliced_cross_entropy(
+    hidden: torch.Tensor,
+    matrix: OutputMatrix,
+    targets: torch.Tensor,
+    after: After | None,
+    *,
+    most: int,
+    vocabulary: int,
+    shard: Shard,
+) -> torch.Tensor:
+    """Return the negative log-likelihood, float32 [N], of targets [N]. Collective.
+
+    Args:
+        hidden: [N, H]; N may be 0.
+        matrix: This process's rows of a frozen one, as `torch.chunk` divides it.
+        targets: int64 [N], token ids of the whole vocabulary.
+        after: Maps products to logits, each by itself.
+        most: N of the process that has most.
+        vocabulary: Rows of the whole matrix.
+        shard: Who holds which rows.
+    """
+    nll: torch.Tensor = _SlicedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # it is torch's
+        hidden, targets, matrix, after, most, vocabulary, shard
+    )
+    return nll
+
+
+class _SlicedCrossEntropy(torch.autograd.Function):
+    """The gradients of all positions are made in forward, as in one process; see `cross_entropy`.
+
+    Backward scales those of this process's own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        matrix: OutputMatrix,
+        after: After | None,
+        most: int,
+        vocabulary: int,
+        shard: Shard,
+    ) -> torch.Tensor:
+        count, own = shard.count, len(hidden)
+        first, _ = shard.rows(vocabulary)
+        asked = _gathered(hidden, most, shard)
+        ids = _gathered(targets.to(ID_DTYPE), most, shard).long() - first
+        learns, is_half = ctx.needs_input_grad[0], hidden.dtype == torch.float16
+        ctx.scale = HALF_SCALE if is_half else 1.0
+        nll = asked.new_empty(len(asked), dtype=torch.float32)
+        grad = torch.empty_like(asked) if learns else None
+        # All have as many parts, whatever rows they have themselves.
+        size = max(1, LOGIT_BYTES_PER_CHUNK // (4 * -(-vocabulary // count)))
+        for start in range(0, len(asked), size):
+            part = slice(start, start + size)
+            nll[part], step = _losses(asked[part], matrix, ids[part], after, shard, learns)
+            if grad is not None and step is not None:
+                step = step.mul_(HALF_SCALE) if is_half else step
+                grad[part] = times_vocabulary(step.to(hidden.dtype), matrix)
+            del step
+        back = None
+        if grad is not None:
+            parts = torch.empty_like(grad)
+            torch_dist.all_to_all_single(parts, grad, group=shard.group)
+            # Summed here and not on the way, where 16 bits would be rounded at every process.
+            back = parts.view(count, most, -1)[:, :own].sum(0, dtype=torch.float32)
+            back = back.to(hidden.dtype)
+        ctx.save_for_backward(back)
+        return nll[shard.index * most :][:own].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        to_hidden = None
+        if back is not None:
+            to_hidden = back * (grad_nll[:, None] / ctx.scale).to(back.dtype)
+        return to_hidden, None, None, None, None, None, None
+
+
+def _gathered(own: torch.Tensor, most: int, shard: Shard) -> torch.Tensor:
+    """Return [shards * most, ...] of all processes' tensors [N, ...]."""
+    padding = [0, 0] * (own.dim() - 1) + [0, most - len(own)]
+    padded = functional.pad(own, padding).contiguous()
+    out = own.new_empty(shard.count * most, *own.shape[1:])
+    torch_dist.all_gather_into_tensor(out, padded, group=shard.group)
+    return out
+
+
+def _losses(
+    hidden: torch.Tensor,
+    matrix: OutputMatrix,
+    ids: torch.Tensor,
+    after: After | None,
+    shard: Shard,
+    learns: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the losses [N], and their gradient by this slice's products [N, rows], if any.
+
+    Args:
+        hidden: [N, H].
+        matrix: The slice.
+        ids: int64 [N], which row of the slice each target is; of other slices outside of it.
+        after: Maps products to logits.
+        shard: Who holds which slice.
+        learns: Whether a gradient is asked for.
+    """
+    products = logits_of(hidden, matrix)
+    logits = products
+    if after is not None:
+        with torch.set_grad_enabled(learns):
+            logits = after(products.requires_grad_(learns))
+    values = logits.detach()
+    rows = values.shape[1]
+    here = (ids >= 0) & (ids < rows)
+    at = ids.clamp(0, rows - 1)[:, None]
+    top = values.amax(1)
+    mine = values.gather(1, at).squeeze(1).masked_fill(~here, 0.0)
+    values = values - top[:, None] if after is not None else values.sub_(top[:, None])
+    exponentials = values.exp_()
+    numbers = torch.stack([top, exponentials.sum(1), mine])
+    all_numbers = numbers.new_empty(shard.count, *numbers.shape)
+    torch_dist.all_gather_into_tensor(all_numbers, numbers, group=shard.group)
+    tops, sums, picked = all_numbers.unbind(1)
+    highest = tops.amax(0)
+    total = (sums * (tops - highest).exp()).sum(0)
+    # One slice has the target's logit, the others 0; the largest logit is taken off beforehand, or
+    # a token that is nearly certain would be lost to rounding.
+    nll = total.log() - (picked.sum(0) - highest)
+    if not learns:
+        return nll, None
+    step = exponentials.mul_(((top - highest).exp() / total)[:, None])
+    certain = torch.where(here, torch.expm1(-nll), step.gather(1, at).squeeze(1))
+    step.scatter_(1, at, certain[:, None])
+    if after is not None:
+        (step,) = torch.autograd.grad(logits, products, step)
+    return nll, step
