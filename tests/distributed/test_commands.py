@@ -32,7 +32,7 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 4
 RECIPE = f"""
-model: {{name: model}}
+model: {{name: model, dtype: float32}}
 quantization: nf4
 method: {{kind: lora, rank: 4, alpha: 8}}
 data: {{train: rows.jsonl, eval: held.jsonl}}

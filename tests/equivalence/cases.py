@@ -56,6 +56,9 @@ if IS_LONG:
         "granitemoe",
         "llama4_text",
     )
+STEPS, FEW = (10, 5) if IS_LONG else (4, 3)
+"""Optimizer steps of a case, and of one that looks at a single setting: a difference shows in the
+first of them, and grows."""
 PROBE_ROWS = 6
 """Training rows whose losses stand for the logits of a trained model."""
 
@@ -70,7 +73,7 @@ class Case:
     """Processes and strategy."""
     sections: dict[str, Any] = field(default_factory=dict)
     """What the recipe says besides."""
-    steps: int = 5
+    steps: int = FEW
     damage: bool = False
     """Start once before, and flip a byte of the packed base which that start left."""
 
@@ -90,7 +93,7 @@ def _cases() -> dict[str, Case]:
             "lora-biases": {"bias": "lora_only"}, "rank-1": {"rank": 1},
             "two-targets": {"targets": ["q_proj", "down_proj"]}}  # fmt: skip
     cases = {
-        f"{architecture}-{name}": Case(architecture, sections=sections)
+        f"{architecture}-{name}": Case(architecture, sections=sections, steps=5)
         for architecture in ARCHITECTURES
         for name, sections in (("nf4", nf4), ("none", none))
     }
@@ -215,15 +218,15 @@ def objective_cases() -> dict[str, Case]:
     engines = (SINGLE, *MATRIX_ENGINES)
     lora = {"objective": "dpo", "quantization": "nf4"}
     cases = {
-        "objective-dpo-lora-nf4": Case("llama", engines, lora, steps=10),
+        "objective-dpo-lora-nf4": Case("llama", engines, lora, steps=STEPS),
         "objective-dpo-accumulated": Case(
-            "llama", (SINGLE, FSDP), lora | {"train": {"micro_batch_size": 3}}, steps=10
+            "llama", (SINGLE, FSDP), lora | {"train": {"micro_batch_size": 3}}, steps=STEPS
         ),
         "objective-kto-lora-nf4": Case(
-            "llama", (SINGLE, FSDP, ZERO3), lora | {"objective": "kto"}, steps=10
+            "llama", (SINGLE, FSDP, ZERO3), lora | {"objective": "kto"}, steps=STEPS
         ),
         "objective-reward-lora-nf4": Case(
-            "llama", (SINGLE, FSDP, ZERO3), lora | {"objective": "reward"}, steps=10
+            "llama", (SINGLE, FSDP, ZERO3), lora | {"objective": "reward"}, steps=STEPS
         ),
     }
     if IS_LONG:
@@ -232,7 +235,7 @@ def objective_cases() -> dict[str, Case]:
                 "llama",
                 engines,
                 {"objective": kind, "method": method, "quantization": quantization},
-                steps=10,
+                steps=STEPS,
             )
             for kind in ("dpo", "ipo", "kto", "orpo", "simpo", "reward")
             for name, method in MATRIX_METHODS.items()
@@ -253,7 +256,7 @@ def matrix_cases() -> dict[str, Case]:
                 "method": method,
                 "train": {"activation_checkpointing": recomputed == "recomputed"},
             },
-            steps=10,
+            steps=STEPS,
         )
         for name, method in MATRIX_METHODS.items()
         for quantization, recomputed in MATRIX_VARIANTS
