@@ -167,9 +167,9 @@ def _losses(
     values = values - top[:, None] if after is not None else values.sub_(top[:, None])
     exponentials = values.exp_()
     numbers = torch.stack([top, exponentials.sum(1), mine])
-    all_numbers = numbers.new_empty(shard.count, *numbers.shape)
+    all_numbers = numbers.new_empty(shard.count * NUMBERS, len(hidden))
     torch_dist.all_gather_into_tensor(all_numbers, numbers, group=shard.group)
-    tops, sums, picked = all_numbers.unbind(1)
+    tops, sums, picked = all_numbers.view(shard.count, NUMBERS, -1).unbind(1)
     highest = tops.amax(0)
     total = (sums * (tops - highest).exp()).sum(0)
     # One slice has the target's logit, the others 0; the largest logit is taken off beforehand, or
