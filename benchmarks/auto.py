@@ -23,7 +23,7 @@ from typing import Any
 
 from peft_dist.config import load_recipe
 from peft_dist.plan.candidate import Candidate
-from peft_dist.plan.hardware import GIB, Assumed, Gpu, Hardware
+from peft_dist.plan.hardware import GIB, Assumed, GpuKind, Hardware
 from peft_dist.plan.learn import solve
 from peft_dist.plan.plan import Subject, choose, read_config, subject_of
 
@@ -59,6 +59,7 @@ def main() -> int:
         )  # fmt: skip
         report = json.loads(out.read_text())
     found = _compared(report)
+    print(f"in {found['dtype']}, {found['flops'] / 1e9:.0f} GFLOP/s a process")
     for one in found["ways"]:
         print(
             f"{one['strategy']:4} x {one['micro_batch']}: {one['measured_s']:6.3f} s a step, "
@@ -76,13 +77,13 @@ def main() -> int:
 
 def _run_rank(args: argparse.Namespace) -> int:
     """Train as one of two ranks, and write how long the steps of every way took."""
-    import torch
     import torch.distributed as torch_dist
 
     from peft_dist.common.cache_folder import usable_cache_dir
     from peft_dist.data.token_cache import tokenize_rows
     from peft_dist.distributed import process_group
     from peft_dist.distributed.world import read_world
+    from peft_dist.model.precision import compute_dtype, name_of
     from peft_dist.model.source import find_base
     from peft_dist.model_setup import set_up_model
     from peft_dist.run.prediction import with_rows
@@ -112,15 +113,23 @@ def _run_rank(args: argparse.Namespace) -> int:
                     seconds.setdefault(key, []).append(time.monotonic() - started)
     if world.is_main:
         lengths = batch.rows.example_lengths[batch.ids]
-        report = {"seconds": seconds, "length": round(float(lengths.mean())), **_rates(torch)}
+        dtype, _ = compute_dtype(trainers["ddp"].recipe.model, world.device)
+        report = {
+            "seconds": seconds,
+            "length": round(float(lengths.mean())),
+            "dtype": name_of(dtype),
+            **_rates(dtype),
+        }
         args.rank_out.write_text(json.dumps(report))
     process_group.stop()
     return 0
 
 
-def _rates(torch: Any) -> dict[str, float]:
+def _rates(dtype: Any) -> dict[str, float]:
     """Return operations and bytes per second of one thread, the best of some tries."""
-    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    import torch
+
+    left, right = (torch.randn(1024, 1024, dtype=dtype) for _ in range(2))
     large = torch.randn(1 << 24)
     multiply = min(_timed(lambda: left @ right) for _ in range(5))
     copy = min(_timed(large.clone) for _ in range(5))
@@ -136,12 +145,14 @@ def _timed(action: Any) -> float:
 def _compared(report: dict[str, Any]) -> dict[str, Any]:
     """Return each way as planned and measured, and what is picked under each limit of memory."""
     open_ones = ["train.micro_batch_size=auto", "parallel.strategy=auto"]
-    recipe = load_recipe(RECIPE, [*open_ones, f"data.max_length={report['length']}"])
+    settings = [f"data.max_length={report['length']}", f"model.dtype={report['dtype']}"]
+    recipe = load_recipe(RECIPE, [*open_ones, *settings])
     subject = subject_of(recipe, read_config(recipe.model.name, None, network=False))
     measured = {key: median(times) for key, times in report["seconds"].items()}
-    # In float32, of which the plan takes half the speed of bfloat16.
-    cpu = Gpu("cpu", 1024.0, report["memory_gb_s"], LINK_GB_S, bfloat16=False,
-              measured_flops=2 * report["flops"])  # fmt: skip
+    # A card's speed is that in bfloat16, of which the plan takes half in float32.
+    in_bfloat16 = report["dtype"] == "bfloat16"
+    cpu = GpuKind("cpu", 1024.0, report["memory_gb_s"], LINK_GB_S, bfloat16=in_bfloat16,
+              measured_flops=report["flops"] * (1 if in_bfloat16 else 2))  # fmt: skip
     assumed = Assumed(context_gib=0, nccl_gib=0, hop_inside_us=30.0)
     machine = Hardware(cpu, PROCESSES, LINK_GB_S, LINK_GB_S, None, assumed)
     taught = _candidate(*TAUGHT_BY)

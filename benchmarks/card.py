@@ -32,6 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from peft_dist import __version__
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import World, read_world
+from peft_dist.methods.fused import Shape, find_problem
 from peft_dist.model import varlen
 from peft_dist.model.cross_entropy import cross_entropy
 from peft_dist.model.nf4 import dequantize, quantize_rows
@@ -102,6 +103,7 @@ def values(device: torch.device) -> dict[str, Any]:
         "nf4_dequantized_difference": float((plain - there.cpu()).abs().max()),
     }
     found["cross_entropy_difference"] = cross_entropy_difference(device)
+    found["fused_lora_problem"] = find_problem(Shape(1024, 4096, 64, 16), device, torch.bfloat16)
     if varlen.has_kernel(device, torch.bfloat16):
         for name, window in (("causal", None), ("window", 64)):
             found[f"attention_{name}_difference"] = attention_difference(device, window)
@@ -195,6 +197,8 @@ def cases(options: argparse.Namespace) -> Iterator[list[str]]:
             yield words
             if length == lengths[0]:
                 yield [*words, "--shortest", str(length // 10)]
+                if quantization == "nf4":
+                    yield [*words, "--fused"]
 
 
 def speed(
@@ -276,6 +280,8 @@ def faults(report: dict[str, Any]) -> list[str]:
     limits = {"nf4_dequantized_difference": 1e-6, "cross_entropy_difference": 0.02}
     limits |= dict.fromkeys(("attention_causal_difference", "attention_window_difference"), 0.02)
     wrong = [name for name, limit in limits.items() if not checked.get(name, 0.0) <= limit]
+    if checked["fused_lora_problem"]:
+        wrong.append(f"method.fused: {checked['fused_lora_problem']}")
     if not report["determinism"]["deterministic"]:
         wrong.append("two deterministic trainings differ")
     if report["tests"].get("exit_code") not in (0, None):

@@ -37,7 +37,7 @@ from peft_dist.ledger.events import LedgerEvent, StepEvent
 from peft_dist.metrics.mfu import FLOPS_PER_TOKEN_AND_PARAMETER, peak_flops
 from peft_dist.model.architectures import bare_model, build_skeleton
 from peft_dist.model.source import BaseSource
-from peft_dist.model.weights import Stored, WeightFiles
+from peft_dist.model.weights import StoredTensor, WeightFiles
 from peft_dist.model_setup import set_up_model
 from peft_dist.trainer import Trainer
 from peft_dist.worker.process import set_allocator
@@ -72,7 +72,7 @@ class RandomFiles(WeightFiles):
         self.folder, self.files = folder, ()
         self._device = device
         self.tensors = {
-            name: Stored(self.folder, tuple(parameter.shape), "BF16")
+            name: StoredTensor(self.folder, tuple(parameter.shape), "BF16")
             for name, parameter in model.named_parameters()
         }
 
@@ -115,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quantization", choices=("nf4", "none"), default="nf4")
     made.add_argument("--strategy", choices=("ddp", "fsdp"), default="fsdp")
     made.add_argument("--rank", type=int, default=16, help="LoRA rank; alpha is twice that")
+    made.add_argument("--fused", action="store_true", help="method.fused: auto")
     made.add_argument("--length", type=int, default=4096, help="tokens of the longest row")
     made.add_argument("--shortest", type=int, help="of the shortest; default: all are as long")
     made.add_argument("--rows", type=int, default=1, help="rows per GPU and step, packed")
@@ -173,7 +174,12 @@ def make_trainer(args: argparse.Namespace, world: World, folder: Path) -> Traine
         {
             "model": {"name": str(folder), "attention": args.attention},
             "quantization": args.quantization,
-            "method": {"kind": "lora", "rank": args.rank, "alpha": 2.0 * args.rank},
+            "method": {
+                "kind": "lora",
+                "rank": args.rank,
+                "alpha": 2.0 * args.rank,
+                "fused": "auto" if args.fused else "off",
+            },
             "data": {"train": str(folder / "random.jsonl"), "max_length": args.length},
             "train": {
                 "steps": args.steps,

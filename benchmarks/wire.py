@@ -203,7 +203,7 @@ def _compared(args: argparse.Namespace, strategy: str, report: dict[str, Any]) -
     """Return what was measured of a strategy, and what the plan says."""
     from peft_dist.config import Recipe
     from peft_dist.plan.candidate import Candidate
-    from peft_dist.plan.hardware import Assumed, Gpu, Hardware
+    from peft_dist.plan.hardware import Assumed, GpuKind, Hardware
     from peft_dist.plan.learn import solve
     from peft_dist.plan.plan import subject_of
 
@@ -220,7 +220,7 @@ def _compared(args: argparse.Namespace, strategy: str, report: dict[str, Any]) -
     processes = args.nodes * args.per_node
     shards = {"ddp": 1, "hsdp": args.per_node}.get(strategy, processes)
     one = Candidate(strategy, args.nodes, processes, shards, 1, recompute=False, offload=False)
-    cpu = Gpu("cpu", 16, 10, 1e3, bfloat16=False, measured_flops=1e11)
+    cpu = GpuKind("cpu", 16, 10, 1e3, bfloat16=False, measured_flops=1e11)
     assumed = Assumed(hop_inside_us=0.0, hop_between_us=0.0)
     no_network = Hardware(cpu, args.per_node, 1e3, 1e3, None, assumed)
     factor = solve(

@@ -18,7 +18,7 @@ from peft_dist.checkpoint.checkpointer import Checkpointer
 from peft_dist.checkpoint.room import require_room
 from peft_dist.checkpoint.run_identity import describe_run, dtype_of_run, refuse_another_run
 from peft_dist.checkpoint.same_inputs import describe_inputs, refuse_different_inputs
-from peft_dist.checkpoint.start_adapter import load_start
+from peft_dist.checkpoint.start_adapter import load_start, with_start_commit
 from peft_dist.checkpoint.state import read_state
 from peft_dist.checkpoint.verified_save import AdapterSaver
 from peft_dist.common.cache_folder import usable_cache_dir
@@ -26,6 +26,7 @@ from peft_dist.common.errors import RunDirError
 from peft_dist.common.screen import stage, wait
 from peft_dist.common.sizes import megabytes
 from peft_dist.config import Recipe
+from peft_dist.config.method import hub_adapter
 from peft_dist.config.run_date import with_date
 from peft_dist.data.mixture import source_shares
 from peft_dist.data.stream import StreamedRows, TrainingRows
@@ -89,6 +90,7 @@ def fine_tune(
     cache = usable_cache_dir()
     with stage(f"looking for the model {recipe.model.name}", log):
         model_folder(recipe.model.name, recipe.model.revision)  # its tokenizer reads the rows
+        recipe = with_start_commit(recipe)
     with stage("reading the rows", log) as told:
         rows, eval_set = _read_rows(recipe, cache / "rows")
         told += _described(rows, eval_set)
@@ -197,7 +199,8 @@ def _described(rows: TrainingRows, eval_set: EvalSet | None) -> list[str]:
         for source in some.sources:
             for report in source.reports:
                 log.warning("left out %s", report)
-            log.info("%s", source.line(what))
+            level = logging.WARNING if source.lose_much else logging.INFO
+            log.log(level, "%s", source.line(what))
     how = f"{len(rows.tokens):,} tokens" if isinstance(rows, TokenizedRows) else "streamed"
     kept = f"rows: {rows.n_examples:,} to train on, {how}"
     return [kept + ("" if eval_set is None else f", {eval_set.rows.n_examples:,} held out")]
@@ -262,5 +265,6 @@ def _trainer(
             told.append(f"checkpoint: step {trainer.progress.step}, {megabytes(size)}")
     if setup.world.is_main:
         attempt.require_lease()
-        run.accept_recipe()
+        start = setup.recipe.method.start_from
+        run.accept_recipe(start_from=start if start is not None and hub_adapter(start) else None)
     return trainer

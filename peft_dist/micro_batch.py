@@ -60,7 +60,7 @@ class CudaMemory:
 
 
 @dataclass(frozen=True)
-class Found:
+class TrialResult:
     """What the trials have shown."""
 
     rows: int
@@ -71,7 +71,7 @@ class Found:
 
 def most_that_fit(
     trial: Callable[[int], int], *, held_bytes: int, limit_bytes: int, guess: int, most: int
-) -> Found:
+) -> TrialResult:
     """Try 1 row, 2, 4 and so on, as long as the next number is known to fit.
 
     What a pass takes besides what is held before it grows at most in proportion to its rows. Up to
@@ -97,7 +97,7 @@ def most_that_fit(
         if peaks[2 * rows] > limit_bytes:
             break
         rows *= 2
-    return Found(rows, peaks)
+    return TrialResult(rows, peaks)
 
 
 def fit_micro_batch(trainer: Trainer, meter: MemoryMeter) -> MicroBatchEvent:

@@ -33,9 +33,10 @@ from peft_dist.distributed.world import World
 from peft_dist.methods import METHODS, Method
 from peft_dist.methods.base_access import LoadedBase
 from peft_dist.methods.fill import fill_fresh_heads, fill_from_files, frozen_and_trained
+from peft_dist.methods.fused import fuse
 from peft_dist.methods.method import base_name_in
 from peft_dist.methods.trained_parts import left_frozen
-from peft_dist.model import architectures, attention, precision
+from peft_dist.model import architectures, attention, compiled, precision
 from peft_dist.model.device_settings import set_up_device
 from peft_dist.model.fitting_rows import refuse_rows_that_do_not_fit
 from peft_dist.model.loss import CausalLM, Decoder, RewardModel, SequenceClassifier
@@ -45,7 +46,7 @@ from peft_dist.model.proof import ProofRun, Way
 from peft_dist.model.recompute import recompute_blocks
 from peft_dist.model.source import BaseSource, Released
 from peft_dist.model.vocabulary import untrained_rows, with_token_ids
-from peft_dist.model.ways import kernel_to_build_with, prove_once, ways_of
+from peft_dist.model.ways import compiles, kernel_to_build_with, prove_once, ways_of
 from peft_dist.sharding import ENGINES, Engine, Group
 from peft_dist.sharding.chosen_optimizer import refuse_muon
 from peft_dist.sharding.launcher_env import resolve
@@ -90,7 +91,7 @@ class ModelSetup:
     released: Released
     """What the adapter names as its base."""
     tokenizer_files: list[Path]
-    """What is saved beside the adapter: the tokenizer and its chat template."""
+    """Of the tokenizer and its chat template, which are saved beside the adapter."""
     start_sha256: str | None = None
     """Of the file of the adapter that training starts from; None for a new one."""
 
@@ -236,7 +237,7 @@ def set_up_model(
     dtype, why = precision.compute_dtype(recipe.model, world.device, began_in)
     if world.is_main:
         level = logging.WARNING if why.startswith(":") else logging.INFO
-        log.log(level, "computing in %s%s", str(dtype).removeprefix("torch."), why)
+        log.log(level, "computing in %s%s", precision.name_of(dtype), why)
     config = architectures.read_config(source.files.folder, task=recipe.model.task)
     if recipe.model.dropout == "off":
         architectures.turn_dropout_off(config)
@@ -250,11 +251,13 @@ def set_up_model(
     released = source.released(recipe)
     settings = with_token_ids(recipe, config.get_text_config().vocab_size)
     method = METHODS[recipe.method.kind](settings, seed=recipe.train.seed)
+    compiling = compiles(recipe, world.device, launched.strategy)
     ways = ways_of(
         recipe,
         picked=skeleton.config._attn_implementation,
         ours=attention.kernels_of(world.device, dtype) if recipe.model.task == "causal-lm" else [],
         own_attention=method.own_attention,
+        compiled=compiling,
     )
     if recipe.model.task == "causal-lm":
         attention.register()
@@ -276,6 +279,7 @@ def set_up_model(
         has_conv1d=has_conv1d,
     )
     peft.peft_config[peft.active_adapter].revision = released.commit
+    fused = fuse(recipe, peft, world, dtype, source.cache_dir)
     if recipe.train.activation_checkpointing is True:
         # After the adapter: PEFT refuses a prefix on a model that has it on already.
         recompute_blocks(skeleton)
@@ -286,7 +290,7 @@ def set_up_model(
     engine.reshard = launched.reshard
     engine.wrap(model, blocks.values(), [p for p in model.parameters() if p.requires_grad])
     engine.materialize(model)
-
+    code = compiled.of(recipe, skeleton, blocks, world, source.cache_dir) if compiling else None
     frozen, trained = frozen_and_trained(peft)
     log.info("built: %s with %s adapters", type(skeleton).__name__, recipe.method.kind)
     packed = fill_from_files(peft, frozen, trained, plan, source, engine, of_base)
@@ -298,10 +302,9 @@ def set_up_model(
     loaded = LoadedBase(recipe, source, plan, by_name, engine, model, peft, dtype, rows)
     with stage("filling and sharding the adapters", log) as told:
         method.initialise(peft, loaded.access())
-        rate = method.rate_factor
         engine.flatten_adapter(
             trained,
-            lambda n: Group(trained[n].dim() > 1, rate(n)),
+            lambda n: Group(trained[n].dim() > 1, method.rate_factor(n)),
             figures=len(recipe.objective.metrics) + recipe.source_losses,
         )
         total, by_rank = verify_sharded(engine, frozen, trained, launched.strategy)
@@ -333,7 +336,8 @@ def set_up_model(
     )
     setup.check_adapters_agree()
     if isinstance(model, Decoder | SequenceClassifier):
-        run = ProofRun(model, peft, blocks, world, dtype, setup.autocast)
-        facts = [launched.strategy, recipe.quantization, setup.released_fingerprint]
+        passes = (setup.autocast, engine.gradient_of, engine.disturbed_adapter)
+        run = ProofRun(model, peft, blocks, world, dtype, *passes, method.virtual_tokens, code)
+        facts = [launched.strategy, recipe.quantization, fused, setup.released_fingerprint]
         setup.packing = prover(run, ways, facts, source.cache_dir).packing
     return setup

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from peft_dist.common.atomic import folder_beside, put_in_place, sync_tree
 from peft_dist.common.errors import RunDirError, TrainingError
+from peft_dist.common.paths import ADAPTER_FILES
 from peft_dist.methods import Method
 
-ADAPTER_FILE = "adapter_model.safetensors"
+_, ADAPTER_FILE = ADAPTER_FILES
 CHECKPOINTS = "checkpoints"
 """Beside the adapter of a run."""
 _TARGETS = ("target_modules", "target_parameters")
@@ -93,7 +94,7 @@ def write_partial(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
     config: PeftConfig,
-    beside: Collection[Path] = (),
+    beside: Mapping[str, Path | str] | None = None,
 ) -> Path:
     """Write an adapter into a folder of its own, beside the one it is for; return it.
 
@@ -101,7 +102,7 @@ def write_partial(
         folder: Where `replace_adapter` will put it.
         tensors: What the file holds, by the names PEFT reads.
         config: What stands beside them.
-        beside: Files that are copied beside them.
+        beside: Files that are copied beside them, and texts that are written there, by name.
 
     Raises:
         TrainingError: Where the disk is full.
@@ -110,8 +111,11 @@ def write_partial(
     try:
         partial = folder_beside(folder)
         write_adapter(partial, tensors, config)
-        for file in beside:
-            shutil.copyfile(file, partial / file.name)
+        for name, content in (beside or {}).items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, partial / name)
+            else:
+                (partial / name).write_text(content, encoding="utf-8")
         sync_tree(partial)
     except (OSError, SafetensorError) as error:
         if partial is not None:

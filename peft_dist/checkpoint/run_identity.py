@@ -18,6 +18,7 @@ from peft_dist.data.mixture import source_shares
 from peft_dist.data.stream import TrainingRows
 from peft_dist.data.token_cache import FORMAT
 from peft_dist.evaluation.scoring import EvalSet
+from peft_dist.model.precision import name_of
 from peft_dist.model_setup import ModelSetup
 from peft_dist.optim.lr_schedule import peak_learning_rate
 
@@ -51,7 +52,7 @@ def describe_run(setup: ModelSetup, rows: TrainingRows, eval_set: EvalSet | None
             **start,
         },
         "rows_format": FORMAT,
-        "compute_dtype": str(setup.compute_dtype).removeprefix("torch."),
+        "compute_dtype": name_of(setup.compute_dtype),
         "rng": {"seed": recipe.train.seed, "rule": RNG_RULE},
         "schedule": {
             "kind": recipe.train.schedule,
@@ -69,9 +70,9 @@ def dtype_of_run(checkpoints: Path, device: torch.device) -> str:
     Versions that did not note it computed in float32 on every CPU, unless the recipe said another.
     """
     with suppress(OSError, ValueError, RunDirError):  # told where it is gone on from
-        for folder in reversed(directory.folders(checkpoints)):
+        if found := directory.folders(checkpoints):
             earlier = "float32" if device.type == "cpu" else ""
-            return str(read_state(folder).get("compute_dtype", earlier))
+            return str(read_state(found[-1]).get("compute_dtype", earlier))
     return ""
 
 

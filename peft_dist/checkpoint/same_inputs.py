@@ -18,7 +18,9 @@ from peft_dist.config import Recipe
 from peft_dist.config.load import PATH_FIELDS
 from peft_dist.config.resume_rules import all_settings
 from peft_dist.data.stream import TrainingRows
+from peft_dist.data.template_file import read_template
 from peft_dist.distributed.collectives import gather_objects
+from peft_dist.model.precision import name_of
 from peft_dist.model.weights import WeightFiles
 from peft_dist.run.provenance import versions
 
@@ -43,9 +45,11 @@ def describe_inputs(
     found = {f"package {name}": version for name, version in versions().items() if name != "wandb"}
     found |= {field: _of_rows(some) for field, some in rows.items()}
     found["tokenizer"] = _of_files(files, TOKENIZER_FILES)
+    if recipe.data.templates:
+        found["data.template"] = ", ".join(map(_of_template, recipe.data.templates))
     found["config.json"] = _of_files(files, ("config.json",))
     found["model.name"] = f"weights with sample {files.sample()}"
-    found["dtype to compute in"] = str(dtype).removeprefix("torch.")
+    found["dtype to compute in"] = name_of(dtype)
     # A file may lie elsewhere: its content is what counts.
     settings = all_settings(recipe, without=[".".join(path) for path in PATH_FIELDS])
     return found | {field: json.dumps(value) for field, value in settings.items()}
@@ -89,6 +93,11 @@ def _of_rows(rows: TrainingRows | None) -> str:
     return (
         "none" if rows is None else f"{rows.n_rows} rows with fingerprint {rows.fingerprint[:16]}"
     )
+
+
+def _of_template(path: str) -> str:
+    text = read_template(path).text.encode()
+    return f"a text with sha256 {hashlib.sha256(text).hexdigest()[:16]}"
 
 
 def _of_files(files: WeightFiles, patterns: Sequence[str]) -> str:

@@ -9,7 +9,11 @@ from peft import PeftConfig
 
 from peft_dist.checkpoint.adapter_file import ADAPTER_FILE, config_facts, load_adapter
 from peft_dist.common.errors import RecipeError
+from peft_dist.common.paths import ADAPTER_FILES
+from peft_dist.config import Recipe
+from peft_dist.config.method import hub_adapter
 from peft_dist.distributed.collectives import gather_objects
+from peft_dist.model.hub import download
 from peft_dist.model_setup import ModelSetup
 
 log = logging.getLogger(__name__)
@@ -38,7 +42,7 @@ def load_start(setup: ModelSetup) -> None:
     named = setup.recipe.method.start_from
     if named is None:
         return
-    folder = _adapter_folder(Path(named))
+    folder = start_folder(named)
     try:
         theirs = config_facts(PeftConfig.from_pretrained(str(folder)))
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -55,6 +59,37 @@ def load_start(setup: ModelSetup) -> None:
     setup.check_adapters_agree()
     if setup.world.is_main:
         log.info("starts from the adapter %s", folder)
+
+
+def with_start_commit(recipe: Recipe) -> Recipe:
+    """Return the recipe with the commit of an adapter of the hub, which is downloaded.
+
+    A branch may be moved, and a run that goes on starts from the same adapter.
+
+    Raises:
+        ModelError, RecipeError: As `start_folder`.
+    """
+    named = recipe.method.start_from
+    hub = None if named is None else hub_adapter(named)
+    if named is None or hub is None:
+        return recipe
+    pinned = f"{hub[0]}@{start_folder(named).name}"
+    method = recipe.method.model_copy(update={"start_from": pinned})
+    return recipe.model_copy(update={"method": method})
+
+
+def start_folder(named: str) -> Path:
+    """Return the folder of the adapter that `method.start_from` names; downloads one of the hub.
+
+    Raises:
+        ModelError: It is on no hub that can be reached.
+        RecipeError: It holds no adapter in safetensors.
+    """
+    hub = hub_adapter(named)  # local paths are absolute
+    if hub is None:
+        return _adapter_folder(Path(named))
+    # Nothing else is fetched: adapter_model.bin is a pickle.
+    return _adapter_folder(download(*hub, ADAPTER_FILES, kind="adapter", field="method.start_from"))
 
 
 def _adapter_folder(path: Path) -> Path:
@@ -81,5 +116,5 @@ def _refusal(problem: str, folder: Path) -> RecipeError:
     return RecipeError(
         f"{folder} {problem}",
         where="method.start_from",
-        remedy="name a finished run or an adapter folder, and its own method settings",
+        remedy="name a finished run, an adapter folder or a hub id, and its own method settings",
     )

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_dist.checkpoint import adapter_file as adapter_file
+from peft_dist.checkpoint.saved_tokenizer import tokenizer_to_save
 from peft_dist.common.errors import PeftDistError, TrainingError
 from peft_dist.common.paths import cache_dir
 from peft_dist.config.batch_shape import micro_batch_rows
@@ -47,6 +48,7 @@ class AdapterSaver:
             rows: Training rows, of which a few are scored.
         """
         self.setup = setup
+        self._tokenizer = tokenizer_to_save(setup.recipe, setup.tokenizer_files)
         ids = np.arange(min(PROBE_ROWS, rows.n_rows, micro_batch_rows(setup.recipe)))
         self._batch = setup.pack(rows, ids).to(setup.world.device)
         self._start = {name: _hash(tensor) for name, tensor in self._trained().items()}
@@ -95,7 +97,7 @@ class AdapterSaver:
         if setup.world.is_main:
             try:
                 config = setup.method.saved_config(setup.peft)
-                partial = adapter_file.write_partial(folder, tensors, config, setup.tokenizer_files)
+                partial = adapter_file.write_partial(folder, tensors, config, self._tokenizer)
                 found = self._checked(partial, now, config)
             except PeftDistError as error:
                 problem = str(error)

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from peft_dist.checks.context import CheckContext
 from peft_dist.checks.finding import Finding
 from peft_dist.checks.folders import check_caches, check_run_dir
 from peft_dist.checks.gpus import check_gpus
 from peft_dist.checks.launcher_variables import check_launcher_variables
 from peft_dist.checks.network import check_hub, check_interfaces, check_links, check_own_name
 from peft_dist.checks.packages import check_packages
-from peft_dist.checks.surroundings import Surroundings
 
 GRACE_S = 1.0
 """How much longer than its own limit a check may take that has one."""
@@ -23,7 +23,7 @@ class Check:
     """One of them."""
 
     name: str
-    look: Callable[[Surroundings], Iterable[Finding]]
+    look: Callable[[CheckContext], Iterable[Finding]]
 
 
 GPUS = Check("GPUs", check_gpus)
@@ -44,22 +44,22 @@ CHECKS = (
 class Looking:
     """Checks of one machine that are being made, each in a thread: any may hang."""
 
-    def __init__(self, around: Surroundings, checks: Sequence[Check] = CHECKS) -> None:
+    def __init__(self, context: CheckContext, checks: Sequence[Check] = CHECKS) -> None:
         """Start them all."""
         self._checks = checks
-        self._until_s = time.monotonic() + around.limit_s + GRACE_S
-        self._limit_s = around.limit_s
+        self._until_s = time.monotonic() + context.limit_s + GRACE_S
+        self._limit_s = context.limit_s
         self._done: queue.SimpleQueue[tuple[Check, list[Finding] | BaseException]]
         self._done = queue.SimpleQueue()
         for check in checks:
             name = f"check of {check.name}"
             threading.Thread(
-                target=self._look, args=(check, around), name=name, daemon=True
+                target=self._look, args=(check, context), name=name, daemon=True
             ).start()
 
-    def _look(self, check: Check, around: Surroundings) -> None:
+    def _look(self, check: Check, context: CheckContext) -> None:
         try:
-            self._done.put((check, list(check.look(around))))
+            self._done.put((check, list(check.look(context))))
         except BaseException as error:  # for whoever waits to raise
             self._done.put((check, error))
 

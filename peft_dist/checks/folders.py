@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from peft_dist.checks.context import CheckContext
 from peft_dist.checks.finding import Finding
-from peft_dist.checks.surroundings import Surroundings
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.errors import PeftDistError
 from peft_dist.common.locks import NO_LOCKS, lock_file
@@ -23,27 +23,27 @@ SLOW_WRITE_S = 1.0
 """A small durable write that takes longer is worth a word: each checkpoint makes several."""
 
 
-def check_run_dir(around: Surroundings) -> Iterator[Finding]:
+def check_run_dir(context: CheckContext) -> Iterator[Finding]:
     """Write a little to the run's folder, durably, and see how much room there is."""
-    folder = around.run_dir
+    folder = context.run_dir
     if folder is None:
         return
     remedy = "fix its permissions, free space there, or choose another --run-dir"
     try:
-        free_bytes, write_s = within(around.limit_s, lambda: _probe(folder))
+        free_bytes, write_s = within(context.limit_s, lambda: _probe(folder))
     except TimeoutError:  # an OSError too
-        text = f"a write to {folder} does not end within {around.limit_s:.3g} s"
+        text = f"a write to {folder} does not end within {context.limit_s:.3g} s"
         yield Finding("bad", "write", text, remedy)
         return
     except OSError as error:
         yield Finding("bad", "write", f"cannot write to {folder}: {error.strerror}", remedy)
         return
-    if free_bytes < around.min_free_bytes:
+    if free_bytes < context.min_free_bytes:
         yield Finding(
             "bad",
             "space",
             f"{free_bytes / 1e9:.3g} GB free for the run directory, "
-            f"{around.min_free_bytes / 1e9:.3g} GB expected",
+            f"{context.min_free_bytes / 1e9:.3g} GB expected",
             "free space there, or lower preflight.min_free_gb in the cluster file",
         )
     if write_s > SLOW_WRITE_S:
@@ -51,14 +51,14 @@ def check_run_dir(around: Surroundings) -> Iterator[Finding]:
         yield Finding("note", "slow write", text)
 
 
-def check_caches(around: Surroundings) -> Iterator[Finding]:
+def check_caches(context: CheckContext) -> Iterator[Finding]:
     """Look at the folders that packed bases, rows and downloads go to."""
     try:
         ours = usable_cache_dir()
     except PeftDistError as error:
         yield Finding("bad", "cache", str(error))
         return
-    hub = around.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    hub = context.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     for name, folder in (("cache", ours), ("Hugging Face cache", Path(hub))):
         try:
             there = next(place for place in (folder, *folder.parents) if place.exists())

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 
+from peft_dist.checks.context import CheckContext
 from peft_dist.checks.finding import Finding
-from peft_dist.checks.surroundings import Surroundings
 
 STALE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
          "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # fmt: skip
 """What a launcher exports to its workers; in a shell it is left over from something."""
 
 
-def check_launcher_variables(around: Surroundings) -> Iterator[Finding]:
+def check_launcher_variables(context: CheckContext) -> Iterator[Finding]:
     """Look for what a launcher left behind, in a shell or in the set-up of a cluster file."""
-    environ, in_shell = around.environ, around.run_dir is None
+    environ, in_shell = context.environ, context.run_dir is None
     stale = [name for name in STALE if name in environ]
     if stale and in_shell:
         text = f"{', '.join(stale)} of a launcher is set in this shell"

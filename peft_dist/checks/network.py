@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from peft_dist.checks.context import CheckContext
 from peft_dist.checks.finding import Finding
-from peft_dist.checks.surroundings import Surroundings
 
 HUB = "https://huggingface.co"
 PATIENCE_S = 5.0
@@ -22,7 +22,7 @@ def hub_is_off(environ: Mapping[str, str]) -> bool:
     return environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
-def check_links(_around: Surroundings) -> Iterator[Finding]:
+def check_links(_context: CheckContext) -> Iterator[Finding]:
     """Name the links that are up, with the speed that their drivers tell."""
     found = []
     for folder in _folders(NETWORKS):
@@ -39,9 +39,9 @@ def check_links(_around: Surroundings) -> Iterator[Finding]:
     yield Finding("ok", "links", f"links: {', '.join(found) or 'none that tells its speed'}")
 
 
-def check_own_name(around: Surroundings) -> Iterator[Finding]:
+def check_own_name(context: CheckContext) -> Iterator[Finding]:
     """See whether processes can meet at this machine's name, as gloo and NCCL let them."""
-    if around.nodes == 1 or any(around.environ.get(name) for name in SOCKET_INTERFACES):
+    if context.nodes == 1 or any(context.environ.get(name) for name in SOCKET_INTERFACES):
         return  # nobody asks for it
     name = socket.gethostname()
     remedy = "several nodes need one: see `head` and `interface` of a cluster file"
@@ -65,11 +65,11 @@ def check_own_name(around: Surroundings) -> Iterator[Finding]:
     yield Finding("ok", "own name", f"{name} is reached at {address}")
 
 
-def check_interfaces(around: Surroundings) -> Iterator[Finding]:
+def check_interfaces(context: CheckContext) -> Iterator[Finding]:
     """Refuse interfaces that libraries are told to use and that are not there."""
     there = [folder.name for folder in _folders(NETWORKS)]
     for variable in SOCKET_INTERFACES:
-        text = around.environ.get(variable, "")
+        text = context.environ.get(variable, "")
         if not text or text.startswith("^"):
             continue
         names = [name.lstrip("=") for name in text.split(",")]
@@ -78,9 +78,9 @@ def check_interfaces(around: Surroundings) -> Iterator[Finding]:
             yield Finding("bad", "interface", f"{told} ({', '.join(there)})", "unset it")
 
 
-def check_hub(around: Surroundings) -> Iterator[Finding]:
+def check_hub(context: CheckContext) -> Iterator[Finding]:
     """See whether the hub is reached, where libraries may ask it."""
-    environ = around.environ
+    environ = context.environ
     if hub_is_off(environ):
         text = "Hugging Face's libraries are off the network (HF_HUB_OFFLINE)"
         yield Finding("ok", "hub", text)

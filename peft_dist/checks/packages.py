@@ -4,12 +4,12 @@ import importlib.metadata
 import re
 from collections.abc import Iterator
 
+from peft_dist.checks.context import CheckContext
 from peft_dist.checks.finding import Finding
 from peft_dist.checks.known_faults import installed, keeps, known_faults
-from peft_dist.checks.surroundings import Surroundings
 
 
-def check_packages(_around: Surroundings) -> Iterator[Finding]:
+def check_packages(_context: CheckContext) -> Iterator[Finding]:
     """Compare versions, which are read from metadata: nothing is imported."""
     try:
         required = importlib.metadata.requires("peft-dist") or ()

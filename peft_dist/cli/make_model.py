@@ -7,7 +7,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from peft_dist.cli.options import add_merge_base, add_task, add_verbosity
+from peft_dist.cli.options import add_verbosity
+from peft_dist.common.arguments import add_merge_form, add_model_to_quantize
 from peft_dist.common.errors import PeftDistError
 
 Run = Callable[[argparse.Namespace], int]
@@ -24,11 +25,7 @@ def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) ->
         _quantize,
         "store a model in 4 bits in the cache, ahead of the first run that needs it",
     )
-    quantize.add_argument("model", metavar="MODEL", help="folder with safetensors files, or hub id")
-    quantize.add_argument(
-        "--revision", metavar="NAME", help="branch, tag or commit of a hub model (default: main)"
-    )
-    add_task(quantize)
+    add_model_to_quantize(quantize)
     add_verbosity(quantize)
     merge = command(
         "merge",
@@ -37,8 +34,7 @@ def add_commands(command: Callable[[str, Run, str], argparse.ArgumentParser]) ->
     )
     merge.add_argument("run_dir", metavar="RUN_DIR", help="folder that train made")
     merge.add_argument("--out", metavar="DIR", required=True, help="folder to make for the model")
-    add_merge_base(merge)
-    merge.add_argument("--gguf", metavar="TYPE", help="not offered; the error says what is")
+    add_merge_form(merge)
     add_verbosity(merge)
 
 
@@ -47,9 +43,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from peft_dist.launch.launcher_process import run_tool
     from peft_dist.launch.packages import require_training_packages
 
-    words = [arguments.model]
-    if arguments.task is not None:
-        words += ["--task", arguments.task]
+    words = [arguments.model, "--task", arguments.task]
     if arguments.revision is not None:
         words += ["--revision", arguments.revision]
     require_training_packages()
@@ -64,20 +58,12 @@ def _merge(arguments: argparse.Namespace) -> int:
 
     run = RunDir.open(arguments.run_dir)
     out = Path(arguments.out).absolute()
-    if arguments.gguf is not None:
-        # The `gguf` package writes the format, but what a model's tensors and tokenizer are called
-        # and how they are turned stands in that script alone, which is on no package index.
-        raise PeftDistError(
-            "is written by llama.cpp's own converter alone",
-            where=f"--gguf {arguments.gguf}",
-            remedy=f"merge without it, then run llama.cpp's `convert_hf_to_gguf.py {out} "
-            f"--outtype {arguments.gguf}`",
-        )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise PeftDistError(
             "already there", where=str(out), remedy="choose another folder with --out"
         )
     require_training_packages()
     return run_tool(
-        merge_command(run.path, out, base=arguments.base), environment=worker_environment()
+        merge_command(run.path, out, base=arguments.base, gguf=arguments.gguf),
+        environment=worker_environment(),
     )

@@ -37,26 +37,6 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_task(parser: argparse.ArgumentParser) -> None:
-    """Add `--task` of both ways to quantize."""
-    parser.add_argument(
-        "--task",
-        choices=("causal-lm", "sequence-classification", "reward"),
-        help="what the model will be trained to do (default: causal-lm)",
-    )
-
-
-def add_merge_base(parser: argparse.ArgumentParser) -> None:
-    """Add `--base` of both ways to merge."""
-    parser.add_argument(
-        "--base",
-        choices=("full", "dequantized"),
-        default="full",
-        help="add it to the weights of the files, or to those that 4-bit training saw "
-        "(default: full)",
-    )
-
-
 def begin_logs(arguments: argparse.Namespace) -> None:
     """Let log lines be seen as the options say, here and in all processes that are started."""
     for name in ("quiet", "verbose"):

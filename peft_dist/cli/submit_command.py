@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from peft_dist.cli.options import add_merge_base, add_task
 from peft_dist.cli.slurm import Run, add_after, add_cluster
+from peft_dist.common.arguments import add_merge_form, add_model_to_quantize
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE
 
@@ -45,14 +45,12 @@ def add_commands(
     quantize = command(
         "submit quantize", _quantize, "fill the cache of packed bases in a Slurm job"
     )
-    quantize.add_argument("model", metavar="MODEL", help="folder or hub id")
-    quantize.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
-    add_task(quantize)
+    add_model_to_quantize(quantize)
     _add_place(quantize, "runs/quantize-MODEL")
     merge = command("submit merge", _merge, "merge a run's LoRA into its base in a Slurm job")
     merge.add_argument("run_dir", metavar="RUN_DIR", help="folder that train or submit made")
     merge.add_argument("--out", metavar="DIR", required=True, help="folder to make")
-    add_merge_base(merge)
+    add_merge_form(merge)
     _add_place(merge, "RUN_DIR/merge")
 
 
@@ -90,7 +88,13 @@ def _quantize(arguments: argparse.Namespace) -> int:
 def _merge(arguments: argparse.Namespace) -> int:
     from peft_dist.slurm.submit_command import merge_job
 
-    made = merge_job(_where(arguments), arguments.run_dir, arguments.out, base=arguments.base)
+    made = merge_job(
+        _where(arguments),
+        arguments.run_dir,
+        arguments.out,
+        base=arguments.base,
+        gguf=arguments.gguf,
+    )
     return _hand_over(made, dry_run=arguments.dry_run)
 
 

@@ -32,9 +32,17 @@ def usable_cache_dir() -> Path:
     return folder
 
 
-_PARTS = ("packed", "proofs", "reference", "rows", "sha256")
-"""Folders in the cache: bases, what was proven of them, their scores of answers, rows, and what is
-remembered of files."""
+def code_folder(cache_dir: Path) -> Path | None:
+    """Return where code that was compiled is kept; None where the cache is shared.
+
+    torch keeps what it compiles as pickles and libraries: who can write there can run code as us.
+    """
+    return None if os.environ.get(CACHE_SHARED) == "1" else cache_dir / "compiled"
+
+
+_PARTS = ("compiled", "packed", "proofs", "reference", "rows", "sha256")
+"""Folders in the cache: code that torch has made, bases, what was proven of them, their scores of
+answers, rows, and what is remembered of files."""
 
 
 def _require_own(folder: Path) -> None:

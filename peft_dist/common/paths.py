@@ -19,6 +19,9 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 TOKENIZER_FILES = ("*token*.json", "chat_template*", "vocab*", "merges.txt", "*.model")
 """What of it decides how a text is tokenised, and a conversation rendered."""
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""What is read of an adapter."""
+
 
 def root() -> Path:
     """Return the folder that holds `launch/` and `configs/`: in the wheel, else the checkout."""

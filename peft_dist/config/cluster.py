@@ -48,7 +48,7 @@ class Requeue(Section):
     """Starts in a row that may end at the same checkpoint."""
 
 
-class Head(Section):
+class HeadAddress(Section):
     """By which address the first node is reached, where its name leads to a slow network."""
 
     suffix: HostSuffix | None = None
@@ -151,7 +151,7 @@ class Cluster(Section):
     """Network interfaces, as NCCL reads them: names or beginnings of names, or ^ and those to
     leave out. gloo, which takes names alone, gets those of the node that match. auto: the one by
     which a node reaches the first node. Default: auto where head is given, else the libraries'."""
-    head: Head | None = None
+    head: HeadAddress | None = None
     """Another address of the first node than its name."""
     environment: Variables = Field(default_factory=dict)
     """Variables for every process; no secrets."""

@@ -25,13 +25,20 @@ from peft_dist.config.explain import (
     section_at,
 )
 from peft_dist.config.meaning import refuse_meaningless
+from peft_dist.config.method import hub_adapter
 from peft_dist.config.recipe import Recipe
-from peft_dist.config.row_sources import held_out
+from peft_dist.config.row_sources import RowSource, held_out
 from peft_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml
 
-PATH_FIELDS = (("model", "name"), ("data", "train"), ("data", "eval"), ("method", "start_from"))
+_START = ("method", "start_from")
+PATH_FIELDS = (
+    ("model", "name"),
+    ("data", "train"),
+    ("data", "eval"),
+    ("data", "template"),
+    _START,
+)
 """Fields that hold a local path or, where no such path exists, a hub name; or a list of sources."""
-_NEVER_ON_THE_HUB = (("method", "start_from"),)
 
 _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".tsv", ".txt", ".xls", ".xlsx",
                  ".gz", ".zip", ".yaml", ".yml", ".xml")  # fmt: skip
@@ -191,23 +198,21 @@ def _resolve_paths(
     for path in PATH_FIELDS:
         section, field = path
         value = getattr(getattr(recipe, section), field)
+        absent = "does not exist"
         from_override = path in typed or (section,) in typed
         bases = [folder, Path.cwd()] if from_override else [folder]
         where = f"{recipe_path}: {section}.{field}"
         if isinstance(value, tuple):
             changed.setdefault(section, {})[field] = tuple(
-                source.model_copy(
-                    update={
-                        "path": _resolved(
-                            source.path, bases, f"{where}[{at}].path", check=check_paths
-                        )
-                    }
-                )
+                _resolved_source(source, bases, f"{where}[{at}]", check=check_paths)
                 for at, source in enumerate(value)
             )
         elif value is not None and not (section == "data" and held_out(value) is not None):
+            is_local = path == ("data", "template")
+            if path == _START and (refusal := _why_not_on_hub(value, bases)):
+                is_local, absent = True, refusal
             found = _resolved(
-                value, bases, where, check=check_paths, is_local=path in _NEVER_ON_THE_HUB
+                value, bases, where, check=check_paths, is_local=is_local, absent=absent
             )
             if section == "model" and Path(found).is_absolute() and Path(found).is_file():
                 raise RecipeError(
@@ -220,8 +225,36 @@ def _resolve_paths(
     return recipe.model_copy(update=parts)
 
 
+def _why_not_on_hub(named: str, bases: Sequence[Path]) -> str:
+    """Return what is wrong with a start that is no folder; nothing where it can be a hub id."""
+    problem = "is neither a folder here nor a hub id like ORG/NAME"
+    if hub_adapter(named) is None:
+        return problem
+    owner = named.partition("/")[0]
+    if "@" in named or _find(owner, bases) is None:
+        return ""
+    return f"{problem}: {owner}/ is a folder here (on the hub it is {named}@main)"
+
+
+def _resolved_source(
+    source: RowSource, bases: Sequence[Path], where: str, *, check: bool
+) -> RowSource:
+    """Return a source with its local paths made absolute."""
+    found = {"path": _resolved(source.path, bases, f"{where}.path", check=check)}
+    if source.template is not None:
+        where = f"{where}.template"
+        found["template"] = _resolved(source.template, bases, where, check=check, is_local=True)
+    return source.model_copy(update=found)
+
+
 def _resolved(
-    name: str, bases: Sequence[Path], where: str, *, check: bool, is_local: bool = False
+    name: str,
+    bases: Sequence[Path],
+    where: str,
+    *,
+    check: bool,
+    is_local: bool = False,
+    absent: str = "does not exist",
 ) -> str:
     """Return a path as an absolute one, and a hub name as it is."""
     found = _find(name, bases)
@@ -232,7 +265,7 @@ def _resolved(
         return pattern
     if (is_local or _looks_local(name)) and check:
         raise RecipeError(
-            f"{quote(name)} does not exist",
+            f"{quote(name)} {absent}",
             where=where,
             remedy=f"relative paths start at {bases[0]}",
         )

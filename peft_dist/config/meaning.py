@@ -35,6 +35,11 @@ def _trains_vectors_alone(recipe: Recipe) -> bool:
     return recipe.method.kind == "bitfit" and recipe.model.task == "causal-lm"
 
 
+def _updates_weights_of_4_bits(recipe: Recipe) -> bool:
+    plain = not getattr(recipe.method, "dora", False) and not getattr(recipe.method, "dropout", 0.0)
+    return recipe.quantization == "nf4" and plain
+
+
 _HELD_OUT = Condition(lambda r: r.data.eval is not None, "there is no data.eval")
 _OWN_START = Condition(
     lambda r: not _learns_by_network(r), "with projection: true a network makes the prefix"
@@ -47,6 +52,9 @@ CONDITIONS: dict[str, Condition] = {
     "method.lora.init_rows": Condition(
         lambda r: bool(getattr(r.method, "starts_from_rows", False)),
         "method.init looks at no rows",
+    ),
+    "method.lora.fused": Condition(
+        _updates_weights_of_4_bits, "it is for a base in 4 bits, without dora and dropout"
     ),
     "method.prefix.init": _OWN_START,
     "method.prefix.text": _OWN_START,

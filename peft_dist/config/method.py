@@ -3,6 +3,7 @@
 Each has the learning rate that it learns with where a recipe gives none.
 """
 
+import re
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
@@ -12,12 +13,22 @@ from peft_dist.config.section import Fraction, PositiveFloat, Section, Text
 Targets = Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
+_HUB_ADAPTER = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
+
+
+def hub_adapter(named: str) -> tuple[str, str | None] | None:
+    """Return id and revision of an adapter on the hub; None for what can be a path alone."""
+    found = _HUB_ADAPTER.fullmatch(named)
+    return None if found is None else (found[1], found[2])
+
+
 class _Adapter(Section):
     """What every adapter family has."""
 
     start_from: Text | None = None
     """Run directory, checkpoint or adapter folder whose adapter training starts from (relative to
-    the recipe); it must be one that the same settings make. Off: a new one."""
+    the recipe), or a hub id such as ORG/NAME or ORG/NAME@REVISION; it must be one that the same
+    settings make. Off: a new one."""
 
 
 class Lora(_Adapter):
@@ -82,6 +93,10 @@ class Lora(_Adapter):
     """Weight-decomposed updates (arXiv 2402.09353); dequantizes each weight once more per pass."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases of the base are trained too."""
+    fused: Literal["off", "auto"] = "off"
+    """Whether, on a GPU, B A is added to a 4-bit weight while that is dequantized, and not to the
+    layer's output: less memory read and written, fewer kernels, other rounding. auto: in passes of
+    so many tokens that it pays, where a start finds the values right."""
     extra: dict[Text, Any] = {}
     """Fields of PEFT's LoraConfig that have no key here, such as {lora_bias: true}, and that
     leave the adapter a plain LoRA."""

@@ -35,6 +35,9 @@ class Dpo(Section):
     """What is learned."""
     beta: PositiveFloat = 0.1
     """How strongly the model is held at its start: a reward is beta times the log-ratio to it."""
+    length_normalised: bool = False
+    """Whether the loss takes each log-ratio per token, so that long answers weigh no more (Lambert
+    et al. 2024, arXiv 2411.15124); beta is larger then, such as 5."""
     label_smoothing: Smoothing = 0.0
     """Share of pairs that are taken to be labelled the wrong way round. 0: off."""
     sft_weight: NonNegativeFloat = 0.0

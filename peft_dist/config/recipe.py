@@ -37,6 +37,13 @@ class Model(Section):
     """Attention kernel. auto: torch's own flash kernels on a GPU that has them, in one call for all
     rows; for models that cap their scores flash_attention_2 where installed; else what the
     architecture supports."""
+    compile: Literal["auto", "off", "blocks"] = "off"
+    """Whether transformer blocks are compiled by torch for passes that train: half the kernels, and
+    less memory read and written between products, for a minute or so of compiling in a first start.
+    What is compiled is kept in the cache folder. auto: on GPUs, but not with zero3; off without
+    GPUs. blocks: everywhere, but with zero3; on a CPU with padded rows alone. A model whose blocks
+    do not compile, or compute something else then, runs as it is, and says so. What an adapter
+    drops is compiled in the first step, and drawn otherwise than without."""
 
 
 class Train(Section):
@@ -189,6 +196,13 @@ class Recipe(Section):
         classify = self.model.task == "sequence-classification"
         if self.data.streaming:
             self._refuse_streaming()
+        if self.data.truncation == "split":
+            self._refuse_split()
+        if classify and self.data.templates:
+            raise ValueError(
+                "data.template is for conversations, and sequence-classification reads none; "
+                "remove it"
+            )
         if classify and self.data.packing:
             raise ValueError("data.packing cannot be on for sequence-classification; remove it")
         if classify and self.method.kind == "prefix":
@@ -234,6 +248,17 @@ class Recipe(Section):
             )
         return self
 
+    def _refuse_split(self) -> None:
+        """Refuse, beside `data.truncation: split`, what takes every row as a whole."""
+        whole = {
+            f"model.task {self.model.task}": self.model.task == "sequence-classification",
+            f"objective {self.objective.kind}": self.objective.kind != "sft",
+            "evaluate.choices": bool(self.evaluate.choices),
+        }
+        for what, is_set in whole.items():
+            if is_set:
+                raise ValueError(f"{what} takes rows whole; set data.truncation: end or drop")
+
     def _refuse_streaming(self) -> None:
         """Refuse, beside `data.streaming`, what takes a look at all rows before training."""
         data, objective, remedy = self.data, self.objective.kind, "remove it"
@@ -245,7 +270,7 @@ class Recipe(Section):
             what, remedy = "train.global_batch_tokens", "set global_batch_size"
         elif self.model.task == "sequence-classification":
             what, remedy = f"model.task {self.model.task}", "set streaming: false"
-        elif objective != "sft":
+        elif self.objective.has_reference:
             what, remedy = f"objective {objective}", "set streaming: false"
         else:
             return

@@ -10,7 +10,9 @@ FREE = (
     "model.name",  # weights and rows are compared by content, wherever they lie
     "model.revision",
     "model.attention",
+    "model.compile",
     "method.start_from",  # compared by content
+    "method.fused",
     "data",
     "evaluate",
     "parallel",

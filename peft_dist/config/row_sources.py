@@ -42,6 +42,9 @@ class RowSource(Section):
     """Split, or part of one, as `train_split` has it. Default: `train_split`."""
     columns: Columns | None = None
     """Which column holds what. Default: as `data.columns` says."""
+    template: Text | None = None
+    """File with the chat template of its conversations (relative to the recipe). Default: as
+    `data.template` says."""
     weight: PositiveFloat | None = None
     """Share of the mixture: of 3 and 1, three rows of four. An epoch has as many rows as all
     sources together; small sources repeat, large ones go on in the next epoch. All have one, or

@@ -19,6 +19,7 @@ from peft_dist.common.errors import ModelError
 from peft_dist.data.bad_row import BadRow
 from peft_dist.data.chat_rows import REASONING, ChatRow
 from peft_dist.data.record import LONGEST_ROW
+from peft_dist.data.template_file import TemplateFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,14 +55,23 @@ class ChatTemplate:
         tokenizer: With the template.
         name: The model, for errors.
         day: What the template takes for today.
+        own: The template of a file, in place of the tokenizer's.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", *, name: str, day: date) -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        *,
+        name: str,
+        day: date,
+        own: TemplateFile | None = None,
+    ) -> None:
         """Find out which tokens the template controls a conversation with."""
         self._tokenizer = tokenizer
-        self._name = name
+        self._name = name if own is None else own.path
         self._day = day
-        template = tokenizer.chat_template
+        self._own = None if own is None else own.text
+        template = self._own or tokenizer.chat_template
         self.source = "\0".join(template.values() if isinstance(template, dict) else [template])
         added = tokenizer.added_tokens_decoder.values()
         self.special = {token.content for token in added if token.special}
@@ -103,6 +113,7 @@ class ChatTemplate:
         with _timed():
             return self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
+                chat_template=self._own,
                 tokenize=False,
                 add_generation_prompt=generation,
                 **options,

@@ -13,7 +13,7 @@ from typing import Any
 from peft_dist.data.bad_row import BadRow
 from peft_dist.data.chat_rows import ChatRow
 from peft_dist.data.chat_template import ChatTemplate
-from peft_dist.data.pieces import CLOSE, OPEN, Piece
+from peft_dist.data.pieces import CLOSE, OPEN, TextPiece
 
 _TAG = re.compile(r"</?\w+>")
 
@@ -36,23 +36,23 @@ class Conversation:
     has_control_text: bool
     """Whether somebody's text holds control tokens."""
 
-    def pieces_of_whole(self, control: re.Pattern[str]) -> list[Piece]:
+    def pieces_of_whole(self, control: re.Pattern[str]) -> list[TextPiece]:
         """Return the pieces of `whole`."""
         assert self.whole is not None
-        pieces: list[Piece] = []
+        pieces: list[TextPiece] = []
         end, after = 0, None
         for answer in self.answers:
-            pieces.append(Piece(self.whole[end : len(answer.prompt)], after=after))
-            pieces.append(Piece(answer.text, is_trained=True, after=""))
+            pieces.append(TextPiece(self.whole[end : len(answer.prompt)], after=after))
+            pieces.append(TextPiece(answer.text, is_trained=True, after=""))
             end = len(answer.prompt) + len(answer.text)
             stops = control.findall(answer.text)
             after = stops[-1] if stops and answer.text.endswith(stops[-1]) else ""
-        return [*pieces, Piece(self.whole[end:], after=after)]
+        return [*pieces, TextPiece(self.whole[end:], after=after)]
 
-    def pieces_of_answers(self) -> list[list[Piece]]:
+    def pieces_of_answers(self) -> list[list[TextPiece]]:
         """Return the pieces of each prompt with its answer."""
         return [
-            [Piece(answer.prompt), Piece(answer.text, is_trained=True, after="")]
+            [TextPiece(answer.prompt), TextPiece(answer.text, is_trained=True, after="")]
             for answer in self.answers
         ]
 

@@ -33,6 +33,11 @@ class SourceRows:
         """Return `file:line: why` of each malformed row."""
         return tuple(f"{place(line, self.name, self.shards)}: {why}" for line, why in self.bad)
 
+    @property
+    def lose_much(self) -> bool:
+        """Whether `data.max_length` costs more than one row of 20, or its stop token."""
+        return self.dropped + self.lost_end > (self.rows + self.dropped) / 20
+
     def line(self, what: str) -> str:
         """Return the counts as one line, such as for the log of a start."""
         total = self.rows + self.dropped + len(self.bad)

@@ -8,9 +8,9 @@ here (see `token_cache.py`).
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -26,39 +26,13 @@ from peft_dist.data.bad_row import BadRow
 from peft_dist.data.chat_rows import ChatRow
 from peft_dist.data.chat_template import ChatTemplate
 from peft_dist.data.conversation import Conversation, ConversationReader
-from peft_dist.data.pieces import Ids, Piece, PieceEncoder
+from peft_dist.data.encoded_row import EncodedRow
+from peft_dist.data.pieces import Ids, PieceEncoder, TextPiece
 from peft_dist.data.rows import BadRows, CompletionRow, LabelledRow, Row, Task, TextRow
+from peft_dist.data.template_file import TemplateFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedRow:
-    """The tokens of one row; `head` and `tail` of them survive any truncation."""
-
-    line: int
-    tokens: NDArray[np.int32]
-    trained: NDArray[np.bool_]
-    head: int = 0
-    tail: int = 0
-    label: str | None = None
-    stops: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """[n_trained_turns] where the last stop token of each trained turn is."""
-
-    def cut(self, *, max_length: int, keep: str) -> "EncodedRow":
-        """Return at most `max_length` tokens, from the `start` or the `end` of the row."""
-        room = max_length - self.head - self.tail
-        assert room >= 1, (max_length, self.head, self.tail)
-        last = len(self.tokens) - self.tail
-        body = (
-            np.arange(self.head, self.head + room)
-            if keep == "start"
-            else last + np.arange(-room, 0)
-        )
-        at = np.concatenate((np.arange(self.head), body, np.arange(last, len(self.tokens))))
-        stops = np.flatnonzero(np.isin(at, self.stops))
-        return replace(self, tokens=self.tokens[at], trained=self.trained[at], stops=stops)
 
 
 def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerFast":
@@ -100,6 +74,7 @@ class Encoder:
         task: The recipe's `model.task`.
         name: The model, for errors.
         day: What a chat template takes for today. Default: today, in UTC.
+        template: What conversations are rendered with. Default: the tokenizer's own template.
     """
 
     def __init__(
@@ -109,6 +84,7 @@ class Encoder:
         task: Task,
         name: str,
         day: date | None = None,
+        template: TemplateFile | None = None,
     ) -> None:
         """Find out which special tokens the tokenizer itself puts around a text."""
         self._tokenizer = tokenizer
@@ -123,27 +99,36 @@ class Encoder:
         if not self._classify:
             self._tail = []  # the end token below is the one a model is trained to stop with
         self._pieces = PieceEncoder(tokenizer)
+        self._rendered_with = tokenizer.chat_template if template is None else template.text
+        self._has_file = template is not None
         self._template: ChatTemplate | None = None
-        if tokenizer.chat_template:
+        if self._rendered_with:
             self._day = day or datetime.now(UTC).date()
-            self._template = ChatTemplate(tokenizer, name=name, day=self._day)
+            self._template = ChatTemplate(tokenizer, name=name, day=self._day, own=template)
             self._reader = ConversationReader(self._template, self._pieces.is_hidden)
         self.tally = Counter[str]()
         """What `notices` counts of the conversations encoded so far."""
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "Encoder":
+    def of(cls, recipe: Recipe, template: TemplateFile | None = None) -> "Encoder":
         """Return the encoder of a recipe; loads its tokenizer.
 
         Raises:
             ModelError: The tokenizer cannot be used.
         """
-        return cls(
-            load_tokenizer(recipe),
-            task=recipe.model.task,
-            name=recipe.model.name,
-            day=recipe.data.date,
-        )
+        return cls.of_all(recipe, [template])[template]
+
+    @classmethod
+    def of_all(
+        cls, recipe: Recipe, templates: Iterable[TemplateFile | None]
+    ) -> "dict[TemplateFile | None, Encoder]":
+        """Return an encoder for each template, all with one tokenizer; see `of`."""
+        tokenizer = load_tokenizer(recipe)
+        task, name, day = recipe.model.task, recipe.model.name, recipe.data.date
+        return {
+            template: cls(tokenizer, task=task, name=name, day=day, template=template)
+            for template in dict.fromkeys(templates)
+        }
 
     @property
     def least_length(self) -> int:
@@ -152,8 +137,8 @@ class Encoder:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the tokenizer can lay out a conversation."""
-        return bool(self._tokenizer.chat_template)
+        """Whether there is something to lay out a conversation with."""
+        return bool(self._rendered_with)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -167,7 +152,7 @@ class Encoder:
         tokenizer = self._tokenizer
         facts = [
             tokenizer.backend_tokenizer.to_str(),
-            tokenizer.chat_template,
+            self._rendered_with,
             tokenizer.special_tokens_map,
             [version(name) for name in ("tokenizers", "transformers", "jinja2")],
         ]
@@ -180,9 +165,11 @@ class Encoder:
         """Return what a person should know of the conversations that were encoded."""
         found = []
         template = self._template
+        if self._has_file and not self.tally["turns"]:
+            found.append("no row is a conversation, so the chat template that is set has no effect")
         if self.tally["turns"] and template is not None and not template.end_of_turn().has_stop:
             found.append(
-                f"the chat template of {self._name} ends an answer with no stop token;"
+                "the chat template ends an answer with no stop token;"
                 f" {self._tokenizer.eos_token!r} is trained after each"
             )
         if self.tally["turns"] and self._reader.opening is not None:
@@ -209,17 +196,17 @@ class Encoder:
         A conversation becomes several rows where no one text holds all its prompts as inference
         sends them.
         """
-        texts: list[list[Piece]] = []
+        texts: list[list[TextPiece]] = []
         chats: dict[int, Conversation] = {}
         with self._template.limited() if self._template is not None else nullcontext():
             for number, row in enumerate(rows):
                 match row:
                     case TextRow() | LabelledRow():
-                        texts.append([Piece(row.text, is_trained=isinstance(row, TextRow))])
+                        texts.append([TextPiece(row.text, is_trained=isinstance(row, TextRow))])
                     case CompletionRow():
                         after = "" if row.prompt else None
-                        completion = Piece(row.completion, is_trained=True, after=after)
-                        texts.append([Piece(row.prompt), completion])
+                        completion = TextPiece(row.completion, is_trained=True, after=after)
+                        texts.append([TextPiece(row.prompt), completion])
                     case ChatRow():
                         conversation = self._read(row, bad)
                         if conversation is not None:
@@ -241,7 +228,9 @@ class Encoder:
 
     def completions(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], ...]:
         """Return each text as the trained tokens it would be as a completion, end included."""
-        encoded = self._pieces.encode([Piece(text, is_trained=True, after="") for text in texts])
+        encoded = self._pieces.encode(
+            [TextPiece(text, is_trained=True, after="") for text in texts]
+        )
         return tuple(np.array(self._with_end(ids), dtype=np.int32) for ids in encoded)
 
     def text(self, tokens: NDArray[np.int32]) -> str:
@@ -264,7 +253,8 @@ class Encoder:
             raise DataError(
                 f"the row has messages, but the tokenizer of {self._name} has no chat template",
                 where=bad.source.where(row.line),
-                remedy="name an instruct model, or write rows with prompt and completion",
+                remedy="name an instruct model, set data.template, or write rows with prompt and "
+                "completion",
             )
         try:
             conversation = self._reader.read(row)
@@ -302,7 +292,7 @@ class Encoder:
         self.tally["turns"] += sum(len(chat.answers) for chat in chats.values())
         return done
 
-    def _encoded(self, texts: Sequence[Sequence[Piece]]) -> "list[_EncodedPieces]":
+    def _encoded(self, texts: Sequence[Sequence[TextPiece]]) -> "list[_EncodedPieces]":
         """Encode the pieces of several texts at once."""
         ids = iter(self._pieces.encode([piece for text in texts for piece in text]))
         return [[(piece, next(ids)) for piece in text] for text in texts]
@@ -314,7 +304,7 @@ class Encoder:
         first = next(found for _, found in pieces if found)
         # a text that was rendered by a chat template already begins with the begin token
         head = [] if first[: len(self._head)] == self._head else self._head
-        return replace(_joined(line, [(Piece(""), head), *pieces]), head=len(head))
+        return replace(_joined(line, [(TextPiece(""), head), *pieces]), head=len(head))
 
     def _labelled(self, row: LabelledRow, pieces: "_EncodedPieces") -> EncodedRow:
         ids = [token for _, found in pieces for token in found]
@@ -335,7 +325,7 @@ class Encoder:
         return replace(row, head=head)
 
 
-_EncodedPieces = list[tuple[Piece, Ids]]
+_EncodedPieces = list[tuple[TextPiece, Ids]]
 
 
 def _joined(line: int, pieces: _EncodedPieces) -> EncodedRow:

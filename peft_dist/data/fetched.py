@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peft_dist.common.atomic import replace_file
 from peft_dist.common.env import CACHE
-from peft_dist.common.paths import TOKENIZER_FILES, cache_dir
+from peft_dist.common.paths import ADAPTER_FILES, TOKENIZER_FILES, cache_dir
 
 WEIGHTS = "model.safetensors.index.json"
 
@@ -37,12 +37,7 @@ def missing_of_model(name: str, revision: str | None, environ: Mapping[str, str]
         revision: Branch, tag or commit; None for the default branch.
         environ: The variables that the nodes will have.
     """
-    folder = hub_cache(environ) / f"models--{name.replace('/', '--')}"
-    wanted = revision or "main"
-    commit = wanted
-    with suppress(OSError):
-        commit = (folder / "refs" / wanted).read_text(encoding="utf-8").strip()
-    snapshot = folder / "snapshots" / commit
+    snapshot = _snapshot(name, revision, environ)
     if not snapshot.is_dir():
         return f"is not in {hub_cache(environ)}"
     lacks = [] if (snapshot / "config.json").exists() else ["config.json"]
@@ -56,6 +51,23 @@ def missing_of_model(name: str, revision: str | None, environ: Mapping[str, str]
     if not any(file.exists() for pattern in TOKENIZER_FILES for file in snapshot.glob(pattern)):
         lacks.append("its tokenizer")
     return f"lacks {_some(lacks)} in {snapshot}" if lacks else ""
+
+
+def missing_of_adapter(name: str, revision: str | None, environ: Mapping[str, str]) -> str:
+    """Return what an adapter of the hub lacks on this machine; see `missing_of_model`."""
+    snapshot = _snapshot(name, revision, environ)
+    if not snapshot.is_dir():
+        return f"is not in {hub_cache(environ)}"
+    lacks = [file for file in ADAPTER_FILES if not (snapshot / file).exists()]
+    return f"lacks {_some(lacks)} in {snapshot}" if lacks else ""
+
+
+def _snapshot(name: str, revision: str | None, environ: Mapping[str, str]) -> Path:
+    folder = hub_cache(environ) / f"models--{name.replace('/', '--')}"
+    commit = wanted = revision or "main"
+    with suppress(OSError):
+        commit = (folder / "refs" / wanted).read_text(encoding="utf-8").strip()
+    return folder / "snapshots" / commit
 
 
 def note_dataset(name: str, split: str, files: Iterable[Path]) -> None:

@@ -4,6 +4,7 @@ Finds what is wrong with all rows of a file; the rows after the first are seen w
 tokenised.
 """
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from peft_dist.config.row_sources import RowSource
 from peft_dist.data.preference_rows import read_examples
 from peft_dist.data.rows import BadRows
 from peft_dist.data.sources import Source, open_source
+from peft_dist.data.template_file import read_template
 
 ROWS = 100
 """Rows of each source that are looked at."""
@@ -23,11 +25,16 @@ def open_row_source(source: RowSource, field: str) -> Source:
     """Find out what a source of a recipe is; `Data.sources` gives it.
 
     Raises:
-        DataError: There is no such thing, or it is of an unknown kind.
+        DataError: There is no such thing, it is of an unknown kind, or its chat template is broken.
     """
     assert source.split is not None, "Data.sources fills it in"
     columns = {} if source.columns is None else source.columns.names()
-    return open_source(source.path, split=source.split, field=field, columns=columns)
+    found = open_source(source.path, split=source.split, field=field, columns=columns)
+    return (
+        found
+        if source.template is None
+        else replace(found, template=read_template(source.template))
+    )
 
 
 def check_first_rows(recipe: Recipe) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_dist.common.errors import DataError
-from peft_dist.data.encode import EncodedRow, Encoder
+from peft_dist.data.encode import Encoder
+from peft_dist.data.encoded_row import EncodedRow
 from peft_dist.data.preference_rows import JudgedRow, PairRow
 from peft_dist.data.rows import BadRows, Row
 

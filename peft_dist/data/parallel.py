@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from peft_dist.common.errors import DataError
 from peft_dist.config.recipe import Recipe
-from peft_dist.data.encode import EncodedRow, Encoder
+from peft_dist.data.encode import Encoder
+from peft_dist.data.encoded_row import EncodedRow
 from peft_dist.data.rows import BadRows, Row
 from peft_dist.data.sources import Source
 from peft_dist.worker.signals import STOP_SIGNALS
@@ -94,7 +95,7 @@ _own: list[tuple[Encoder, Source]] = []
 
 def _load(recipe: Recipe, source: Source) -> None:
     """Load the tokenizer of a new process."""
-    _own.append((Encoder.of(recipe), source))
+    _own.append((Encoder.of(recipe, source.template), source))
 
 
 def _begin(begin: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -19,7 +19,7 @@ OPEN, CLOSE = "\U000f0000", "\U000f0001"
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextPiece:
     """A part of a text, and what comes before it there."""
 
     text: str
@@ -53,7 +53,7 @@ class PieceEncoder:
         ).input_ids
         return ids
 
-    def encode(self, pieces: Sequence[Piece]) -> list[Ids]:
+    def encode(self, pieces: Sequence[TextPiece]) -> list[Ids]:
         """Return the tokens of each piece."""
         parts = [list(self._parts(piece)) for piece in pieces]
         flat = [part for of_piece in parts for part in of_piece if not part[2]]
@@ -71,7 +71,7 @@ class PieceEncoder:
         """Whether a control token can be encoded as text: whether its own id does not appear."""
         return self._tokenizer.convert_tokens_to_ids(token) not in self._literal_ids(token)
 
-    def _parts(self, piece: Piece) -> Iterator[tuple[str, str | None, bool]]:
+    def _parts(self, piece: TextPiece) -> Iterator[tuple[str, str | None, bool]]:
         """Yield text, what comes before it, and whether it is a control token meant as text."""
         after = piece.after
         for number, text in enumerate(re.split(f"{OPEN}(.*?){CLOSE}", piece.text)):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from peft_dist.common.errors import DataError
 from peft_dist.data.counts import SourceRows
-from peft_dist.data.encode import EncodedRow
+from peft_dist.data.encoded_row import EncodedRow
 from peft_dist.data.pairs import Example
 from peft_dist.data.row_job import FittedRows, RowJob
 from peft_dist.data.rows import BadRows
@@ -20,6 +20,8 @@ class SourcePreview:
     """Lines that were read and are no held-out rows."""
     examples: list[Example]
     """What they are trained as; a line may give several, or none."""
+    dropped: list[tuple[int, int]]
+    """Line and tokens of each that has nothing to train within `data.max_length`."""
 
     @property
     def rows(self) -> list[tuple[str, EncodedRow]]:
@@ -49,6 +51,7 @@ def preview(job: RowJob, most: int) -> list[SourcePreview]:
         bad = BadRows(source, None)
         fitted = FittedRows(job, source, hold_out, bad)
         kept: list[Example] = []
+        dropped: list[tuple[int, int]] = []
         lines = set()
         for row in fitted.read(most):
             lines.add(row.line)
@@ -58,7 +61,13 @@ def preview(job: RowJob, most: int) -> list[SourcePreview]:
                 where = f"{source.where(row.line)}: "
                 bad.add(row.line, str(error).removeprefix(where))
                 continue
-            kept += [whole for one in encoded if (whole := fitted.fit(one)) is not None]
+            for example in encoded:
+                before = fitted.dropped
+                whole = fitted.fit(example)
+                if whole is not None:
+                    kept.append(whole)
+                elif fitted.dropped > before:
+                    dropped.append((row.line, max(len(one.tokens) for one in example.rows)))
         lines |= {line for line, _ in bad.found}
-        found.append(SourcePreview(fitted.counts(), len(lines), kept))
+        found.append(SourcePreview(fitted.counts(), len(lines), kept, dropped))
     return found

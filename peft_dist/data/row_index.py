@@ -9,7 +9,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -269,9 +269,8 @@ def indexed(source: Source, cache_dir: Path) -> IndexedSource:
             f"cannot be read or indexed: {error.strerror or error}",
             where=str(error.filename or source.name),
         ) from error
-    found = IndexedSource(
-        source.name, source.kind, source.split, source.part, source.columns, source.shards, indexes
-    )
+    known = {item.name: getattr(source, item.name) for item in fields(source)}
+    found = IndexedSource(**known, indexes=indexes)
     if not len(found):
         raise DataError("has no rows", where=source.name, remedy="add some, or name another file")
     return found

@@ -4,7 +4,7 @@ Nothing is written here (see `token_cache.py`).
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, cast
@@ -13,13 +13,15 @@ from peft_dist.common.errors import DataError
 from peft_dist.common.screen import Bar, wait
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.counts import SourceRows
-from peft_dist.data.encode import EncodedRow, Encoder
+from peft_dist.data.encode import Encoder
+from peft_dist.data.encoded_row import EncodedRow
 from peft_dist.data.hold_out import HoldOut
 from peft_dist.data.pairs import Example, encode_judged, encode_pairs, with_mismatched
 from peft_dist.data.parallel import encode_in_processes, processes_here
 from peft_dist.data.preference_rows import AnyRow, JudgedRow, PairRow, read_examples
 from peft_dist.data.rows import BadRows, ChatRow, Row
 from peft_dist.data.sources import Source
+from peft_dist.data.template_file import TemplateFile
 
 ROWS_PER_BATCH = 1000
 ROWS_BEFORE_PROCESSES = 20_000
@@ -33,20 +35,36 @@ class RowJob:
     recipe: Recipe
     which: Literal["train", "eval"]
     sources: tuple[Source, ...]
-    encoder: Encoder
+    encoders: Mapping[TemplateFile | None, Encoder]
+    """One for each chat template of the sources, all with one tokenizer."""
     label_names: tuple[str, ...] | None = None
     """The only classes that may be; None: any."""
+
+    def encoder(self, source: Source) -> Encoder:
+        """Return what encodes the rows of a source."""
+        return self.encoders[source.template]
+
+    @property
+    def tokenizer(self) -> Encoder:
+        """An encoder, for what is the same of all: the tokens and their text."""
+        return next(iter(self.encoders.values()))
+
+    def notices(self) -> list[str]:
+        """Return what a person should know of the conversations that were encoded."""
+        found = (line for encoder in self.encoders.values() for line in encoder.notices())
+        return list(dict.fromkeys(found))
 
     def key(self) -> dict[str, Any]:
         """Return all that decides what the rows become."""
         data = self.recipe.data
+        encoders = [self.encoder(source).fingerprint() for source in self.sources]
         return {
             "sources": [
                 [source.kind, source.split, str(source.part), source.fingerprint, source.columns]
                 for source in self.sources
             ],
             "held_out": data.held_out and [self.which, data.held_out, self.recipe.train.seed],
-            "tokenizer": self.encoder.fingerprint(),
+            "tokenizer": encoders[0] if len(set(encoders)) == 1 else encoders,
             "task": self.recipe.model.task,
             "rows": self.recipe.objective.rows,
             "options": [data.max_length, data.truncation, data.max_bad_rows],
@@ -55,7 +73,7 @@ class RowJob:
 
     def rows(self, source: Source, bad: BadRows, *, most: int | None = None) -> Iterator[AnyRow]:
         """Yield the rows of a source before any is held out."""
-        as_chat = self.encoder.has_chat_template
+        as_chat = self.encoder(source).has_chat_template
         return read_examples(self.recipe, source, bad, as_chat=as_chat, most=most)
 
     def hold_out(self) -> HoldOut | None:
@@ -83,8 +101,11 @@ class FittedRows:
             bad: Takes the malformed rows. Default: as many as the recipe allows.
         """
         self._job, self.source, self._hold_out = job, source, hold_out
+        self._encoder = job.encoder(source)
         self.bad = bad or BadRows.as_allowed(source, job.recipe.data)
-        self.kept = self.cut = self.lost_end = self.dropped = 0
+        self.kept = self.cut = self.lost_end = self.dropped = self.split = self.pieces = 0
+        self.longest_dropped = 0
+        """Tokens of the longest example that is dropped."""
         self.trained_turns = self.stop_tokens = 0
         self.verdicts: list[bool] = []
         """Of the judged answers that are kept."""
@@ -112,9 +133,7 @@ class FittedRows:
         match self._job.recipe.objective.rows:
             case "single":
                 rows: Any = batches
-                return one_by_one(
-                    [Example((row,)) for row in encoded] for encoded in self._encoded(rows)
-                )
+                return one_by_one(self._alone(encoded) for encoded in self._encoded(rows))
             case "pair":
                 return one_by_one(map(self.encode, batches))
             case "judged":
@@ -122,19 +141,34 @@ class FittedRows:
 
     def encode(self, batch: Sequence[AnyRow]) -> list[Example]:
         """Return what becomes of some rows, an answer with a verdict alone."""
-        job, rows = self._job, list(batch)
-        match job.recipe.objective.rows:
+        encoder, rows = self._encoder, list(batch)
+        match self._job.recipe.objective.rows:
             case "single":
-                encoded = job.encoder.encode(cast("list[Row]", rows), self.bad)
-                return [Example((row,)) for row in encoded]
+                return self._alone(encoder.encode(cast("list[Row]", rows), self.bad))
             case "pair":
-                return encode_pairs(job.encoder, cast("list[PairRow]", rows), self.bad)
+                return encode_pairs(encoder, cast("list[PairRow]", rows), self.bad)
             case "judged":
-                return encode_judged(job.encoder, cast("list[JudgedRow]", rows), self.bad)
+                return encode_judged(encoder, cast("list[JudgedRow]", rows), self.bad)
+
+    def _alone(self, rows: Sequence[EncodedRow]) -> list[Example]:
+        """Return rows that are trained alone, long texts in pieces where that is asked."""
+        data = self._job.recipe.data
+        if data.truncation != "split":
+            return [Example((row,)) for row in rows]
+        found: list[Example] = []
+        for row in rows:
+            is_text = bool(row.trained[row.head :].all())
+            pieces = [row]
+            if is_text and len(row.tokens) > data.max_length:
+                pieces = row.pieces(data.max_length)
+                self.split += 1
+                self.pieces += len(pieces)
+            found += [Example((piece,)) for piece in pieces]
+        return found
 
     def _encoded(self, batches: Iterator[list[Row]]) -> Iterator[list[EncodedRow]]:
         """Yield the tokens of each batch; the later ones of many chats on all cores."""
-        encode, processes, are_chats = self._job.encoder.encode, processes_here(), False
+        encode, processes, are_chats = self._encoder.encode, processes_here(), False
         for batch in islice(batches, ROWS_BEFORE_PROCESSES // ROWS_PER_BATCH):
             are_chats |= any(isinstance(row, ChatRow) for row in batch)
             yield encode(batch, self.bad)
@@ -145,7 +179,7 @@ class FittedRows:
         found = encode_in_processes(batches, self._job.recipe, self.source, processes=processes)
         for encoded, bad, tally in found:
             self.bad.take(bad)
-            self._job.encoder.tally.update(tally)
+            self._encoder.tally.update(tally)
             yield encoded
 
     def read(self, most: int | None = None) -> Iterator[AnyRow]:
@@ -175,6 +209,7 @@ class FittedRows:
         fitted = [row for row in kept if row is not None and _has_predictions(row)]
         if len(fitted) < len(example.rows):
             self.dropped += 1
+            self.longest_dropped = max(self.longest_dropped, *(len(row.tokens) for row in own))
             return None
         self.kept += 1
         self.cut += bool(too_long)
@@ -190,12 +225,33 @@ class FittedRows:
         Returns whether a turn has lost its end.
         """
         ends = fitted.tokens[fitted.stops].tolist()
-        are_stops = self._job.encoder.stop_ids.issuperset(ends)  # np.isin takes 20 times as long
+        are_stops = self._encoder.stop_ids.issuperset(ends)  # np.isin takes 20 times as long
         are_stops &= bool(fitted.trained[fitted.stops].all())
         assert are_stops, f"{self.source.where(row.line)}: a turn has no stop token"
         self.trained_turns += len(row.stops)
         self.stop_tokens += len(ends)
         return len(ends) < len(row.stops)
+
+    def require_some(self) -> None:
+        """Stop where no row is left.
+
+        Raises:
+            DataError: With why there is none, and which setting would keep some.
+        """
+        if self.kept:
+            return
+        data = self._job.recipe.data
+        why, remedy = "with nothing to train", "fix the rows"
+        if self.longest_dropped > data.max_length:
+            why = f"as data.max_length ({data.max_length}) leaves nothing of them to train (the "
+            why += f"longest has {self.longest_dropped} tokens)"
+            remedy = "raise data.max_length, or set data.truncation: "
+            remedy += "start, to cut prompts" if data.truncation == "end" else "end"
+        raise DataError(
+            f"no row is left to use: {self.dropped} dropped {why}, {len(self.bad.found)} malformed",
+            where=self.source.name,
+            remedy=remedy,
+        )
 
     def counts(self) -> SourceRows:
         """Return what has become of the rows so far."""
@@ -242,3 +298,13 @@ class FittedRows:
 
 def _has_predictions(row: EncodedRow) -> bool:
     return len(row.tokens) > 0 if row.label is not None else bool(row.trained[1:].any())
+
+
+def split_notices(read: Sequence[FittedRows]) -> list[str]:
+    """Return how many rows were split; without paths, for rows are the same wherever they lie."""
+    rows, pieces = sum(one.split for one in read), sum(one.pieces for one in read)
+    return (
+        [f"{rows:,} texts longer than data.max_length are trained as {pieces:,} rows"]
+        if rows
+        else []
+    )

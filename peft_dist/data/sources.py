@@ -31,6 +31,7 @@ from peft_dist.data.record import (
     lines,
 )
 from peft_dist.data.row_range import RowRange, parse_split
+from peft_dist.data.template_file import TemplateFile
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Source:
     """Which column holds what, where its name is not ours."""
     shards: tuple[str, ...] = ()
     """The files of a pattern, in the order of their names."""
+    template: TemplateFile | None = None
+    """What its conversations are rendered with; None: the tokenizer's own template."""
 
     @property
     def files(self) -> tuple[Path, ...]:

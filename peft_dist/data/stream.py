@@ -22,7 +22,7 @@ from peft_dist.common.errors import DataError
 from peft_dist.common.screen import wait
 from peft_dist.config.recipe import Recipe
 from peft_dist.data.counts import SourceRows
-from peft_dist.data.encode import EncodedRow
+from peft_dist.data.encoded_row import EncodedRow
 from peft_dist.data.order import RowIds
 from peft_dist.data.parallel import in_processes
 from peft_dist.data.row_index import IndexedSource, indexed
@@ -41,10 +41,10 @@ class StreamedRows:
     Attributes:
         n_examples: Lines that there are.
         n_rows: The same; how many rows they become nobody knows yet.
+        rows_per_example: Rows that are trained together: 2 for pairs of answers.
         fingerprint: Hash of all that decides what the rows become.
     """
 
-    rows_per_example = 1
     label_names: tuple[str, ...] = ()
     example_lengths = None
     trained_turns = stop_tokens = None
@@ -61,6 +61,7 @@ class StreamedRows:
         with wait("looking for the rows to stream"):
             self._sources = tuple(indexed(source, cache_dir) for source in job.sources)
         self._job = replace(job, sources=self._sources)
+        self.rows_per_example = recipe.rows_per_example
         self._arguments = (recipe, cache_dir)
         self._firsts = np.cumsum([0, *map(len, self._sources)], dtype=np.int64)
         self.n_examples = self.n_rows = int(self._firsts[-1])
@@ -85,7 +86,7 @@ class StreamedRows:
     @property
     def notices(self) -> tuple[str, ...]:
         """What a person should know of how the rows were read that `at` has read."""
-        return tuple(self._job.encoder.notices())
+        return tuple(self._job.notices())
 
     def at(self, examples: RowIds) -> tuple[TokenizedRows, RowIds]:
         """Read and tokenise some examples, which may be the same ones.
@@ -114,7 +115,7 @@ class StreamedRows:
                 where=", ".join(source.name for source in self._sources),
                 remedy="raise it, or train.global_batch_size",
             )
-        counts_of_lines = [len(by_line[int(line)]) for line in lines]
+        counts_of_lines = [len(by_line[int(line)]) // self.rows_per_example for line in lines]
         begins = np.cumsum([0, *counts_of_lines])
         ids = [np.arange(begins[at], begins[at + 1]) for at in back.reshape(-1)]
         return (
@@ -124,9 +125,10 @@ class StreamedRows:
                 offsets=np.cumsum([0, *(len(row.tokens) for row in found)], dtype=np.int64),
                 class_ids=None,
                 label_names=(),
-                pad_id=self._job.encoder.pad_id,
+                pad_id=self._job.tokenizer.pad_id,
                 sources=tuple(sources),
                 fingerprint="",
+                rows_per_example=self.rows_per_example,
             ),
             np.concatenate(ids).astype(np.int64, copy=False),
         )

@@ -8,7 +8,7 @@ it, and no process group is needed. Which row trains when is not decided here (s
 import hashlib
 import json
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from peft_dist.config.recipe import Recipe
 from peft_dist.data.counts import SourceRows
 from peft_dist.data.encode import Encoder
 from peft_dist.data.first_rows import open_row_source
-from peft_dist.data.row_job import FittedRows, RowJob
+from peft_dist.data.row_job import FittedRows, RowJob, split_notices
 from peft_dist.data.sources import Source
 from peft_dist.data.tokenized_rows import TokenizedRows as TokenizedRows
 
@@ -87,19 +87,20 @@ def row_job(recipe: Recipe, which: Literal["train", "eval"], cache_dir: Path) ->
         ModelError: The tokenizer cannot be used.
         RecipeError: `data.max_length` leaves no room.
     """
-    data, encoder = recipe.data, Encoder.of(recipe)
-    if data.max_length < encoder.least_length:
+    data = recipe.data
+    sources = tuple(open_row_source(some, f"data.{which}") for some in data.sources(which))
+    assert sources, "the recipe has no data.eval"
+    encoders = Encoder.of_all(recipe, [source.template for source in sources])
+    job = RowJob(recipe, which, sources, encoders)
+    if data.max_length < job.tokenizer.least_length:
         raise RecipeError(
             f"{data.max_length} leaves no room beside the tokenizer's special tokens",
             where="data.max_length",
-            remedy=f"set it to {encoder.least_length} or more",
+            remedy=f"set it to {job.tokenizer.least_length} or more",
         )
-    sources = tuple(open_row_source(some, f"data.{which}") for some in data.sources(which))
-    assert sources, "the recipe has no data.eval"
-    names: tuple[str, ...] | None = None
     if which == "eval" and recipe.model.task == "sequence-classification":
-        names = tokenize_rows(recipe, "train", cache_dir).label_names
-    return RowJob(recipe, which, sources, encoder, names)
+        return replace(job, label_names=tokenize_rows(recipe, "train", cache_dir).label_names)
+    return job
 
 
 def _make(job: RowJob, folder: Path) -> None:
@@ -129,12 +130,8 @@ def _write(job: RowJob, folder: Path) -> None:
                     labels.append(row.label)
     for rows in found:
         # held-out rows may all come from one source; a source to train on must have some
-        if not rows.kept and (job.which == "train" or not lengths):
-            raise DataError(
-                f"no row is left to use: {rows.dropped} dropped, {len(rows.bad.found)} malformed",
-                where=rows.source.name,
-                remedy="see data.max_length and data.truncation",
-            )
+        if job.which == "train" or not lengths:
+            rows.require_some()
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     (folder / "offsets").write_bytes(offsets.astype(FILES["offsets"]).tobytes())
     names = job.label_names
@@ -150,7 +147,7 @@ def _write(job: RowJob, folder: Path) -> None:
         "format": FORMAT,
         "files": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
         "label_names": names or (),
-        "pad_id": job.encoder.pad_id,
+        "pad_id": job.tokenizer.pad_id,
         "sources": [
             # the cache is for these rows wherever they lie
             {
@@ -160,7 +157,7 @@ def _write(job: RowJob, folder: Path) -> None:
             }
             for rows in found
         ],
-        "notices": job.encoder.notices(),
+        "notices": [*job.notices(), *split_notices(found)],
         "rows_per_example": job.recipe.rows_per_example,
     }
     sealed = {"fingerprint": _fingerprint(content), "content": content}

@@ -12,7 +12,6 @@ COLLECTIVES = "2000"
 def export_recorder(environ: MutableMapping[str, str]) -> None:
     """Export the recorder's size, where the user has set none; read when groups are made."""
     environ.setdefault("TORCH_FR_BUFFER_SIZE", COLLECTIVES)
-    environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", COLLECTIVES)
 
 
 def dump() -> bytes | None:

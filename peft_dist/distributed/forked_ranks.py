@@ -157,6 +157,7 @@ class RankServer:
                 elif "code" in answer:
                     self.codes[answer["pid"]] = answer["code"]
                 else:
+                    self.codes.pop(answer["pid"], None)  # of an earlier process of this number
                     self._started.append(answer["pid"])
             timeout_s = 0.0
 

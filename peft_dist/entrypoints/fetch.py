@@ -1,8 +1,9 @@
-"""Bring a recipe's model, tokenizer and rows to this machine, for nodes that reach no network."""
+"""Bring a recipe's model, tokenizer, rows and adapter here, for nodes that reach no network."""
 
 import argparse
 from pathlib import Path
 
+from peft_dist.checkpoint.start_adapter import start_folder
 from peft_dist.common.console import show
 from peft_dist.common.errors import CacheError
 from peft_dist.config import load_recipe
@@ -27,6 +28,9 @@ def _fetch(options: argparse.Namespace) -> None:
     folder = model_folder(recipe.model.name, recipe.model.revision)
     size = sum(file.stat().st_size for file in WeightFiles(folder).files)
     show(f"model {recipe.model.name}: {size / 1e9:,.1f} GB in {folder}")
+    start = recipe.method.start_from
+    if start is not None:
+        show(f"adapter {start}: in {start_folder(start)}")
     load_tokenizer(recipe)
     show("tokenizer: loads")
     for source in hub_sources(recipe):

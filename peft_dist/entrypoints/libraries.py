@@ -4,6 +4,7 @@ import logging
 import os
 
 from peft_dist.common import logs
+from peft_dist.common.imports import without_collector
 from peft_dist.common.screen import stage
 from peft_dist.model.import_bitsandbytes import import_bitsandbytes
 from peft_dist.worker.process import quieten_libraries
@@ -22,7 +23,7 @@ def preload(*, talks: bool) -> None:
     """
     logs.begin(0 if talks else 1)
     quieten_libraries()
-    with stage("loading torch and transformers", log) as told:
+    with stage("loading torch and transformers", log) as told, without_collector():
         import torch
 
         if torch.cuda.is_available():
@@ -37,5 +38,6 @@ def preload(*, talks: bool) -> None:
 
 def load_libraries() -> None:
     """Load all that `fine_tune` works with."""
-    import_bitsandbytes()
-    import peft_dist.finetune  # noqa: F401
+    with without_collector():
+        import_bitsandbytes()
+        import peft_dist.finetune  # noqa: F401

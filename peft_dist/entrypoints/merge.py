@@ -6,6 +6,7 @@ trained is written over, one tensor in memory at a time. Never holds the model, 
 
 import argparse
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Mapping
@@ -19,11 +20,15 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from peft_dist.checkpoint.adapter_file import ADAPTER_FILE
+from peft_dist.checkpoint.saved_tokenizer import TEMPLATE
+from peft_dist.common.arguments import BASES, add_merge_form
 from peft_dist.common.atomic import whole_folder
 from peft_dist.common.console import show
 from peft_dist.common.errors import ModelError, RecipeError, RunDirError
+from peft_dist.common.paths import TOKENIZER_FILES
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.entrypoints.merge_changes import plan_changes
+from peft_dist.entrypoints.merge_gguf import GgufPlan
 from peft_dist.entrypoints.merge_updates import Change
 from peft_dist.entrypoints.merged_losses import held_out_losses
 from peft_dist.model import architectures
@@ -33,8 +38,6 @@ from peft_dist.model.weights import FLOATS, WeightFiles, model_folder
 from peft_dist.run.directory import RunDir
 from peft_dist.worker.process import WorkerContext, run_worker
 
-BASES = ("full", "dequantized")
-"""What an adapter may be added to: the weights of the files, or those it was trained on."""
 UNMERGEABLE = {
     "bottleneck": "a bottleneck is a layer of its own, with a non-linearity",
     "prefix": "learned keys and values are no part of any weight",
@@ -55,19 +58,19 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="peft-dist merge", description=main.__doc__)
     parser.add_argument("run_dir", type=Path, help="folder of a finished run")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--base", choices=BASES, default=BASES[0], help="weights to add it to")
+    add_merge_form(parser)
     options = parser.parse_args(argv)
     run, dequantized = RunDir.open(options.run_dir), options.base == BASES[1]
 
     def work(_: WorkerContext) -> None:
-        merge(run, options.out, dequantized=dequantized)
+        merge(run, options.out, dequantized=dequantized, gguf=options.gguf)
         for line in held_out_losses(run, options.out):
             show(f"  {line}")
 
     return run_worker(work)
 
 
-def merge(run: RunDir, out: Path, *, dequantized: bool = False) -> None:
+def merge(run: RunDir, out: Path, *, dequantized: bool = False, gguf: str | None = None) -> None:
     """Write the base of a run with its adapter merged in, in one step.
 
     Args:
@@ -75,6 +78,7 @@ def merge(run: RunDir, out: Path, *, dequantized: bool = False) -> None:
         out: The folder to make.
         dequantized: Merge into the base as it was trained on, rounded to 4 bits, and not into the
             weights of its files.
+        gguf: One of `GGUF_TYPES`, of a GGUF file in the folder, or None.
 
     Raises:
         PeftDistError: For an adapter or base that cannot be merged, or a folder that is taken or
@@ -110,16 +114,27 @@ def merge(run: RunDir, out: Path, *, dequantized: bool = False) -> None:
             where="model.name",
             remedy="merging needs the full-precision model",
         )
+    if gguf is not None and recipe.model.task != "causal-lm":
+        raise RecipeError(
+            "a GGUF file is written of causal-lm models alone",
+            where="model.task",
+            remedy="leave out --gguf",
+        )
+    plan = None if gguf is None else GgufPlan(files, gguf, out)
     skeleton = _skeleton(recipe, run, files)
     rounded = None
     if dequantized:
         rounded = plan_base(_skeleton(recipe, run, files), files, quantization="nf4")
     changes, added = plan_changes(config, tensors, skeleton, files, run, dequantized=rounded)
+    gguf_file = out / f"{out.absolute().name}-{gguf}.gguf"
     try:
         with whole_folder(out) as partial:
             _write_model(partial, files, changes, added)
+            _copy_tokenizer(run.adapter, partial)
             if recipe.model.task == "sequence-classification":
                 _name_classes(partial / "config.json", skeleton)
+            if plan is not None:
+                plan.write(partial, partial / gguf_file.name)
     except OSError as error:
         raise RunDirError(
             f"cannot be written: {error.strerror or error}",
@@ -137,6 +152,8 @@ def merge(run: RunDir, out: Path, *, dequantized: bool = False) -> None:
         f"    model = Auto.from_pretrained({str(out)!r})\n"
         f"    tokenizer = AutoTokenizer.from_pretrained({str(out)!r})"
     )
+    if plan is not None:
+        show(f"  or with llama.cpp:\n    llama-cli -m {shlex.quote(str(gguf_file))}")
 
 
 def _read_adapter(run: RunDir) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
@@ -209,6 +226,16 @@ def _write_model(
         if "total_size" in index.get("metadata", {}):
             index["metadata"]["total_size"] += sum(t.nbytes for t in added.values())
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_tokenizer(adapter: Path, folder: Path) -> None:
+    """Put the tokenizer that an adapter was trained with in place of the base's."""
+    if (adapter / TEMPLATE).is_file():
+        for file in folder.glob("chat_template*"):
+            file.unlink()
+    for pattern in TOKENIZER_FILES:
+        for file in adapter.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
 
 
 def _write_weights(

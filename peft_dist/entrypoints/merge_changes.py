@@ -13,7 +13,7 @@ from peft_dist.entrypoints.merge_updates import Change, Update, changes_of, weig
 from peft_dist.methods.expert_lora import of_each_expert
 from peft_dist.model.nf4 import dequantize, quantize_rows
 from peft_dist.model.plan import BasePlan, plan_base
-from peft_dist.model.stored import Source
+from peft_dist.model.stored import RowTensor
 from peft_dist.model.weights import FLOATS, WeightFiles
 from peft_dist.run.directory import RunDir
 
@@ -93,7 +93,7 @@ def _updates(
     config: LoraConfig,
     weight: str,
     found: Mapping[str, torch.Tensor],
-    source: Source,
+    source: RowTensor,
     skeleton: PreTrainedModel,
     key: str | None,
 ) -> dict[str, Change]:

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from peft_dist.common.errors import ModelError
-from peft_dist.model.stored import Joined, Source, Stacked, Stored, Turned
+from peft_dist.model.stored import Joined, RowTensor, Stacked, Stored, Turned
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 """Returns what stands in a tensor's place, given the base's."""
@@ -64,7 +64,7 @@ def weight_of(module: str, config: LoraConfig, skeleton: PreTrainedModel) -> str
 
 
 def changes_of(
-    name: str, source: Source, left: torch.Tensor, right: torch.Tensor
+    name: str, source: RowTensor, left: torch.Tensor, right: torch.Tensor
 ) -> Iterator[tuple[str, Change]]:
     """Yield, for each file tensor that a weight is made of, what is added to it.
 

@@ -8,6 +8,7 @@ import time
 
 import torch
 
+from peft_dist.common.arguments import add_model_to_quantize
 from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.console import show
 from peft_dist.common.errors import ModelError
@@ -23,14 +24,7 @@ from peft_dist.worker.process import run_worker
 def main(argv: list[str]) -> int:
     """Quantize one model as one process of a world; return the exit code."""
     parser = argparse.ArgumentParser(prog="peft-dist quantize", description=main.__doc__)
-    parser.add_argument("model", help="folder with safetensors files, or a hub id")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub model")
-    parser.add_argument(
-        "--task",
-        choices=tuple(architectures.TASKS),
-        default="causal-lm",
-        help="what the model will be trained to do (default: %(default)s)",
-    )
+    add_model_to_quantize(parser)
     options = parser.parse_args(argv)
     return run_worker(lambda _: _quantize(options, read_world()))
 

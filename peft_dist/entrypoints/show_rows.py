@@ -10,7 +10,8 @@ from peft_dist.common.cache_folder import usable_cache_dir
 from peft_dist.common.console import show
 from peft_dist.common.errors import EXIT_DONE, EXIT_USER_ERROR
 from peft_dist.config import load_recipe
-from peft_dist.data.encode import EncodedRow
+from peft_dist.data.encoded_row import EncodedRow
+from peft_dist.data.known_ids import refuse_ids_above, rows_of_embedding
 from peft_dist.data.preview import SourcePreview, preview
 from peft_dist.data.record import file_and_line
 from peft_dist.data.row_job import RowJob
@@ -41,11 +42,16 @@ def show_rows(options: argparse.Namespace) -> int:
     """Print the rows; return the exit code.
 
     Raises:
-        PeftDistError: The recipe, a source as a whole or the tokenizer cannot be used.
+        PeftDistError: The recipe, a source as a whole or the tokenizer cannot be used, or the
+            tokenizer gives ids that the model has no row for.
     """
     recipe = load_recipe(options.recipe, options.overrides)
     job = row_job(recipe, "train", usable_cache_dir() / "rows")
     found = preview(job, options.rows)
+    known = rows_of_embedding(recipe)
+    if known is not None:
+        for _, row in (one for source in found for one in source.rows):
+            refuse_ids_above(known, recipe, "data.train", row.tokens)
     if options.json:
         show(json.dumps(as_json(found)))
     else:
@@ -85,7 +91,7 @@ def as_json(found: list[SourcePreview]) -> dict[str, list[dict[str, object]]]:
 
 
 def as_text(source: SourcePreview, job: RowJob, *, whole: bool) -> str:
-    """Return rows with their trained parts in «», then the malformed lines and a summary."""
+    """Return rows, trained parts in «», then what is dropped or malformed, and a summary."""
     name = source.counts.name
     lines = []
     for part, row in source.rows:
@@ -93,6 +99,11 @@ def as_text(source: SourcePreview, job: RowJob, *, whole: bool) -> str:
         trained = f"{len(row.tokens):,} tokens, {int(row.trained.sum()):,} trained"
         at = place(row.line, name, source.counts.shards)
         lines += [f"{at}  {trained}{label}", _marked(row, job, whole=whole), ""]
+    limit = f"nothing to train within data.max_length ({job.recipe.data.max_length})"
+    lines += [
+        f"dropped: {place(line, name, source.counts.shards)}: {tokens:,} tokens, {limit}"
+        for line, tokens in source.dropped
+    ]
     lines += [f"bad: {report}" for report in source.counts.reports]
     tokens = sum(len(row.tokens) for _, row in source.rows)
     on = sum(int(row.trained.sum()) for _, row in source.rows)
@@ -112,8 +123,8 @@ def _marked(row: EncodedRow, job: RowJob, *, whole: bool) -> str:
     """Return the text of a row with «» around what is trained."""
     borders = [0, *(np.flatnonzero(np.diff(row.trained)) + 1).tolist(), len(row.tokens)]
     # Some tokenizers put a blank before what they decode alone: decode from the beginning.
-    ends = [len(job.encoder.text(row.tokens[:border])) for border in borders]
-    text = job.encoder.text(row.tokens)
+    ends = [len(job.tokenizer.text(row.tokens[:border])) for border in borders]
+    text = job.tokenizer.text(row.tokens)
     parts = []
     for at, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
         part = text[begin:end]

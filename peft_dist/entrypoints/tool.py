@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from peft_dist.common import logs
+from peft_dist.common.imports import without_collector
 from peft_dist.worker.process import quieten_libraries
 
 
@@ -17,7 +18,8 @@ def main(argv: Sequence[str]) -> int:
     logs.begin()
     quieten_libraries()
     name, *arguments = argv
-    tool = importlib.import_module(f"peft_dist.entrypoints.{name}")
+    with without_collector():
+        tool = importlib.import_module(f"peft_dist.entrypoints.{name}")
     code: int = tool.main(arguments)
     return code
 

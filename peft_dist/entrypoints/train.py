@@ -16,7 +16,7 @@ from pathlib import Path
 from peft_dist.common.arguments import add_allow_changed
 from peft_dist.common.console import to_rank_log
 from peft_dist.common.env import WATCHED_LEASE
-from peft_dist.common.errors import RunDirError, TrainingError
+from peft_dist.common.errors import EXIT_DO_NOT_RETRY, RunDirError, TrainingError
 from peft_dist.common.process_identity import is_launcher_gone
 from peft_dist.common.process_table import started_ticks
 from peft_dist.common.screen import stage
@@ -25,7 +25,12 @@ from peft_dist.config.batch_shape import require_settled
 from peft_dist.config.run_date import date_in, with_date
 from peft_dist.entrypoints.libraries import load_libraries
 from peft_dist.run.directory import RunDir
-from peft_dist.run.history import ending_of_run, is_machine_start, read_history
+from peft_dist.run.history import (
+    ending_of_run,
+    is_machine_start,
+    is_superseded,
+    read_history,
+)
 from peft_dist.run.lease import Attempt, end_for, refuse_if_held
 from peft_dist.run.restart_policy import History, Kind, RestartLimits, decide, decide_by_attempts
 from peft_dist.worker import signals
@@ -83,6 +88,8 @@ def _exit_code_before_start(options: argparse.Namespace) -> int | None:
     if not (_is_restart() or is_machine_start()):
         return None
     run, _ = _run_of(options)
+    if is_superseded(run.attempts):
+        return EXIT_DO_NOT_RETRY
     ending = ending_of_run(run)
     if ending is None:
         return None
@@ -103,7 +110,7 @@ def _train(
 ) -> None:
     started_s = time.monotonic() - process_age_s()
     context.run_dir = _run_of(options)[0]
-    stop_requests.on_setup_stop = context.stopped_in_setup
+    stop_requests.end_setup_by(context.stopped_in_setup)
     recipe = load_recipe(_recipe_of(options), options.overrides)
     require_settled(recipe)
     if context.rank == 0:

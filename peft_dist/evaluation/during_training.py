@@ -50,6 +50,7 @@ def evaluate(
         step=step,
         eval_loss=result.loss,
         eval_accuracy=result.accuracy,
+        eval_source_loss=list(result.source_losses) or None,
         eval_seconds=seconds,
         **figures,
     )

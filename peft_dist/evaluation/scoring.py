@@ -6,7 +6,7 @@ Changes no weight and no gradient; knows no schedule.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import isnan
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ class Score:
     """Mean reward of chosen or desirable answers, where the objective has one."""
     reward_rejected: float | None = None
     kl: float | None = None
+    source_losses: tuple[float | None, ...] = ()
+    """Loss of each source of the rows, where they have several and the objective is sft; None for
+    one that no row of is scored."""
 
     def figures(self) -> dict[str, float]:
         """Return what the objective reports besides loss and accuracy, without what is missing."""
@@ -166,25 +169,34 @@ def _score(setup: ModelSetup, eval_set: EvalSet, wants_stop: Callable[[], bool] 
     choice_ids = None
     if choices:
         choice_ids = to_device(torch.from_numpy(np.concatenate(choices)), device)
-    total = torch.zeros(1, dtype=torch.float64, device=device)
+    sources = eval_set.rows.source_of_row[: eval_set.rows.n_rows]
+    sums = torch.zeros(1 + len(eval_set.rows.sources), dtype=torch.float64, device=device)
     predicted = torch.zeros(eval_set.rows.n_rows, dtype=torch.int64, device=device)
     for ids, batch in _batches(setup, eval_set.rows, wants_stop, "held-out rows"):
         losses: Losses = setup.model(batch, choice_ids)
         if not len(ids):
             continue
-        total += losses.nll.sum()
+        sums[0] += losses.nll.sum()
+        of_target = to_device(torch.from_numpy(sources[ids]), device)[batch.target_rows]
+        sums[1:].index_add_(0, of_target, losses.nll.double())
         if losses.choice_logits is not None:
             predicted[to_device(torch.from_numpy(ids), device)] = losses.choice_logits.argmax(dim=1)
-    loss = sum_over(total).item() / int(eval_set.rows.predicted_counts.sum())
+    total, *by_source = sum_over(sums).tolist()
+    counts = eval_set.rows.predicted_counts
+    score = Score(total / int(counts.sum()), None, eval_set.rows.n_rows)
+    if len(by_source) > 1:
+        each = np.bincount(sources, weights=counts, minlength=len(by_source))
+        means = (part / n if n else None for part, n in zip(by_source, each.tolist(), strict=True))
+        score = replace(score, source_losses=tuple(means))
     if eval_set.truth is None:
-        return Scoring(Score(loss, None, eval_set.rows.n_rows), None)
+        return Scoring(score, None)
     if eval_set.choices and not eval_set.single_token:
         best = _likeliest(setup, eval_set, wants_stop)
     else:
         best = sum_over(predicted)  # every row is one process's
     found = best.cpu().numpy()
     accuracy = float((found == eval_set.truth).mean())
-    return Scoring(Score(loss, accuracy, eval_set.rows.n_rows), found)
+    return Scoring(replace(score, accuracy=accuracy), found)
 
 
 def _preferences(
@@ -202,7 +214,7 @@ def _preferences(
         total[1:] += share.metrics
     loss, *figures = sum_over(total).tolist()
     named = dict(zip(objective.metrics, figures, strict=True))
-    found = {name: None if isnan(value) else value for name, value in named.items()}
+    found: dict[str, Any] = {k: None if isnan(value) else value for k, value in named.items()}
     accuracy = found.pop("reward_accuracy", None)
     return Score(loss / divisor, accuracy, rows.n_examples, **found)
 

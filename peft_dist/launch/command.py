@@ -101,11 +101,22 @@ def check_models_command(arguments: Sequence[str], *, python: str = sys.executab
 
 
 def merge_command(
-    run_dir: Path, out: Path, *, base: str = "full", python: str = sys.executable
+    run_dir: Path,
+    out: Path,
+    *,
+    base: str = "full",
+    gguf: str | None = None,
+    python: str = sys.executable,
 ) -> list[str]:
     """Return the argv that merges a run's adapter into its base."""
-    words = ["merge", str(run_dir), "--out", str(out), "--base", base]
+    words = merge_words(run_dir, out, base=base, gguf=gguf)
     return [python, "-m", "peft_dist.entrypoints.tool", *words]
+
+
+def merge_words(run_dir: Path, out: Path, *, base: str, gguf: str | None) -> list[str]:
+    """Return the command `merge` with its arguments."""
+    words = ["merge", str(run_dir), "--out", str(out), "--base", base]
+    return words if gguf is None else [*words, "--gguf", gguf]
 
 
 def tracking_command(

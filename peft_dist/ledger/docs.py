@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from peft_dist.common.console import show
-from peft_dist.ledger.events import EVENT_TYPES, STAMP, Gpu, LedgerEvent, event_name
+from peft_dist.ledger.events import EVENT_TYPES, STAMP, GpuSample, LedgerEvent, event_name
 
 INTRODUCTION = """\
 # The ledger of a run
@@ -27,11 +27,15 @@ def render_docs() -> str:
         own = [name for name in kind.model_fields if name not in stamp]
         parts += [f"## `{event_name(kind)}`\n", f"{kind.__doc__}\n"]
         parts += [_table(kind, own)] if own else []
-    parts += ["## Each entry of `gpus`\n", f"{Gpu.__doc__}\n", _table(Gpu, Gpu.model_fields)]
+    parts += [
+        "## Each entry of `gpus`\n",
+        f"{GpuSample.__doc__}\n",
+        _table(GpuSample, GpuSample.model_fields),
+    ]
     return "\n".join(parts)
 
 
-def _table(kind: type[LedgerEvent] | type[Gpu], names: Iterable[str]) -> str:
+def _table(kind: type[LedgerEvent] | type[GpuSample], names: Iterable[str]) -> str:
     schema = kind.model_json_schema()["properties"]
     rows = [
         f"| `{name}` | {_type(schema[name])} | {_text(kind.model_fields[name].description)} |"

@@ -151,6 +151,9 @@ class EvaluationEvent(LedgerEvent):
     eval_accuracy: float | None = None
     """Share of examples answered right, or of pairs whose chosen answer has the higher reward, 0
     to 1; null without choices, classes or pairs."""
+    eval_source_loss: list[float | None] | None = None
+    """Loss of each source of the held-out rows, in the recipe's order, as long as the objective is
+    sft; null for one that no row of is scored. Missing where there is one source."""
     eval_reward_chosen: float | None = None
     """Mean reward of the chosen or desirable answers; missing where the objective has none."""
     eval_reward_rejected: float | None = None
@@ -237,7 +240,7 @@ class RollbackEvent(NonFiniteEvent):
         return self.step if self.back_to is None else self.back_to
 
 
-class Gpu(BaseModel):
+class GpuSample(BaseModel):
     """One GPU of a sample; what NVML does not report is missing."""
 
     model_config = LedgerEvent.model_config
@@ -289,7 +292,7 @@ class SystemEvent(LedgerEvent):
     """Bytes sent by all interfaces since the last sample."""
     network_received_bytes: int | None = None
     """Bytes received by all interfaces since the last sample."""
-    gpus: list[Gpu] | None = None
+    gpus: list[GpuSample] | None = None
     """The GPUs of the run on this node."""
 
 

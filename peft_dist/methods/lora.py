@@ -27,6 +27,7 @@ from peft_dist.methods.lora_initial import (
     row_norms,
     weight_of,
 )
+from peft_dist.methods.lora_layer import LoraOn4bit
 from peft_dist.methods.lora_starts import Factors
 from peft_dist.methods.lora_targets import check_choice, chosen_blocks, has_bias, linear_targets
 from peft_dist.methods.method import TASKS, BaseAccess, Method, inject
@@ -37,37 +38,6 @@ from peft_dist.methods.trained_parts import (
     parts_config,
 )
 from peft_dist.model.nf4 import FrozenLinear4bit
-
-
-class _LoraOn4bit(LoraLinear):
-    """LoRA on our layer, which keeps [out, in] however the released base keeps its weight.
-
-    DoRA would transpose the weights of a base that was released with Conv1D.
-    """
-
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, **kwargs: Any
-    ) -> None:
-        config = copy.copy(config)
-        config.fan_in_fan_out = False
-        super().__init__(base_layer, adapter_name, config=config, **kwargs)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Map x [..., in] to [..., out]; PEFT's own way for anything but one plain adapter.
-
-        The scale is applied to [..., r] and the sum is part of the last product, which spares two
-        passes over [..., out] each way.
-        """
-        active = self.active_adapters
-        if len(active) != 1 or self.disable_adapters or self.merged or self.lora_variant:
-            return super().forward(x, *args, **kwargs)
-        (name,) = active
-        b: Any = self.lora_B[name]  # a linear
-        if b.bias is not None:
-            return super().forward(x, *args, **kwargs)
-        low = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]
-        result: torch.Tensor = self.base_layer(x)
-        return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), b.weight.t()).view_as(result)
 
 
 class LoraMethod(Method[Lora]):
@@ -143,9 +113,9 @@ class LoraMethod(Method[Lora]):
                 **extra,
             )
         config._register_custom_module(
-            {FrozenLinear4bit: _LoraOn4bit, nn.Linear: LoraLinear, **wrappers_for(model)}
+            {FrozenLinear4bit: LoraOn4bit, nn.Linear: LoraLinear, **wrappers_for(model)}
             if parameters
-            else {FrozenLinear4bit: _LoraOn4bit}
+            else {FrozenLinear4bit: LoraOn4bit}
         )
         prepare(model, parameters)
         with warnings.catch_warnings(), on_meta(parts), stand_ins(model, parameters):

@@ -83,10 +83,11 @@ def _row_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    row_lengths: tuple[int, ...] | str | None = _NOT_TOLD,
+    row_lengths: tuple[int, ...] | torch.Tensor | str | None = _NOT_TOLD,
     row_bounds: torch.Tensor | None = None,
+    longest_row: int = 0,
     one_call: bool = False,
-    prefix: tuple[torch.Tensor, ...] | None = None,
+    prefix: tuple[torch.Tensor, ...] | torch.Tensor | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -103,10 +104,12 @@ def _row_attention(
         attention_mask: Not used. Rows padded on the right need none: no real token looks ahead.
             transformers makes none for this kernel, so that one of four dimensions is the model's
             own and may hold a bias: see `find_gap`.
-        row_lengths: Tokens of each packed row, B is 1 then; None for one row per sequence.
+        row_lengths: Tokens of each packed row, B is 1 then; None for one row per sequence. Compiled
+            blocks get a tensor, int64 [rows] on the host: code for it is made once for all lengths.
         row_bounds: int32 [rows + 1] where each packed row begins, and the end, on the device.
+        longest_row: Tokens of the longest of packed rows.
         one_call: Compute all packed rows at once where the kernel for it can.
-        prefix: Of every layer, keys and values that stand before each row's own:
+        prefix: Of every layer, or of this one, keys and values that stand before each row's own:
             [2, key-value heads, P, head size].
         dropout: Probability of dropping an attention weight.
         scaling: Factor of the scores. Default: 1 / sqrt(head size).
@@ -128,7 +131,8 @@ def _row_attention(
         _gap = "this attention knows no mask of the model's own"
     if _recorded is not None:
         _recorded[module.layer_idx] = torch.stack([key[0], value[0]])
-    past = None if prefix is None else prefix[module.layer_idx].to(key.dtype)
+    learned = prefix[module.layer_idx] if isinstance(prefix, tuple) else prefix
+    past = None if learned is None else learned.to(key.dtype)
     if (
         one_call
         and row_lengths is not None
@@ -140,7 +144,7 @@ def _row_attention(
             key,
             value,
             row_bounds=row_bounds,
-            longest=max(row_lengths),
+            longest=longest_row,
             past=past,
             scaling=scaling,
             sliding_window=sliding_window,
@@ -152,7 +156,7 @@ def _row_attention(
         # float32, torch would take the one that keeps all scores.
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         past = None if past is None else past.repeat_interleave(groups, dim=1)
-    lengths = [query.shape[2]] if row_lengths is None else list(row_lengths)
+    lengths = [query.shape[2]] if row_lengths is None else list(map(int, row_lengths))
     outputs = []
     for q, k, v in zip(
         query.split(lengths, dim=2),
@@ -177,7 +181,7 @@ def _row_attention(
                 is_causal=not windowed,
                 dropout_p=dropout,
                 scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
+                **_groups(q, k),
             )
         else:
             mask = _band(length, sliding_window if windowed else length, q.device)
@@ -185,6 +189,11 @@ def _row_attention(
         outputs.append(out if past is None else out[:, :, past.shape[2] :])
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return joined.transpose(1, 2).contiguous(), None
+
+
+def _groups(query: torch.Tensor, key: torch.Tensor) -> dict[str, bool]:
+    """Return the setting for groups of heads; decided here, for where sizes are symbols."""
+    return {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
 
 
 def _capped_attention(

@@ -5,9 +5,9 @@ from transformers import PretrainedConfig
 from peft_dist.common.errors import DataError
 from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import micro_batch_rows
+from peft_dist.data.known_ids import refuse_ids_above
 from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.model import architectures
-from peft_dist.model.vocabulary import refuse_ids_above
 
 
 def refuse_rows_that_do_not_fit(

@@ -146,10 +146,14 @@ class Decoder(nn.Module, ABC):
         Flash attention would find out by itself, in every layer, waiting for the device.
         """
         kernel = model.config._attn_implementation
+        longest = max(batch.row_lengths or (0,))
         if kernel in OURS:
-            return {"row_lengths": batch.row_lengths, "row_bounds": batch.row_bounds}
+            return {
+                "row_lengths": batch.row_lengths,
+                "row_bounds": batch.row_bounds,
+                "longest_row": longest,
+            }
         if kernel == "flash_attention_2" and batch.row_lengths is not None:
-            longest = max(batch.row_lengths)
             return {
                 "cu_seq_lens_q": batch.row_bounds,
                 "cu_seq_lens_k": batch.row_bounds,

@@ -4,6 +4,8 @@ The bytes are exactly bitsandbytes' NF4 codes and scales; its kernels do the ari
 layer is never trained, merged or repacked.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -12,6 +14,8 @@ from torch import nn
 
 BLOCK_SIZES = (64, 32)
 """Values per scale, in order of preference. A block must not cross a row, or rows cannot shard."""
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 _ZEROS = 0x77
 """Two codes of the value 0."""
@@ -53,6 +57,12 @@ def quantize_rows(rows: torch.Tensor, block_size: int) -> tuple[torch.Tensor, to
     return codes.reshape(n, in_features // 2), scales.view(torch.uint8)
 
 
+@functools.cache
+def levels(device: torch.device) -> torch.Tensor:
+    """Return what the 16 codes stand for where the scale is 1, float32 [16]; not to be changed."""
+    return bnb.get_4bit_type("nf4", device=device)  # type: ignore[no-any-return]
+
+
 def dequantize(
     packed: torch.Tensor, absmax: torch.Tensor, *, block_size: int, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -70,6 +80,20 @@ def dequantize(
     return bnb.dequantize_4bit(packed.reshape(-1, 1), state)
 
 
+def _product(
+    x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Return x [..., in] @ dequantize(packed).T."""
+    return x @ dequantize(packed, absmax, block_size=block_size, dtype=x.dtype).t()
+
+
+def _product_backward(
+    grad: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Return grad [..., out] @ dequantize(packed)."""
+    return grad @ dequantize(packed, absmax, block_size=block_size, dtype=grad.dtype)
+
+
 class _FrozenMatmul(torch.autograd.Function):
     """x @ dequantize(packed).T, with a gradient for x alone.
 
@@ -83,13 +107,46 @@ class _FrozenMatmul(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(packed, absmax)
         ctx.block_size = block_size
-        return x @ dequantize(packed, absmax, block_size=block_size, dtype=x.dtype).t()
+        return _product(x, packed, absmax, block_size)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         packed, absmax = ctx.saved_tensors
-        weight = dequantize(packed, absmax, block_size=ctx.block_size, dtype=grad.dtype)
-        return grad @ weight, None, None, None
+        return _product_backward(grad, packed, absmax, ctx.block_size), None, None, None
+
+
+# The same for a compiler, as operators of torch, one each way: one that sees the weight dequantized
+# twice would keep the first for backward, which takes as much memory as a base that is not
+# quantized. Elsewhere each call of an operator of Python would cost some 25 microseconds more.
+_operator = torch.library.custom_op("peft_dist::frozen_product", _product, mutates_args=())
+_operator_backward = torch.library.custom_op(
+    "peft_dist::frozen_product_backward", _product_backward, mutates_args=()
+)
+
+
+@_operator.register_fake
+def _(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+@_operator_backward.register_fake
+def _(
+    grad: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    return grad.new_empty(*grad.shape[:-1], packed.shape[1] * 2)
+
+
+def _save_parameters(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, packed, absmax, ctx.block_size = inputs
+    ctx.save_for_backward(packed, absmax)
+
+
+def _gradient_of_x(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    packed, absmax = ctx.saved_tensors
+    return _operator_backward(grad, packed, absmax, ctx.block_size), None, None, None
+
+
+_operator.register_autograd(_gradient_of_x, setup_context=_save_parameters)
 
 
 class FrozenLinear4bit(nn.Module):
@@ -135,13 +192,17 @@ class FrozenLinear4bit(nn.Module):
         """The dequantized weight [out, in]; made anew at each access (DoRA needs its norm)."""
         return dequantize(self.packed, self.absmax, block_size=self.block_size, dtype=self.dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [..., in] to [..., out] in x's dtype, or autocast's where that is on."""
+    def forward(self, x: torch.Tensor, product: Product | None = None) -> torch.Tensor:
+        """Map x [..., in] to [..., out] in x's dtype, or autocast's where that is on.
+
+        Args:
+            x: [..., in].
+            product: Takes x, `packed`, `absmax` and the block size. Default: x W^T.
+        """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: torch.Tensor = _FrozenMatmul.apply(  # type: ignore[no-untyped-call]  # it is torch's
-            x, self.packed, self.absmax, self.block_size
-        )
+        ours = _operator if torch.compiler.is_compiling() else _FrozenMatmul.apply
+        y: torch.Tensor = (product or ours)(x, self.packed, self.absmax, self.block_size)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -17,7 +17,7 @@ from peft_dist.common.errors import ModelError
 from peft_dist.model.architectures import block_linears
 from peft_dist.model.experts import ABSMAX, PACKED, expert_parameters, swap_experts
 from peft_dist.model.nf4 import FrozenLinear4bit, block_size_for
-from peft_dist.model.stored import Found, Source, Stored, Turned, find_sources, turned
+from peft_dist.model.stored import FoundSources, RowTensor, Stored, Turned, find_sources, turned
 from peft_dist.model.weights import FLOATS, PACKED_PARTS, QUANT_STATE, Packing, WeightFiles
 
 FRESH_HEADS = ("classifier", "score")
@@ -35,7 +35,7 @@ class BaseTensor:
     """
 
     name: str
-    source: Source
+    source: RowTensor
     shape: tuple[int, ...]
     block_size: int | None = None
     packing: Packing | None = None
@@ -145,7 +145,7 @@ def _stays(name: str, columns: int) -> str:
     return f"{name} stays unquantized: its {columns} columns are not a multiple of 32"
 
 
-def _fill_buffers(model: PreTrainedModel, found: Found) -> None:
+def _fill_buffers(model: PreTrainedModel, found: FoundSources) -> None:
     """Read the buffers that are stored, such as the biases of a router: they are few and small."""
     for name, buffer in model.named_buffers():
         source = found.sources.get(name)
@@ -154,7 +154,7 @@ def _fill_buffers(model: PreTrainedModel, found: Found) -> None:
             buffer.copy_(source.rows(0, rows))
 
 
-def _unused(model: PreTrainedModel, found: Found) -> list[str]:
+def _unused(model: PreTrainedModel, found: FoundSources) -> list[str]:
     """Return a warning about file tensors that nothing is made of, and transformers reports too."""
     ignored = [re.compile(one) for one in model._keys_to_ignore_on_load_unexpected or ()]
     computed = {name for name, _ in model.named_buffers()}
@@ -172,7 +172,7 @@ def _unused(model: PreTrainedModel, found: Found) -> list[str]:
     return [f"{len(unused)} tensors of the files are not used by the model, {unused[0]} first"]
 
 
-def _tied_names(model: PreTrainedModel, found: Found) -> list[list[str]]:
+def _tied_names(model: PreTrainedModel, found: FoundSources) -> list[list[str]]:
     """Group parameter names that share one tensor, in model order.
 
     Those that config.json ties and the files hold with different values are not tied, as
@@ -195,7 +195,7 @@ def _tied_names(model: PreTrainedModel, found: Found) -> list[list[str]]:
     return tied
 
 
-def _same(one: Source, other: Source) -> bool:
+def _same(one: RowTensor, other: RowTensor) -> bool:
     """Whether two tensors hold the same values; read in parts."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
@@ -249,7 +249,7 @@ def _wrong_shape(name: str, expected: tuple[int, ...], found: tuple[int, ...]) -
     )
 
 
-def _check_stored(source: Source, name: str, shape: tuple[int, ...]) -> None:
+def _check_stored(source: RowTensor, name: str, shape: tuple[int, ...]) -> None:
     if source.shape != shape:
         raise _wrong_shape(name, shape, source.shape)
     if source.dtype not in FLOATS:

@@ -40,6 +40,11 @@ def compute_dtype(
     return torch.float32, ": this processor has no bfloat16 of its own"
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype's name as a recipe has it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _has_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 itself."""
     if device.type == "cuda":

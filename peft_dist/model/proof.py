@@ -19,9 +19,11 @@ from transformers import PreTrainedModel
 from peft_dist.common.errors import ModelError
 from peft_dist.data.pack import Batch, Everyone, pack, positions_of, targets_of
 from peft_dist.data.token_cache import TokenizedRows
+from peft_dist.distributed.collectives import gather_objects
 from peft_dist.distributed.world import World
 from peft_dist.model import attention
 from peft_dist.model.architectures import bare_model
+from peft_dist.model.compiled import CompiledBlocks
 from peft_dist.model.expected import (
     Expected,
     Model,
@@ -34,11 +36,14 @@ from peft_dist.model.expected import (
 )
 from peft_dist.model.loss import CausalLM, Decoder, SequenceClassifier
 from peft_dist.model.probe import probe_rows
+from peft_dist.model.recompute import draws_numbers
 from peft_dist.model.router import Routing
 
 WINDOW = 6
 """Tokens that a sliding window or a chunk has in the proof, so that rows are longer than it."""
 _WINDOWS = ("attention_chunk_size", "local_attention", "sliding_window", "sliding_window_size")
+GRADIENT_ROUNDING = {torch.float32: 4e-4, torch.bfloat16: 0.2, torch.float16: 0.08}
+"""By what a gradient may be off, relative to its norm."""
 NOISE = 4.0
 """Times the difference that transformers' own losses have between two lengths of a row."""
 ROUNDING = 3.0
@@ -50,10 +55,12 @@ class Way(NamedTuple):
 
     attention: str
     packing: bool
+    compiled: bool = False
 
     def __str__(self) -> str:
         """Say it in words."""
-        return f"{'packed' if self.packing else 'padded'} rows and attention {self.attention}"
+        rows = f"{'packed' if self.packing else 'padded'} rows and attention {self.attention}"
+        return f"{rows}, blocks compiled" if self.compiled else rows
 
 
 class ProofRun(NamedTuple):
@@ -66,6 +73,10 @@ class ProofRun(NamedTuple):
         world: Where it runs.
         dtype: What it computes in.
         autocast: Returns the context of every pass.
+        gradient: Goes back from a loss that is part of no step; returns the flat gradient.
+        disturbed: Returns a context in which the adapter has other values.
+        virtual_tokens: Places of learned tokens in front of every row.
+        compiled: Its blocks, where they can be compiled.
     """
 
     model: Model
@@ -74,6 +85,15 @@ class ProofRun(NamedTuple):
     world: World
     dtype: torch.dtype
     autocast: Callable[[], AbstractContextManager[object]]
+    gradient: Callable[[torch.Tensor], torch.Tensor]
+    disturbed: Callable[[], AbstractContextManager[None]]
+    virtual_tokens: int = 0
+    compiled: CompiledBlocks | None = None
+
+    def compile_blocks(self, on: bool, *, told: bool = False) -> None:
+        """Let blocks run compiled from now on, or as they are; see `CompiledBlocks.switch`."""
+        if self.compiled is not None:
+            self.compiled.switch(on=on, told=told)
 
 
 def prove(run: ProofRun, ways: Sequence[Way]) -> tuple[Way, list[str]]:
@@ -89,30 +109,44 @@ def prove(run: ProofRun, ways: Sequence[Way]) -> tuple[Way, list[str]]:
     bare = bare_model(run.peft)
     # Learned tokens stand in front of rows and are not the model's; a classifier gets none here.
     learned = run.peft.active_peft_config.is_prompt_learning and isinstance(model, Decoder)
-    alone = run.peft.disable_adapter() if learned else nullcontext()
+    alone = run.peft.disable_adapter if learned else nullcontext
     rows = probe_rows(bare, classified=isinstance(model, SequenceClassifier))
     problems: list[str] = []
     model.eval()
-    with alone, torch.no_grad(), run.autocast(), _short_windows(bare):
-        expected = by_transformers(model, bare, blocks, device, dtype)
+    run.compile_blocks(False)
+
+    def problem_of(way: Way) -> str | None:
+        with alone():
+            problem = _problem(run, bare, rows, way, expected)
+        if problem is None and way.compiled:
+            return _problem_of_gradient(run, bare, _packed(run, rows, way, run.virtual_tokens))
+        return problem
+
+    with torch.no_grad(), run.autocast(), _short_windows(bare):
+        with alone():
+            expected = by_transformers(model, bare, blocks, device, dtype)
         for way in ways:
-            problem = _problem(model, bare, blocks, rows, device, dtype, way, expected)
+            problem = problem_of(way)
             first = problem is not None and not problems
             if first and dtype != torch.float32 and isinstance(model, CausalLM):
                 # Before a slower way is taken: is that more than how this model rounds?
-                rounding = ROUNDING * rounding_of(model, bare, blocks, device, dtype, expected)
+                run.compile_blocks(False)
+                with alone():
+                    rounding = ROUNDING * rounding_of(model, bare, blocks, device, dtype, expected)
                 expected = expected._replace(allowed=max(expected.allowed, rounding))
-                problem = _problem(model, bare, blocks, rows, device, dtype, way, expected)
+                problem = problem_of(way)
             if problem is None:
                 return way, problems
             problems.append(f"{way}: {problem}")
         noise = 0.0
         if isinstance(model, CausalLM):
-            noise = NOISE * noise_of(model, bare, device, dtype)
+            run.compile_blocks(False)
+            with alone():
+                noise = NOISE * noise_of(model, bare, device, dtype)
         if noise > expected.allowed:
             expected = expected._replace(allowed=noise)
             for tried, way in enumerate(ways):
-                problem = _problem(model, bare, blocks, rows, device, dtype, way, expected)
+                problem = problem_of(way)
                 if problem is None:
                     return way, problems[:tried]
     raise ModelError(
@@ -123,25 +157,18 @@ def prove(run: ProofRun, ways: Sequence[Way]) -> tuple[Way, list[str]]:
 
 
 def _problem(
-    model: Model,
-    bare: PreTrainedModel,
-    blocks: dict[str, nn.Module],
-    rows: TokenizedRows,
-    device: torch.device,
-    dtype: torch.dtype,
-    way: Way,
-    expected: Expected,
+    run: ProofRun, bare: PreTrainedModel, rows: TokenizedRows, way: Way, expected: Expected
 ) -> str | None:
     """Score the rows in one way; return what is wrong with it. Collective."""
+    model, blocks, dtype = run.model, run.blocks, run.dtype
+    run.compile_blocks(False)
     attention.find_gap()
-    ids = np.arange(rows.n_rows)
-    size = positions_of(rows, ids, packing=way.packing)
-    targets = targets_of(rows, ids)
-    everyone = Everyone(size, size, targets, targets)
-    batch = pack(rows, ids, packing=way.packing, everyone=everyone).to(device)
+    batch = _packed(run, rows, way)
     try:
         if not attention.use_kernel(bare, way.attention):
             return "the model keeps the kernel that it was built with"
+        if way.compiled:
+            return _problem_of_compiled(run, bare, batch, expected)
         with layers_of(bare, blocks) as layers:
             nll, logits, routing = model(batch)
     except Exception as error:  # each model fails in its own way
@@ -149,19 +176,82 @@ def _problem(
     if (gap := attention.find_gap()) is not None:
         return gap
     scores = logits.flatten() if isinstance(model, SequenceClassifier) else nll
-    counts = [len(losses) for losses in expected.losses]
-    differences = [
-        difference(found, theirs, dtype)
-        for found, theirs in zip(scores.split(counts), expected.losses, strict=True)
-    ]
-    worst = int(np.argmax(differences))
-    if differences[worst] <= expected.allowed:
+    worst = _largest_difference(scores, expected, dtype)
+    if worst <= expected.allowed:
         return _problem_of_routing(routing, expected)
     what = "the loss of a token" if scores is nll else "a logit"
     return (
-        f"{what} differs by {differences[worst]:.2g}, "
+        f"{what} differs by {worst:.2g}, "
         f"{_first_difference(batch, layers, expected)} is the first to differ"
     )
+
+
+def _largest_difference(scores: torch.Tensor, expected: Expected, dtype: torch.dtype) -> float:
+    counts = [len(losses) for losses in expected.losses]
+    pairs = zip(scores.split(counts), expected.losses, strict=True)
+    return float(np.max([difference(found, theirs, dtype) for found, theirs in pairs]))
+
+
+def _problem_of_compiled(
+    run: ProofRun, bare: PreTrainedModel, batch: Batch, expected: Expected
+) -> str | None:
+    """Compare losses of compiled blocks with transformers' own. Collective."""
+    ((nll, logits, routing),), _ = _passes(run, bare, batch, (True,))
+    scores = logits.flatten() if isinstance(run.model, SequenceClassifier) else nll
+    worst = _largest_difference(scores, expected, run.dtype)
+    wrong = None if worst <= expected.allowed else f"a loss differs by {worst:.2g}"
+    return _first_problem(run, wrong or _problem_of_routing(routing, expected))
+
+
+def _problem_of_gradient(run: ProofRun, bare: PreTrainedModel, batch: Batch) -> str | None:
+    """Compare the gradient of compiled blocks with that of plain ones. Collective."""
+    try:
+        with run.disturbed():  # where a factor is zero the other has no gradient
+            _, (plain, compiled) = _passes(run, bare, batch, (False, True))
+    except Exception as error:  # what is wrong with code for backward shows there
+        return line_of(error)
+    off = float((compiled - plain).norm() / plain.norm().clamp(min=1e-30))
+    wrong = None if off <= GRADIENT_ROUNDING[run.dtype] else f"the gradient differs by {off:.2g}"
+    return _first_problem(run, wrong and f"{wrong} of its norm")
+
+
+def _passes(
+    run: ProofRun, bare: PreTrainedModel, batch: Batch, compiled: tuple[bool, ...]
+) -> tuple[list[Any], list[torch.Tensor]]:
+    """Return the `Losses` of a micro-batch and its gradients by plain blocks, or compiled ones.
+
+    It is the code that trains which runs here, unless dropout makes it another. Collective.
+    """
+    model, given, gradients = run.model, [], []
+    model.train(not draws_numbers(bare))
+    try:
+        for on in compiled:
+            run.compile_blocks(on)
+            with torch.enable_grad():
+                given.append(model(batch))
+                nll = given[-1].nll
+                if nll.requires_grad:  # not without what is learned in front of rows
+                    gradients.append(run.gradient(nll.sum()))
+    finally:
+        model.eval()
+    return given, gradients
+
+
+def _first_problem(run: ProofRun, wrong: str | None) -> str | None:
+    """Return what is wrong with compiled blocks on any process. Collective."""
+    assert run.compiled is not None
+    problem = run.compiled.problem or attention.find_gap() or wrong
+    # Another machine may have another compiler: all take the same way.
+    return next(filter(None, gather_objects(problem)), None)
+
+
+def _packed(run: ProofRun, rows: TokenizedRows, way: Way, virtual_tokens: int = 0) -> Batch:
+    ids, packing = np.arange(rows.n_rows), way.packing
+    size = positions_of(rows, ids, packing=packing, virtual_tokens=virtual_tokens)
+    targets = targets_of(rows, ids)
+    everyone = Everyone(size, size, targets, targets)
+    batch = pack(rows, ids, packing=packing, virtual_tokens=virtual_tokens, everyone=everyone)
+    return batch.to(run.world.device)
 
 
 def _problem_of_routing(found: Routing | None, expected: Expected) -> str | None:

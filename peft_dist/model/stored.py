@@ -34,7 +34,7 @@ from peft_dist.model.weights import FLOATS, WeightFiles
 Shape = tuple[int, ...]
 
 
-class Source(Protocol):
+class RowTensor(Protocol):
     """A tensor that is read by rows, its first dimension."""
 
     @property
@@ -86,7 +86,7 @@ class Stored:
 class _Made:
     """A tensor made of others."""
 
-    parts: tuple[Source, ...]
+    parts: tuple[RowTensor, ...]
     shape: Shape
 
     @property
@@ -133,7 +133,7 @@ class Joined(_Made):
 
 
 @dataclass(frozen=True)
-class Piece(_Made):
+class TensorSlice(_Made):
     """Some of a tensor along a dimension."""
 
     dim: int
@@ -174,13 +174,13 @@ class Whole(_Made):
         return self.make()[start:stop].clone()
 
 
-def turned(source: Source) -> Source:
+def turned(source: RowTensor) -> RowTensor:
     """Return a matrix transposed."""
     return Turned((source,), source.shape[::-1], (0, 1))
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundSources:
     """What the files hold for a model.
 
     Attributes:
@@ -188,11 +188,11 @@ class Found:
         unused: Keys that nothing in the model is made of.
     """
 
-    sources: dict[str, Source]
+    sources: dict[str, RowTensor]
     unused: tuple[str, ...]
 
 
-def find_sources(model: PreTrainedModel, files: WeightFiles) -> Found:
+def find_sources(model: PreTrainedModel, files: WeightFiles) -> FoundSources:
     """Match file tensors to a model's parameters and buffers, as transformers would.
 
     Follows `convert_and_load_state_dict_in_model` of its `core_model_loading.py`.
@@ -204,13 +204,15 @@ def find_sources(model: PreTrainedModel, files: WeightFiles) -> Found:
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     quantized, used_up = quantized_weights(files)
-    stored: dict[str, Source] = {key: Stored(files, key) for key in files.tensors.keys() - used_up}
+    stored: dict[str, RowTensor] = {
+        key: Stored(files, key) for key in files.tensors.keys() - used_up
+    }
     stored |= quantized
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
     state: dict[str, Any] = model.state_dict()
     prefix = model.base_model_prefix
-    sources: dict[str, Source] = {}
-    collected: dict[str, tuple[WeightConverter, dict[str, list[Source]]]] = {}
+    sources: dict[str, RowTensor] = {}
+    collected: dict[str, tuple[WeightConverter, dict[str, list[RowTensor]]]] = {}
     unused: list[str] = []
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
@@ -221,7 +223,7 @@ def find_sources(model: PreTrainedModel, files: WeightFiles) -> Found:
         elif pattern is None:
             sources[name] = stored[key]
         else:
-            fresh = (deepcopy(by_pattern[pattern]), dict[str, list[Source]]())
+            fresh = (deepcopy(by_pattern[pattern]), dict[str, list[RowTensor]]())
             _, parts = collected.setdefault(name, fresh)
             parts.setdefault(pattern, []).append(stored[key])
     for name, (converter, parts) in collected.items():
@@ -235,15 +237,15 @@ def find_sources(model: PreTrainedModel, files: WeightFiles) -> Found:
                 where="model.name",
                 remedy="the files and config.json do not belong together",
             ) from None
-    return Found(sources, tuple(unused))
+    return FoundSources(sources, tuple(unused))
 
 
 def _converted(
     model: PreTrainedModel,
     name: str,
     converter: WeightConverter,
-    parts: dict[str, list[Source]],
-) -> dict[str, Source]:
+    parts: dict[str, list[RowTensor]],
+) -> dict[str, RowTensor]:
     """Follow a converter's operations, as its `convert` does with tensors."""
     for operation in converter.operations:
         parts = _applied(model, name, converter, operation, parts)
@@ -260,8 +262,8 @@ def _applied(
     name: str,
     converter: WeightConverter,
     operation: ConversionOps,
-    parts: dict[str, list[Source]],
-) -> dict[str, list[Source]]:
+    parts: dict[str, list[RowTensor]],
+) -> dict[str, list[RowTensor]]:
     """Return what one operation makes of sources by pattern."""
     sources, targets = converter.source_patterns, converter.target_patterns
     if isinstance(operation, MergeModulelist) and operation.dim == 0:
@@ -297,20 +299,20 @@ def _applied(
     return _whole(model, name, converter, operation, parts)
 
 
-def _stacked(parts: list[Source]) -> Source:
+def _stacked(parts: list[RowTensor]) -> RowTensor:
     return Stacked(tuple(parts), (len(parts), *parts[0].shape))
 
 
-def _joined(parts: list[Source], dim: int) -> Source:
+def _joined(parts: list[RowTensor], dim: int) -> RowTensor:
     shape = list(parts[0].shape)
     shape[dim] = sum(part.shape[dim] for part in parts)
     return Joined(tuple(parts), tuple(shape), dim)
 
 
-def _piece(whole: Source, dim: int, begin: int, size: int) -> Source:
+def _piece(whole: RowTensor, dim: int, begin: int, size: int) -> RowTensor:
     shape = list(whole.shape)
     shape[dim] = size
-    return Piece((whole,), tuple(shape), dim, begin)
+    return TensorSlice((whole,), tuple(shape), dim, begin)
 
 
 def _whole(
@@ -318,11 +320,11 @@ def _whole(
     name: str,
     converter: WeightConverter,
     operation: ConversionOps,
-    parts: dict[str, list[Source]],
-) -> dict[str, list[Source]]:
+    parts: dict[str, list[RowTensor]],
+) -> dict[str, list[RowTensor]]:
     """Let transformers run an operation on whole tensors; on `meta` for the shapes it gives."""
 
-    def run(read: Callable[[Source], torch.Tensor]) -> dict[str, torch.Tensor]:
+    def run(read: Callable[[RowTensor], torch.Tensor]) -> dict[str, torch.Tensor]:
         made = operation.convert(
             {pattern: [read(one) for one in some] for pattern, some in parts.items()},
             source_patterns=converter.source_patterns,

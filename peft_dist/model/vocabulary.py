@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from peft_dist.common.errors import ModelError, RecipeError, nearest
+from peft_dist.common.errors import RecipeError, nearest
 from peft_dist.config import Recipe
 from peft_dist.config.method import Lora, Method
 from peft_dist.data.encode import load_tokenizer
+from peft_dist.data.known_ids import refuse_ids_above
 from peft_dist.model.architectures import read_config
 
 _ROWS_AT_ONCE = 1024
@@ -104,7 +105,7 @@ def refuse_unknown_ids(
     Raises:
         ModelError: Naming the token, its id, where it stands, and the rows that there are.
     """
-    rows: int = read_config(folder, task=recipe.model.task).vocab_size
+    rows: int = read_config(folder, task=recipe.model.task).get_text_config().vocab_size
     all_texts = dict(texts)
     words = getattr(recipe.method, "text", None)
     if words is not None:
@@ -112,21 +113,3 @@ def refuse_unknown_ids(
         all_texts["method.text"] = np.array(ids, dtype=np.int32)
     for field, ids in all_texts.items():
         refuse_ids_above(rows, recipe, field, ids)
-
-
-def refuse_ids_above(rows: int, recipe: Recipe, field: str, ids: NDArray[np.int32]) -> None:
-    """Refuse a token that an embedding with so many rows has none for; `field` holds its text.
-
-    Raises:
-        ModelError: As `refuse_unknown_ids`.
-    """
-    highest = int(ids.max(initial=-1))
-    if highest < rows:
-        return
-    token = load_tokenizer(recipe).convert_ids_to_tokens(highest)
-    raise ModelError(
-        f"the token {token!r} of {field} has id {highest}, but the model's embedding has {rows} "
-        "rows",
-        where="model.name",
-        remedy="put the tokenizer that the model was trained with beside it",
-    )

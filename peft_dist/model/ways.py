@@ -40,7 +40,27 @@ def kernel_to_build_with(
     return "flash_attention_2" if is_flash_attn_2_available() else "auto"
 
 
-def ways_of(recipe: Recipe, *, picked: str, ours: list[str], own_attention: bool) -> list[Way]:
+def compiles(recipe: Recipe, device: torch.device, strategy: str) -> bool:
+    """Whether blocks are to be compiled, where they can be.
+
+    Raises:
+        RecipeError: For an engine under which they cannot.
+    """
+    wanted = recipe.model.compile
+    if strategy == "zero3":
+        if wanted == "blocks":
+            raise RecipeError(
+                "zero3 gathers each layer inside a block, which cannot be compiled then",
+                where="model.compile",
+                remedy="set parallel.strategy: fsdp, or compile: auto",
+            )
+        return False
+    return wanted == "blocks" or (wanted == "auto" and device.type == "cuda")
+
+
+def ways_of(
+    recipe: Recipe, *, picked: str, ours: list[str], own_attention: bool, compiled: bool
+) -> list[Way]:
     """Return the ways to compute a micro-batch, best first.
 
     Our attention does the same as transformers' with less work; where it does not, the kernel that
@@ -51,6 +71,7 @@ def ways_of(recipe: Recipe, *, picked: str, ours: list[str], own_attention: bool
         picked: The kernel that the model was built with.
         ours: Those of our own that the device has; see `attention.kernels_of`.
         own_attention: Whether what is trained works through our attention alone.
+        compiled: Whether each is first tried with compiled blocks.
 
     Raises:
         RecipeError: Where the recipe wants another kernel then.
@@ -71,9 +92,26 @@ def ways_of(recipe: Recipe, *, picked: str, ours: list[str], own_attention: bool
         kernels.append("eager")
     packing = False if recipe.head == "sequence-classification" else recipe.data.packing
     layouts = [True, False] if packing is None else [packing]
-    ways = [Way(kernel, layout) for layout in layouts for kernel in kernels]
-    # Padded rows are one call as it is.
-    return [way for way in ways if way.packing or way.attention != attention.VARLEN_ATTENTION]
+    ways = []
+    for layout in layouts:
+        # Padded rows are one call as they are.
+        usable = [kernel for kernel in kernels if layout or kernel != attention.VARLEN_ATTENTION]
+        # One call for each row would be other code for other rows. More than the best is not tried:
+        # each takes a minute to compile, and most of what is wrong with one is so with all.
+        best = None if layout and usable[0] != attention.VARLEN_ATTENTION else usable[0]
+        for kernel in usable:
+            if compiled and kernel == best:
+                ways.append(Way(kernel, layout, compiled=True))
+            ways.append(Way(kernel, layout))
+    if recipe.model.compile == "blocks":
+        ways.sort(key=lambda way: not way.compiled)
+        if not ways[0].compiled:
+            raise RecipeError(
+                "packed rows are compiled on GPUs alone, in 16 bits",
+                where="model.compile",
+                remedy="set data.packing: false, or compile: off",
+            )
+    return ways
 
 
 def prove_once(run: ProofRun, ways: list[Way], facts: list[Any], cache_dir: Path) -> Way:
@@ -95,16 +133,20 @@ def prove_once(run: ProofRun, ways: list[Way], facts: list[Any], cache_dir: Path
     if proven is not None:
         way = ways[int(proven)]
         if attention.use_kernel(bare, way.attention):
+            run.compile_blocks(way.compiled, told=True)
             log.info("%s, with %s, as was proven before", name, way)
             return way
     with stage("comparing losses with those of transformers", log) as told:
         way, problems = prove(run, ways)
         told.append(f"{name}, with {way}")
+    run.compile_blocks(way.compiled, told=True)
     for problem in problems:
         log.info("not used: %s", problem)
     if is_main:
         if problems and (not way.packing or not way.attention.startswith("peft_dist")):
             log.warning("%s: computed with %s; see docs/models.md", bare.config.model_type, way)
+        elif problems and ways[0].compiled and not way.compiled:
+            log.warning("%s: its blocks run as they are; %s", bare.config.model_type, problems[0])
         _write(file, way)
     return way
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from peft_dist.common import paths
 from peft_dist.common.errors import ModelError
-from peft_dist.common.sharing import users_umask
 from peft_dist.config.models import read_model_config
+from peft_dist.model.hub import download
 
 QUANT_STATE = ".quant_state.bitsandbytes__"
 """Behind a weight's name: JSON about its packing, stored as bytes."""
@@ -49,43 +49,11 @@ def model_folder(name: str, revision: str | None) -> Path:
     if local.is_dir():
         read_model_config(local / "config.json")
         return local
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        with users_umask():  # others may read the same cache
-            found = snapshot_download(name, revision=revision, allow_patterns=[*paths.MODEL_FILES])
-        return Path(found)
-    except GatedRepoError:
-        raise ModelError(
-            f"the hub gives {name!r} only to users who have accepted its terms",
-            where="model.name",
-            remedy="accept them on its page, and set HF_TOKEN to a token of that account",
-        ) from None
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"{name!r} is neither a folder here nor a public model of the hub",
-            where="model.name",
-            remedy="check the name; for a private model set HF_TOKEN",
-        ) from None
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{name!r} is neither a folder here nor a hub model that can be reached "
-            f"({type(error).__name__})",
-            where="model.name",
-            remedy="check the path, or download the model where there is a network and name its "
-            "folder",
-        ) from None
+    return download(name, revision, paths.MODEL_FILES, kind="model", field="model.name")
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where one tensor lies and what it is."""
 
     file: Path
@@ -115,12 +83,12 @@ class WeightFiles:
         self.folder = folder
         self.files = _safetensors_files(folder)
         self._open: dict[Path, Any] = {}
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
             handle = self._handle(file)
             for key in handle.keys():  # noqa: SIM118 - not a mapping
                 piece = handle.get_slice(key)
-                self.tensors[key] = Stored(file, tuple(piece.get_shape()), piece.get_dtype())
+                self.tensors[key] = StoredTensor(file, tuple(piece.get_shape()), piece.get_dtype())
 
     @property
     def bytes(self) -> int:

@@ -38,6 +38,11 @@ class Scored:
         """How much likelier each answer has become since the start, in nats."""
         return self.logps - self.reference
 
+    @property
+    def per_token(self) -> torch.Tensor:
+        """The same, on average per token."""
+        return self.log_ratios / self.counts
+
 
 def rewards(objective: Preference, answers: Scored) -> torch.Tensor:
     """Return what the objective takes for the reward of each answer, [n]."""
@@ -56,11 +61,14 @@ def pair_losses(
     """Return the loss of each pair, [n], without the likelihood of the chosen answers."""
     match objective:
         case Dpo():
-            gap = rewards(objective, chosen) - rewards(objective, rejected)
+            if objective.length_normalised:
+                gap = objective.beta * (chosen.per_token - rejected.per_token)
+            else:
+                gap = rewards(objective, chosen) - rewards(objective, rejected)
             return _likely_right(gap, objective.label_smoothing)
         case Ipo():
             # Per token, as its authors run it: else the square grows with the answers' lengths.
-            gap = chosen.log_ratios / chosen.counts - rejected.log_ratios / rejected.counts
+            gap = chosen.per_token - rejected.per_token
             return (gap - 1 / (2 * objective.beta)) ** 2
         case Orpo():
             odds = _log_odds(chosen) - _log_odds(rejected)

@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterator
 
 from peft_dist.checks.checks import Looking
+from peft_dist.checks.context import CheckContext
 from peft_dist.checks.finding import Finding
 from peft_dist.checks.network import hub_is_off
-from peft_dist.checks.surroundings import Surroundings
 from peft_dist.common.errors import EXIT_DONE, EXIT_USER_ERROR, PeftDistError
 from peft_dist.common.table import Column, print_lines, stdout_form, table_lines
 from peft_dist.config import Recipe, load_recipe
@@ -32,7 +32,7 @@ def examine(recipe_file: str | None, cluster_file: str | None) -> int:
         PeftDistError: For a cluster file that cannot be used as written.
     """
     cluster = None if cluster_file is None else load_cluster(cluster_file)
-    found = Looking(Surroundings()).findings()
+    found = Looking(CheckContext()).findings()
     if recipe_file is not None:
         try:
             found += _recipe(load_recipe(recipe_file), cluster)

@@ -15,7 +15,7 @@ GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuKind:
     """One kind of GPU."""
 
     name: str
@@ -40,18 +40,18 @@ class Gpu:
 
 
 GPUS = {
-    "h100-80gb": Gpu("NVIDIA H100 80GB HBM3", 79.1, 3350, 330),
-    "h100-pcie-80gb": Gpu("NVIDIA H100 PCIe", 79.1, 2000, 25),
-    "h200-141gb": Gpu("NVIDIA H200", 139.8, 4800, 330),
-    "b200-180gb": Gpu("NVIDIA B200", 178.3, 7700, 660),
-    "a100-80gb": Gpu("NVIDIA A100-SXM4-80GB", 79.1, 2040, 220),
-    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", 39.4, 1555, 220),
-    "l40s-48gb": Gpu("NVIDIA L40S", 44.4, 864, 20),
-    "a40-48gb": Gpu("NVIDIA A40", 44.4, 696, 20),
-    "a10-24gb": Gpu("NVIDIA A10", 22.1, 600, 20),
-    "l4-24gb": Gpu("NVIDIA L4", 22.0, 300, 20),
-    "rtx-4090-24gb": Gpu("NVIDIA GeForce RTX 4090", 23.5, 1008, 20),
-    "v100-32gb": Gpu("Tesla V100-SXM2-32GB", 31.7, 900, 120, bfloat16=False),
+    "h100-80gb": GpuKind("NVIDIA H100 80GB HBM3", 79.1, 3350, 330),
+    "h100-pcie-80gb": GpuKind("NVIDIA H100 PCIe", 79.1, 2000, 25),
+    "h200-141gb": GpuKind("NVIDIA H200", 139.8, 4800, 330),
+    "b200-180gb": GpuKind("NVIDIA B200", 178.3, 7700, 660),
+    "a100-80gb": GpuKind("NVIDIA A100-SXM4-80GB", 79.1, 2040, 220),
+    "a100-40gb": GpuKind("NVIDIA A100-SXM4-40GB", 39.4, 1555, 220),
+    "l40s-48gb": GpuKind("NVIDIA L40S", 44.4, 864, 20),
+    "a40-48gb": GpuKind("NVIDIA A40", 44.4, 696, 20),
+    "a10-24gb": GpuKind("NVIDIA A10", 22.1, 600, 20),
+    "l4-24gb": GpuKind("NVIDIA L4", 22.0, 300, 20),
+    "rtx-4090-24gb": GpuKind("NVIDIA GeForce RTX 4090", 23.5, 1008, 20),
+    "v100-32gb": GpuKind("Tesla V100-SXM2-32GB", 31.7, 900, 120, bfloat16=False),
 }
 """By the name that `--gpu` and a cluster file's `gpu` take. Memory and bandwidth are those of data
 sheets and drivers; links are about three quarters of what NVLink has, and what PCIe gives."""
@@ -107,7 +107,7 @@ class Assumed:
 class Hardware:
     """Nodes to plan for."""
 
-    gpu: Gpu
+    gpu: GpuKind
     gpus_per_node: int
     inside_gb_s: float
     between_gb_s: float
@@ -115,7 +115,7 @@ class Hardware:
     assumed: Assumed
 
 
-def find_gpu(name: str, *, where: str) -> Gpu:
+def find_gpu(name: str, *, where: str) -> GpuKind:
     """Return a kind of GPU by its key.
 
     Raises:
@@ -127,7 +127,7 @@ def find_gpu(name: str, *, where: str) -> Gpu:
     return gpu
 
 
-def recognise_gpu(driver_name: str, memory_gib: float) -> Gpu | None:
+def recognise_gpu(driver_name: str, memory_gib: float) -> GpuKind | None:
     """Return the GPU that a driver's words mean; None for one whose speed is not known."""
     words = _words(driver_name)
     same = [
@@ -138,7 +138,7 @@ def recognise_gpu(driver_name: str, memory_gib: float) -> Gpu | None:
     return max(same, key=lambda gpu: len(_words(gpu.name) & words), default=None)
 
 
-def is_gpu(driver_name: str, gpu: Gpu) -> bool:
+def is_gpu(driver_name: str, gpu: GpuKind) -> bool:
     """Whether a driver's words have all that a GPU's name consists of."""
     return _words(gpu.name) - _MAKERS_WORDS <= _words(driver_name)
 
@@ -151,7 +151,7 @@ def _words(name: str) -> set[str]:
     return set(re.split(r"[\s-]+", name.upper()))
 
 
-def hardware_of(cluster: Cluster | None, gpu: Gpu, *, gpus_per_node: int | None) -> Hardware:
+def hardware_of(cluster: Cluster | None, gpu: GpuKind, *, gpus_per_node: int | None) -> Hardware:
     """Return the nodes that a cluster file describes, or some with defaults."""
     links = None if cluster is None else cluster.links
     assumed = Assumed()

@@ -32,7 +32,7 @@ GRACE_S = 3.0
 """How much later than its own limit a node may answer."""
 
 
-class Head:
+class HeadNode:
     """The first node, which gives orders to all others that have come."""
 
     def __init__(self, member: Member, hosts: Sequence[str]) -> None:

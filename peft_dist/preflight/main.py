@@ -1,4 +1,4 @@
-"""Check every node of a job before training: its devices, its code, its clock, its disk, its links.
+"""Check every node of a job before training: devices, code, inputs, clock, disk and links.
 
 One process per node. All meet at the first node, the head, which gives orders and judges what
 comes back. Ends within its time limit, whatever hangs, and trains nothing.
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from peft_dist.checks.checks import CHECKS, GPUS, Looking
-from peft_dist.checks.surroundings import Surroundings
+from peft_dist.checks.context import CheckContext
+from peft_dist.checks.finding import Finding
 from peft_dist.common import console
 from peft_dist.common.console import say
 from peft_dist.common.env import NONCE
@@ -27,6 +28,7 @@ from peft_dist.common.errors import EXIT_CRASHED, EXIT_DONE, EXIT_USER_ERROR
 from peft_dist.common.sharing import set_run_umask
 from peft_dist.common.time_limit import within
 from peft_dist.preflight.arrival import Arrivals
+from peft_dist.preflight.inputs import inputs_of_run
 from peft_dist.preflight.node_info import NodeFacts, gather, told
 from peft_dist.preflight.verdict import PORT_TAKEN, PreflightLimits, Report, judge, report_path
 
@@ -120,7 +122,7 @@ class NodeCheck:
                 within(
                     self.options.timeout_s / 4, lambda: report_path(self.options.run_dir).unlink()
                 )
-        around = Surroundings(
+        context = CheckContext(
             environ={**os.environ},
             run_dir=self.options.run_dir,
             min_free_bytes=self.options.min_free_gb * 1e9,
@@ -128,7 +130,7 @@ class NodeCheck:
             nodes=len(self.hosts),
             limit_s=self.options.timeout_s * LOCAL_SHARE,
         )
-        looking = Looking(around, [check for check in CHECKS if check is not GPUS])
+        looking = Looking(context, [check for check in CHECKS if check is not GPUS])
         facts = gather(self.options.index, self.name)
         self.doing = "torch"
         os.environ.update(TORCH_SETTINGS)
@@ -139,22 +141,34 @@ class NodeCheck:
             problem = error
         self.doing = "its own checks"
         facts = replace(facts, findings=told(looking.findings()))
+        self.doing = "the recipe's files"
+        facts = self._with_inputs(facts, context.limit_s)
         if problem is not None:
             return self._cannot_import(problem, facts)
         self.doing = "its devices"
-        facts = network.with_devices(facts, around)
+        facts = network.with_devices(facts, context)
         self.arrivals.announce(self.options.index)
         if self.options.index == 0:
             return self._lead(facts)
         return self._follow(facts)
 
+    def _with_inputs(self, facts: NodeFacts, limit_s: float) -> NodeFacts:
+        """Add what this node finds of the recipe's files, where that ends in time."""
+        try:
+            found = within(limit_s, lambda: inputs_of_run(self.options.run_dir))
+        except (OSError, TimeoutError) as error:
+            text = f"the recipe's files cannot be compared with those of other nodes: {error}"
+            note = Finding("note", "inputs", text)
+            return replace(facts, findings=(*facts.findings, note))
+        return replace(facts, inputs=found)
+
     def _lead(self, facts: NodeFacts) -> int:
         from peft_dist.preflight import network
-        from peft_dist.preflight.head import Head
+        from peft_dist.preflight.head import HeadNode
 
         self.doing = "its own port"
         try:
-            head = Head(self._member(facts.index), self.hosts)
+            head = HeadNode(self._member(facts.index), self.hosts)
         except network.PortTaken:
             self._say(f"port {self.options.port} of {self.name} is taken")
             return PORT_TAKEN

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as torch_dist
 
 from peft_dist.checks.checks import GPUS, Looking
-from peft_dist.checks.gpus import Gpu, GpuFault
-from peft_dist.checks.surroundings import Surroundings
+from peft_dist.checks.context import CheckContext
+from peft_dist.checks.gpu_tools import GpuFault, GpuState
 from peft_dist.common.library_messages import is_port_taken
 from peft_dist.common.time_limit import within
 from peft_dist.distributed import rendezvous
@@ -49,22 +49,22 @@ def brief(error: BaseException) -> str:
     return re.sub(r"^(\[[^\]]*\]:? *)+", "", lines[0])[:160]
 
 
-def with_devices(facts: NodeFacts, around: Surroundings) -> NodeFacts:
+def with_devices(facts: NodeFacts, context: CheckContext) -> NodeFacts:
     """Return a node's facts with those of its GPUs, and with what is wrong with them."""
-    seen: list[Gpu] = []
+    seen: list[GpuState] = []
 
-    def look(_environ: Mapping[str, str]) -> list[Gpu] | GpuFault:
+    def look(_environ: Mapping[str, str]) -> list[GpuState] | GpuFault:
         try:  # each is used, so that a broken one shows
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
             for device in range(count):
                 free, whole = torch.cuda.mem_get_info(device)
                 kind = torch.cuda.get_device_name(device)
-                seen.append(Gpu(f"GPU {device}", kind, whole, free))
+                seen.append(GpuState(f"GPU {device}", kind, whole, free))
         except FAULTS as error:
             return GpuFault(f"its devices cannot be used: {brief(error)}")
         return seen
 
-    found = Looking(replace(around, look_at_gpus=look), [GPUS]).findings()
+    found = Looking(replace(context, look_at_gpus=look), [GPUS]).findings()
     kinds = " and ".join(sorted({gpu.kind for gpu in seen}))
     return replace(facts, device_kind=kinds, findings=(*facts.findings, *told(found)))
 

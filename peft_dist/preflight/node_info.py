@@ -1,4 +1,4 @@
-"""What one node says of itself before training: its code, its disk, its devices, its clock.
+"""What one node says of itself before training: its code, inputs, disk, devices and clock.
 
 Gathers what needs no torch; the pre-flight adds devices and clock. What is wrong with a machine
 whatever the others say, the checks of `doctor` find.
@@ -16,6 +16,8 @@ from peft_dist.checks.finding import Finding
 from peft_dist.common import paths
 from peft_dist.run.provenance import versions
 
+NOTHING = "nothing there"
+"""What a node finds in the place of an input that it lacks."""
 SILENT = "stopped answering"
 """The error of a node that has come and then let a limit pass."""
 
@@ -34,6 +36,8 @@ class NodeFacts:
     python: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     """Of the packages that decide what a run computes."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """What it finds of the recipe's files, by name; empty where it could not look."""
     clock_offset_s: float = 0.0
     """How much its clock is ahead of the head's."""
     clock_uncertainty_s: float = 0.0

@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 from peft_dist.checks.finding import Finding
 from peft_dist.common.atomic import replace_file
 from peft_dist.common.sharing import folder_mode
-from peft_dist.preflight.node_info import SILENT, NodeFacts
+from peft_dist.preflight.node_info import NOTHING, SILENT, NodeFacts
 
 PORT_TAKEN = 98
 """Exit code of a pre-flight whose port another program has (EADDRINUSE): choose another one."""
@@ -28,6 +28,8 @@ Reasons = dict[str, Finding]
 SHARED = ("space", "write")
 """Faults of what nodes share. Of several nodes, any other fault of one that is left is its own."""
 _GONE = {"absent", "late", "silent"}
+MOST_INPUTS = 3
+"""Inputs that are named where more differ."""
 
 
 class _Common(NamedTuple):
@@ -148,7 +150,7 @@ def judge(
     came = [(host, by_index[i]) for i, host in enumerate(expected_nodes) if i in by_index]
     for host, fault in (*_odd_ones(came), *_wrong_clocks(came, limits)):
         reasons[host][fault.kind] = fault
-    common = _common_fault(reasons, limits)
+    common = _common_fault(reasons, limits) or _other_inputs(came)
     if common:
         for found in reasons.values():
             found.pop(common.kind, None)
@@ -266,6 +268,29 @@ def _common_fault(reasons: Mapping[str, Reasons], limits: PreflightLimits) -> _C
         who = head if len(differing) == 1 else f"all {len(differing)} nodes"
         return _Common(kind, f"{who}: {differing[0].line}")
     return None
+
+
+def _other_inputs(came: Sequence[tuple[str, NodeFacts]]) -> _Common | None:
+    """Return which nodes find other files than most; None where none does.
+
+    It is no fault of the nodes: to do without some of them would train on what the others have.
+    """
+    looked = [(host, fact) for host, fact in came if fact.inputs]
+    names = dict.fromkeys(name for _, fact in looked for name in fact.inputs)
+    texts = [
+        f"{host} has another {name} than {other}: {own}, not {usual}"
+        for name in names
+        for host, other, own, usual in _differing(looked, _input_of(name))
+    ]
+    if not texts:
+        return None
+    more = f"; and {len(texts) - MOST_INPUTS} more" if len(texts) > MOST_INPUTS else ""
+    shown = "; ".join(texts[:MOST_INPUTS]) + more
+    return _Common("inputs", f"{shown}; give every node the same files")
+
+
+def _input_of(name: str) -> Callable[[NodeFacts], str]:
+    return lambda fact: fact.inputs.get(name, NOTHING)
 
 
 def _warnings(came: Sequence[tuple[str, NodeFacts]]) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from peft_dist.ledger.events import Gpu, SystemEvent
+from peft_dist.ledger.events import GpuSample, SystemEvent
 from peft_dist.ledger.goodput import PHASES
 from peft_dist.report.panel import (
     Panel,
@@ -178,6 +178,6 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def _used(memory: SystemEvent | Gpu) -> float | None:
+def _used(memory: SystemEvent | GpuSample) -> float | None:
     used, total = memory.memory_used_bytes, memory.memory_total_bytes
     return None if used is None or not total else 100 * used / total

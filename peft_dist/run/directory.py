@@ -177,10 +177,21 @@ class RunDir(RunPaths):
                 remedy="choose another folder with --run-dir",
             )
 
-    def accept_recipe(self) -> None:
-        """Let the recipe that this start goes on by be the run's own."""
+    def accept_recipe(self, *, start_from: str | None = None) -> None:
+        """Let the recipe that this start goes on by be the run's own.
+
+        Args:
+            start_from: The hub id of its `method.start_from` with a commit, if it has one.
+        """
         with suppress(FileNotFoundError):
             self.next_recipe.replace(self.recipe)
+        if start_from is None:
+            return
+        recipe = load_recipe(self.recipe, check_paths=False)
+        if recipe.method.start_from != start_from:
+            method = recipe.method.model_copy(update={"start_from": start_from})
+            text = render_recipe(recipe.model_copy(update={"method": method}))
+            write_text_atomic(self.recipe, text)
 
     def drop_next_recipe(self) -> None:
         """Forget a recipe that the run does not go on by."""

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from peft_dist.common import process_identity
 from peft_dist.common.env import AFTER_JOB
 from peft_dist.common.errors import EXIT_USER_ERROR
 from peft_dist.run import job_events
@@ -23,6 +24,17 @@ CrashNote = dict[str, Any]
 
 CAUSE_FIRST = (Kind.OUT_OF_MEMORY, Kind.HUNG, Kind.CRASHED, Kind.LOST_PEER)
 """Which of several ranks' notes says how an attempt ended: the others follow from it."""
+
+
+def is_superseded(attempts: Path) -> bool:
+    """Whether another start has taken over the run that this job, or this machine, had.
+
+    Args:
+        attempts: The run's records of attempts.
+    """
+    own = process_identity.slurm_job()
+    of_ours = [own.items() <= record.items() for record in records(attempts)]
+    return any(of_ours) and not of_ours[-1]
 
 
 def note_crash(

@@ -6,7 +6,8 @@ no recipe, no data and no optimizer.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -24,6 +25,9 @@ SHARED_EXTRAS = 4
 """Values carried by the gradient all-reduce, one for all processes: the loss and three flags."""
 RANK_EXTRAS = 2
 """Values carried by it for each process: its own time, and its memory."""
+
+_DISTURBANCE = 0.02
+"""Most by which a value of an adapter is changed for a while."""
 
 
 class Engine(ABC):
@@ -132,6 +136,26 @@ class Engine(ABC):
     def backward(self, loss: torch.Tensor) -> None:
         """Go back from a loss that is part of no step; nothing is left gathered."""
         loss.backward()
+
+    def gradient_of(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return this process's flat gradient of a loss that is part of no step; none is left."""
+        self.backward(loss)
+        found = self.gradients.clone()
+        self.zero_gradients()
+        return found
+
+    @contextmanager
+    def disturbed_adapter(self) -> Iterator[None]:
+        """Let every value of the adapter be another for a while: at zero some have no gradient."""
+        kept = self._values.clone()
+        random = torch.Generator(self._values.device).manual_seed(0)
+        noise = torch.rand(kept.shape, generator=random, device=kept.device)
+        self._values.add_(noise, alpha=_DISTURBANCE)
+        del noise
+        try:
+            yield
+        finally:
+            self._values.copy_(kept)
 
     def reduce(self, extras: torch.Tensor) -> torch.Tensor:
         """Sum gradients and `extras`, float32 [extras]; return the summed extras. Collective."""

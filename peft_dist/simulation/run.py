@@ -28,7 +28,7 @@ from peft_dist.metrics.step import StepMetricsReader
 from peft_dist.model import architectures, experts
 from peft_dist.model.proof import Way
 from peft_dist.model.source import BaseSource
-from peft_dist.model.weights import Stored, WeightFiles
+from peft_dist.model.weights import StoredTensor, WeightFiles
 from peft_dist.model_setup import set_up_model
 from peft_dist.sharding import ENGINES, Engine
 from peft_dist.simulation.meter import Meter
@@ -62,7 +62,7 @@ class ShapeFiles(WeightFiles):
         self.folder, self.files = folder, ()
         skeleton.tie_weights()
         self.tensors = {
-            name: Stored(folder, tuple(parameter.shape), dtype)
+            name: StoredTensor(folder, tuple(parameter.shape), dtype)
             for name, parameter in skeleton.named_parameters()
         }
 
@@ -124,6 +124,7 @@ def measure(
     world: World,
     *,
     mode: AbstractContextManager[object],
+    steps: int = 1,
 ) -> Simulated:
     """Run a start and a step with a base that is not read; return what was counted. Collective.
 
@@ -134,6 +135,7 @@ def measure(
         folder: Has the model's config.json; its weights are not read.
         world: This process's rank and world; the process group has been started.
         mode: What the steps run in: fake tensors, or nothing to use real ones.
+        steps: How many; DeepSpeed fetches ahead from the second one on.
     """
     recipe, meter = _settled(recipe, world), Meter()
     with ExitStack() as stack, _one_thread(), _even_experts():
@@ -145,7 +147,8 @@ def measure(
         scores = np.zeros(rows.n_rows, dtype=np.float32)  # of a reference, where one is asked for
         trainer = _Trainer(setup, rows, None, reference=scores)
         meter.phase = "step"
-        trainer.one_step()
+        for _ in range(steps):
+            trainer.one_step()
     return Simulated(
         peak_bytes=meter.peak_bytes["step"],
         start_peak_bytes=meter.peak_bytes["start"],
@@ -197,13 +200,15 @@ def _even_experts() -> Iterator[None]:
 
 def _settled(recipe: Recipe, world: World) -> Recipe:
     """Return the recipe with what a start would find out on the nodes, and one step."""
+    # Code for this machine would be other code, and says nothing of the bytes on a GPU.
+    model = recipe.model.model_copy(update={"compile": "off"})
     train = recipe.train.model_copy(update={"steps": 1, "epochs": None})
     method = recipe.method
     if hasattr(
         method, "virtual_tokens"
     ):  # words to start from need a tokenizer, and change no size
         method = method.model_copy(update={"init": "random", "text": None})
-    return recipe.model_copy(update={"train": train, "method": method})
+    return recipe.model_copy(update={"model": model, "train": train, "method": method})
 
 
 def _source(recipe: Recipe, folder: Path) -> BaseSource:

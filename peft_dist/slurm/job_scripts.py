@@ -12,7 +12,7 @@ from peft_dist import __version__
 from peft_dist.common.durations import duration_text
 from peft_dist.common.env import NUMA_BINDING, SHARING
 from peft_dist.common.sharing import GROUP
-from peft_dist.config.cluster import Cluster, Head
+from peft_dist.config.cluster import Cluster, HeadAddress
 from peft_dist.config.slurm_options import option_words, static_exclude
 from peft_dist.launch.command import Meeting, launch_environment, worker_command
 from peft_dist.launch.placement import Placement
@@ -92,7 +92,7 @@ def render_job(job: Job) -> str:
         ClusterError: For a value that no script can hold safely.
     """
     cluster = job.cluster
-    head = cluster.head or Head.model_construct()
+    head = cluster.head or HeadAddress.model_construct()
     return fill(
         "job.sbatch.j2",
         version=__version__,

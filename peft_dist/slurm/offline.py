@@ -6,7 +6,8 @@ from pathlib import Path
 from peft_dist.common.errors import ClusterError, LaunchError
 from peft_dist.config import Recipe
 from peft_dist.config.cluster import Cluster
-from peft_dist.data.fetched import missing_of_dataset, missing_of_model
+from peft_dist.config.method import hub_adapter
+from peft_dist.data.fetched import missing_of_adapter, missing_of_dataset, missing_of_model
 from peft_dist.data.first_rows import hub_sources
 
 VARIABLES = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -38,6 +39,13 @@ def check_recipe(cluster: Cluster, recipe: Recipe, recipe_file: str) -> list[str
         return []
     remedy = f"`peft-dist fetch {recipe_file} --cluster FILE` on a login node"
     check_model(cluster, recipe.model.name, recipe.model.revision, remedy=remedy)
+    start = hub_adapter(recipe.method.start_from or "")
+    if start is not None and (missing := missing_of_adapter(*start, _environ(cluster))):
+        raise LaunchError(
+            f"{start[0]} {missing}, and nodes reach no network",
+            where="method.start_from",
+            remedy=remedy,
+        )
     for source in hub_sources(recipe):
         missing = missing_of_dataset(source.name, source.split, _environ(cluster))
         if missing:

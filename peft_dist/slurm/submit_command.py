@@ -15,7 +15,7 @@ from peft_dist.common.sharing import GROUP, set_run_umask
 from peft_dist.config import Recipe, load_recipe
 from peft_dist.config.cluster import Cluster, render_cluster
 from peft_dist.config.parallel import Parallel
-from peft_dist.launch.command import merge_command, quantize_command
+from peft_dist.launch.command import merge_command, merge_words, quantize_command
 from peft_dist.launch.placement import Machine, Placement, plan_processes
 from peft_dist.run.command_folder import check_command_folder, make_command_folder
 from peft_dist.run.directory import RunDir, write_text_atomic
@@ -98,7 +98,9 @@ def evaluate_job(
     return _job(where, folder, placement, ["evaluate", *arguments], command, paths)
 
 
-def merge_job(where: Where, run_dir: str, out: str, *, base: str = "full") -> CommandJob:
+def merge_job(
+    where: Where, run_dir: str, out: str, *, base: str = "full", gguf: str | None = None
+) -> CommandJob:
     """Return the job that merges a run's adapter into its base, once it is there.
 
     Args:
@@ -107,6 +109,7 @@ def merge_job(where: Where, run_dir: str, out: str, *, base: str = "full") -> Co
         out: The folder to make.
         base: What the adapter is added to: `full`, the weights of the files, or `dequantized`,
             those that 4-bit training saw.
+        gguf: Type of numbers of a GGUF file that is also made, or None.
 
     Raises:
         PeftDistError: For what cannot run there.
@@ -119,8 +122,9 @@ def merge_job(where: Where, run_dir: str, out: str, *, base: str = "full") -> Co
     recipe = load_recipe(run.recipe)
     _check_model(where, recipe.model.name, recipe.model.revision)
     where, placement = _one_process(where)
-    command = merge_command(run.path, target, base=base, python=interpreter_of(where.cluster))
-    words = ["merge", str(run.path), "--out", str(target), "--base", base]
+    python = interpreter_of(where.cluster)
+    command = merge_command(run.path, target, base=base, gguf=gguf, python=python)
+    words = merge_words(run.path, target, base=base, gguf=gguf)
     folder = Path(where.job_dir or run.path / "merge").absolute()
     paths = {"RUN_DIR": str(run.path), "model.name": recipe.model.name, "--out": str(target)}
     return _job(where, folder, placement, words, command, paths)

@@ -24,10 +24,16 @@ from peft_dist.common.sharing import set_run_umask
 from peft_dist.launch.launcher_process import PASSED_ON, run_launcher
 from peft_dist.preflight.verdict import PORT_TAKEN, Report
 from peft_dist.run import job_events
-from peft_dist.run.attempt_records import latest, records
+from peft_dist.run.attempt_records import latest
 from peft_dist.run.directory import RunDir
 from peft_dist.run.environment import changes_since_submit
-from peft_dist.run.history import LaunchMark, ending_of_launch, mark_launch, read_history
+from peft_dist.run.history import (
+    LaunchMark,
+    ending_of_launch,
+    is_superseded,
+    mark_launch,
+    read_history,
+)
 from peft_dist.run.lease import end_for
 from peft_dist.run.restart_policy import STOPS, Decision, Ending, Kind, RestartLimits, decide
 from peft_dist.slurm import memory_kills
@@ -209,7 +215,7 @@ class Node:
 
     def finish(self, ending: Ending) -> int:
         """Leave the head's decision for all; return this node's exit code."""
-        if self.is_head and self._is_superseded():
+        if self.is_head and is_superseded(self.run.attempts):
             ending = Ending(Kind.SUPERSEDED)
         limits = RestartLimits.of_job(
             starts=self.options.max_starts,
@@ -242,12 +248,6 @@ class Node:
             elif event["event"] == "decided":
                 decided = str(event.get("reason", "")) if event["decision"] == "stop" else ""
         return f"an earlier job has ended the run: {decided}" if decided else None
-
-    def _is_superseded(self) -> bool:
-        """Whether another start has taken over the run that this one had."""
-        own = process_identity.slurm_job()
-        of_ours = [own.items() <= record.items() for record in records(self.run.attempts)]
-        return any(of_ours) and not of_ours[-1]
 
     def _port_taken(self, port: int) -> Ending:
         tries = int(os.environ.get(env.TRY, "1"))

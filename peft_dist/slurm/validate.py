@@ -101,6 +101,7 @@ def check_paths(cluster: Cluster, nodes: int, folder: Path, recipe: Recipe) -> l
     paths = {
         "--run-dir": str(folder),
         "model.name": local_model(recipe),
+        "method.start_from": recipe.method.start_from,
         **_row_paths(recipe),
     }
     return check_shared(cluster, nodes, paths)
@@ -145,7 +146,7 @@ def check_shared(cluster: Cluster, nodes: int, paths: Mapping[str, str | None]) 
 
 
 def _row_paths(recipe: Recipe) -> dict[str, str]:
-    """Return the paths, or hub names, of all rows by what gave them."""
+    """Return the paths, or hub names, of all rows and chat templates by what gave them."""
     data = recipe.data
     named = {"data.train": data.sources("train")}
     if data.held_out is None:
@@ -154,7 +155,7 @@ def _row_paths(recipe: Recipe) -> dict[str, str]:
         field if len(sources) == 1 else f"{field}[{at}]": source.path
         for field, sources in named.items()
         for at, source in enumerate(sources)
-    }
+    } | {f"data.template {path}": path for path in data.templates}
 
 
 def check_cluster_files(cluster: Cluster) -> None:

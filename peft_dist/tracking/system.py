@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from peft_dist.ledger.events import Gpu, LedgerEvent, SystemEvent
+from peft_dist.ledger.events import GpuSample, LedgerEvent, SystemEvent
 
 log = logging.getLogger(__name__)
 
@@ -135,11 +135,11 @@ class _Gpus:
         except pynvml.NVMLError as error:
             log.warning("GPUs are not sampled: %s", error)
 
-    def sample(self) -> list[Gpu]:
+    def sample(self) -> list[GpuSample]:
         """Return a sample of each; what a card does not report is left out."""
         return [self._read(handle) for handle in self._handles]
 
-    def _read(self, handle: Any) -> Gpu:
+    def _read(self, handle: Any) -> GpuSample:
         nvml = self._nvml
         ways: dict[str, Callable[[], float]] = {
             "utilisation_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
@@ -154,4 +154,4 @@ class _Gpus:
         for name, read in ways.items():
             with suppress(nvml.NVMLError):
                 found[name] = read()
-        return Gpu(**found)
+        return GpuSample(**found)

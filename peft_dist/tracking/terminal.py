@@ -99,6 +99,9 @@ def _interval(seconds: float) -> str:
 
 def _evaluation(event: events.EvaluationEvent) -> str:
     text = f"step {event.step}  held-out loss {event.eval_loss:.4f}"
+    if event.eval_source_loss is not None:
+        parts = ("-" if loss is None else f"{loss:.4f}" for loss in event.eval_source_loss)
+        text += f" ({', '.join(parts)})"
     if event.eval_accuracy is not None:
         text += f"  accuracy {event.eval_accuracy:.3f}"
     if event.eval_reward_margin is not None:

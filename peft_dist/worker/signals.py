@@ -32,12 +32,24 @@ class StopRequests:
         """How many signals there were; all but the first change nothing."""
         self.on_request: Callable[[str], None] | None = None
         """Called with the name of the first signal that comes in training, from another thread."""
-        self.on_setup_stop: Callable[[str], None] | None = None
-        """Called with the signal's name just before a stop during setup ends the process."""
         self._in_setup = True
+        self._note_setup_stop: Callable[[str], None] | None = None
         self._told = False
         self._ending = threading.Lock()
         """Held while setup is ended, so that either the main thread or ours does it, and once."""
+
+    def end_setup_by(self, note: Callable[[str], None]) -> None:
+        """Let a stop during setup end the process from here on; one that came already does so now.
+
+        Before this call nobody knows which run a signal stops, and it would be started again.
+
+        Args:
+            note: Called with the signal's name just before the process ends.
+        """
+        with self._ending:
+            self._note_setup_stop = note
+            if self.requested is not None:
+                self._end_setup(self.requested)
 
     def begin_training(self) -> None:
         """Leave setup: from here on a signal is only recorded. Ends the process if one is already.
@@ -69,17 +81,21 @@ class StopRequests:
         while True:
             for number in self._reader.recv(4096):
                 if number in STOP_SIGNALS:
+                    name = signal.Signals(number).name
                     with self._ending:
                         if self._in_setup:
-                            self._end_setup(signal.Signals(number).name)
+                            self.requested = self.requested or name
+                            if self._note_setup_stop is not None:
+                                self._end_setup(name)
+                            continue
                         told, self._told = self._told, True
                     if not told and self.on_request is not None:
-                        self.on_request(signal.Signals(number).name)
+                        self.on_request(name)
 
     def _end_setup(self, name: str) -> NoReturn:
         try:
-            if self.on_setup_stop is not None:
-                self.on_setup_stop(name)
+            if self._note_setup_stop is not None:
+                self._note_setup_stop(name)
         except Exception:  # a note that cannot be written must not keep the process alive
             traceback.print_exc()
         os._exit(EXIT_INTERRUPTED)

@@ -21,10 +21,25 @@ def wait_for_failure(run: Run) -> str:
     return str(row["cause"])
 
 
-def in_every_process(folder: Path, code: str) -> dict[str, str]:
-    """Return the environment in which every Python runs some code as it starts."""
+def in_the_second_rank(folder: Path, code: str) -> dict[str, str]:
+    """Return the environment in which rank 1 runs some code in a thread, forked or not."""
+    program = f"""
+import os, sys, threading, time
+
+def wait_and_run():
+    while "peft_dist.trainer" not in sys.modules or "RANK" not in os.environ:
+        time.sleep(0.05)
+    if os.environ["RANK"] == "1":
+        {code}
+
+def begin():
+    threading.Thread(target=wait_and_run, daemon=True).start()
+
+os.register_at_fork(after_in_child=begin)
+begin()
+"""
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(code, encoding="utf-8")
+    (folder / "sitecustomize.py").write_text(program, encoding="utf-8")
     return {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
 
 
@@ -50,12 +65,7 @@ def test_a_fault_of_the_rows_ends_the_job_at_once(
 
 @only_long
 def test_a_crash_loop_is_ended(cluster: SlurmCluster, runs: Runs, tmp_path: Path) -> None:
-    crash = (
-        "import os, sys, threading\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    threading.Timer(5, os.abort).start()\n"
-    )
-    environment = in_every_process(tmp_path / "site", crash)
+    environment = in_the_second_rank(tmp_path / "site", "time.sleep(3); os.abort()")
     run = runs.submit(
         "some", "checkpoint.every_steps=1000", "parallel.max_restarts=1", environment=environment
     )
@@ -70,16 +80,8 @@ def test_a_rank_that_runs_out_of_memory_again_and_again_is_ended(
 ) -> None:
     require_cgroups(cluster)
     # Once it trains, the second rank takes more than the job may have; the kernel ends it.
-    hog = (
-        "import os, sys, threading, time\n"
-        "def take():\n"
-        "    while 'peft_dist.trainer' not in sys.modules: time.sleep(0.05)\n"
-        "    time.sleep(3)\n"
-        "    taken = [b'x' * (1 << 26) for _ in range(64)]\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    threading.Thread(target=take, daemon=True).start()\n"
-    )
-    environment = in_every_process(tmp_path / "site", hog)
+    hog = "time.sleep(3); taken = [b'x' * (1 << 26) for _ in range(64)]"
+    environment = in_the_second_rank(tmp_path / "site", hog)
     run = runs.submit("some", "checkpoint.every_steps=1000", environment=environment)
     cause = wait_for_failure(run)
     assert "no progress in 3 attempts" in cause or "memory" in cause, cause

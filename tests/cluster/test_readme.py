@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # As a person would write what the probe leaves open; all of it is small.
 CHANGES = """
+gpus_per_node: 0
 cpus_per_node: 1
 memory_per_node: 1500M
 max_time: 00:20:00

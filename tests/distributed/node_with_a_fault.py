@@ -1,6 +1,7 @@
 """One node of a pre-flight with a fault of its own: FAULT and then the pre-flight's arguments."""
 
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -15,6 +16,12 @@ def other_version() -> None:
     versions = node_info.versions()
     node_info.versions = lambda: {**versions, "peft": "0.20.1"}  # type: ignore[assignment]
     node_info.code_digest = lambda: "0" * 64  # type: ignore[assignment]
+
+
+def other_model() -> None:
+    """Have a stale copy of the model."""
+    copies = {"/models/tiny": os.environ["STALE_MODEL"]}
+    os.environ["PEFT_DIST_STAGED"] = json.dumps(copies)
 
 
 def fast_clock() -> None:
@@ -44,13 +51,13 @@ def unreachable() -> None:
 
 def hangs() -> None:
     """Wait for the others for ever."""
-    head.Head.wait_for_all = lambda *_, **__: time.sleep(1000)  # type: ignore[assignment, method-assign]
+    head.HeadNode.wait_for_all = lambda *_, **__: time.sleep(1000)  # type: ignore[assignment, method-assign]
 
 
 def holds_the_interpreter() -> None:
     """Hang in C, so that no thread of Python can run."""
     sleep = ctypes.PyDLL(None).sleep
-    head.Head.wait_for_all = lambda *_, **__: sleep(1000)  # type: ignore[assignment, method-assign]
+    head.HeadNode.wait_for_all = lambda *_, **__: sleep(1000)  # type: ignore[assignment, method-assign]
 
 
 def _before_the_all_reduce(act: Any) -> None:

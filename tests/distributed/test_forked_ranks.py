@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -268,3 +269,19 @@ def test_a_killed_server_or_launcher_leaves_no_server(tmp_path: Path, killed: st
             assert is_there(rank["pid"])  # as without a server
             os.kill(rank["pid"], signal.SIGKILL)
         launch.end()
+
+
+def test_a_rank_whose_number_an_ended_one_had_runs() -> None:
+    from peft_dist.distributed.forked_ranks import ForkedRank, RankServer
+
+    server = object.__new__(RankServer)  # without its process
+    server.codes, server._started, server._rest = {}, [], b""
+    server.is_gone = server.refuses = False
+    server._channel, other = socket.socketpair()
+    with server._channel, other:
+        for answer in ({"pid": 77}, {"pid": 77, "code": 3}, {"pid": 77}):
+            other.sendall(json.dumps(answer).encode() + b"\n")
+        server.listen(1.0)
+        assert ForkedRank(server, 77).poll() is None
+        other.sendall(json.dumps({"pid": 77, "code": -9}).encode() + b"\n")
+        assert ForkedRank(server, 77).wait(5.0) == -9

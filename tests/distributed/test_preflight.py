@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_dist.config.load import render_yaml
 from peft_dist.preflight.node_info import gather
 from peft_dist.preflight.verdict import PORT_TAKEN, Report, report_path
 from tests.disks import tmpfs
@@ -135,6 +136,21 @@ def test_nodes_with_other_software_or_a_wrong_clock_are_named(nodes: Nodes) -> N
     assert nodes.lines(0)[:2] == [clock, software]
     assert "2 of 4 nodes failed in " in nodes.lines(0)[2]
     assert [nodes.lines(index) for index in (1, 2, 3)] == [[clock], [software], []]
+
+
+def test_nodes_that_find_other_files_do_not_train_and_the_input_is_named(nodes: Nodes) -> None:
+    recipe = {"model": {"name": "/models/tiny"}, "data": {"train": str(nodes.folder / "no.jsonl")}}
+    (nodes.run_dir / "recipe.yaml").write_text(render_yaml(recipe), encoding="utf-8")
+    stale = nodes.folder / "stale"
+    stale.mkdir()
+    (stale / "config.json").write_text("{}", encoding="utf-8")
+    nodes.start(2, faults={1: "other_model"}, STALE_MODEL=str(stale))
+    assert nodes.codes() == [2, 2]
+    (line,) = nodes.lines(0)
+    assert line.startswith(
+        f"{SAID}node2 has another config.json of the model than node1: 2 bytes with digest "
+    )
+    assert ", not nothing there; give every node the same files (in " in line
 
 
 def test_a_node_that_never_comes_is_named(nodes: Nodes) -> None:

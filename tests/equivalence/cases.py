@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,7 +56,7 @@ if IS_LONG:
         "granitemoe",
         "llama4_text",
     )
-STEPS, FEW = (10, 5) if IS_LONG else (4, 3)
+STEPS, FEW = (10, 5) if IS_LONG else (6, 3)
 """Optimizer steps of a case, and of one that looks at a single setting: a difference shows in the
 first of them, and grows."""
 PROBE_ROWS = 6
@@ -88,7 +88,8 @@ class Case:
 
 def _cases() -> dict[str, Case]:
     nf4, none = {"quantization": "nf4"}, {"quantization": "none"}
-    dropping = Case("gpt2-dropout", (SINGLE,), none | {"model": {"dropout": "as-configured"}})
+    dropout = {"model": {"dropout": "as-configured"}}
+    dropping = Case("gpt2-dropout", (SINGLE,), none | dropout, steps=5)
     lora = {"rslora": {"rslora": True}, "dora": {"dora": True}, "all-biases": {"bias": "all"},
             "lora-biases": {"bias": "lora_only"}, "rank-1": {"rank": 1},
             "two-targets": {"targets": ["q_proj", "down_proj"]}}  # fmt: skip
@@ -122,7 +123,7 @@ def _cases() -> dict[str, Case]:
         "files": Case("files", sections=nf4),
         "packed-before": Case("bnb", sections=nf4),
         "packed-twice": Case("bnb-double", sections=nf4),
-        "gpt2-trunk": Case("gpt2-trunk", sections=nf4),
+        "gpt2-trunk": Case("gpt2-trunk", sections=nf4, steps=5),
         "bert-trunk": Case("bert-trunk", (SINGLE, FSDP, DDP), none),
         "bert-trunk-nf4": Case("bert-trunk", sections=nf4),
         "half-nf4": Case("half", (SINGLE, FSDP, DDP), nf4),
@@ -168,12 +169,33 @@ def _cases() -> dict[str, Case]:
         ),
         "repeated": Case("llama", (SINGLE, *MATRIX_ENGINES), nf4),
         "repeated-again": Case("llama", (SINGLE, *MATRIX_ENGINES), nf4),
-        "own-dropout-off": Case("gpt2-dropout", (SINGLE,), none),
+        "own-dropout-off": Case("gpt2-dropout", (SINGLE,), none, steps=5),
         **dict.fromkeys(("own-dropout", "own-dropout-again"), dropping),
     }
+    cases |= compiled_cases() if IS_LONG else {}
     return (
         cases | objective_cases() | matrix_cases() | expert_cases() | start_cases() | muon_cases()
     )
+
+
+def compiled_cases() -> dict[str, Case]:
+    """Return trainings of compiled blocks, by the name of that of the same blocks as they are."""
+    engines = {"lora": (SINGLE, FSDP, DDP, HSDP, ZERO2)}
+    cells = [(name, "nf4", "recomputed") for name in MATRIX_METHODS] + [("lora", "none", "kept")]
+    return {
+        f"compiled-matrix-{name}-{quantization}-{recomputed}": Case(
+            "llama",
+            engines.get(name, (SINGLE, FSDP)),
+            {
+                "quantization": quantization,
+                "method": MATRIX_METHODS[name],
+                "model": {"compile": "blocks"},
+                "train": {"activation_checkpointing": recomputed == "recomputed"},
+            },
+            steps=STEPS,
+        )
+        for name, quantization, recomputed in cells
+    }
 
 
 def start_cases() -> dict[str, Case]:
@@ -264,6 +286,15 @@ def matrix_cases() -> dict[str, Case]:
 
 
 CASES = _cases()
+SAVED = {
+    (name, engine)
+    for name, case in CASES.items()
+    for engine in case.engines
+    if IS_LONG
+    or name.startswith(("matrix-", "repeated"))
+    or engine == (FSDP if FSDP in case.engines else SINGLE)
+}
+"""Trainings that leave their adapter: in short, every cell's, and else that of a base in shards."""
 
 
 class Recorder:
@@ -285,21 +316,28 @@ def main(folder: Path) -> None:
     """Run every case that belongs to this number of processes."""
     world = read_world()
     process_group.start(world)
-    run_cases(folder, CASES, world)
+    run_cases(folder, CASES, world, SAVED)
     process_group.stop()
 
 
-def run_cases(folder: Path, cases: Mapping[str, Case], world: World) -> None:
+def run_cases(
+    folder: Path,
+    cases: Mapping[str, Case],
+    world: World,
+    saved: Container[tuple[str, str]],
+) -> None:
     """Run those of some cases that belong to this number of processes."""
     for name, case in cases.items():
         for engine in case.engines:
             processes, strategy = engine.split("-")
             if int(processes) == world.size:
-                run_case(folder, name, case, strategy, world)
+                run_case(folder, name, case, strategy, world, is_saved=(name, engine) in saved)
 
 
-def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -> None:
-    """Train one case and leave `outcome.json` and the adapter."""
+def run_case(
+    folder: Path, name: str, case: Case, strategy: str, world: World, *, is_saved: bool
+) -> None:
+    """Train one case and leave `outcome.json` and, where that is wanted, the adapter."""
     started = time.monotonic()
     out = folder / "outcomes" / name / f"{world.size}-{strategy}"
     kind = case.rows
@@ -338,7 +376,7 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -
     logging.getLogger("peft_dist").removeHandler(warnings)
     # At the start: DeepSpeed keeps what it may need again soon, which of a tiny model is all.
     sharded = all(setup.engine.is_shard(parameter) for parameter in setup.base.values())
-    saver = AdapterSaver(setup, rows)
+    saver = AdapterSaver(setup, rows) if is_saved else None
     reference = None
     if recipe.objective.has_reference:
         reference = reference_scores(setup, rows, cache / "reference" / strategy)
@@ -358,9 +396,11 @@ def run_case(folder: Path, name: str, case: Case, strategy: str, world: World) -
     expert_bytes = gather_objects(setup.engine.resident_bytes(experts))
     digests = gather_objects({name: fingerprint(t) for name, t in after.items()})
     nll, logits = probe(setup, rows)
-    saver.save(out / "adapter")
+    if saver is not None:
+        saver.save(out / "adapter")
     if not world.is_main:
         return
+    out.mkdir(parents=True, exist_ok=True)
     facts = {
         "losses": [r["loss"] for r in recorder.records if r["event"] == "step"],
         "norms": [r["grad_norm"] for r in recorder.records if r["event"] == "step"],

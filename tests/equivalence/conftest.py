@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give the first test the time in which all cases are trained, also on a slow machine."""
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.timeout(3600))
+            item.add_marker(pytest.mark.timeout(5400 if IS_LONG else 3600))
 
 
 def make_inputs(folder: Path) -> None:

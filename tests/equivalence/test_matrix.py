@@ -20,6 +20,8 @@ from tests.equivalence.cases import (
     MATRIX_ENGINES,
     MATRIX_METHODS,
     SINGLE,
+    STEPS,
+    compiled_cases,
     matrix_cases,
 )
 from tests.equivalence.conftest import Outcomes
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.distributed
 @pytest.mark.parametrize("engine", MATRIX_ENGINES)
 @pytest.mark.parametrize("case", matrix_cases())
 def test_a_cell_has_the_losses_of_one_process(outcome: Outcomes, case: str, engine: str) -> None:
-    assert len(outcome(case, engine)["losses"]) == 10
+    assert len(outcome(case, engine)["losses"]) == STEPS
     assert matrix.largest_loss_difference(outcome, case, engine) <= matrix.TOLERANCE
 
 
@@ -46,10 +48,20 @@ def test_recomputing_changes_no_loss(outcome: Outcomes, method: str, quantizatio
         assert max(abs(a - b) for a, b in pairs) <= 1e-5, engine
 
 
+@only_long
+@pytest.mark.parametrize("case", compiled_cases())
+def test_compiled_blocks_change_no_loss(outcome: Outcomes, case: str) -> None:
+    for engine in CASES[case].engines:
+        compiled, plain = outcome(case, engine), outcome(case.removeprefix("compiled-"), engine)
+        assert compiled["warnings"] == plain["warnings"], engine
+        for key in ("losses", "norms"):
+            assert compiled[key] == pytest.approx(plain[key], rel=1e-5, abs=1e-5), (engine, key)
+
+
 @pytest.mark.parametrize("case", matrix_cases())
 def test_a_cell_learns(outcome: Outcomes, case: str) -> None:
     losses = outcome(case, SINGLE)["losses"]
-    assert sum(losses[-3:]) < sum(losses[:3])
+    assert sum(losses[STEPS // 2 :]) < sum(losses[: STEPS // 2])
 
 
 @pytest.mark.parametrize("case", matrix_cases())

@@ -67,7 +67,8 @@ def main(folder: Path) -> None:
     """Run every case that belongs to this number of processes."""
     world = read_world()
     process_group.start(world)
-    run_cases(folder, CASES, world)
+    saved = {(name, engine) for name, case in CASES.items() for engine in case.engines}
+    run_cases(folder, CASES, world, saved)
     if world.size > 1:
         for what, watch in (("load", watch_a_load), ("training", watch_a_training)):
             facts = gather_objects(watch(folder, world))

@@ -161,7 +161,11 @@ def of_shape(
     """
     world = first_rank(patch)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    wanted: dict[str, Any] = {"data": {"max_length": max(lengths)}, "train": {}}
+    wanted: dict[str, Any] = {
+        "model": {"dtype": "bfloat16"},
+        "data": {"max_length": max(lengths)},
+        "train": {},
+    }
     for name, section in sections.items():
         wanted[name] = {**wanted.get(name, {}), **section} if isinstance(section, dict) else section
     recipe = tiny_recipe(folder, folder / "rows.jsonl", **wanted)

@@ -17,7 +17,7 @@ from peft_dist.run.restart_policy import Kind
 QUESTIONS = """
 import json, os, sys, torch
 from peft_dist.config.recipe import Model
-from peft_dist.model import attention, varlen
+from peft_dist.model import attention, fused_lora, varlen
 from peft_dist.model.device_settings import set_up_device
 from peft_dist.model.precision import compute_dtype
 from tests.fakecuda.device import counting
@@ -53,6 +53,7 @@ answers = {
     "dtype": str(dtype).removeprefix("torch."),
     "told": why,
     "one call": varlen.has_kernel(device, dtype),
+    "fused": fused_lora.has_kernel(device, dtype),
     "planned by torch": by_torch == 3,  # cuDNN
     "cudnn was called": refused,
     "causal": picked(),
@@ -96,6 +97,7 @@ def test_every_card_gets_its_dtype_and_a_kernel_that_needs_no_plan_per_shape(car
     assert answers["window"] == ["efficient"], answers
     assert len(answers["head 256"]) == 1, answers
     assert answers["grows"], answers
+    assert answers["fused"] == (card != "T4"), answers  # it multiplies no TF32
     assert bool(answers["told"]) == (card == "T4"), answers
     # Without the settings an H100 would plan every shape.
     assert answers["planned by torch"] == answers["cudnn was called"] == (card == "H100"), answers

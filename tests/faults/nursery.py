@@ -108,6 +108,7 @@ class Nursery:
             pids.append(pid)
         for pid, (told, tell) in zip(pids, pipes, strict=True):
             self._pids[os.pidfd_open(pid)] = pid
+            self._ended.pop(pid, None)  # of an earlier process of this number
             os.write(tell, json.dumps(pids).encode() + b"\n")
             os.close(told)
             os.close(tell)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from peft_dist.cli.main import main
 from peft_dist.common.errors import DataError
 from peft_dist.config import load_recipe
+from peft_dist.data.order import RowOrder
 from peft_dist.data.rows import BadRows, read_rows
 from peft_dist.data.sources import open_source
 from peft_dist.run.directory import RunDir
@@ -181,6 +182,28 @@ def test_a_bad_row_is_told_by_every_rank_with_its_line(
     failure = json.loads((group.run_dir / "failure.json").read_text(encoding="utf-8"))
     assert failure["exit_code"] == 2
     assert not records(group.run_dir)
+
+
+def test_a_bad_row_ends_a_run_that_streams_when_its_step_comes(
+    harness: Harness, project: Project, tmp_path: Path
+) -> None:
+    harness.grace_s = 25.0  # on a busy machine, what reads ahead ends some time after its rank
+    broken = copied(project, tmp_path / "project")
+    rows = [json.dumps(row) for row in completion_rows(300)]
+    order = RowOrder(300, load_recipe(project.recipe).train.seed)
+    places = order.rows(0, 300)
+    place = next(at for at in range(80, 300) if places[at] >= 200)  # a start looks at first lines
+    line = int(places[place]) + 1
+    rows[line - 1] = '{"prompt": "the", "completion": null}'
+    (broken.folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    group = harness.start(broken, harness.run_dir(), overrides=[*SHORT, "data.streaming=true"])
+    assert group.wait() == [2, 2], group.told()
+    told = f"{broken.folder}/rows.jsonl:{line}: completion is null; fix the row; to leave such out"
+    said = "".join(map(group.errors, range(2)))  # whoever comes to it first
+    (line_told, *_) = [x for x in said.splitlines() if "peft-dist: error: " in x]
+    assert told in line_told
+    assert "Traceback" not in said
+    assert group.step() == place // 4, "a row of a later step ends a run no sooner"
 
 
 def test_rows_that_one_machine_lacks_burn_no_restart(harness: Harness, project: Project) -> None:

@@ -118,7 +118,7 @@ def test_a_rank_that_is_stopped_is_named_by_the_other(
     assert not (group.run_dir / "logs" / f"hang-a1-rank-{rank}.txt").exists()
     (note,) = crash_notes(group.run_dir / "attempts", 1)
     assert (note["rank"], note["kind"]) == (other, "hang")
-    assert group.codes[rank] == -signal.SIGKILL  # torchrun would give it 30 s
+    assert group.wait_for_end_of(rank, 15.0) == -signal.SIGKILL  # torchrun would give it 30 s
     restart(harness, project, undisturbed, group, strategy)
 
 

@@ -16,7 +16,7 @@ from peft_dist.ledger.reader import LedgerReader
 from peft_dist.run import attempt_records
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import Fault, Group, Harness, fault
-from tests.faults.long import cases
+from tests.faults.long import cases, only_long
 from tests.faults.oracles import (
     Record,
     assert_every_row_once,
@@ -146,6 +146,7 @@ def test_a_killed_run_of_another_method_is_the_undisturbed_one(
     assert_little_is_lost(run_dir)
 
 
+@only_long  # tests/faults/test_world_sizes.py stops a stream by signals, and goes on
 def test_a_killed_run_of_streamed_rows_is_the_undisturbed_one_of_cached_rows(
     harness: Harness, project: Project, undisturbed: Undisturbed
 ) -> None:

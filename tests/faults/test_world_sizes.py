@@ -4,6 +4,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from peft_dist.common.errors import EXIT_INTERRUPTED
@@ -63,6 +64,32 @@ def test_a_run_that_changes_its_world_takes_every_row_once_and_keeps_its_losses(
     assert max(first) <= 1e-6
     assert max(differences.values()) <= 1e-5
     assert adapter_sha256(run_dir) != adapter_sha256(expected), "the world has not changed at all"
+
+
+def test_a_streamed_run_whose_whole_group_is_told_to_stop_goes_on_with_other_processes(
+    harness: Harness, project: Project, undisturbed: Undisturbed
+) -> None:
+    run_dir, streamed = harness.run_dir(), (*OVERRIDES, "data.streaming=true")
+    group = harness.start(project, run_dir, strategy="ddp", overrides=streamed)
+    group.wait_for_step(15)
+    readers = [one for pid in group.pids for one in psutil.Process(pid).children(recursive=True)]
+    assert len(readers) >= 2, "each rank has a process that reads ahead"
+    for reader in readers:  # a scheduler tells every process of a job
+        reader.send_signal(signal.SIGTERM)
+    group.kill_all(signal.SIGTERM)
+    assert set(group.wait()) == {EXIT_INTERRUPTED}, group.told()
+    for world_size in (1, 4):
+        planted = [fault("signal_at", step=60, rank=0, number=signal.SIGTERM, to="group")]
+        group = harness.start(
+            project, run_dir, world_size=world_size, strategy="ddp", overrides=streamed,
+            faults=planted if world_size == 1 else [],
+        )  # fmt: skip
+        code = EXIT_INTERRUPTED if world_size == 1 else 0
+        assert set(group.wait()) == {code}, group.told()
+    steps = [record["step"] for record in records(run_dir, "step")]
+    assert steps == list(range(1, 101)), "steps were done twice"
+    differences = loss_differences(run_dir, undisturbed(2, "ddp", *OVERRIDES))
+    assert max(differences.values()) <= 1e-5
 
 
 def loss_differences(run: Path, other: Path) -> dict[int, float]:

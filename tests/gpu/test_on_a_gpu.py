@@ -14,6 +14,7 @@ from peft_dist.data.pack import pack
 from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import World, read_world
+from peft_dist.methods.fused import Shape, find_problem
 from peft_dist.metrics.mfu import peak_flops
 from peft_dist.model.nf4 import dequantize, quantize_rows
 from peft_dist.model.source import find_base
@@ -99,6 +100,12 @@ def test_a_gpu_packs_weights_of_bfloat16_to_the_bytes_of_a_cpu() -> None:
     full = full.to(torch.bfloat16)
     for on_cpu, on_gpu in zip(quantize_rows(full, 64), quantize_rows(full.cuda(), 64), strict=True):
         assert torch.equal(on_cpu, on_gpu.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_are_updated_while_they_are_dequantized(dtype: torch.dtype) -> None:
+    shapes = [Shape(130, 192, 64, 8), Shape(65, 416, 32, 70), Shape(4096, 14336, 64, 16)]
+    assert [find_problem(shape, torch.device("cuda", 0), dtype) for shape in shapes] == [""] * 3
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"])

@@ -131,9 +131,22 @@ def test_a_template_without_stop_tokens_gets_the_end_token_after_every_turn(
         "Q: cat?\nA: «the mat<|end|>»",
         "Q: cat?\nA: the mat\nQ: dog?\nA: «the log<|end|>»",  # as inference sends it
     ]
-    (notice, split) = rows_of(tmp_path, template, {"messages": CHAT}).notices
+    rows = rows_of(tmp_path, template, {"messages": CHAT})
+    elsewhere = rows_of(tmp_path / "elsewhere", template, {"messages": CHAT})
+    assert elsewhere.fingerprint == rows.fingerprint  # whatever the folder of the model is
+    (notice, split) = rows.notices
     assert f"no stop token; {END!r} is trained after each" in notice
     assert "1 conversations are trained as one row for each of their 2 turns" in split
+
+
+def test_the_control_token_that_begins_the_next_turn_is_no_stop_token(tmp_path: Path) -> None:
+    template = "{% for m in messages %}<|start|>{{ m.role + ':' + m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|start|>assistant:{% endif %}"
+    assert shown(tmp_path, template, *CHAT) == [
+        "<|start|>user:cat?<|start|>assistant:«the mat<|end|>»",
+        "<|start|>user:cat?<|start|>assistant:the mat<|start|>user:dog?<|start|>assistant:"
+        "«the log<|end|>»",
+    ]
 
 
 @pytest.mark.parametrize("content", [" the mat ", "the mat<|end|>", " \n", "<|end|>"])

@@ -26,6 +26,7 @@ from peft_dist.ledger.events import LedgerEvent
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import set_up_model
 from peft_dist.trainer import Trainer
+from tests.faults.long import IS_LONG
 from tests.tiny import completion_rows, tiny_model, tiny_recipe, tiny_tokenizer, write_jsonl
 
 STEPS = 6
@@ -39,6 +40,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "bitfit": {"method": {"kind": "bitfit"}, "quantization": "none"},
     "experts": {"method": {"rank": 2, "target_parameters": ["gate_up_proj", "down_proj"]}},
 }
+
+if IS_LONG:  # compiles for minutes
+    METHODS["compiled"] = METHODS["lora"] | {"model": {"compile": "blocks"}}
 
 
 class Records(list[dict[str, Any]]):

@@ -14,7 +14,7 @@ from peft_dist.common.manifest import MANIFEST_FILE
 from peft_dist.ledger.events import (
     CheckpointEvent,
     EvaluationEvent,
-    Gpu,
+    GpuSample,
     RollbackEvent,
     SavedEvent,
     SaveFailedEvent,
@@ -236,6 +236,23 @@ def test_a_dashboard_that_cannot_be_saved_is_one_line(
     assert re.fullmatch(f"peft-dist: error: {line}", told), told
 
 
+def test_a_service_of_the_sdk_that_does_not_end_is_killed() -> None:
+    code = """
+import subprocess, sys
+from types import SimpleNamespace
+from peft_dist.tracking.wandb import wandb_run
+wandb_run.SERVICE_END_S = 0.2
+service = subprocess.Popen(["sleep", "600"])
+sdk = SimpleNamespace(teardown=lambda _code: sys.exit(service.wait()))
+wandb_run.end_service(sdk)
+print(service.poll())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "-9\n", "")
+
+
 def every_row(tmp_path: Path) -> list[dict[str, Any]]:
     """Return a row of each kind of event that a run writes."""
     run = make_run(tmp_path / "run")
@@ -325,7 +342,7 @@ def test_of_very_many_ranks_the_slowest_and_the_median_are_shown(tmp_path: Path)
 def test_the_machines_of_other_nodes_have_names_of_their_own(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     training = Training(run, with_wandb=False)
-    sample = SystemEvent(step=0, cpu_percent=50.0, gpus=[Gpu(power_w=300.0)])
+    sample = SystemEvent(step=0, cpu_percent=50.0, gpus=[GpuSample(power_w=300.0)])
     for event in (sample, sample.model_copy(update={"node": 8})):
         training.write(event)
     training.end()

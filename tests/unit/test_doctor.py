@@ -9,11 +9,11 @@ import pytest
 
 from peft_dist.checks import gpus, known_faults
 from peft_dist.checks.checks import CHECKS, Check, Looking
+from peft_dist.checks.context import CheckContext
 from peft_dist.checks.finding import Finding
-from peft_dist.checks.gpus import GpuFault, amd_gpus
+from peft_dist.checks.gpu_tools import GpuFault, amd_gpus
 from peft_dist.checks.known_faults import driver_fault, keeps
 from peft_dist.checks.launcher_variables import STALE
-from peft_dist.checks.surroundings import Surroundings
 from peft_dist.cli.main import main
 from tests.configs import model_folder
 from tests.unit.run_folders import slurm_commands
@@ -128,7 +128,7 @@ def test_gpus_of_amd_are_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     found = amd_gpus()
     assert isinstance(found, list)
-    around = Surroundings(devices=1, look_at_gpus=lambda _: found)
+    around = CheckContext(devices=1, look_at_gpus=lambda _: found)
     (card,) = [one for one in gpus.check_gpus(around) if one.kind == "device memory"]
     line = "card0: AMD Instinct MI250X, 65520 MiB, 3072 in use; end what uses it"
     assert (card.level, card.line) == ("note", line)
@@ -198,7 +198,7 @@ def test_a_driver_that_is_too_old_for_torch_is_bad(build: str, driver: str, bad:
 
 def test_the_network_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     def looked_at(**environ: str) -> list[Finding]:
-        return Looking(Surroundings(environ)).findings()
+        return Looking(CheckContext(environ)).findings()
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         hub = f"http://127.0.0.1:{server.getsockname()[1]}"
@@ -219,14 +219,14 @@ def test_a_check_that_hangs_is_named_and_one_that_fails_is_heard() -> None:
     )
     hung = Check("links", lambda _: [Finding("ok", "links", str(hanging.wait(30)))])
     packages = CHECKS[0]
-    looking = Looking(Surroundings(limit_s=-0.9), [hung, packages])
+    looking = Looking(CheckContext(limit_s=-0.9), [hung, packages])
     first, *others = looking.findings()
     hanging.set()
     assert (first.level, first.kind) == ("note", "links")
     assert "the check of links does not end within" in first.text
     assert others
     with pytest.raises(ZeroDivisionError):
-        Looking(Surroundings(), [failing]).findings()
+        Looking(CheckContext(), [failing]).findings()
 
 
 def test_a_step_as_long_as_a_hang_is_told(

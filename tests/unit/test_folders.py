@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peft_dist.cli.main import main
-from peft_dist.common.cache_folder import usable_cache_dir
+from peft_dist.common.cache_folder import code_folder, usable_cache_dir
 from peft_dist.common.errors import CacheError
 from peft_dist.common.folders import LONGEST_NAME, find_fault
 from tests.disks import tmpfs
@@ -190,7 +190,9 @@ def test_a_cache_that_others_can_write_is_refused_unless_it_is_shared_on_purpose
     assert "chmod go-w it, or set PEFT_DIST_CACHE_SHARED=1" in line
     monkeypatch.setenv("PEFT_DIST_CACHE_SHARED", "1")
     assert usable_cache_dir() == cache
+    assert code_folder(cache) is None  # what others can write is not run
     monkeypatch.setenv("PEFT_DIST_CACHE_SHARED", "0")
+    assert code_folder(cache) == cache / "compiled"
     (cache / part).chmod(0o755)
     assert usable_cache_dir() == cache
 
@@ -209,6 +211,7 @@ def test_a_cache_of_another_user_is_refused_unless_it_is_shared_on_purpose(
             usable_cache_dir()
     monkeypatch.setenv("PEFT_DIST_CACHE_SHARED", "1")
     assert usable_cache_dir() == cache
+    assert code_folder(cache) is None  # what others can write is not run
 
 
 def test_train_refuses_a_cache_that_others_can_write_in_one_line(

@@ -1,5 +1,6 @@
 """The layer rule, and the price of importing the control plane."""
 
+import ast
 import os
 import resource
 import shutil
@@ -30,6 +31,17 @@ def test_every_import_goes_down_the_layers() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_file_is_read_at_one_sitting_and_a_class_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "peft_dist").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 350, path
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
 def test_the_control_plane_imports_nothing_heavy(recipe_file: Path) -> None:

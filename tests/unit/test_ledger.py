@@ -10,7 +10,7 @@ import pytest
 from peft_dist.common.errors import RunDirError
 from peft_dist.ledger.events import (
     EVENT_TYPES,
-    Gpu,
+    GpuSample,
     LedgerEvent,
     RollbackEvent,
     SampleEvent,
@@ -55,7 +55,7 @@ def step(number: int) -> dict[str, Any]:
 
 
 def test_every_field_of_every_event_has_its_meaning() -> None:
-    for kind in (*EVENT_TYPES, Gpu):
+    for kind in (*EVENT_TYPES, GpuSample):
         fields = {**kind.model_fields, "event": LedgerEvent.model_fields["event"]}
         assert all(field.description for field in fields.values()), kind
 

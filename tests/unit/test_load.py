@@ -139,6 +139,18 @@ def test_an_error_names_the_field_the_value_and_the_remedy(
         (["method={kind: bottlneck}"], "kind 'bottlneck' is not known; did you mean 'bottleneck'?"),
         (["method={kind: peft}"], "method.type: is missing"),
         (["method={kind: bitfit, rank: 3}"], "method.rank: no such key"),
+        (
+            ["data.truncation=split", "objective=dpo"],
+            "objective dpo takes rows whole; set data.trun",
+        ),
+        (
+            ["data.truncation=split", "model.task=sequence-classification"],
+            "model.task sequence-classification takes rows whole",
+        ),
+        (
+            ["data.truncation=split", "data.eval=train.jsonl", "evaluate.choices=[a, b]"],
+            "evaluate.choices takes rows whole",
+        ),
         (["parallel={strategy: ddp, offload: cpu}"], "offload cpu is for a sharded base, not ddp"),
         (["parallel={strategy: ddp, reshard: step}"], "reshard step is for strategy fsdp or hsdp"),
     ],

@@ -62,7 +62,9 @@ def test_a_field_without_a_key_is_trained_saved_and_read_by_plain_peft(
     ("extra", "said"),
     [
         ({"lora_alpha": 8}, "lora_alpha has a key of its own; set method.alpha"),
-        ({"eva_config": {}}, "eva_config has a key of its own; set method.init"),
+        ({"corda_config": {}}, "corda_config has a key of its own; set method.init"),
+        ({"eva_config": {"rho": 2}}, "eva_config has no place here: init eva gives every layer"),
+        ({"loftq_config": {"loftq_iter": 2}}, "loftq_config has no place here: init loftq makes"),
         ({"task_type": "SEQ_CLS"}, "task_type is set by the run; remove it"),
         ({"lora_biass": True}, "lora_biass is no field of PEFT's LoraConfig; did you mean 'lora_b"),
         ({"layers_pattern": "h"}, "layers_pattern is refused by PEFT (When `layers_pattern` is"),

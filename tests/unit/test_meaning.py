@@ -25,7 +25,7 @@ PREFIX = "method.kind=prefix"
 ALWAYS = re.findall(
     r"\S+",
     """
-model.name model.task model.dropout model.dtype model.attention quantization
+model.name model.task model.dropout model.dtype model.attention model.compile quantization
 method.lora.kind method.lora.rank method.lora.alpha method.lora.dropout method.lora.targets
 method.lora.target_parameters
 method.lora.init method.lora.learning_rate_ratio method.lora.rslora method.lora.dora
@@ -38,9 +38,10 @@ method.bottleneck.dropout method.prefix.kind method.prefix.virtual_tokens method
 method.prompt.kind method.prompt.virtual_tokens method.prompt.init method.prompt.text
 method.bitfit.kind method.bitfit.targets method.bitfit.add_bias method.peft.kind method.peft.type
 data.train data.eval data.train_split data.max_length data.truncation data.packing data.streaming
-data.max_bad_rows data.date data.columns.prompt data.columns.completion data.columns.text
-data.columns.messages data.columns.chosen data.columns.rejected data.columns.label
+data.max_bad_rows data.date data.template data.columns.prompt data.columns.completion
+data.columns.text data.columns.messages data.columns.chosen data.columns.rejected data.columns.label
 objective.sft.kind objective.dpo.kind objective.dpo.beta objective.dpo.label_smoothing
+objective.dpo.length_normalised
 objective.dpo.sft_weight objective.ipo.kind objective.ipo.beta objective.ipo.sft_weight
 objective.kto.kind objective.kto.beta objective.kto.desirable_weight
 objective.kto.undesirable_weight objective.orpo.kind objective.orpo.beta objective.simpo.kind
@@ -67,6 +68,7 @@ profile.steps
 EXAMPLES: dict[str, tuple[str, list[str], list[str]]] = {
     "model.revision": ("v1", [], ["model.name=someone/model"]),
     "method.lora.init_rows": ("8", [], ["method.init=eva"]),
+    "method.lora.fused": ("auto", ["quantization=none"], ["quantization=nf4"]),
     "method.prefix.init": ("vocabulary", [PREFIX, "method.projection=true"], [PREFIX]),
     "method.prefix.text": ("a cat", [PREFIX, "method.projection=true"], [PREFIX]),
     "method.prefix.projection_size": ("16", [PREFIX], [PREFIX, "method.projection=true"]),

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GgufConfig,
     LlamaConfig,
     PreTrainedModel,
 )
@@ -372,7 +373,7 @@ def test_the_command_merges_a_run_that_was_trained(
     )
     assert train.main(["recipe.yaml", "--run-dir", "run"]) == 0
     capfd.readouterr()
-    assert main(["merge", "run", "--out", "merged"]) == 0
+    assert main(["merge", "run", "--out", "merged", "--gguf", "q8_0"]) == 0
     told = capfd.readouterr()
     assert f"{tmp_path}/merged  14 of " in told.out
     ways = "4-bit [+] adapter ([0-9.]+), full [+] adapter ([0-9.]+), merged ([0-9.]+)"
@@ -383,8 +384,14 @@ def test_the_command_merges_a_run_that_was_trained(
     assert in_4_bits == pytest.approx(result["eval"]["last"]["loss"], abs=2e-4)
     assert merged == pytest.approx(full, abs=2e-4)
     assert in_4_bits != full
-    assert main(["merge", "run", "--out", "other", "--gguf", "q8_0"]) == 2
-    assert "llama.cpp's own converter alone; merge without it" in capfd.readouterr().err
     assert "tensors merged" in told.out
     expected = logits(with_peft(RunDir.open("run")))
     torch.testing.assert_close(logits(loaded(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-4)
+    assert f"llama-cli -m {tmp_path}/merged/merged-q8_0.gguf" in told.out
+    rounded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged",
+        gguf_file="merged-q8_0.gguf",
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    difference = logits(rounded.float()) - expected
+    assert 0 < difference.abs().max() < 0.03 * expected.abs().max()

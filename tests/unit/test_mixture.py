@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,8 @@ def test_rows_that_lose_their_end_token_are_counted(tmp_path: Path) -> None:
         "without a stop token; 1 (33.3%) dropped with nothing to train within data.max_length"
     )
     assert source.facts()["bad"] == 0
+    assert source.lose_much
+    assert not replace(source, rows=39, lost_end=1, dropped=1).lose_much
 
 
 @pytest.mark.parametrize(

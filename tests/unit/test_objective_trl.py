@@ -207,13 +207,17 @@ def test_the_log_likelihood_of_every_answer_is_trls(ours: Ours) -> None:
     ("objective", "settings"),
     [
         (Dpo(kind="dpo", beta=0.3), {"beta": 0.3}),
+        (
+            Dpo(kind="dpo", beta=5.0, length_normalised=True),
+            {"beta": 5.0, "loss_type": ["sigmoid_norm"]},
+        ),
         (Ipo(kind="ipo", beta=0.2), {"beta": 0.2, "loss_type": ["ipo"]}),
         (
             Dpo(kind="dpo", sft_weight=0.7),
             {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7]},
         ),
     ],
-    ids=["dpo", "ipo", "dpo with sft"],
+    ids=["dpo", "dpo per token", "ipo", "dpo with sft"],
 )
 def test_dpo_and_ipo_are_trls(ours: Ours, objective: Any, settings: dict[str, Any]) -> None:
     trainer, batch = theirs(ours, DPOTrainer, DPOConfig, PAIRS, **settings)

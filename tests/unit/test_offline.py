@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from peft_dist.cli.main import main
 from peft_dist.data.fetched import hub_cache, missing_of_dataset, missing_of_model, note_dataset
@@ -85,6 +86,16 @@ def test_what_a_node_could_not_fetch_is_not_submitted(desk: Desk, capsys: Captur
     assert told(capsys) == (
         "data: c/d has not been fetched for split 'train', and nodes reach no network; " + remedy
     )
+    start = ["method.start_from=org/sft", "--run-dir", "runs/start"]
+    assert desk.submit(*start) == 2
+    assert told(capsys) == (
+        f"method.start_from: org/sft is not in {home / 'hub'}, and nodes reach no network; {remedy}"
+    )
+    download(home, "org/sft", "adapter_config.json")
+    assert desk.submit(*start) == 2
+    assert "org/sft lacks adapter_model.safetensors in" in told(capsys)
+    download(home, "org/sft", "adapter_model.safetensors")
+    assert desk.submit(*start) == 0
     assert not (desk.folder / "runs" / "hub").exists()
     assert main(["submit", "quantize", "e/f", "--cluster", "cluster.yaml"]) == 2
     assert "e/f is not in" in told(capsys)
@@ -97,16 +108,21 @@ def test_an_image_of_a_registry_is_refused(desk: Desk, capsys: Capture) -> None:
     assert told(capsys).startswith("container.image: docker://pytorch/pytorch:2 is pulled from")
 
 
-def test_a_recipe_is_fetched(tmp_path: Path, capsys: Capture) -> None:
+def test_a_recipe_is_fetched(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny_model(tmp_path / "model", "llama")
     write_jsonl(tmp_path / "rows.jsonl", completion_rows(3))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: {name: model}\ndata: {train: rows.jsonl}\n", encoding="utf-8")
+    snapshot = download(tmp_path, "org/sft", "adapter_config.json", "adapter_model.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     capsys.readouterr()
-    assert fetch.main([str(recipe)]) == 0
+    assert fetch.main([str(recipe), "method.start_from=org/sft"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"model {tmp_path / 'model'}: 0.0 GB in {tmp_path / 'model'}",
-                     "tokenizer: loads"]  # fmt: skip
+                     f"adapter org/sft: in {snapshot}", "tokenizer: loads"]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -25,11 +25,13 @@ def chat(text: str) -> dict[str, Any]:
 def test_processes_give_the_rows_that_one_gives_and_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_tokenizer(tmp_path / "model", chat_template=REFUSES_X)
+    tiny_tokenizer(tmp_path / "model")
+    (tmp_path / "own.jinja").write_text(REFUSES_X, encoding="utf-8")
     rows = [chat(f"row {at}") for at in range(30)]
     rows[25] = chat("x")
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    recipe = tiny_recipe(tmp_path / "model", path, data={"max_bad_rows": 1})
+    data = {"max_bad_rows": 1, "template": str(tmp_path / "own.jinja")}
+    recipe = tiny_recipe(tmp_path / "model", path, data=data)
     alone = tokenize_rows(recipe, "train", tmp_path / "alone")
     monkeypatch.setattr(row_job, "ROWS_PER_BATCH", 4)
     monkeypatch.setattr(row_job, "ROWS_BEFORE_PROCESSES", 4)

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from peft_dist.common.errors import DataError
-from peft_dist.data.pieces import CLOSE, OPEN, Piece, PieceEncoder
+from peft_dist.data.pieces import CLOSE, OPEN, PieceEncoder, TextPiece
 from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from tests.tiny import CHAT_TEMPLATE, tiny_recipe, tiny_tokenizer, tokenised, write_jsonl
 
@@ -163,7 +163,7 @@ def test_pieces_join_to_the_tokens_of_the_whole(
     tmp_path: Path, normalizer: Any, pre_tokenizer: Any
 ) -> None:
     tokenizer = sentencepiece_like(tmp_path / "model", normalizer, pre_tokenizer)
-    pieces = [Piece("a b: "), Piece("a", after=""), Piece(" a\n", after="")]
+    pieces = [TextPiece("a b: "), TextPiece("a", after=""), TextPiece(" a\n", after="")]
     found = PieceEncoder(tokenizer).encode(pieces)
     names = [tokenizer.convert_ids_to_tokens(ids) for ids in found]
     assert names == [["▁a", "▁", "b", ":", "▁"], ["a"], ["▁a", "\n"]]
@@ -176,7 +176,7 @@ def test_a_marked_control_token_is_encoded_letter_by_letter(
     tokenizer = sentencepiece_like(tmp_path / "model", normalizer, pre_tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["ab"]})
     encoder = PieceEncoder(tokenizer)
-    (ids,) = encoder.encode([Piece(f"a{OPEN}ab{CLOSE}ab")])
+    (ids,) = encoder.encode([TextPiece(f"a{OPEN}ab{CLOSE}ab")])
     assert tokenizer.convert_ids_to_tokens(ids) == ["▁a", "a", "b", "ab"]
     assert encoder.is_hidden("ab")
 

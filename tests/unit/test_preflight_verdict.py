@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from peft_dist.checks import folders
+from peft_dist.checks.context import CheckContext
 from peft_dist.checks.finding import Finding
 from peft_dist.checks.folders import check_run_dir
-from peft_dist.checks.gpus import Gpu, check_gpus
-from peft_dist.checks.surroundings import Surroundings
+from peft_dist.checks.gpu_tools import GpuState
+from peft_dist.checks.gpus import check_gpus
 from peft_dist.common.time_limit import within
 from peft_dist.preflight.node_info import SILENT, NodeFacts, code_digest, gather, told
 from peft_dist.preflight.verdict import PreflightLimits, Report, judge, report_path
@@ -33,14 +34,14 @@ FINE = NodeFacts(
 )
 
 
-def found_by(check: Callable[[Surroundings], Iterable[Finding]], **around: Any) -> dict[str, Any]:
+def found_by(check: Callable[[CheckContext], Iterable[Finding]], **around: Any) -> dict[str, Any]:
     """Return the facts of a node with what a check finds in these surroundings."""
-    return {"findings": told(check(Surroundings(**around)))}
+    return {"findings": told(check(CheckContext(**around)))}
 
 
 def with_gpus(count: int, *, free_gb: int = 79) -> dict[str, Any]:
     """Return the facts of a node that has some of eight GPUs."""
-    seen = [Gpu(f"GPU {index}", "H100", 80 * GB, free_gb * GB) for index in range(count)]
+    seen = [GpuState(f"GPU {index}", "H100", 80 * GB, free_gb * GB) for index in range(count)]
     return found_by(check_gpus, devices=8, look_at_gpus=lambda _: seen)
 
 
@@ -127,6 +128,19 @@ def test_a_node_with_several_faults_has_one_line() -> None:
 
 def test_more_devices_than_expected_and_none_looked_at_are_no_fault() -> None:
     assert report_of(with_gpus(16), found_by(check_gpus, devices=0)).ok
+
+
+def test_other_files_are_a_persons_to_make_alike_and_no_nodes_fault() -> None:
+    own, stale = {"config.json of the model": "2 bytes", "rows": "9 bytes"}, {"rows": "8 bytes"}
+    blind: dict[str, str] = {}
+    report = report_of({"inputs": own}, {"inputs": own}, {"inputs": blind}, {"inputs": stale})
+    assert report.common == (
+        "node4 has another config.json of the model than node1: nothing there, not 2 bytes; "
+        "node4 has another rows than node1: 8 bytes, not 9 bytes; give every node the same files"
+    )
+    assert report.bad == report.lines == ()
+    assert not report.ok
+    assert report_of({"inputs": own}, {"inputs": dict(reversed(own.items()))}).ok
 
 
 def test_the_minority_is_at_fault_though_it_be_the_head() -> None:
@@ -284,7 +298,7 @@ def test_a_node_gathers_its_facts() -> None:
 def test_a_look_at_a_run_directory_ends_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    around = Surroundings(run_dir=tmp_path, limit_s=0.1)
+    around = CheckContext(run_dir=tmp_path, limit_s=0.1)
     assert not told(check_run_dir(replace(around, limit_s=10)))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(folders, "_probe", lambda _: time.sleep(60))

@@ -17,6 +17,7 @@ from peft_dist.run.history import (
     crash_notes,
     ending_of_launch,
     ending_of_run,
+    is_superseded,
     mark_launch,
     note_crash,
     read_history,
@@ -204,3 +205,19 @@ def test_the_error_of_rank_0_is_the_one_that_counts_and_else_the_first(
     assert found is not None and (found.exit_code, found.rank) == (3, 0)
     monkeypatch.setenv(FAILURES, str(tmp_path / "gone"))
     write_failure(DataError("a full disk"), rank=0)
+
+
+def test_a_job_whose_run_another_job_holds_is_superseded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that was cut off lives on, and its launcher would start its processes again."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    folder.mkdir(exist_ok=True)
+    assert not is_superseded(folder)
+    for number, restarts in ((1, 0), (2, 1)):
+        record = {"attempt": number, "slurm_job_id": "4", "slurm_restart_count": restarts}
+        write_json(record_path(folder, number), record)
+        assert is_superseded(folder) is (number == 2)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not is_superseded(folder)

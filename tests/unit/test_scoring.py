@@ -63,6 +63,29 @@ def test_the_loss_is_the_mean_over_trained_tokens(
     assert found.rows == 17
 
 
+def test_each_of_several_held_out_sets_has_its_own_loss(tmp_path: Path, alone: World) -> None:
+    whole = completion_rows(17)
+    paths = [
+        str(write_jsonl(tmp_path / f"{at}.jsonl", part))
+        for at, part in enumerate((whole[:5], whole[5:]))
+    ]
+    setup, both = prepared(tmp_path, alone, data={"eval": [{"path": path} for path in paths]})
+    found = score(setup, both)
+    alone_losses = []
+    for path in paths:
+        data = setup.recipe.data.model_copy(update={"eval": path})
+        recipe = setup.recipe.model_copy(update={"data": data})
+        rows = tokenize_rows(recipe, "eval", tmp_path / "cache")
+        one = score(setup, make_eval_set(recipe, rows))
+        assert one.source_losses == ()
+        alone_losses.append(one.loss)
+    assert found.source_losses == pytest.approx(alone_losses, abs=1e-5)
+    assert alone_losses[0] != pytest.approx(alone_losses[1], rel=1e-3)
+    evaluate = setup.recipe.evaluate.model_copy(update={"max_rows": 5})
+    few = make_eval_set(setup.recipe.model_copy(update={"evaluate": evaluate}), both.rows)
+    assert score(setup, few).source_losses[1] is None
+
+
 @pytest.mark.parametrize("choices", [SINGLE, SEVERAL])
 def test_the_accuracy_is_the_share_of_rows_whose_own_choice_is_the_most_likely(
     tmp_path: Path, alone: World, choices: list[str]

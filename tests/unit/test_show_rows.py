@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from peft_dist.cli.main import main
+from peft_dist.common.errors import ModelError
 from peft_dist.config.load import render_yaml
 from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from peft_dist.entrypoints.show_rows import show_rows
@@ -60,7 +61,11 @@ def test_rows_are_shown_with_the_trained_parts_marked_and_a_summary(
     assert f"x«{'y' * 29}»" in text
     trained = trained_rows(project)
     on, tokens = trained.trained.sum(), len(trained.tokens)
-    assert text.splitlines()[-1] == (
+    dropped, summary = text.splitlines()[-2:]
+    assert dropped == (
+        f"dropped: {project}/rows.jsonl:4: 62 tokens, nothing to train within data.max_length (30)"
+    )
+    assert summary == (
         f"{project}/rows.jsonl: 5 lines, 4 examples, {on} of {tokens} tokens trained; "
         "1 cut to data.max_length (1 without a stop token), 1 dropped with nothing to train, "
         "0 bad"
@@ -115,6 +120,16 @@ def test_a_row_that_would_end_a_training_is_a_bad_line(project: Path, capsys: Ca
     (bad,) = json.loads(text)["bad"]
     assert bad["line"] == 1
     assert bad["why"].startswith("the row has messages, but the tokenizer of")
+
+
+def test_a_token_that_the_model_has_no_row_for_is_refused(project: Path, capsys: Capture) -> None:
+    config = project / "model" / "config.json"
+    for known in ({"vocab_size": 40}, {"vocab_size": 9999, "text_config": {"vocab_size": 40}}):
+        config.write_text(json.dumps(known))
+        with pytest.raises(ModelError, match="of data.train has id .* embedding has 40 rows; put"):
+            shown(project, capsys)
+    config.write_text('{"vocab_size": 9999}')
+    assert shown(project, capsys)[0] == 0
 
 
 def test_rows_of_several_sources_say_which(project: Path, capsys: Capture) -> None:

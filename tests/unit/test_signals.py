@@ -14,15 +14,18 @@ import os, signal, sys, threading, time
 from pathlib import Path
 from peft_dist.worker.signals import install
 requests = install()
-requests.on_setup_stop = lambda name: Path(sys.argv[1]).write_text(name)
+def end_by_note():
+    requests.end_setup_by(lambda name: Path(sys.argv[1]).write_text(name))
 def say(text):
     print(text, flush=True)
 """
+KNOWN = INSTALLED + "end_by_note()\n"
+"""A rank that knows its run."""
 
 
-def start(code: str, note: Path) -> subprocess.Popen[str]:
+def start(code: str, note: Path, before: str = KNOWN) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", INSTALLED + code, str(note)],
+        [sys.executable, "-c", before + code, str(note)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -82,6 +85,24 @@ dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).wait(["abs
     assert (tmp_path / "note").read_text(encoding="utf-8") == number.name
 
 
+def test_a_signal_before_the_run_is_known_ends_the_process_once_it_is(tmp_path: Path) -> None:
+    code = """
+say("ready")
+while requests.requested is None:
+    time.sleep(0.01)
+time.sleep(0.2)
+say("its run is known now")
+end_by_note()
+say("must not be reached")
+"""
+    process = start(code, tmp_path / "note", INSTALLED)
+    assert line(process) == "ready"
+    process.terminate()
+    output, errors = process.communicate(timeout=20)
+    assert (process.returncode, output, errors) == (75, "its run is known now\n", "")
+    assert (tmp_path / "note").read_text(encoding="utf-8") == "SIGTERM"
+
+
 def test_a_note_that_cannot_be_written_does_not_keep_the_process_alive(tmp_path: Path) -> None:
     process = start("say('ready'); time.sleep(60)", tmp_path / "absent" / "note")
     assert line(process) == "ready"
@@ -119,7 +140,7 @@ sys.exit(3)
     for spin in (0, 10**3, 10**4, 10**5, 10**6, 3 * 10**6):
         note = tmp_path / str(spin)
         process = subprocess.Popen(
-            [sys.executable, "-c", INSTALLED + code, str(note)],
+            [sys.executable, "-c", KNOWN + code, str(note)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

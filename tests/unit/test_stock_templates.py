@@ -16,7 +16,8 @@ from peft_dist.common.errors import ModelError
 from peft_dist.data.bad_row import BadRow
 from peft_dist.data.chat_rows import ChatRow
 from peft_dist.data.chat_template import ChatTemplate
-from peft_dist.data.encode import EncodedRow, Encoder
+from peft_dist.data.encode import Encoder
+from peft_dist.data.encoded_row import EncodedRow
 from peft_dist.data.rows import BadRows, parse_row
 from peft_dist.data.sources import Source
 from tests.tiny import tiny_tokenizer

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from peft_dist.model import stored
-from peft_dist.model.stored import Source, Stored, find_sources
+from peft_dist.model.stored import RowTensor, Stored, find_sources
 from peft_dist.model.weights import WeightFiles
 from tests.tiny import tiny_model
 
@@ -20,7 +20,7 @@ def files(tmp_path: Path) -> WeightFiles:
     return WeightFiles(tmp_path)
 
 
-def made(files: WeightFiles) -> dict[str, tuple[Source, torch.Tensor]]:
+def made(files: WeightFiles) -> dict[str, tuple[RowTensor, torch.Tensor]]:
     """Return every kind of source beside the tensor it stands for."""
     parts = [Stored(files, name) for name in "abc"]
     a, b, c = (files.full_tensor(name) for name in "abc")

@@ -20,7 +20,7 @@ from peft_dist.data.order import RowOrder, StepPlan, assign
 from peft_dist.data.stream import StreamedRows, TrainingRows
 from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.data.tokenized_rows import StepRows
-from tests.tiny import completion_rows, tiny_recipe, tiny_tokenizer, write_jsonl
+from tests.tiny import completion_rows, preference_rows, tiny_recipe, tiny_tokenizer, write_jsonl
 
 Rows = list[dict[str, Any]]
 Micro = list[tuple[list[int], list[bool]]]
@@ -48,7 +48,10 @@ def trained(batch: StepRows, world_size: int) -> list[list[Micro]]:
     parts = [slice(*rows.offsets[row : row + 2]) for row in range(rows.n_rows)]
     return [
         [
-            [(rows.tokens[parts[row]].tolist(), rows.trained[parts[row]].tolist()) for row in micro]
+            [
+                (rows.tokens[parts[row]].tolist(), rows.trained[parts[row]].tolist())
+                for row in rows.rows_of(np.array(micro))
+            ]
             for micro in rank
         ]
         for rank in groups
@@ -132,6 +135,22 @@ def test_a_stream_goes_on_at_any_row_and_survives_its_process(tmp_path: Path) ->
     for child in multiprocessing.active_children():
         child.kill()
     assert found + [trained(batch, 2) for batch in rest] == whole[3:]
+
+
+@pytest.mark.parametrize("objective", ["orpo", "simpo", "reward"])
+def test_pairs_without_a_reference_are_streamed_as_they_are_cached(
+    tmp_path: Path, inline: None, objective: str
+) -> None:
+    tiny_tokenizer(tmp_path / "model")
+    path = write_jsonl(tmp_path / "rows.jsonl", preference_rows(12, "pair"))
+    sections: dict[str, Any] = {"objective": {"kind": objective}, "train": TRAIN}
+    recipe = tiny_recipe(tmp_path / "model", path, data={"streaming": True}, **sections)
+    cached = tokenize_rows(recipe, "train", tmp_path / "cache")
+    streamed = StreamedRows(recipe, tmp_path / "cache")
+    assert streamed.n_examples == cached.n_examples == 12
+    for ours, theirs in zip(steps(recipe, streamed), steps(recipe, cached), strict=True):
+        assert ours.rows.n_rows == 2 * len(set(ours.ids.tolist())), "an epoch ends within a step"
+        assert trained(ours, 2) == trained(theirs, 2)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

@@ -179,6 +179,25 @@ def test_a_long_row_is_cut_where_the_recipe_says(
     assert (rows.sources[0].cut, rows.sources[0].dropped, rows.n_rows) == (1, 0, 2)
 
 
+def test_a_long_text_is_split_into_rows_that_hold_every_token_once(tmp_path: Path) -> None:
+    tokenizer = tokenizer_in(tmp_path, begin=True)
+    values = [{"text": "abcdefgh"}, {"text": "a"}, {"prompt": "abc", "completion": "def"}]
+    rows = tokenised(tmp_path, values, data={"max_length": 6, "truncation": "split"})
+    pieces = [str(tokenizer.decode(row_of(rows, at)[0])) for at in range(rows.n_rows)]
+    assert pieces == [
+        *("<|begin|>abcde", f"<|begin|>fgh{END}", f"<|begin|>a{END}"),
+        "<|begin|>abcde",  # an answer stays with its prompt
+    ]
+    assert [trained_text(tokenizer, rows, at) for at in (0, 1, 3)] == ["abcde", f"fgh{END}", "de"]
+    (source,) = rows.sources
+    assert (source.cut, source.lost_end, source.dropped) == (1, 1, 0)
+    assert (rows.trained_turns, rows.stop_tokens) == (3, 2)
+    assert rows.notices == ("1 texts longer than data.max_length are trained as 2 rows",)
+    long = [{"text": "a" * 61}]
+    rows = tokenised(tmp_path, long, data={"max_length": 31, "truncation": "split"})
+    assert rows.lengths.tolist() == [22, 22, 21]  # no row of a rest alone
+
+
 def test_a_long_row_is_dropped_or_named_if_the_recipe_says_so(tmp_path: Path) -> None:
     tokenizer_in(tmp_path)
     texts = [{"text": "a"}, {"text": "abcdefgh"}]
@@ -195,7 +214,11 @@ def test_a_row_without_a_trained_prediction_is_dropped_and_counted(tmp_path: Pat
     rows = tokenised(tmp_path, [long_prompt, {"text": "a"}], data={"max_length": 4})
     assert (rows.n_rows, rows.sources[0].dropped, rows.sources[0].cut) == (1, 1, 0)
     error = error_of(DataError, tmp_path, [long_prompt], data={"max_length": 4})
-    assert "no row is left to use: 1 dropped, 0 malformed; see data.max_length" in error
+    assert error.endswith(
+        "no row is left to use: 1 dropped as data.max_length (4) leaves nothing of them to train "
+        "(the longest has 10 tokens), 0 malformed; raise data.max_length, or set data.truncation: "
+        "start, to cut prompts"
+    )
 
 
 def test_labels_become_class_ids_and_special_tokens_survive_truncation(tmp_path: Path) -> None:

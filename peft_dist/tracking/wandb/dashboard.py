@@ -15,7 +15,7 @@ from peft_dist.common.console import say
 from peft_dist.common.errors import ERROR_PREFIX, EXIT_CRASHED, EXIT_DONE, PeftDistError
 from peft_dist.tracking.wandb import rows
 from peft_dist.tracking.wandb.identity import wandb_environment
-from peft_dist.tracking.wandb.wandb_run import NotAllowed, Unreachable, explained
+from peft_dist.tracking.wandb.wandb_run import NotAllowed, Unreachable, end_service, explained
 
 NAME = "peft-dist"
 SHOWN_RUNS = 20
@@ -117,6 +117,8 @@ def save(project: str, entity: str | None) -> str:
         ) from error
     except Exception as error:
         raise explained(error) from error
+    finally:
+        end_service(wandb)
 
 
 def workspace(entity: str | None, project: str) -> Any:

@@ -4,11 +4,14 @@ Used by processes beside training or after it, never in it. No code, console, co
 environment, git state or host name is uploaded, and W&B cannot stop the run.
 """
 
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from peft_dist.common.atomic import replace_file
 from peft_dist.common.errors import PeftDistError
@@ -28,6 +31,8 @@ CONFIRM_S = 2.0
 """Seconds in which the server should have counted the rows that it has taken."""
 SEND_EVERY_S = 5.0
 """Seconds between two requests with rows."""
+SERVICE_END_S = 10.0
+"""Seconds in which the SDK's own process must end, which may wait for a server that is gone."""
 
 
 class Unreachable(Exception):
@@ -41,6 +46,27 @@ class NotAllowed(PeftDistError):
 def recipe_of(run: RunDir) -> Recipe:
     """Return the recipe of a run, whose files may be gone by now."""
     return load_recipe(run.recipe, check_paths=False)
+
+
+def end_service(wandb: Any) -> None:
+    """End the SDK's own process, which is all that this one has started; kill it if it will not.
+
+    The SDK waits for it without a limit, also at the end of the interpreter.
+    """
+    late = threading.Timer(SERVICE_END_S, _kill_children)
+    late.daemon = True
+    late.start()
+    try:
+        with suppress(Exception, SystemExit):  # what it exits with is the end of that process
+            wandb.teardown(1)
+    finally:
+        late.cancel()
+
+
+def _kill_children() -> None:
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 class WandbRun:
@@ -97,7 +123,7 @@ class WandbRun:
             self._run.define_metric("*", step_metric=STEP)
             self._path = f"{self._run.entity}/{self._run.project}/{self._run.id}"
         except Exception as error:
-            self._tear_down()
+            end_service(self._wandb)
             raise explained(error) from error
         self.url: str | None = self._run.url if online else None
         """Where the run is to be seen."""
@@ -157,7 +183,8 @@ class WandbRun:
 
     def abandon(self) -> None:
         """End at once."""
-        self._tear_down()
+        # A run of the same id can only be begun again once the SDK's process is gone.
+        end_service(self._wandb)
 
     def _has(self, rows: int) -> bool:
         found = self._wandb.Api(timeout=5).run(self._path)
@@ -166,11 +193,6 @@ class WandbRun:
             time.sleep(0.5)
             found.load(force=True)
         return bool(found.historyLineCount >= rows)
-
-    def _tear_down(self) -> None:
-        # A run of the same id can only be begun again once the SDK's process is gone.
-        with suppress(Exception):
-            self._wandb.teardown(1)
 
 
 def _settings(wandb: Any, finish_timeout_s: float, *, is_last: bool) -> Any:
