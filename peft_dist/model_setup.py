@@ -290,6 +290,8 @@ def set_up_model(
     engine.reshard = launched.reshard
     engine.wrap(model, blocks.values(), [p for p in model.parameters() if p.requires_grad])
     engine.materialize(model)
+    if isinstance(model, CausalLM) and (most := model.most_in_slices(dtype)):
+        log.info("head: scored in slices where no process has more than %d targets in a pass", most)
     code = compiled.of(recipe, skeleton, blocks, world, source.cache_dir) if compiling else None
     frozen, trained = frozen_and_trained(peft)
     log.info("built: %s with %s adapters", type(skeleton).__name__, recipe.method.kind)

@@ -19,6 +19,7 @@ from peft_dist.data.pack import Batch
 from peft_dist.model.architectures import bare_model, trunk_name
 from peft_dist.model.attention import OURS
 from peft_dist.model.cross_entropy import cross_entropy, logits_of
+from peft_dist.model.gathered import ScoresInSlices
 from peft_dist.model.head import Head
 from peft_dist.model.router import Routing, router_term
 from peft_dist.model.token_rows import OutputMatrix, output_matrix, scorer_of_output, whole_matrix
@@ -70,11 +71,6 @@ def _prefix(peft: PeftModel, device: torch.device) -> tuple[torch.Tensor, ...] |
     assert layers is not None and heads is not None, config  # PEFT took them from the model
     parts = learned.view(len(learned), layers, 2, heads, -1)
     return parts.permute(1, 2, 3, 0, 4).unbind(0)
-
-
-def _nothing(hidden: torch.Tensor) -> torch.Tensor:
-    """Return the loss of a micro-batch without targets, which has a backward all the same."""
-    return hidden.float().sum()[None] * 0.0
 
 
 class Decoder(nn.Module, ABC):
@@ -204,22 +200,15 @@ class CausalLM(Decoder):
         if torch.is_autocast_enabled(picked.device.type):
             picked = picked.to(torch.get_autocast_dtype(picked.device.type))
         # Every process takes part in the same collectives, with work or without.
-        scorer, everyone = scorer_of_output(model), batch.everyone
-        if (
-            scorer is not None
-            and everyone is not None
-            and choice_ids is None
-            and self._head.by_token
-            and scorer.pays(everyone, picked)
-        ):
-            nll = scorer.cross_entropy(
-                picked, batch.targets, self._head.after, everyone.most_targets
-            )
-            nothing = batch.label_positions.numel() == 0
-            return Losses(_nothing(hidden) if nothing else nll, None, routing)
+        nothing = hidden.float().sum()[None] * 0.0 if not batch.targets.numel() else None
+        scorer, everyone = self._scorer(model), batch.everyone
+        if scorer and everyone and choice_ids is None and scorer.pays(everyone, picked):
+            most = everyone.most_targets
+            nll = scorer.cross_entropy(picked, batch.targets, self._head.after, most)
+            return Losses(nll if nothing is None else nothing, None, routing)
         with whole_matrix(model) as matrix:
-            if batch.label_positions.numel() == 0:
-                return Losses(_nothing(hidden), None, routing)
+            if nothing is not None:
+                return Losses(nothing, None, routing)
             nll = cross_entropy(picked, matrix, batch.targets, self._head.after)
             choice_logits = None
             if choice_ids is not None:
@@ -227,6 +216,22 @@ class CausalLM(Decoder):
                 first = picked[torch.searchsorted(batch.target_rows, rows)]
                 choice_logits = self._logits_of_choices(first, matrix, choice_ids)
         return Losses(nll, choice_logits, routing)
+
+    def _scorer(self, model: PreTrainedModel) -> ScoresInSlices | None:
+        return scorer_of_output(model) if self._head.by_token else None
+
+    def most_in_slices(self, dtype: torch.dtype) -> int:
+        """Return how many targets of a process are scored in slices of the head, at most.
+
+        Args:
+            dtype: What the model computes in.
+        """
+        model = bare_model(self.peft)
+        scorer = self._scorer(model)
+        if scorer is None:
+            return 0
+        width = output_matrix(model).weight.shape[1]
+        return scorer.most_targets(width * dtype.itemsize, learns=True)
 
     def _logits_of_choices(
         self, hidden: torch.Tensor, matrix: OutputMatrix, choice_ids: torch.Tensor | slice

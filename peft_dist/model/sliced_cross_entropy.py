@@ -5,7 +5,9 @@ hidden states travel back. All of it in forward: an objective may weigh position
 process that has none in its backward keeps nobody waiting.
 """
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as torch_dist
@@ -46,6 +48,36 @@ def scored_bytes(targets: int, hidden_bytes: int, shards: int, *, learns: bool) 
     return shards * targets * each
 
 
+class Slices(NamedTuple):
+    """How a vocabulary is divided: by rows, as `torch.chunk` does."""
+
+    vocabulary: int
+    """Rows of the whole matrix."""
+    shard: Shard
+    """Who holds which."""
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+    """The context of what may be waiting for other processes."""
+
+    def gather(self, own: torch.Tensor) -> torch.Tensor:
+        """Return [shards * N, ...] of the tensors [N, ...] of all. Collective."""
+        out = own.new_empty(self.shard.count * len(own), *own.shape[1:])
+        with self.waiting():
+            torch_dist.all_gather_into_tensor(out, own, group=self.shard.group)
+        return out
+
+    def gather_rows(self, own: torch.Tensor, most: int) -> torch.Tensor:
+        """Return [shards * most, ...] of tensors of at most so many rows each. Collective."""
+        padding = [0, 0] * (own.dim() - 1) + [0, most - len(own)]
+        return self.gather(functional.pad(own, padding).contiguous())
+
+    def exchange(self, parts: torch.Tensor) -> torch.Tensor:
+        """Return what all have for this process of tensors [shards * N, ...]. Collective."""
+        out = torch.empty_like(parts)
+        with self.waiting():
+            torch_dist.all_to_all_single(out, parts, group=self.shard.group)
+        return out
+
+
 def sliced_cross_entropy(
     hidden: torch.Tensor,
     matrix: OutputMatrix,
@@ -53,8 +85,7 @@ def sliced_cross_entropy(
     after: After | None,
     *,
     most: int,
-    vocabulary: int,
-    shard: Shard,
+    slices: Slices,
 ) -> torch.Tensor:
     """Return the negative log-likelihood, float32 [N], of targets [N]. Collective.
 
@@ -64,11 +95,10 @@ def sliced_cross_entropy(
         targets: int64 [N], token ids of the whole vocabulary.
         after: Maps products to logits, each by itself.
         most: N of the process that has most.
-        vocabulary: Rows of the whole matrix.
-        shard: Who holds which rows.
+        slices: Who holds which rows.
     """
     nll: torch.Tensor = _SlicedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # it is torch's
-        hidden, targets, matrix, after, most, vocabulary, shard
+        hidden, targets, matrix, after, most, slices
     )
     return nll
 
@@ -87,32 +117,30 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         matrix: OutputMatrix,
         after: After | None,
         most: int,
-        vocabulary: int,
-        shard: Shard,
+        slices: Slices,
     ) -> torch.Tensor:
-        count, own = shard.count, len(hidden)
-        first, _ = shard.rows(vocabulary)
-        asked = _gathered(hidden, most, shard)
-        ids = _gathered(targets.to(ID_DTYPE), most, shard).long() - first
+        shard, own = slices.shard, len(hidden)
+        first, _ = shard.rows(slices.vocabulary)
+        asked = slices.gather_rows(hidden, most)
+        ids = slices.gather_rows(targets.to(ID_DTYPE), most).long() - first
         learns, is_half = ctx.needs_input_grad[0], hidden.dtype == torch.float16
         ctx.scale = HALF_SCALE if is_half else 1.0
         nll = asked.new_empty(len(asked), dtype=torch.float32)
         grad = torch.empty_like(asked) if learns else None
         # All have as many parts, whatever rows they have themselves.
-        size = max(1, LOGIT_BYTES_PER_CHUNK // (4 * -(-vocabulary // count)))
+        size = max(1, LOGIT_BYTES_PER_CHUNK // (4 * -(-slices.vocabulary // shard.count)))
         for start in range(0, len(asked), size):
             part = slice(start, start + size)
-            nll[part], step = _losses(asked[part], matrix, ids[part], after, shard, learns)
+            nll[part], step = _losses(asked[part], matrix, ids[part], after, slices, learns)
             if grad is not None and step is not None:
                 step = step.mul_(HALF_SCALE) if is_half else step
                 grad[part] = times_vocabulary(step.to(hidden.dtype), matrix)
             del step
         back = None
         if grad is not None:
-            parts = torch.empty_like(grad)
-            torch_dist.all_to_all_single(parts, grad, group=shard.group)
+            parts = slices.exchange(grad).view(shard.count, most, -1)
             # Summed here and not on the way, where 16 bits would be rounded at every process.
-            back = parts.view(count, most, -1)[:, :own].sum(0, dtype=torch.float32)
+            back = parts[:, :own].sum(0, dtype=torch.float32)
             back = back.to(hidden.dtype)
         ctx.save_for_backward(back)
         return nll[shard.index * most :][:own].clone()
@@ -123,16 +151,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         to_hidden = None
         if back is not None:
             to_hidden = back * (grad_nll[:, None] / ctx.scale).to(back.dtype)
-        return to_hidden, None, None, None, None, None, None
-
-
-def _gathered(own: torch.Tensor, most: int, shard: Shard) -> torch.Tensor:
-    """Return [shards * most, ...] of all processes' tensors [N, ...]."""
-    padding = [0, 0] * (own.dim() - 1) + [0, most - len(own)]
-    padded = functional.pad(own, padding).contiguous()
-    out = own.new_empty(shard.count * most, *own.shape[1:])
-    torch_dist.all_gather_into_tensor(out, padded, group=shard.group)
-    return out
+        return to_hidden, None, None, None, None, None
 
 
 def _losses(
@@ -140,7 +159,7 @@ def _losses(
     matrix: OutputMatrix,
     ids: torch.Tensor,
     after: After | None,
-    shard: Shard,
+    slices: Slices,
     learns: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the losses [N], and their gradient by this slice's products [N, rows], if any.
@@ -150,7 +169,7 @@ def _losses(
         matrix: The slice.
         ids: int64 [N], which row of the slice each target is; of other slices outside of it.
         after: Maps products to logits.
-        shard: Who holds which slice.
+        slices: Who holds which.
         learns: Whether a gradient is asked for.
     """
     products = logits_of(hidden, matrix)
@@ -167,9 +186,8 @@ def _losses(
     values = values - top[:, None] if after is not None else values.sub_(top[:, None])
     exponentials = values.exp_()
     numbers = torch.stack([top, exponentials.sum(1), mine])
-    all_numbers = numbers.new_empty(shard.count * NUMBERS, len(hidden))
-    torch_dist.all_gather_into_tensor(all_numbers, numbers, group=shard.group)
-    tops, sums, picked = all_numbers.view(shard.count, NUMBERS, -1).unbind(1)
+    of_all = slices.gather(numbers).view(slices.shard.count, NUMBERS, -1)
+    tops, sums, picked = of_all.unbind(1)
     highest = tops.amax(0)
     total = (sums * (tops - highest).exp()).sum(0)
     # One slice has the target's logit, the others 0; the largest logit is taken off beforehand, or

@@ -88,6 +88,8 @@ class Estimate:
     """To read what the first start has packed."""
     save_s: float
     """To write a checkpoint: adapter and moments."""
+    head_in_slices: bool
+    """Whether positions are scored in slices of the head, and it is never whole."""
 
     @property
     def fits(self) -> bool:
@@ -199,6 +201,7 @@ def estimate(
         first_start_s=first_s,
         requeue_s=again_s,
         save_s=3 * FLOAT * adapter.parameters / (assumed.disk_gb_s * 1e9),
+        head_in_slices=scored_bytes(shape, setting) is not None,
     )
 
 

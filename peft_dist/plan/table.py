@@ -196,7 +196,16 @@ def _basis(plan: Plan) -> list[str]:
         "model: reserved (allocators were seen to hold back 1 to 26 % more), seconds, hours; every "
         f"row counts with {plan.subject.recipe.data.max_length} tokens.",
         f"assumed: {values}.",
+        *_told_of_slices(plan),
     ]
+
+
+def _told_of_slices(plan: Plan) -> list[str]:
+    sliced = [_name(row.estimate) for row in plan.rows if row.estimate.head_in_slices]
+    if not sliced:
+        return []
+    names = ", ".join(dict.fromkeys(sliced))
+    return [f"the head is never whole, positions are scored in slices of it: {names}."]
 
 
 def _count(number: int) -> str:

@@ -3,8 +3,6 @@
 Where a micro-batch has few labelled positions, their hidden states are fewer bytes than the matrix.
 """
 
-from contextlib import AbstractContextManager
-
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -12,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from peft_dist.data.pack import Everyone
 from peft_dist.distributed.collectives import Shard
 from peft_dist.model.cross_entropy import After
-from peft_dist.model.sliced_cross_entropy import scored_bytes, sliced_cross_entropy
+from peft_dist.model.sliced_cross_entropy import Slices, scored_bytes, sliced_cross_entropy
 from peft_dist.model.token_rows import OutputMatrix
 from peft_dist.sharding.compute_timer import ComputeTimer
 
@@ -29,7 +27,18 @@ class SlicedHead:
             timer: Leaves out what may be waiting for others.
             keeps: Whether a gathered head stays for the other micro-batches of the step.
         """
-        self._head, self._shard, self._timer, self._keeps = head, shard, timer, keeps
+        self._head, self._keeps = head, keeps
+        self._slices = Slices(head.weight.shape[0], shard, timer.gathering)
+
+    def most_targets(self, hidden_bytes: int, *, learns: bool) -> int:
+        """Return for how many labelled positions of a process slices carry fewer bytes.
+
+        Args:
+            hidden_bytes: Of the hidden states of a position, as they would travel.
+            learns: Whether gradients travel back.
+        """
+        each = scored_bytes(1, hidden_bytes, self._slices.shard.count, learns=learns)
+        return (self._head.weight.nbytes - 1) // each
 
     def pays(self, everyone: Everyone, hidden: torch.Tensor) -> bool:
         """Whether scoring in slices carries fewer bytes than the matrix has; the same everywhere.
@@ -38,40 +47,22 @@ class SlicedHead:
             everyone: What all processes compute now.
             hidden: [N, H], as it would travel.
         """
-        weight = self._head.weight
-        if not isinstance(weight, DTensor):
+        if not isinstance(self._head.weight, DTensor):
             return False  # it is here, for an earlier micro-batch of the step
         learns = torch.is_grad_enabled()
         targets = everyone.targets_of_step if self._keeps and learns else everyone.most_targets
-        width = hidden.shape[1] * hidden.element_size()
-        carried = scored_bytes(targets, width, self._shard.count, learns=learns)
-        return 0 < carried < weight.nbytes
+        hidden_bytes = hidden.shape[1] * hidden.element_size()
+        return 0 < targets <= self.most_targets(hidden_bytes, learns=learns)
 
     def cross_entropy(
-        self,
-        hidden: torch.Tensor,
-        targets: torch.Tensor,
-        after: After | None,
-        most: int,
+        self, hidden: torch.Tensor, targets: torch.Tensor, after: After | None, most: int
     ) -> torch.Tensor:
         """Return the losses, float32 [N], of targets [N] given hidden [N, H]. Collective."""
-        weight, bias = self._head.weight, self._head.bias
-        assert isinstance(weight, DTensor)
-        own = OutputMatrix(_local(weight), None if bias is None else _local(bias))
-        with self._waiting():
-            return sliced_cross_entropy(
-                hidden,
-                own,
-                targets,
-                after,
-                most=most,
-                vocabulary=weight.shape[0],
-                shard=self._shard,
-            )
-
-    def _waiting(self) -> AbstractContextManager[None]:
-        return self._timer.gathering()
+        bias = self._head.bias
+        own = OutputMatrix(_local(self._head.weight), None if bias is None else _local(bias))
+        return sliced_cross_entropy(hidden, own, targets, after, most=most, slices=self._slices)
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
+    assert isinstance(parameter, DTensor)
+    return parameter.to_local().detach()

@@ -1,4 +1,4 @@
-"""Two processes that train alike with a vocabulary used in parts and gathered: `lookup.py FOLDER`.
+"""Two processes that train alike with an embedding looked up and gathered: `lookup.py FOLDER`.
 
 What each has lost, learned and hashed is written down by rank 0, by model and way.
 """
@@ -14,15 +14,11 @@ import torch.distributed as torch_dist
 
 from peft_dist.data.token_cache import tokenize_rows
 from peft_dist.distributed import process_group
-from peft_dist.distributed.collectives import Shard, gather_objects
 from peft_dist.distributed.world import World, read_world
 from peft_dist.evaluation.scoring import make_eval_set, score
-from peft_dist.model import sliced_cross_entropy
-from peft_dist.model.cross_entropy import cross_entropy
 from peft_dist.model.fill_base import is_columns
 from peft_dist.model.fingerprint import fingerprint_rows
 from peft_dist.model.source import find_base
-from peft_dist.model.token_rows import OutputMatrix
 from peft_dist.model.weights import WeightFiles
 from peft_dist.model_setup import set_up_model
 from peft_dist.sharding import lookup, slices
@@ -30,7 +26,7 @@ from peft_dist.trainer import Trainer
 from tests.equivalence.cases import Recorder
 from tests.tiny import tiny_recipe
 
-LOOKED_UP, GATHERED, SLICED = "looked up", "gathered", "scored in slices"
+WAYS = ("looked up", "gathered")
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "gemma3_text": {},  # scales its rows
@@ -38,46 +34,6 @@ CASES: dict[str, dict[str, Any]] = {
     "llama, prompt": {"method": {"kind": "prompt", "virtual_tokens": 3, "text": "the cat"}},
     "llama, trained tokens": {"method": {"kind": "lora", "trainable_tokens": [5, 300]}},
 }
-
-SCORED: dict[str, dict[str, Any]] = {
-    "llama": CASES["llama"],
-    "llama, kept over a step": CASES["llama, kept over a step"],
-    "gemma2, nf4 and recomputed": {  # squeezes its logits
-        "quantization": "nf4", "train": {"activation_checkpointing": True},
-    },
-}  # fmt: skip
-NEVER = 1 << 60
-
-
-def sliced_losses(world: World) -> list[float]:
-    """Return the worst differences of losses and gradients of slices to those of the matrix.
-
-    One process has no positions, and one has two chunks of them; each weighs its own.
-    """
-    made = torch.Generator().manual_seed(world.rank)
-    shared = torch.Generator().manual_seed(7)
-    shard, worst = Shard(world.rank, world.size), []
-    weight = torch.randn(321, 16, generator=shared)
-    bias = torch.randn(321, generator=shared)
-    start, stop = shard.rows(321)
-    for after in (None, lambda products: 3 * torch.tanh(products / 3)):
-        for counts in ((5, 9), (7, 0)):
-            own = counts[world.rank]
-            hidden = torch.randn(own, 16, generator=made).requires_grad_()
-            targets = torch.randint(321, (own,), generator=made)
-            weights = torch.randn(own, generator=made)
-            whole = cross_entropy(hidden, OutputMatrix(weight, bias), targets, after)
-            expected = torch.autograd.grad((whole * weights).sum(), hidden)[0]
-            part = OutputMatrix(weight[start:stop], bias[start:stop])
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sliced_cross_entropy, "LOGIT_BYTES_PER_CHUNK", 8 * 4 * 161)
-                found = sliced_cross_entropy.sliced_cross_entropy(
-                    hidden, part, targets, after, most=max(counts), vocabulary=321, shard=shard
-                )
-            gradient = torch.autograd.grad((found * weights).sum(), hidden)[0]
-            for one, other in ((found, whole), (gradient, expected)):
-                worst.append(float((one - other).abs().max()) if own else 0.0)
-    return [max(of_all) for of_all in zip(*gather_objects(worst), strict=True)]
 
 
 def train(name: str, folder: Path, world: World, patch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -92,30 +48,16 @@ def train(name: str, folder: Path, world: World, patch: pytest.MonkeyPatch) -> d
     exchange = torch_dist.all_to_all_single
     patch.setattr(torch_dist, "all_to_all_single", counted)
     model, rows = folder / name.partition(",")[0], folder / "rows.jsonl"
-    case = {**CASES, **SCORED}[name]
-    slices_before, scorings = slices.sliced_cross_entropy, 0
-
-    def scored(*args: Any, **kwargs: Any) -> Any:
-        nonlocal scorings
-        scorings += 1
-        return slices_before(*args, **kwargs)
-
-    patch.setattr(slices, "sliced_cross_entropy", scored)
+    case = CASES[name]
     recipe = tiny_recipe(
         model,
         rows,
         data={"eval": str(rows)},
         # 7 rows a step: one process has more than the other, and none in one pass.
-        train={
-            "steps": 3,
-            "global_batch_size": 7,
-            "micro_batch_size": 2,
-            "learning_rate": 5e-3,
-            **case.get("train", {}),
-        },
+        train={"steps": 3, "global_batch_size": 7, "micro_batch_size": 2, "learning_rate": 5e-3},
         evaluate={"max_rows": 5, "micro_batch_size": 1},
         parallel={"strategy": "fsdp", **case.get("parallel", {})},
-        **{key: case[key] for key in ("method", "quantization") if key in case},
+        **({"method": case["method"]} if "method" in case else {}),
     )
     data = tokenize_rows(recipe, "train", folder / "rows")
     held = make_eval_set(recipe, tokenize_rows(recipe, "eval", folder / "rows"))
@@ -142,7 +84,7 @@ def train(name: str, folder: Path, world: World, patch: pytest.MonkeyPatch) -> d
     trainer.trackers = [recorder]
     exchanges = 0
     trainer.run()
-    found["exchanges"], found["scorings"] = exchanges, scorings
+    found["exchanges"] = exchanges
     setup.check_integrity()
     found["score"] = score(setup, held).loss
     found["steps"] = [[r["loss"], r["grad_norm"]] for r in recorder.records if r["event"] == "step"]
@@ -155,18 +97,15 @@ def main(folder: Path) -> None:
     """Train every case both ways."""
     world = read_world()
     process_group.start(world)
-    found: dict[str, Any] = {name: {} for name in {**CASES, **SCORED}}
-    for name in found:
-        looks_up = [LOOKED_UP] if name in CASES else []
-        scores = [SLICED] if name in SCORED else []
-        for way in (*looks_up, GATHERED, *scores):
+    found: dict[str, Any] = {name: {} for name in CASES}
+    for name in CASES:
+        for way in WAYS:
             with pytest.MonkeyPatch.context() as patch:
-                if way != LOOKED_UP:
-                    patch.setattr(lookup, "exchanged_bytes", lambda *_: NEVER)
-                if way != SLICED:
-                    patch.setattr(slices, "scored_bytes", lambda *_, **__: NEVER)
+                # Of the head, whose exchanges are none of rows.
+                patch.setattr(slices, "scored_bytes", lambda *_, **__: 1 << 60)
+                if way == "gathered":
+                    patch.setattr(lookup, "exchanged_bytes", lambda *_: 1 << 60)
                 found[name][way] = train(name, folder, world, patch)
-    found["losses"] = sliced_losses(world)
     if world.is_main:
         (folder / "out.json").write_text(json.dumps(found))
     process_group.stop()
