@@ -190,13 +190,13 @@ def _basis(plan: Plan) -> list[str]:
     assumed = plan.hardware.assumed
     values = ", ".join(f"{f.name} {getattr(assumed, f.name):g}" for f in fields(Assumed))
     return [
+        *_told_of_slices(plan),
         "exact: parameters, base, adapter, gradients, moments. formulas, within 3 % of the "
         "simulations that tests compare them with (zero3: of one run of two processes): "
         "activations, logits, gathered, allocated.",
         "model: reserved (allocators were seen to hold back 1 to 26 % more), seconds, hours; every "
         f"row counts with {plan.subject.recipe.data.max_length} tokens.",
         f"assumed: {values}.",
-        *_told_of_slices(plan),
     ]
 
 
