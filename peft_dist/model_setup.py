@@ -291,7 +291,7 @@ def set_up_model(
     engine.wrap(model, blocks.values(), [p for p in model.parameters() if p.requires_grad])
     engine.materialize(model)
     if isinstance(model, CausalLM) and (most := model.most_in_slices(dtype)):
-        log.info("head: scored in slices where no process has more than %d targets in a pass", most)
+        log.info("head: in slices up to %d labelled tokens of a process in a step", most)
     code = compiled.of(recipe, skeleton, blocks, world, source.cache_dir) if compiling else None
     frozen, trained = frozen_and_trained(peft)
     log.info("built: %s with %s adapters", type(skeleton).__name__, recipe.method.kind)

@@ -27,7 +27,7 @@ class ScoresInSlices(Protocol):
     """Scores positions against a head of which every process holds a slice."""
 
     def most_targets(self, hidden_bytes: int, *, learns: bool) -> int:
-        """Return for how many labelled positions of a process slices carry fewer bytes."""
+        """Return for how many labelled positions of a process slices carry fewer bytes at most."""
 
     def pays(self, everyone: Everyone, hidden: torch.Tensor) -> bool:
         """Whether to do so with hidden states [N, H], instead of gathering the head."""

@@ -221,7 +221,7 @@ class CausalLM(Decoder):
         return scorer_of_output(model) if self._head.by_token else None
 
     def most_in_slices(self, dtype: torch.dtype) -> int:
-        """Return how many targets of a process are scored in slices of the head, at most.
+        """Return up to how many targets of a process in a step slices of the head score them.
 
         Args:
             dtype: What the model computes in.

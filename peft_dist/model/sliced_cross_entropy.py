@@ -26,7 +26,8 @@ from peft_dist.model.token_rows import OutputMatrix
 ID_DTYPE = torch.int32
 """Of the targets that processes tell each other."""
 NUMBERS = 3
-"""Float32, of each position and slice: largest logit, sum of exponentials, logit of the target."""
+"""Float32, of each position and slice: largest logit, logarithm of its share of the slice, logit of
+the target."""
 
 
 def can_be_slices(vocabulary: int, shards: int) -> bool:
@@ -123,7 +124,10 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         first, _ = shard.rows(slices.vocabulary)
         asked = slices.gather_rows(hidden, most)
         ids = slices.gather_rows(targets.to(ID_DTYPE), most).long() - first
+        rows = matrix.weight.shape[0]
+        elsewhere, at = (ids < 0) | (ids >= rows), ids.clamp(0, rows - 1)[:, None]
         learns, is_half = ctx.needs_input_grad[0], hidden.dtype == torch.float16
+        step_dtype = torch.float32 if is_half else hidden.dtype
         ctx.scale = HALF_SCALE if is_half else 1.0
         nll = asked.new_empty(len(asked), dtype=torch.float32)
         grad = torch.empty_like(asked) if learns else None
@@ -131,7 +135,10 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         size = max(1, LOGIT_BYTES_PER_CHUNK // (4 * -(-slices.vocabulary // shard.count)))
         for start in range(0, len(asked), size):
             part = slice(start, start + size)
-            nll[part], step = _losses(asked[part], matrix, ids[part], after, slices, learns)
+            target = elsewhere[part], at[part]
+            nll[part], step = _losses(
+                asked[part], matrix, target, after, slices, step_dtype if learns else None
+            )
             if grad is not None and step is not None:
                 step = step.mul_(HALF_SCALE) if is_half else step
                 grad[part] = times_vocabulary(step.to(hidden.dtype), matrix)
@@ -157,47 +164,50 @@ class _SlicedCrossEntropy(torch.autograd.Function):
 def _losses(
     hidden: torch.Tensor,
     matrix: OutputMatrix,
-    ids: torch.Tensor,
+    target: tuple[torch.Tensor, torch.Tensor],
     after: After | None,
     slices: Slices,
-    learns: bool,
+    step_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the losses [N], and their gradient by this slice's products [N, rows], if any.
 
     Args:
         hidden: [N, H].
         matrix: The slice.
-        ids: int64 [N], which row of the slice each target is; of other slices outside of it.
+        target: bool [N], whether another slice has it, and int64 [N, 1], which row it is here.
         after: Maps products to logits.
         slices: Who holds which.
-        learns: Whether a gradient is asked for.
+        step_dtype: Of the gradient; None where none is asked for.
     """
+    (elsewhere, at), learns = target, step_dtype is not None
     products = logits_of(hidden, matrix)
     logits = products
     if after is not None:
         with torch.set_grad_enabled(learns):
             logits = after(products.requires_grad_(learns))
     values = logits.detach()
-    rows = values.shape[1]
-    here = (ids >= 0) & (ids < rows)
-    at = ids.clamp(0, rows - 1)[:, None]
-    top = values.amax(1)
-    mine = values.gather(1, at).squeeze(1).masked_fill(~here, 0.0)
-    values = values - top[:, None] if after is not None else values.sub_(top[:, None])
-    exponentials = values.exp_()
-    numbers = torch.stack([top, exponentials.sum(1), mine])
-    of_all = slices.gather(numbers).view(slices.shard.count, NUMBERS, -1)
-    tops, sums, picked = of_all.unbind(1)
+    top, mine = values.amax(1), values.gather(1, at).squeeze(1)
+    log_shares = torch.log_softmax(values, dim=1)  # of what this slice has
+    numbers = torch.stack([top, log_shares.amax(1), mine.masked_fill_(elsewhere, 0.0)])
+    tops, largest, picked = slices.gather(numbers).view(slices.shard.count, NUMBERS, -1).unbind(1)
     highest = tops.amax(0)
-    total = (sums * (tops - highest).exp()).sum(0)
+    parts = tops - highest - largest  # of each slice, the logarithm of its sum
+    of_slices = torch.log_softmax(parts, dim=0)
+    # As one kernel has it, and exact where one slice is nearly all.
+    total = parts.amax(0) - of_slices.amax(0)
     # One slice has the target's logit, the others 0; the largest logit is taken off beforehand, or
     # a token that is nearly certain would be lost to rounding.
-    nll = total.log() - (picked.sum(0) - highest)
+    nll = total - (picked.sum(0) - highest)
     if not learns:
         return nll, None
-    step = exponentials.mul_(((top - highest).exp() / total)[:, None])
-    certain = torch.where(here, torch.expm1(-nll), step.gather(1, at).squeeze(1))
+    log_shares += of_slices[slices.shard.index][:, None]
+    step = torch.empty_like(log_shares, dtype=step_dtype if after is None else torch.float32)
+    torch.exp(log_shares, out=step)
+    del log_shares
+    # As there, exp(x) - 1 is computed as one. Of other slices' targets, what stands there stays.
+    there = step.gather(1, at).squeeze(1)
+    certain = torch.where(elsewhere, there, torch.expm1(-nll).to(step.dtype))
     step.scatter_(1, at, certain[:, None])
     if after is not None:
         (step,) = torch.autograd.grad(logits, products, step)
-    return nll, step
+    return nll, step.to(step_dtype)

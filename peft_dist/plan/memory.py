@@ -134,8 +134,7 @@ def scored_bytes(shape: ModelShape, setting: Setting) -> int | None:
         return None
     each = 2 * shape.hidden * setting.compute_bytes + ID_BYTES + shards * NUMBERS * FLOAT
     carried = scored_positions(setting) * each
-    passes = setting.accumulation if setting.reshard == "step" else 1
-    fewer = passes * carried < shape.vocabulary * shape.hidden * _word_bytes(setting)
+    fewer = setting.accumulation * carried < shape.vocabulary * shape.hidden * _word_bytes(setting)
     return carried if fewer else None
 
 
@@ -294,9 +293,7 @@ def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> By
         slice_rows, positions = -(-shape.vocabulary // setting.shards), scored_positions(setting)
     chunk = min(max(1, LOGIT_BYTES_PER_CHUNK // (FLOAT * slice_rows)), positions)
     per_logit = 6 * FLOAT if shape.head_softcap else 2 * FLOAT + e
-    if scored is not None and not shape.head_softcap:
-        per_logit = FLOAT + e
-    elif chunk < positions:  # the gradients of the chunk before
+    if chunk < positions:  # the gradients of the chunk before
         per_logit += e
     logits = per_logit * chunk * slice_rows
 

@@ -18,20 +18,19 @@ from peft_dist.sharding.compute_timer import ComputeTimer
 class SlicedHead:
     """Scores positions against a frozen head, of which each process holds a slice."""
 
-    def __init__(self, head: nn.Linear, shard: Shard, timer: ComputeTimer, *, keeps: bool) -> None:
+    def __init__(self, head: nn.Linear, shard: Shard, timer: ComputeTimer) -> None:
         """Take a head that is sharded by rows.
 
         Args:
             head: The module.
             shard: Who holds which rows.
             timer: Leaves out what may be waiting for others.
-            keeps: Whether a gathered head stays for the other micro-batches of the step.
         """
-        self._head, self._keeps = head, keeps
+        self._head = head
         self._slices = Slices(head.weight.shape[0], shard, timer.gathering)
 
     def most_targets(self, hidden_bytes: int, *, learns: bool) -> int:
-        """Return for how many labelled positions of a process slices carry fewer bytes.
+        """Return for how many labelled positions of a process slices carry fewer bytes at most.
 
         Args:
             hidden_bytes: Of the hidden states of a position, as they would travel.
@@ -43,6 +42,9 @@ class SlicedHead:
     def pays(self, everyone: Everyone, hidden: torch.Tensor) -> bool:
         """Whether scoring in slices carries fewer bytes than the matrix has; the same everywhere.
 
+        In training, all micro-batches of a step against one matrix, whether it would stay gathered
+        or not: so a run goes on to the bit where it keeps blocks longer than before.
+
         Args:
             everyone: What all processes compute now.
             hidden: [N, H], as it would travel.
@@ -50,7 +52,7 @@ class SlicedHead:
         if not isinstance(self._head.weight, DTensor):
             return False  # it is here, for an earlier micro-batch of the step
         learns = torch.is_grad_enabled()
-        targets = everyone.targets_of_step if self._keeps and learns else everyone.most_targets
+        targets = everyone.targets_of_step if learns else everyone.most_targets
         hidden_bytes = hidden.shape[1] * hidden.element_size()
         return 0 < targets <= self.most_targets(hidden_bytes, learns=learns)
 

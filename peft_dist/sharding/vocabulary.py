@@ -60,8 +60,7 @@ class VocabularyUnit(nn.Module):
             return
         if self.in_slices:
             assert isinstance(embedding, nn.Linear)
-            scorer = SlicedHead(embedding, shard, timer, keeps=self.keeps)
-            score_in_slices(embedding, scorer)
+            score_in_slices(embedding, SlicedHead(embedding, shard, timer))
         # Of one matrix, the loss at the end of the pass frees what the embedding has gathered.
         gather_for_use(embedding, self, free=not head)
         for module in head:
