@@ -26,7 +26,7 @@ from peft_dist.common.sizes import megabytes
 from peft_dist.config import Recipe
 from peft_dist.data.encode import load_tokenizer
 from peft_dist.data.order import RowIds
-from peft_dist.data.pack import Batch, Everyone, pack, positions_of
+from peft_dist.data.pack import Batch, Everyone, everyone_of, pack
 from peft_dist.data.stream import TrainingRows
 from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.world import World
@@ -117,16 +117,9 @@ class ModelSetup:
         """
         if not self.engine.exchanges_rows:
             return [None] * len(shares[0])
-        most = [
-            max(
-                positions_of(
-                    rows, ids, packing=self.packing, virtual_tokens=self.method.virtual_tokens
-                )
-                for ids in of_all
-            )
-            for of_all in zip(*shares, strict=True)
-        ]
-        return [Everyone(one, sum(most)) for one in most]
+        return everyone_of(
+            rows, shares, packing=self.packing, virtual_tokens=self.method.virtual_tokens
+        )
 
     def pack(self, rows: TokenizedRows, ids: RowIds, everyone: Everyone | None = None) -> Batch:
         """Return the rows `ids` as one micro-batch of this model."""
@@ -299,6 +292,8 @@ def set_up_model(
     engine.reshard, engine.dequantized_blocks = launched.reshard, launched.dequantized_blocks
     engine.wrap(model, blocks.values(), [p for p in model.parameters() if p.requires_grad])
     engine.materialize(model)
+    if isinstance(model, CausalLM) and (most := model.most_in_slices(dtype)):
+        log.info("head: in slices up to %d labelled tokens of a process in a step", most)
     code = compiled.of(recipe, skeleton, blocks, world, source.cache_dir) if compiling else None
     frozen, trained = frozen_and_trained(peft)
     log.info("built: %s with %s adapters", type(skeleton).__name__, recipe.method.kind)

@@ -26,6 +26,10 @@ class Everyone(NamedTuple):
     """B * T of the largest."""
     of_step: int
     """The sum of it over the micro-batches of a step."""
+    most_targets: int
+    """N of the one that has most."""
+    targets_of_step: int
+    """The sum of it over the micro-batches of a step."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,36 @@ def positions_of(
     """Return B * T of what `pack` makes of the rows `ids`."""
     taken = _lengths(rows, ids) + virtual_tokens
     return int(taken.sum() if packing else len(taken) * taken.max())
+
+
+def targets_of(rows: TokenizedRows, ids: NDArray[np.int64]) -> int:
+    """Return N of what `pack` makes of the rows `ids` of a language model."""
+    begins, ends = rows.offsets[ids] + 1, rows.offsets[ids + 1]
+    return sum(
+        int(np.count_nonzero(rows.trained[begin:end]))
+        for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)
+    )
+
+
+def everyone_of(
+    rows: TokenizedRows,
+    shares: Sequence[Sequence[NDArray[np.int64]]],
+    *,
+    packing: bool,
+    virtual_tokens: int = 0,
+) -> list[Everyone]:
+    """Return what `pack` is told of each micro-batch, of row ids by process and micro-batch."""
+
+    def size(ids: NDArray[np.int64]) -> int:
+        return positions_of(rows, ids, packing=packing, virtual_tokens=virtual_tokens)
+
+    together = [*zip(*shares, strict=True)]
+    most = [max(map(size, of_all)) for of_all in together]
+    targets = [max(targets_of(rows, ids) for ids in of_all) for of_all in together]
+    return [
+        Everyone(positions, sum(most), labelled, sum(targets))
+        for positions, labelled in zip(most, targets, strict=True)
+    ]
 
 
 def _lengths(rows: TokenizedRows, ids: NDArray[np.int64]) -> NDArray[np.int64]:

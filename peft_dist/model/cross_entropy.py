@@ -64,7 +64,7 @@ def _vocabulary_parts(
         yield part, weight[part].to(dtype)
 
 
-def _times_vocabulary(step: torch.Tensor, matrix: OutputMatrix) -> torch.Tensor:
+def times_vocabulary(step: torch.Tensor, matrix: OutputMatrix) -> torch.Tensor:
     """Return step [N, V] times the matrix [V, H]; `step` is changed where rows are trained."""
     own: torch.Tensor | None = None
     if matrix.ids is not None and matrix.rows is not None:
@@ -113,7 +113,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 own[part] = step[:, ids]
             if grad is not None and step is not None:
                 step = step * HALF_SCALE if is_half else step
-                grad[part] = _times_vocabulary(step.to(hidden.dtype), matrix)
+                grad[part] = times_vocabulary(step.to(hidden.dtype), matrix)
         ctx.after, ctx.scale = after, HALF_SCALE if is_half else 1.0
         # Of a frozen matrix, which an engine may have freed by then, backward needs nothing.
         whole = (weight, bias, targets) if to_weight or to_bias else (None, None, None)

@@ -31,6 +31,9 @@ class Head:
 
     before: Callable[[torch.Tensor], torch.Tensor] | None
     after: Callable[[torch.Tensor], torch.Tensor] | None
+    by_token: bool
+    """Whether `after` maps each token's products by themselves, so that a slice of them may do;
+    some models mask tokens by their ids."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Look at a model, on `meta` or not; its adapters must be there already.
@@ -56,6 +59,7 @@ class Head:
                 pass  # a layer of other width, or without memory yet: it is there
             if torch.equal(self._after(products), products):
                 self.after = None
+            self.by_token = self.after is None or self._maps_by_token(products)
         except Exception as error:  # each model fails in its own way
             if isinstance(error, ModelError):
                 raise
@@ -77,6 +81,17 @@ class Head:
         device = like.device if self.before is not None and like.is_meta else products.device
         nothing = torch.zeros(len(products), width, dtype=like.dtype, device=device)
         return self._run(nothing, _Output(products[None])).flatten(0, 1)
+
+    def _maps_by_token(self, products: torch.Tensor) -> bool:
+        """Whether a slice of the products gives the slice of the logits."""
+        whole, middle = self._after(products), products.shape[1] // 2
+        try:
+            return all(
+                torch.equal(self._after(products[:, part].contiguous()), whole[:, part])
+                for part in (slice(middle), slice(middle, None), slice(1, 2))
+            )
+        except (RuntimeError, IndexError):
+            return False  # it counts on the tokens that it knows
 
     def _run(self, hidden: torch.Tensor, matrix: nn.Module) -> torch.Tensor:
         """Run the model's own forward with stand-ins for its trunk and output matrix."""

@@ -19,9 +19,10 @@ from peft_dist.data.pack import Batch
 from peft_dist.model.architectures import bare_model, trunk_name
 from peft_dist.model.attention import OURS
 from peft_dist.model.cross_entropy import cross_entropy, logits_of
+from peft_dist.model.gathered import ScoresInSlices, bytes_of_position
 from peft_dist.model.head import Head
 from peft_dist.model.router import Routing, router_term
-from peft_dist.model.token_rows import OutputMatrix, output_matrix, whole_matrix
+from peft_dist.model.token_rows import OutputMatrix, output_matrix, scorer_of_output, whole_matrix
 
 ALL_TOKENS = slice(None)
 """As choices: the whole vocabulary, without a copy of the head."""
@@ -196,12 +197,23 @@ class CausalLM(Decoder):
         picked = hidden.flatten(0, 1)[batch.label_positions]
         if self._head.before is not None:
             picked = self._head.before(picked)
+        if torch.is_autocast_enabled(picked.device.type):
+            picked = picked.to(torch.get_autocast_dtype(picked.device.type))
         # Every process takes part in the same collectives, with work or without.
+        nothing = hidden.float().sum()[None] * 0.0 if not batch.targets.numel() else None
+        scorer, everyone = self._scorer(model), batch.everyone
+        if (
+            scorer
+            and everyone
+            and choice_ids is None
+            and scorer.pays(everyone, bytes_of_position(picked))
+        ):
+            most = everyone.most_targets
+            nll = scorer.cross_entropy(picked, batch.targets, self._head.after, most)
+            return Losses(nll if nothing is None else nothing, None, routing)
         with whole_matrix(model) as matrix:
-            if batch.label_positions.numel() == 0:
-                return Losses(hidden.float().sum()[None] * 0.0, None, routing)
-            if torch.is_autocast_enabled(picked.device.type):
-                picked = picked.to(torch.get_autocast_dtype(picked.device.type))
+            if nothing is not None:
+                return Losses(nothing, None, routing)
             nll = cross_entropy(picked, matrix, batch.targets, self._head.after)
             choice_logits = None
             if choice_ids is not None:
@@ -209,6 +221,22 @@ class CausalLM(Decoder):
                 first = picked[torch.searchsorted(batch.target_rows, rows)]
                 choice_logits = self._logits_of_choices(first, matrix, choice_ids)
         return Losses(nll, choice_logits, routing)
+
+    def _scorer(self, model: PreTrainedModel) -> ScoresInSlices | None:
+        return scorer_of_output(model) if self._head.by_token else None
+
+    def most_in_slices(self, dtype: torch.dtype) -> int:
+        """Return up to how many targets of a process in a step slices of the head score them.
+
+        Args:
+            dtype: What the model computes in.
+        """
+        model = bare_model(self.peft)
+        scorer = self._scorer(model)
+        if scorer is None:
+            return 0
+        width = output_matrix(model).weight.shape[1]
+        return scorer.most_targets(width * dtype.itemsize, learns=True)
 
     def _logits_of_choices(
         self, hidden: torch.Tensor, matrix: OutputMatrix, choice_ids: torch.Tensor | slice

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from peft_dist.common.errors import RecipeError
-from peft_dist.model.gathered import gathered
+from peft_dist.model.gathered import ScoresInSlices, gathered, scorer_of
 
 
 class TokenRows(TrainableTokensLayer):
@@ -118,6 +118,12 @@ def whole_matrix(model: PreTrainedModel) -> Iterator[OutputMatrix]:
     head, ids, rows = _output(model)
     with gathered(head):
         yield OutputMatrix(head.weight, head.bias, ids, rows)
+
+
+def scorer_of_output(model: PreTrainedModel) -> ScoresInSlices | None:
+    """Return what scores positions against slices of the output matrix, where nothing does else."""
+    head, ids, _ = _output(model)
+    return scorer_of(head) if ids is None else None
 
 
 def _output(model: PreTrainedModel) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:

@@ -19,6 +19,7 @@ from peft_dist.plan.memory import (
     gathered_block_bytes,
     kept_by_block,
     peak_bytes,
+    scored_bytes,
 )
 from peft_dist.plan.ring import Ring
 from peft_dist.plan.shapes import ModelShape
@@ -89,6 +90,8 @@ class Estimate:
     """To read what the first start has packed."""
     save_s: float
     """To write a checkpoint: adapter and moments."""
+    head_in_slices: bool
+    """Whether positions are scored in slices of the head, and it is never whole."""
 
     @property
     def fits(self) -> bool:
@@ -202,6 +205,7 @@ def estimate(
         first_start_s=first_s,
         requeue_s=again_s,
         save_s=3 * FLOAT * adapter.parameters / (assumed.disk_gb_s * 1e9),
+        head_in_slices=scored_bytes(shape, setting) is not None,
     )
 
 

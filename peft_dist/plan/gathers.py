@@ -16,6 +16,7 @@ from peft_dist.plan.memory import (
     exchanged_bytes,
     gathered_block_bytes,
     outer_bytes,
+    scored_bytes,
 )
 from peft_dist.plan.ring import Ring
 from peft_dist.plan.shapes import ModelShape
@@ -98,15 +99,21 @@ def gathered_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -
 
 def gathered_words(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> int:
     """Return what of it is embedding, head and all else outside the blocks."""
-    exchanged = exchanged_bytes(shape, adapter, setting)
-    if exchanged is None:
-        return outer_bytes(shape, setting)
-    head = outer_bytes(replace(shape, tied=True), setting)
-    return head + exchanged * (setting.accumulation if setting.reshard == "step" else 1)
+    passes = setting.accumulation if setting.reshard == "step" else 1
+    every, matrix = outer_bytes(shape, setting), _matrix_bytes(shape, setting)
+    for instead in (exchanged_bytes(shape, adapter, setting), scored_bytes(shape, setting)):
+        if instead is not None:
+            every += passes * instead - matrix
+    return every
 
 
 def own_head_bytes(shape: ModelShape, setting: Setting) -> int:
     """Return what of it is a head that is gathered by itself."""
-    if shape.tied or setting.holds_vocabulary:
+    if shape.tied or setting.holds_vocabulary or scored_bytes(shape, setting) is not None:
         return 0
+    return _matrix_bytes(shape, setting)
+
+
+def _matrix_bytes(shape: ModelShape, setting: Setting) -> int:
+    """Return the bytes of an embedding or head, where these are two."""
     return outer_bytes(shape, setting) - outer_bytes(replace(shape, tied=True), setting)

@@ -4,7 +4,7 @@ The formulas follow what the code keeps alive; a test holds them against the sim
 runs that code. Counted is a micro-batch of the longest rows.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from peft_dist.config.parallel import Reshard
 from peft_dist.plan.adapter import AdapterShape
@@ -16,6 +16,8 @@ REUSE_ELEMENTS = 50_000_000
 """As in `sharding.deepspeed_zero`; a test compares them too."""
 ALIGNED_COLUMNS, ID_BYTES = 8, 4
 """As in `sharding.lookup`, likewise."""
+NUMBERS = 3
+"""As in `model.sliced_cross_entropy`, likewise."""
 FLOAT = 4
 """Bytes of what is trained, and of copies that norms and losses compute on."""
 
@@ -122,6 +124,27 @@ def exchanged_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) 
     found = positions * (setting.shards * ID_BYTES + shape.hidden * width)
     passes = setting.accumulation if setting.reshard == "step" else 1
     return found if passes * found < shape.vocabulary * shape.hidden * width else None
+
+
+def scored_bytes(shape: ModelShape, setting: Setting) -> int | None:
+    """Return what scoring positions in slices of the head carries in a micro-batch.
+
+    None where the head is gathered instead, since that is fewer bytes or it has no slices.
+    """
+    shards, alone = setting.shards, not (shape.tied or setting.offload or setting.holds_vocabulary)
+    if not (setting.sharded and shards > 1 and alone):
+        return None
+    if (shards - 1) * -(-shape.vocabulary // shards) >= shape.vocabulary:
+        return None
+    each = 2 * shape.hidden * setting.compute_bytes + ID_BYTES + shards * NUMBERS * FLOAT
+    carried = scored_positions(setting) * each
+    fewer = setting.accumulation * carried < shape.vocabulary * shape.hidden * _word_bytes(setting)
+    return carried if fewer else None
+
+
+def scored_positions(setting: Setting) -> int:
+    """Return the labelled positions of all that hold one copy of the base, in a micro-batch."""
+    return setting.shards * setting.micro_batch * (setting.length - 1)
 
 
 def block_bytes(shape: ModelShape, setting: Setting, shards: int = 1) -> int:
@@ -252,6 +275,18 @@ class _Words:
 
 
 def _words(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> _Words:
+    words = _gathered_words(shape, adapter, setting)
+    if scored_bytes(shape, setting) is None:
+        return words
+    rest = _share(shape.outer_parameters, 1, setting)
+    if setting.reshard == "step" and exchanged_bytes(shape, adapter, setting) is None:
+        rest += shape.vocabulary * shape.hidden * _word_bytes(setting)  # of the embedding
+    hidden = scored_positions(setting) * shape.hidden * setting.compute_bytes
+    # Hidden states of all, and their gradients: as they are made, and as they are received.
+    return replace(words, at_head=rest + 3 * hidden, at_loss=rest + 2 * hidden, in_backward=rest)
+
+
+def _gathered_words(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> _Words:
     every = outer_bytes(shape, setting)
     rest = _share(shape.outer_parameters, 1, setting)
     matrix = (every - rest) // shape.vocabulary_matrices
@@ -298,11 +333,14 @@ def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> By
         at_loss = at_norm = at_block = shape.layers * one_block + inputs
     last = wide * (e + (FLOAT if setting.recompute else 0)) + 2 * predicted * shape.hidden * e
 
-    chunk = min(max(1, LOGIT_BYTES_PER_CHUNK // (FLOAT * shape.vocabulary)), predicted)
+    slice_rows, positions, scored = shape.vocabulary, predicted, scored_bytes(shape, setting)
+    if scored is not None:
+        slice_rows, positions = -(-shape.vocabulary // setting.shards), scored_positions(setting)
+    chunk = min(max(1, LOGIT_BYTES_PER_CHUNK // (FLOAT * slice_rows)), positions)
     per_logit = 6 * FLOAT if shape.head_softcap else 2 * FLOAT + e
-    if chunk < predicted:  # the gradients of the chunk before
+    if chunk < positions:  # the gradients of the chunk before
         per_logit += e
-    logits = per_logit * chunk * shape.vocabulary
+    logits = per_logit * chunk * slice_rows
 
     largest = shape.largest_linear
     product = tokens * shape.intermediate * max(shape.experts_per_token, 1) * e

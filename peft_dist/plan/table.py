@@ -209,6 +209,7 @@ def _basis(plan: Plan) -> list[str]:
     assumed = plan.hardware.assumed
     values = ", ".join(f"{f.name} {getattr(assumed, f.name):g}" for f in fields(Assumed))
     return [
+        *_told_of_slices(plan),
         "exact: parameters, base, adapter, gradients, moments. formulas, within 3 % of the "
         "simulations that tests compare them with (zero3: of one run of two processes): "
         "activations, logits, gathered, allocated.",
@@ -216,6 +217,14 @@ def _basis(plan: Plan) -> list[str]:
         f"row counts with {plan.subject.recipe.data.max_length} tokens.",
         f"assumed: {values}.",
     ]
+
+
+def _told_of_slices(plan: Plan) -> list[str]:
+    sliced = [_name(row.estimate) for row in plan.rows if row.estimate.head_in_slices]
+    if not sliced:
+        return []
+    names = ", ".join(dict.fromkeys(sliced))
+    return [f"the head is never whole, positions are scored in slices of it: {names}."]
 
 
 def _count(number: int) -> str:

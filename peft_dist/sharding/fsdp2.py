@@ -91,7 +91,7 @@ class FSDP2Engine(Engine):
         for own in vocabulary:
             shard(own, shard_placement_fn=_columns if own.by_columns else None)
             own.watch(model, self.shard, self.compute_timer)
-            self.exchanges_rows |= own.by_columns
+            self.exchanges_rows |= own.exchanges_rows
         elsewhere = {parameter for own in vocabulary for parameter in own.parameters()}
         shard(model, ignored_params=trained | apart | elsewhere)
         gather = _TimedAllGather(self.compute_timer)

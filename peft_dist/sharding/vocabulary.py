@@ -5,16 +5,25 @@ A unit that stays gathered through the pass would hold the vocabulary twice: 2 G
 
 from typing import Any
 
+import torch
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from peft_dist.data.pack import Batch
 from peft_dist.distributed.collectives import Shard
 from peft_dist.model.architectures import bare_model
-from peft_dist.model.gathered import gather_for_use
+from peft_dist.model.gathered import (
+    bytes_of_position,
+    gather_for_use,
+    score_in_slices,
+    scorer_of,
+)
 from peft_dist.model.loss import CausalLM
+from peft_dist.model.sliced_cross_entropy import can_be_slices
 from peft_dist.sharding.compute_timer import ComputeTimer
 from peft_dist.sharding.lookup import ColumnLookup, can_be_columns
+from peft_dist.sharding.slices import SlicedHead
 
 
 class VocabularyUnit(nn.Module):
@@ -27,31 +36,44 @@ class VocabularyUnit(nn.Module):
         is_head: Whether it is a head alone.
         by_columns: Whether it is sharded by columns: an embedding alone, of which few rows are
             used in a pass.
+        in_slices: Whether it is a head alone, against whose parts positions can be scored.
     """
 
-    def __init__(self, modules: list[nn.Module], *, keeps: bool, by_columns: bool) -> None:
+    def __init__(
+        self, modules: list[nn.Module], *, keeps: bool, by_columns: bool, in_slices: bool
+    ) -> None:
         """Take modules whose parameters are frozen and in no other module."""
         super().__init__()
         self.modules_of = nn.ModuleList(modules)
         self.keeps = keeps
-        self.by_columns = by_columns
+        self.by_columns, self.in_slices = by_columns, in_slices
         self.is_head = len(modules) == 1 and isinstance(modules[0], nn.Linear)
-        self._is_wanted = self._is_asked_for = False
+        self._is_asked_for = False
 
     def watch_for(self, model: nn.Module, block: nn.Module) -> None:
         """Ask for the parameters before a block runs in a pass of the model, for use after it."""
+        wanted: list[Batch] = []
 
-        def begins(*_: Any) -> None:
-            self._is_wanted = True
+        def begins(_model: nn.Module, inputs: tuple[Batch]) -> None:
+            wanted[:] = inputs[:1]
 
-        def asks(*_: Any) -> None:
+        def asks(_block: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             assert isinstance(self, FSDPModule)
-            if self._is_wanted:  # not where the block runs again in backward
-                self._is_wanted, self._is_asked_for = False, True
-                self.unshard(async_op=True)
+            if not wanted:  # the block runs again in backward
+                return
+            everyone, scorer = wanted.pop().everyone, scorer_of(self.modules_of[0])
+            if scorer and everyone and scorer.pays(everyone, bytes_of_position(inputs[0])):
+                return
+            self._is_asked_for = True
+            self.unshard(async_op=True)
 
         model.register_forward_pre_hook(begins)
         block.register_forward_pre_hook(asks)
+
+    @property
+    def exchanges_rows(self) -> bool:
+        """Whether passes may exchange rows or positions, for which their numbers must be known."""
+        return self.by_columns or self.in_slices
 
     def watch(self, model: nn.Module, shard: Shard, timer: ComputeTimer) -> None:
         """Gather for each use of the modules from now on; call it once the unit is sharded.
@@ -67,6 +89,9 @@ class VocabularyUnit(nn.Module):
             assert isinstance(embedding, nn.Embedding)
             ColumnLookup(embedding, self, shard, timer).watch(model, keeps=self.keeps)
             return
+        if self.in_slices:
+            assert isinstance(embedding, nn.Linear)
+            score_in_slices(embedding, SlicedHead(embedding, shard, timer))
         # Of one matrix, the loss at the end of the pass frees what the embedding has gathered.
         gather_for_use(embedding, self, free=not head)
         for module in head:
@@ -110,7 +135,12 @@ def vocabulary_units(model: nn.Module, *, keeps: bool, shards: int) -> list[Voca
     else:
         groups = [[one] for one in (embedding, head) if one is not None]
     return [
-        VocabularyUnit(group, keeps=keeps, by_columns=_may_be_columns(group, shards))
+        VocabularyUnit(
+            group,
+            keeps=keeps,
+            by_columns=_may_be_columns(group, shards),
+            in_slices=_may_be_slices(group, shards),
+        )
         for group in groups
         if _owners(bare, *_parameters(*group)) == {id(module) for module in group}
     ]
@@ -121,6 +151,12 @@ def _may_be_columns(group: list[Any], shards: int) -> bool:
     return (
         len(group) == 1 and isinstance(group[0], nn.Embedding) and can_be_columns(group[0], shards)
     )
+
+
+def _may_be_slices(group: list[Any], shards: int) -> bool:
+    """Whether the modules of a unit are a head alone that has a row for each of so many shards."""
+    is_head = len(group) == 1 and isinstance(group[0], nn.Linear)
+    return is_head and can_be_slices(group[0].weight.shape[0], shards)
 
 
 def _parameters(*modules: Any) -> list[nn.Parameter]:

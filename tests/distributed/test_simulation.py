@@ -115,16 +115,20 @@ def test_blocks_are_gathered_as_often_as_the_recipe_says(tmp_path: Path) -> None
         assert {**found, "start_peak_bytes": 0} == {**real[name], "start_peak_bytes": 0}, name
         if name not in names:
             continue
-        # Of the embedding, each pass asks for the rows of its tokens, and tells which.
-        positions = 2 * 32
-        assert real[name]["collectives"][EXCHANGE] == 2
-        row_bytes = 2 * SIZES["hidden_size"]  # of bfloat16, as the file has it
-        assert real[name]["carried_bytes"][EXCHANGE] == 2 * positions * row_bytes
-    anew, backward, step = (real[name]["collectives"][GATHER] - 2 for name in names)
+        # Of the embedding, each pass asks for the rows of its tokens, and tells which. Slices of
+        # the head give gradients for hidden states of both processes, which are float32.
+        positions, targets, hidden = 2 * 32, 2 * 31, SIZES["hidden_size"]
+        assert real[name]["collectives"][EXCHANGE] == 2 * 2
+        row_bytes = 2 * hidden  # of bfloat16, as the file has it
+        exchanged = positions * row_bytes + 2 * targets * 4 * hidden
+        assert real[name]["carried_bytes"][EXCHANGE] == 2 * exchanged
+    # Of each pass: ids of the embedding; hidden states, targets and three numbers of each slice.
+    anew, backward, step = (real[name]["collectives"][GATHER] - 2 * 4 for name in names)
     layers = SIZES["num_hidden_layers"]
     assert anew - backward == 2 * layers and backward == 2 * step
     ids = 2 * (2 * positions * 4)
-    carried = [real[name]["carried_bytes"][GATHER] - ids for name in names]
+    scored = 2 * (2 * targets * (4 * hidden + 4 + 2 * 3 * 4))
+    carried = [real[name]["carried_bytes"][GATHER] - ids - scored for name in names]
     assert carried[0] > carried[1] == 2 * carried[2]
     peaks = [real[name]["peak_bytes"] for name in names]
     assert peaks[0] < min(peaks[1:])

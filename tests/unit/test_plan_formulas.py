@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peft_dist.config.parallel import Reshard
 from peft_dist.config.recipe import Recipe
 from peft_dist.distributed.world import World
-from peft_dist.model import cross_entropy
+from peft_dist.model import cross_entropy, sliced_cross_entropy
 from peft_dist.model.tiny_config import tiny_config
 from peft_dist.plan import memory
 from peft_dist.plan.adapter import adapter_shape
@@ -188,3 +188,5 @@ def test_the_formulas_know_the_numbers_of_the_code() -> None:
     assert memory.REUSE_ELEMENTS == deepspeed_zero._REUSE_ELEMENTS
     assert memory.ALIGNED_COLUMNS == lookup.ALIGNED_COLUMNS
     assert lookup.ID_DTYPE.itemsize == memory.ID_BYTES
+    assert sliced_cross_entropy.ID_DTYPE.itemsize == memory.ID_BYTES
+    assert memory.NUMBERS == sliced_cross_entropy.NUMBERS
