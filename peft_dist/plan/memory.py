@@ -283,7 +283,13 @@ def _words(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> _Words
         rest += shape.vocabulary * shape.hidden * _word_bytes(setting)  # of the embedding
     hidden = scored_positions(setting) * shape.hidden * setting.compute_bytes
     # Hidden states of all, and their gradients: as they are made, and as they are received.
-    return replace(words, at_head=rest + 3 * hidden, at_loss=rest + 2 * hidden, in_backward=rest)
+    return replace(
+        words,
+        when_head_is_asked_for=rest,
+        at_head=rest + 3 * hidden,
+        at_loss=rest + 2 * hidden,
+        in_backward=rest,
+    )
 
 
 def _gathered_words(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> _Words:
