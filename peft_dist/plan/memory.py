@@ -344,7 +344,7 @@ def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> By
         slice_rows, positions = -(-shape.vocabulary // setting.shards), scored_positions(setting)
     chunk = min(max(1, LOGIT_BYTES_PER_CHUNK // (FLOAT * slice_rows)), positions)
     per_logit = 6 * FLOAT if shape.head_softcap else 2 * FLOAT + e
-    if chunk < positions:  # the gradients of the chunk before
+    if scored is None and chunk < positions:  # the gradients of the chunk before
         per_logit += e
     logits = per_logit * chunk * slice_rows
 
