@@ -252,7 +252,7 @@ def set_up_model(
         config,
         task=recipe.head,
         dtype=dtype,
-        attention=kernel_to_build_with(recipe, world.device, dtype, config),
+        attention=kernel_to_build_with(recipe, world.device, dtype),
         label_names=("reward",) if recipe.head == "reward" else label_names,
     )
     released = source.released(recipe)
@@ -298,6 +298,8 @@ def set_up_model(
     engine.wrap(model, blocks.values(), [p for p in model.parameters() if p.requires_grad])
     engine.materialize(model)
     code = compiled.of(recipe, skeleton, blocks, world, source.cache_dir) if compiling else None
+    if attention.has_own_code(skeleton.config):
+        compiled.set_up(recipe, world, source.cache_dir)
     frozen, trained = frozen_and_trained(peft)
     log.info("built: %s with %s adapters", type(skeleton).__name__, recipe.method.kind)
     packed = fill_from_files(peft, frozen, trained, plan, source, engine, of_base)

@@ -49,6 +49,8 @@ class Setting:
     """Whether embedding and head stay gathered through a pass (DeepSpeed), not only while used."""
     accumulation: int = 1
     """Micro-batches of a step."""
+    one_call: bool = False
+    """Whether attention of all rows is one call, which makes scores tile by tile."""
     reuse_elements: int = 0
     """A gathered block stays until its next use where so many elements or fewer come between."""
 
@@ -167,7 +169,8 @@ def kept_by_block(shape: ModelShape, adapter: AdapterShape, setting: Setting) ->
         values += shape.norms * hidden
     if shape.head_norms:
         floats += query + key
-    if shape.attention_softcap:  # scores stand in memory: capped, as softmax, and as weights
+    if shape.attention_scores or (shape.attention_softcap and not setting.one_call):
+        # Scores stand in memory: capped, as softmax, and as weights.
         floats += shape.heads * setting.length
         values += 2 * shape.heads * setting.length
     masks = 0

@@ -132,6 +132,7 @@ def simulated_and_planned(
         reshard=reshard,
         accumulation=passes,
         quantized=quantization == "nf4",
+        one_call=True,
         mask_bytes=2,  # of a CPU, on which the simulation runs
     )
     assert shape.parameters == found.base_parameters
