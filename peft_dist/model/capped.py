@@ -16,14 +16,33 @@ from torch.nn.functional import pad
 from transformers import PretrainedConfig
 
 from peft_dist.common.errors import line_of
-from peft_dist.model.varlen import in_half
+from peft_dist.model.varlen import WIDEST, in_half
 
 log = logging.getLogger(__name__)
 
 BLOCK = 128
 """Tokens of a side of what a kernel leaves out, or computes without a mask, as a whole."""
+SMALL_TILES = {
+    "fwd_BLOCK_M": 64,
+    "fwd_BLOCK_N": 32,
+    "fwd_num_stages": 1,
+    "fwd_num_warps": 4,
+    "bwd_BLOCK_M1": 32,
+    "bwd_BLOCK_N1": 32,
+    "bwd_BLOCK_M2": 32,
+    "bwd_BLOCK_N2": 32,
+    "bwd_num_stages": 1,
+    "bwd_num_warps": 8,
+}
+"""For heads of more than 128, whose own tiles need the shared memory of an A100 or H100."""
 _VARIANTS = 32
 """Most codes: with gradients and without, with learned tokens and without."""
+
+
+Lists = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+]  # fmt: skip
 
 
 class RowBlocks(NamedTuple):
@@ -45,7 +64,7 @@ class RowBlocks(NamedTuple):
 
     first: torch.Tensor
     first_learned: torch.Tensor | None
-    lists: tuple[torch.Tensor, ...]
+    lists: Lists
     cap: torch.Tensor
 
 
@@ -94,8 +113,8 @@ def row_blocks(
         some = torch.cat([begin + BLOCK > first_learned.amin(1, keepdim=True), some], dim=1)
         whole = torch.cat([begin >= first_learned.amax(1, keepdim=True), whole], dim=1)
     masked, cap = some & ~whole, torch.full((), softcap, device=device)
-    lists = (part for one in (masked, whole, masked.T, whole.T) for part in _listed(one))
-    return RowBlocks(first, first_learned, tuple(lists), cap)
+    by_query, by_key = (*_listed(masked), *_listed(whole)), (*_listed(masked.T), *_listed(whole.T))
+    return RowBlocks(first, first_learned, (*by_query, *by_key), cap)
 
 
 def _listed(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,11 +143,11 @@ def attend_rows(
         past: Keys and values that stand before each row's own, [2, key-value heads, P, head size].
         scaling: Factor of the scores. Default: 1 / sqrt(head size).
     """
-    parts = [in_half(part) for part in (query, key, value)]
+    query, key, value = (in_half(part) for part in (query, key, value))
     if past is not None:
-        past = past.to(parts[1].dtype)
+        past = past.to(key.dtype)
     own = _attend if torch.compiler.is_compiling() or not query.is_cuda else _compiled()
-    return own(*parts, blocks, past, scaling)
+    return own(query, key, value, blocks, past, scaling)
 
 
 def _attend(
@@ -170,10 +189,18 @@ def _attend(
         block_mask=mask,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
-        kernel_options={"BACKEND": "TRITON"},
+        kernel_options=_options(query),
     )
     assert isinstance(out, torch.Tensor)
     return out[:, :, :total].transpose(1, 2).contiguous()
+
+
+def _options(query: torch.Tensor) -> Any:
+    """Return what to make the kernel with; by itself it decodes where there are few tokens."""
+    wide = query.shape[-1] > 128
+    if wide and query.is_cuda and torch.cuda.get_device_capability(query.device) not in WIDEST:
+        return {"BACKEND": "TRITON"} | SMALL_TILES
+    return {"BACKEND": "TRITON"}
 
 
 @functools.cache

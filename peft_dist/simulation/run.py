@@ -208,10 +208,10 @@ def _no_scores() -> Iterator[None]:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        _window: int | None,
+        window: int | None,
         dropout: float,
         scaling: float | None,
-        _softcap: float,
+        softcap: float,
     ) -> torch.Tensor:
         return scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True

@@ -76,21 +76,20 @@ import os, sys, torch
 from peft_dist.model import capped
 
 device = torch.device("cuda", 0)
-for size in (128, 256):
-    for learned in (0, 20):
-        shapes = [(1, heads, 700, size) for heads in (8, 4, 4)]
-        made = [torch.empty(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
-        past = torch.empty(2, 4, learned, size, device=device, requires_grad=True)
-        positions = torch.arange(700, device=device)
-        blocks = capped.row_blocks(positions, window=64, learned=learned, softcap=50.0)
-        out = capped.attend_rows(
-            *(part.requires_grad_() for part in made),
-            blocks=blocks, past=past if learned else None, scaling=None,
-        )
-        assert out is not None and out.shape == (1, 700, 8, size)
-        out.sum().backward()
-        assert made[0].grad.shape == made[0].shape and not learned or past.grad is not None
-print(torch.cuda.get_device_capability())
+for size, learned in ((128, 0), (256, 20)):
+    shapes = [(1, heads, 700, size) for heads in (8, 4, 4)]
+    made = [torch.empty(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
+    past = torch.empty(2, 4, learned, size, device=device, requires_grad=True)
+    positions = torch.arange(700, device=device)
+    blocks = capped.row_blocks(positions, window=64, learned=learned, softcap=50.0)
+    out = capped.attend_rows(
+        *(part.requires_grad_() for part in made),
+        blocks=blocks, past=past if learned else None, scaling=None,
+    )
+    assert out is not None and out.shape == (1, 700, 8, size)
+    out.sum().backward()
+    assert all(part.grad is not None for part in made)
+    assert (past.grad is not None) == bool(learned)
 sys.stdout.flush()
 os._exit(0)
 """
@@ -98,7 +97,7 @@ os._exit(0)
 
 @pytest.mark.parametrize("card", ["A100", "L4", "H100"])
 def test_it_compiles_for_every_card(tmp_path: Path, card: str) -> None:
-    """Also for heads of 256, whose backward has little room; on a card each must fit."""
+    """Also for heads of 256: torch refuses what needs more shared memory than a card has."""
     import triton
 
     done = run(COMPILED, FAKE_CUDA_CARD=card, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
@@ -109,7 +108,7 @@ def test_it_compiles_for_every_card(tmp_path: Path, card: str) -> None:
         use = re.search(r"REG:(\d+) STACK:(\d+)", listed)
         assert use is not None, listed
         found.append((cubin.stem, int(use[1]), int(use[2])))
-    assert len(found) == 8
+    assert len(found) == 4, "forward and backward"
     for kernel, registers, spilled in sorted(found):
         print(f"{card}: {kernel}: {registers} registers, {spilled} bytes spilled")
 
