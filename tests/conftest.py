@@ -23,6 +23,10 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Nothing of what is imported and collected first is garbage: half of that time went into looking.
 gc.disable()
+# Where tests run side by side, threads that wait for each other would take most of all cores: those
+# of torch, and those of bitsandbytes, which has a library of its own for them.
+_ONE_THREAD = "OMP_NUM_THREADS" not in os.environ
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,6 +44,13 @@ def pytest_collection_finish() -> None:
     """Leave what is there by now alone for ever, and collect what tests make."""
     gc.freeze()
     gc.enable()
+    if _ONE_THREAD:
+        del os.environ["OMP_NUM_THREADS"]  # libraries have read it; processes are a test's affair
+
+
+def pytest_sessionfinish() -> None:
+    """Let hypothesis, which may be loaded at the end, find what it looks for among all objects."""
+    gc.unfreeze()
 
 
 def _place(item: pytest.Item) -> int:

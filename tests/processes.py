@@ -36,6 +36,14 @@ def torchrun(processes: int) -> list[str]:
             "--nproc-per-node", str(processes)]  # fmt: skip
 
 
+def forked_world(*sizes: int) -> list[str]:
+    """Return the start of a command that runs a script in worlds of so many ranks, in turn.
+
+    For scripts that use the library: what a launcher does is for `torchrun`.
+    """
+    return [sys.executable, "-m", "tests.forked_world", ",".join(map(str, sizes))]
+
+
 def free_port() -> int:
     """Return a port that nobody listens at, and that no outgoing connection is given.
 

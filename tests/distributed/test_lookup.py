@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.lookup import CASES
-from tests.processes import ROOT, environment, run, torchrun
+from tests.processes import ROOT, environment, forked_world, run
 from tests.tiny import completion_rows, tiny_model, write_jsonl
 
 pytestmark = pytest.mark.distributed
@@ -20,7 +20,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         tiny_model(folder / architecture, architecture, tie_word_embeddings=False)
     write_jsonl(folder / "rows.jsonl", completion_rows(24))
     done = run(
-        [*torchrun(2), str(ROOT / "tests" / "distributed" / "lookup.py"), str(folder)],
+        [*forked_world(2), str(ROOT / "tests" / "distributed" / "lookup.py"), str(folder)],
         environment=environment(folder / "cache"),
         cwd=folder,
         timeout_s=400,

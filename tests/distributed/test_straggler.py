@@ -7,7 +7,7 @@ from statistics import median
 import pytest
 
 from tests.distributed.straggler import ENGINES, SLEEP_S, SLEEPER
-from tests.processes import ROOT, environment, run, torchrun
+from tests.processes import ROOT, environment, forked_world, run
 from tests.tiny import completion_rows, tiny_model, write_jsonl
 
 pytestmark = pytest.mark.distributed
@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "rows.jsonl", completion_rows(48))
     script = str(ROOT / "tests" / "distributed" / "straggler.py")
     done = run(
-        [*torchrun(4), script, str(folder)],
+        [*forked_world(4), script, str(folder)],
         environment=environment(folder / "cache"),
         cwd=folder,
         timeout_s=300,

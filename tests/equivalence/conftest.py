@@ -1,7 +1,6 @@
 """What the distributed tests share: small models, and the trainings that they compare."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from peft_dist.entrypoints.check_models import build_tiny
 from tests.equivalence import cases
 from tests.faults.long import IS_LONG
-from tests.processes import ROOT, environment, run, torchrun
+from tests.processes import ROOT, environment, forked_world, run
 from tests.tiny import (
     ARCHITECTURES,
     completion_rows,
@@ -82,15 +81,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cases")
     make_inputs(folder)
     script = str(ROOT / "tests" / "equivalence" / "cases.py")
-    for processes in (1, 2, 4):
-        start = [sys.executable] if processes == 1 else torchrun(processes)
-        done = run(
-            [*start, script, str(folder)],
-            environment=environment(folder / "cache"),
-            cwd=folder,
-            timeout_s=3000 if IS_LONG else 1500,
-        )
-        assert done.returncode == 0, done.stderr[-20000:]
+    done = run(
+        [*forked_world(1, 2, 4), script, str(folder)],
+        environment=environment(folder / "cache"),
+        cwd=folder,
+        timeout_s=5400 if IS_LONG else 3000,
+    )
+    assert done.returncode == 0, done.stderr[-20000:]
     return folder
 
 

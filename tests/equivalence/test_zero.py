@@ -1,7 +1,6 @@
 """DeepSpeed's engines and offload against the others: what they compute, hold and save."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.equivalence.cases import DDP, FSDP, ZERO2, ZERO3
 from tests.equivalence.zero_cases import CASES, CLIPPED_AT
-from tests.processes import ROOT, environment, run, torchrun
+from tests.processes import ROOT, environment, forked_world, run
 from tests.tiny import completion_rows, labelled_rows, tiny_model, write_jsonl
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -41,15 +40,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_jsonl(folder / f"{kind}.jsonl", rows(48))
         write_jsonl(folder / f"{kind}-eval.jsonl", rows(13, seed=1))
     script = str(ROOT / "tests" / "equivalence" / "zero_cases.py")
-    for start in ([sys.executable], torchrun(2)):
-        done = run(
-            [*start, script, str(folder)],
-            environment=environment(folder / "cache"),
-            cwd=folder,
-            timeout_s=300,
-        )
-        assert done.returncode == 0, done.stderr[-20000:]
-        assert "DeepSpeed" not in done.stdout, "it speaks on standard output"
+    done = run(
+        [*forked_world(1, 2), script, str(folder)],
+        environment=environment(folder / "cache"),
+        cwd=folder,
+        timeout_s=600,
+    )
+    assert done.returncode == 0, done.stderr[-20000:]
+    assert "DeepSpeed" not in done.stdout, "it speaks on standard output"
     return folder
 
 

@@ -20,7 +20,7 @@ from peft_dist.methods.lora import LoraMethod
 from peft_dist.model import architectures
 from peft_dist.model.source import find_base
 from peft_dist.model_setup import ModelSetup, set_up_model
-from tests.processes import environment, run, torchrun
+from tests.processes import environment, forked_world, run
 from tests.tiny import completion_rows, save_adapter, tiny_model, tiny_recipe, write_jsonl
 
 
@@ -349,7 +349,7 @@ def test_a_file_is_hardly_larger_than_its_adapter(tmp_path: Path) -> None:
 
 
 TWO_PROCESSES = """
-import json, os, sys
+import json, sys
 from pathlib import Path
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import read_world
@@ -360,38 +360,40 @@ from peft_dist.model.source import find_base
 from peft_dist.model_setup import set_up_model
 from tests.tiny import tiny_recipe
 
-folder = Path(sys.argv[1])
-world = read_world()
-process_group.start(world)
-recipe = tiny_recipe(folder / "llama", folder / "rows.jsonl", parallel={"strategy": "fsdp"})
-setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"))
-saver = AdapterSaver(setup, tokenize_rows(recipe, "train", folder / "cache"))
-for parameter in setup.adapter.values():
-    parameter.data += 0.01
-told = []
 
-def save(to):
-    try:
-        saver.save(to)
-        told.append("saved")
-    except TrainingError as error:
-        told.append(str(error))
+def main(folder):
+    world = read_world()
+    process_group.start(world)
+    recipe = tiny_recipe(folder / "llama", folder / "rows.jsonl", parallel={"strategy": "fsdp"})
+    setup = set_up_model(recipe, world, find_base(recipe, folder / "cache"))
+    saver = AdapterSaver(setup, tokenize_rows(recipe, "train", folder / "cache"))
+    for parameter in setup.adapter.values():
+        parameter.data += 0.01
+    told = []
 
-save(folder / "run" / "adapter")
-gather, restored = setup.engine.adapter_state, setup.method.restored
-if world.rank == 0:
-    setup.engine.adapter_state = lambda: dict(list(gather().items())[1:])
-save(folder / "run" / "adapter")
-setup.engine.adapter_state = gather
-if world.rank == 1:
-    setup.method.restored = lambda *args: {n: t + 1 for n, t in restored(*args).items()}
-save(folder / "run" / "adapter")
-setup.method.restored = restored
-save(folder / "rows.jsonl" / "adapter")
-save(folder / "run" / "adapter")
-(folder / f"told-{world.rank}.json").write_text(json.dumps(told))
-sys.stdout.flush()
-os._exit(0)
+    def save(to):
+        try:
+            saver.save(to)
+            told.append("saved")
+        except TrainingError as error:
+            told.append(str(error))
+
+    save(folder / "run" / "adapter")
+    gather, restored = setup.engine.adapter_state, setup.method.restored
+    if world.rank == 0:
+        setup.engine.adapter_state = lambda: dict(list(gather().items())[1:])
+    save(folder / "run" / "adapter")
+    setup.engine.adapter_state = gather
+    if world.rank == 1:
+        setup.method.restored = lambda *args: {n: t + 1 for n, t in restored(*args).items()}
+    save(folder / "run" / "adapter")
+    setup.method.restored = restored
+    save(folder / "rows.jsonl" / "adapter")
+    save(folder / "run" / "adapter")
+    (folder / f"told-{world.rank}.json").write_text(json.dumps(told))
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
 """
 
 
@@ -401,7 +403,7 @@ def test_a_failed_save_ends_on_every_process(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", completion_rows(8))
     (tmp_path / "worker.py").write_text(TWO_PROCESSES, encoding="utf-8")
     done = run(
-        [*torchrun(2), str(tmp_path / "worker.py"), str(tmp_path)],
+        [*forked_world(2), str(tmp_path / "worker.py"), str(tmp_path)],
         environment=environment(tmp_path / "cache"),
         cwd=tmp_path,
         timeout_s=120,
