@@ -297,9 +297,7 @@ def set_up_model(
     engine.reshard = launched.reshard
     engine.wrap(model, blocks.values(), [p for p in model.parameters() if p.requires_grad])
     engine.materialize(model)
-    code = compiled.of(recipe, skeleton, blocks, world, source.cache_dir) if compiling else None
-    if attention.has_own_code(skeleton.config):
-        compiled.set_up(recipe, world, source.cache_dir)
+    code = compiled.of(recipe, skeleton, blocks if compiling else {}, world, source.cache_dir)
     frozen, trained = frozen_and_trained(peft)
     log.info("built: %s with %s adapters", type(skeleton).__name__, recipe.method.kind)
     packed = fill_from_files(peft, frozen, trained, plan, source, engine, of_base)

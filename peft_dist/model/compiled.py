@@ -19,6 +19,7 @@ from peft_dist.common.cache_folder import code_folder
 from peft_dist.common.errors import line_of
 from peft_dist.config import Recipe
 from peft_dist.distributed.world import World
+from peft_dist.model.attention import has_own_code
 
 log = logging.getLogger(__name__)
 
@@ -55,21 +56,20 @@ def set_up_compiler(
         environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
-def set_up(recipe: Recipe, world: World, cache_dir: Path) -> None:
-    """Have what is compiled kept as a recipe has it, in a folder of the cache."""
-    folder, deterministic = code_folder(cache_dir), recipe.train.deterministic
-    set_up_compiler(folder, world.local_size, deterministic=deterministic)
-
-
 def of(
     recipe: Recipe,
     model: PreTrainedModel,
     blocks: Mapping[str, nn.Module],
     world: World,
     cache_dir: Path,
-) -> "CompiledBlocks":
-    """Return the blocks of a model as an engine has wrapped it, ready to be compiled."""
-    set_up(recipe, world, cache_dir)
+) -> "CompiledBlocks | None":
+    """Return the blocks of a model as an engine has wrapped it, ready to be compiled; or none."""
+    if not blocks and not has_own_code(model.config):
+        return None
+    folder, deterministic = code_folder(cache_dir), recipe.train.deterministic
+    set_up_compiler(folder, world.local_size, deterministic=deterministic)
+    if not blocks:
+        return None
     return CompiledBlocks(blocks.values(), model.config.model_type)
 
 
