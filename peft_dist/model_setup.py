@@ -247,7 +247,7 @@ def set_up_model(
         config,
         task=recipe.head,
         dtype=dtype,
-        attention=kernel_to_build_with(recipe, world.device, dtype, config),
+        attention=kernel_to_build_with(recipe, world.device, dtype),
         label_names=("reward",) if recipe.head == "reward" else label_names,
     )
     released = source.released(recipe)
@@ -294,7 +294,7 @@ def set_up_model(
     engine.materialize(model)
     if isinstance(model, CausalLM) and (most := model.most_in_slices(dtype)):
         log.info("head: in slices up to %d labelled tokens of a process in a step", most)
-    code = compiled.of(recipe, skeleton, blocks, world, source.cache_dir) if compiling else None
+    code = compiled.of(recipe, skeleton, blocks if compiling else {}, world, source.cache_dir)
     frozen, trained = frozen_and_trained(peft)
     log.info("built: %s with %s adapters", type(skeleton).__name__, recipe.method.kind)
     packed = fill_from_files(peft, frozen, trained, plan, source, engine, of_base)

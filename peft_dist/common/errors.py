@@ -114,3 +114,9 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     choices = sorted(valid)
     close = difflib.get_close_matches(name, choices, n=1)
     return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(choices)}"
+
+
+def line_of(error: Exception) -> str:
+    """Return the kind of an error and the first line of what it says."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line}"[:300]

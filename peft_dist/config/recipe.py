@@ -35,8 +35,8 @@ class Model(Section):
     two, which is halved where gradients overflow; such a step is left out."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel. auto: torch's own flash kernels on a GPU that has them, in one call for all
-    rows; for models that cap their scores flash_attention_2 where installed; else what the
-    architecture supports."""
+    rows; for models that cap their scores torch's flex attention there, which is compiled in a
+    first start, or row by row without a compiler; else what the architecture supports."""
     compile: Literal["auto", "off", "blocks"] = "off"
     """Whether transformer blocks are compiled by torch for passes that train: half the kernels, and
     less memory read and written between products, for a minute or so of compiling in a first start.

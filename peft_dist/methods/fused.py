@@ -15,13 +15,13 @@ import torch
 from peft import PeftModel
 
 from peft_dist.common.cache_folder import code_folder
+from peft_dist.common.errors import line_of
 from peft_dist.common.screen import stage
 from peft_dist.config import Recipe
 from peft_dist.distributed.collectives import gather_objects
 from peft_dist.distributed.world import World
 from peft_dist.methods.lora_layer import LoraOn4bit
 from peft_dist.model import fused_lora
-from peft_dist.model.expected import line_of
 from peft_dist.model.fused_lora import WeightUpdate
 from peft_dist.model.nf4 import FrozenLinear4bit, dequantize
 

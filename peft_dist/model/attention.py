@@ -4,7 +4,7 @@ A block-diagonal mask over a packed micro-batch costs its length squared; the ro
 theirs. It is also where a learned prefix enters. Not for encoders.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from peft_dist.model import varlen
+from peft_dist.model import capped, varlen
 
 ROW_ATTENTION = "peft_dist_rows"
 """The name it has in transformers, which makes no mask for names it does not know."""
@@ -52,6 +52,11 @@ def use_kernel(model: PreTrainedModel, name: str) -> bool:
     return bool(model.config._attn_implementation == name)
 
 
+def has_own_code(config: PretrainedConfig) -> bool:
+    """Whether the kernel of a model is compiled for it, also where its blocks are not."""
+    return config._attn_implementation == VARLEN_ATTENTION and capped.cap_of(config) is not None
+
+
 def find_gap() -> str | None:
     """Return what our attention lacked for a model, since this was asked last; None for nothing.
 
@@ -85,7 +90,8 @@ def _row_attention(
     *,
     row_lengths: tuple[int, ...] | torch.Tensor | str | None = _NOT_TOLD,
     row_bounds: torch.Tensor | None = None,
-    longest_row: int = 0,
+    longest_row: int | torch.Tensor = 0,
+    row_blocks: Mapping[int | None, capped.RowBlocks] | capped.RowBlocks | None = None,
     one_call: bool = False,
     prefix: tuple[torch.Tensor, ...] | torch.Tensor | None = None,
     dropout: float = 0.0,
@@ -107,7 +113,9 @@ def _row_attention(
         row_lengths: Tokens of each packed row, B is 1 then; None for one row per sequence. Compiled
             blocks get a tensor, int64 [rows] on the host: code for it is made once for all lengths.
         row_bounds: int32 [rows + 1] where each packed row begins, and the end, on the device.
-        longest_row: Tokens of the longest of packed rows.
+        longest_row: Tokens of the longest of packed rows; compiled blocks get a tensor of so many.
+        row_blocks: Who sees whom in packed rows, by a layer's window, or of this layer; for models
+            that cap their scores.
         one_call: Compute all packed rows at once where the kernel for it can.
         prefix: Of every layer, or of this one, keys and values that stand before each row's own:
             [2, key-value heads, P, head size].
@@ -133,6 +141,15 @@ def _row_attention(
         _recorded[module.layer_idx] = torch.stack([key[0], value[0]])
     learned = prefix[module.layer_idx] if isinstance(prefix, tuple) else prefix
     past = None if learned is None else learned.to(key.dtype)
+    if isinstance(row_blocks, Mapping):
+        row_blocks = row_blocks.get(sliding_window)
+    if one_call and softcap is not None and dropout == 0.0 and row_blocks is not None:
+        at_once = capped.attend_rows(
+            query, key, value, blocks=row_blocks, past=past, scaling=scaling
+        )
+        if at_once is not None:
+            return at_once, None
+        _gap = "its capped scores could not be compiled"
     if (
         one_call
         and row_lengths is not None
@@ -144,7 +161,7 @@ def _row_attention(
             key,
             value,
             row_bounds=row_bounds,
-            longest=longest_row,
+            longest=longest_row if isinstance(longest_row, int) else longest_row.shape[0],
             past=past,
             scaling=scaling,
             sliding_window=sliding_window,
@@ -184,8 +201,8 @@ def _row_attention(
                 **_groups(q, k),
             )
         else:
-            mask = _band(length, sliding_window if windowed else length, q.device)
-            out = _capped_attention(q, k, v, mask, dropout, scaling, softcap)
+            window = sliding_window if windowed else length
+            out = capped_attention(q, k, v, window, dropout, scaling, softcap)
         outputs.append(out if past is None else out[:, :, past.shape[2] :])
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return joined.transpose(1, 2).contiguous(), None
@@ -196,20 +213,21 @@ def _groups(query: torch.Tensor, key: torch.Tensor) -> dict[str, bool]:
     return {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
 
 
-def _capped_attention(
+def capped_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor,
+    window: int | None,
     dropout: float,
     scaling: float | None,
     softcap: float,
 ) -> torch.Tensor:
-    """Attend with capped scores, which torch's own kernels do not do; `mask` is [T, T]."""
+    """Attend with capped scores within a window, which torch's own kernels do not do."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.tanh(query @ key.transpose(2, 3) * (scale / softcap)) * softcap
+    mask = _band(query.shape[2], window, query.device)
     scores = scores.masked_fill(~mask, -torch.inf)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return drop(weights, dropout) @ value

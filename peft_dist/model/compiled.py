@@ -16,9 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_dist.common.cache_folder import code_folder
+from peft_dist.common.errors import line_of
 from peft_dist.config import Recipe
 from peft_dist.distributed.world import World
-from peft_dist.model.expected import line_of
+from peft_dist.model.attention import has_own_code
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +62,14 @@ def of(
     blocks: Mapping[str, nn.Module],
     world: World,
     cache_dir: Path,
-) -> "CompiledBlocks":
-    """Return the blocks of a model as an engine has wrapped it, ready to be compiled."""
+) -> "CompiledBlocks | None":
+    """Return the blocks of a model as an engine has wrapped it, ready to be compiled; or none."""
+    if not blocks and not has_own_code(model.config):
+        return None
     folder, deterministic = code_folder(cache_dir), recipe.train.deterministic
     set_up_compiler(folder, world.local_size, deterministic=deterministic)
+    if not blocks:
+        return None
     return CompiledBlocks(blocks.values(), model.config.model_type)
 
 
@@ -88,6 +93,8 @@ class CompiledBlocks:
         from torch._dynamo import config, exc
 
         config.recompile_limit = max(config.recompile_limit, _VARIANTS)
+        # Sizes of heads among them, which FSDP2 would have vary; what does vary has a tensor.
+        config.specialize_int = True
         self._errors = (exc.TorchDynamoException, exc.FailOnRecompileLimitHit)
         self.switch(on=False)
         self._model_type = model_type
@@ -111,7 +118,7 @@ class CompiledBlocks:
     def _forward_of(
         self, block: nn.Module, plain: Callable[..., Any], compiled: Callable[..., Any]
     ) -> Callable[..., Any]:
-        index = _layer_index(block)
+        index, windowed = _layer_index(block), _windowed(block)
 
         def forward(*inputs: Any, **arguments: Any) -> Any:
             if not (self.on and torch.is_grad_enabled()):
@@ -119,8 +126,12 @@ class CompiledBlocks:
             prefix = arguments.get("prefix")
             if isinstance(prefix, tuple) and index is not None:
                 arguments["prefix"] = prefix[index]  # else each layer would have code of its own
+            if isinstance(blocks := arguments.get("row_blocks"), dict) and windowed is not None:
+                arguments["row_blocks"] = blocks.get(windowed.sliding_window)  # likewise
             if isinstance(lengths := arguments.get("row_lengths"), tuple):
                 arguments["row_lengths"] = torch.tensor(lengths)  # else each batch would
+            if isinstance(longest := arguments.get("longest_row"), int):
+                arguments["longest_row"] = _size_that_varies(longest)
             _fix_widths((*inputs, *arguments.values()))
             try:
                 return compiled(block, *inputs, **arguments)
@@ -153,6 +164,21 @@ def _fix_widths(given: Iterable[Any]) -> None:
                 mark_static(one, 2)
             elif one.requires_grad:  # a prefix; masks have no gradient
                 mark_static(one)
+
+
+def _size_that_varies(size: int) -> torch.Tensor:
+    """Return a tensor of a size that is no constant of code, also where another is equal to it."""
+    from torch._dynamo import maybe_mark_dynamic
+
+    tensor = torch.empty(size, dtype=torch.bool)
+    maybe_mark_dynamic(tensor, 0)
+    return tensor
+
+
+def _windowed(block: nn.Module) -> Any | None:
+    """Return the one module of a block that has a window, which may change."""
+    found = [module for module in block.modules() if hasattr(module, "sliding_window")]
+    return found[0] if len(found) == 1 else None
 
 
 def _layer_index(block: nn.Module) -> int | None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from peft_dist.common.errors import ModelError
+from peft_dist.common.errors import ModelError, line_of
 from peft_dist.data.pack import Batch, pack
 from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.model import attention
@@ -283,9 +283,3 @@ def layers_of(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def line_of(error: Exception) -> str:
-    """Return the kind of an error and the first line of what it says."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {line}"[:300]

@@ -13,11 +13,12 @@ import torch
 from peft import PeftModel, PrefixTuningConfig
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from peft_dist.data.pack import Batch
+from peft_dist.model import capped
 from peft_dist.model.architectures import bare_model, trunk_name
-from peft_dist.model.attention import OURS
+from peft_dist.model.attention import OURS, VARLEN_ATTENTION
 from peft_dist.model.cross_entropy import cross_entropy, logits_of
 from peft_dist.model.gathered import ScoresInSlices, bytes_of_position
 from peft_dist.model.head import Head
@@ -119,12 +120,13 @@ class Decoder(nn.Module, ABC):
     def _trunk(self, model: PreTrainedModel, batch: Batch) -> Any:
         """Return what the model's trunk gives, of which hidden states [B, T, H]."""
         prefix = _prefix(self.peft, batch.position_ids.device)
+        learned = 0 if prefix is None else prefix[0].shape[2]
         arguments: dict[str, Any] = {
             # A prefix takes the first positions.
-            "position_ids": batch.position_ids + (0 if prefix is None else prefix[0].shape[2]),
+            "position_ids": batch.position_ids + learned,
             "attention_mask": batch.attention_mask,
             "use_cache": False,
-            **self._row_arguments(model, batch),
+            **self._row_arguments(model, batch, learned),
         }
         if prefix is not None:
             arguments["prefix"] = prefix
@@ -136,7 +138,7 @@ class Decoder(nn.Module, ABC):
         trunk = model.get_submodule(self._trunk_name)
         return trunk(**_inputs(self.peft, batch), **arguments)
 
-    def _row_arguments(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    def _row_arguments(self, model: PreTrainedModel, batch: Batch, learned: int) -> dict[str, Any]:
         """Return how this kernel gets to know where packed rows begin.
 
         Flash attention would find out by itself, in every layer, waiting for the device.
@@ -144,11 +146,14 @@ class Decoder(nn.Module, ABC):
         kernel = model.config._attn_implementation
         longest = max(batch.row_lengths or (0,))
         if kernel in OURS:
-            return {
+            arguments = {
                 "row_lengths": batch.row_lengths,
                 "row_bounds": batch.row_bounds,
                 "longest_row": longest,
             }
+            if kernel == VARLEN_ATTENTION and batch.row_lengths is not None:
+                arguments |= _row_blocks(model.config, batch, learned)
+            return arguments
         if kernel == "flash_attention_2" and batch.row_lengths is not None:
             return {
                 "cu_seq_lens_q": batch.row_bounds,
@@ -157,6 +162,19 @@ class Decoder(nn.Module, ABC):
                 "max_length_k": longest,
             }
         return {}
+
+
+def _row_blocks(config: PretrainedConfig, batch: Batch, learned: int) -> dict[str, Any]:
+    """Return who sees whom by the windows of layers, for a model that caps its scores."""
+    cap, positions = capped.cap_of(config), batch.position_ids[0]
+    if cap is None:
+        return {}
+    return {
+        "row_blocks": {
+            window: capped.row_blocks(positions, window=window, learned=learned, softcap=cap)
+            for window in capped.windows_of(config)
+        }
+    }
 
 
 class CausalLM(Decoder):

@@ -17,12 +17,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_dist.common.errors import ModelError
+from peft_dist.common.errors import ModelError, line_of
 from peft_dist.data.pack import Batch, Everyone, pack, positions_of, targets_of
 from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.collectives import gather_objects
 from peft_dist.distributed.world import World
-from peft_dist.model import attention
+from peft_dist.model import attention, capped
 from peft_dist.model.architectures import bare_model
 from peft_dist.model.compiled import CompiledBlocks
 from peft_dist.model.expected import (
@@ -31,7 +31,6 @@ from peft_dist.model.expected import (
     by_transformers,
     difference,
     layers_of,
-    line_of,
     noise_of,
     rounding_of,
 )
@@ -114,14 +113,22 @@ def prove(run: ProofRun, ways: Sequence[Way]) -> tuple[Way, list[str]]:
     alone = run.peft.disable_adapter if learned else nullcontext
     rows = probe_rows(bare, classified=isinstance(model, SequenceClassifier))
     problems: list[str] = []
+    caps = capped.cap_of(bare.config) is not None
     model.eval()
     run.compile_blocks(False)
 
     def problem_of(way: Way) -> str | None:
         with alone():
             problem = _problem(run, bare, rows, way, expected)
-        if problem is None and way.compiled:
-            return _problem_of_gradient(run, bare, _packed(run, rows, way, run.virtual_tokens))
+        own_code = way.attention == attention.VARLEN_ATTENTION and caps
+        if own_code and not way.compiled:
+            problem = _first_problem(run, problem)
+        if problem is None and (way.compiled or own_code):
+            # What is compiled for backward is another code. Rows one by one are torch's own.
+            reference = attention.ROW_ATTENTION if own_code else way.attention
+            batch = _packed(run, rows, way, run.virtual_tokens)
+            plain = way._replace(attention=reference, compiled=False)
+            return _problem_of_gradient(run, bare, batch, (plain, way))
         return problem
 
     with torch.no_grad(), run.autocast(), _short_windows(bare):
@@ -170,7 +177,7 @@ def _problem(
         if not attention.use_kernel(bare, way.attention):
             return "the model keeps the kernel that it was built with"
         if way.compiled:
-            return _problem_of_compiled(run, bare, batch, expected)
+            return _problem_of_compiled(run, bare, batch, way, expected)
         with layers_of(bare, blocks) as layers:
             nll, logits, routing = model(batch)
         if isinstance(model, CausalLM) and scorer_of_output(bare) is not None:
@@ -198,21 +205,23 @@ def _largest_difference(scores: torch.Tensor, expected: Expected, dtype: torch.d
 
 
 def _problem_of_compiled(
-    run: ProofRun, bare: PreTrainedModel, batch: Batch, expected: Expected
+    run: ProofRun, bare: PreTrainedModel, batch: Batch, way: Way, expected: Expected
 ) -> str | None:
     """Compare losses of compiled blocks with transformers' own. Collective."""
-    ((nll, logits, routing),), _ = _passes(run, bare, batch, (True,))
+    ((nll, logits, routing),), _ = _passes(run, bare, batch, (way,))
     scores = logits.flatten() if isinstance(run.model, SequenceClassifier) else nll
     worst = _largest_difference(scores, expected, run.dtype)
     wrong = None if worst <= expected.allowed else f"a loss differs by {worst:.2g}"
     return _first_problem(run, wrong or _problem_of_routing(routing, expected))
 
 
-def _problem_of_gradient(run: ProofRun, bare: PreTrainedModel, batch: Batch) -> str | None:
-    """Compare the gradient of compiled blocks with that of plain ones. Collective."""
+def _problem_of_gradient(
+    run: ProofRun, bare: PreTrainedModel, batch: Batch, ways: tuple[Way, Way]
+) -> str | None:
+    """Compare the gradient in the second of two ways with that in the first. Collective."""
     try:
         with run.disturbed():  # where a factor is zero the other has no gradient
-            _, (plain, compiled) = _passes(run, bare, batch, (False, True))
+            _, (plain, compiled) = _passes(run, bare, batch, ways)
     except Exception as error:  # what is wrong with code for backward shows there
         return line_of(error)
     off = float((compiled - plain).norm() / plain.norm().clamp(min=1e-30))
@@ -221,17 +230,18 @@ def _problem_of_gradient(run: ProofRun, bare: PreTrainedModel, batch: Batch) -> 
 
 
 def _passes(
-    run: ProofRun, bare: PreTrainedModel, batch: Batch, compiled: tuple[bool, ...]
+    run: ProofRun, bare: PreTrainedModel, batch: Batch, ways: tuple[Way, ...]
 ) -> tuple[list[Any], list[torch.Tensor]]:
-    """Return the `Losses` of a micro-batch and its gradients by plain blocks, or compiled ones.
+    """Return the `Losses` of a micro-batch and its gradients in each of some ways.
 
     It is the code that trains which runs here, unless dropout makes it another. Collective.
     """
     model, given, gradients = run.model, [], []
     model.train(not draws_numbers(bare))
     try:
-        for on in compiled:
-            run.compile_blocks(on)
+        for way in ways:
+            attention.use_kernel(bare, way.attention)
+            run.compile_blocks(way.compiled)
             with torch.enable_grad():
                 given.append(model(batch))
                 nll = given[-1].nll
@@ -243,9 +253,9 @@ def _passes(
 
 
 def _first_problem(run: ProofRun, wrong: str | None) -> str | None:
-    """Return what is wrong with compiled blocks on any process. Collective."""
-    assert run.compiled is not None
-    problem = run.compiled.problem or attention.find_gap() or wrong
+    """Return what is wrong with compiled code on any process. Collective."""
+    failed = "" if run.compiled is None else run.compiled.problem
+    problem = failed or attention.find_gap() or wrong
     # Another machine may have another compiler: all take the same way.
     return next(filter(None, gather_objects(problem)), None)
 

@@ -68,7 +68,7 @@ def attend_rows(
         scaling: Factor of the scores. Default: 1 / sqrt(head size).
         sliding_window: How many tokens, itself included, a token sees. Off: all before it.
     """
-    q, k, v = (_in_half(part)[0].transpose(0, 1) for part in (query, key, value))
+    q, k, v = (in_half(part)[0].transpose(0, 1) for part in (query, key, value))
     if past is None:
         return _call(q, k, v, row_bounds, longest, scaling, sliding_window)[None]
     learned, rows = past.shape[2], len(row_bounds) - 1
@@ -121,7 +121,7 @@ def _call(
     return out
 
 
-def _in_half(part: torch.Tensor) -> torch.Tensor:
+def in_half(part: torch.Tensor) -> torch.Tensor:
     """Return a tensor as autocast would hand it to torch's own attention."""
     if part.dtype in DTYPES or not torch.is_autocast_enabled("cuda"):
         return part

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PretrainedConfig
 
 from peft_dist.common.errors import RecipeError
 from peft_dist.common.screen import stage
@@ -26,14 +25,11 @@ from peft_dist.model.proof import ProofRun, Way, prove
 log = logging.getLogger(__name__)
 
 
-def kernel_to_build_with(
-    recipe: Recipe, device: torch.device, dtype: torch.dtype, config: PretrainedConfig
-) -> str:
+def kernel_to_build_with(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str:
     """Return the kernel to build the model with, which ours may take the place of."""
     if recipe.model.attention != "auto" or device.type != "cuda" or dtype == torch.float32:
         return recipe.model.attention
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    if varlen.has_kernel(device, dtype) and not capped:
+    if varlen.has_kernel(device, dtype):
         return "auto"  # torch's own kernels do the same, and need no package
     from transformers.utils import is_flash_attn_2_available
 

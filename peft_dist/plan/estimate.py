@@ -123,6 +123,7 @@ def setting_of(recipe: Recipe, candidate: Candidate, hardware: Hardware) -> Sett
         offload=candidate.offload,
         quantized=recipe.quantization == "nf4",
         compute_bytes=4 if wide else 2,
+        one_call=hardware.gpu.bfloat16 and not wide,  # see model.varlen
         moments_shared_by=candidate.processes if zero else 1,
         reshard=candidate.reshard,
         dequantized=candidate.dequantized,

@@ -53,6 +53,8 @@ class Setting:
     """Micro-batches of a step."""
     dequantized: int = 0
     """Blocks whose weights of 4 bits stay dequantized."""
+    one_call: bool = False
+    """Whether attention of all rows is one call, which makes scores tile by tile."""
     reuse_elements: int = 0
     """A gathered block stays until its next use where so many elements or fewer come between."""
 
@@ -223,7 +225,8 @@ def kept_by_block(shape: ModelShape, adapter: AdapterShape, setting: Setting) ->
         values += shape.norms * hidden
     if shape.head_norms:
         floats += query + key
-    if shape.attention_softcap:  # scores stand in memory: capped, as softmax, and as weights
+    if shape.attention_scores or (shape.attention_softcap and not setting.one_call):
+        # Scores stand in memory: capped, as softmax, and as weights.
         floats += shape.heads * setting.length
         values += 2 * shape.heads * setting.length
     masks = 0

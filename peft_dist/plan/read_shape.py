@@ -145,7 +145,7 @@ def _gpt_oss(config: Config) -> ModelShape:
     shape = _llama({"head_dim": 64, "attention_bias": True, **config})
     # Learned sinks; attention is transformers' eager one, whose scores stand in memory.
     vectors = shape.vector_parameters + shape.heads
-    shape = replace(shape, vector_parameters=vectors, attention_softcap=True)
+    shape = replace(shape, vector_parameters=vectors, attention_scores=True)
     return _experts(shape, config, biased=True)
 
 

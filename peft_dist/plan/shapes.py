@@ -55,6 +55,9 @@ class ModelShape:
     """Whether one linear makes queries, keys and values, and keeps them alive together."""
     rotary: bool = True
     attention_softcap: bool = False
+    """Whether scores of attention are capped: they stand in memory where rows are no one call."""
+    attention_scores: bool = False
+    """Whether they stand in memory everywhere."""
     head_softcap: bool = False
     float32_norms: bool = True
     """Whether norms compute on a float32 copy of their input, which stays for backward."""

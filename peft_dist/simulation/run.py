@@ -5,7 +5,7 @@ is the product's own `set_up_model` and `Trainer`; only what reads values is lef
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
@@ -25,7 +26,7 @@ from peft_dist.data.counts import SourceRows
 from peft_dist.data.token_cache import TokenizedRows
 from peft_dist.distributed.world import World
 from peft_dist.metrics.step import StepMetricsReader
-from peft_dist.model import architectures, experts
+from peft_dist.model import architectures, attention, experts
 from peft_dist.model.proof import Way
 from peft_dist.model.source import BaseSource
 from peft_dist.model.weights import StoredTensor, WeightFiles
@@ -138,7 +139,8 @@ def measure(
         steps: How many; DeepSpeed fetches ahead from the second one on.
     """
     recipe, meter = _settled(recipe, world), Meter()
-    with ExitStack() as stack, _one_thread(), _even_experts():
+    one_call = nullcontext() if recipe.model.dtype == "float32" else _no_scores()
+    with ExitStack() as stack, _one_thread(), _even_experts(), one_call:
         engines = _engines(stack, meter, mode)
         setup = set_up_model(
             recipe, world, _source(recipe, folder), engines=engines, prover=_first_way
@@ -196,6 +198,31 @@ def _even_experts() -> Iterator[None]:
         yield
     finally:
         experts.tokens_of_experts = before
+
+
+@contextmanager
+def _no_scores() -> Iterator[None]:
+    """Let attention that caps its scores keep what it keeps on GPUs, in 16 bits: no scores."""
+
+    def uncapped(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window: int | None,
+        dropout: float,
+        scaling: float | None,
+        softcap: float,
+    ) -> torch.Tensor:
+        return scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+        )
+
+    before = attention.capped_attention
+    attention.capped_attention = uncapped
+    try:
+        yield
+    finally:
+        attention.capped_attention = before
 
 
 def _settled(recipe: Recipe, world: World) -> Recipe:

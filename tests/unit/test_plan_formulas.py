@@ -144,6 +144,7 @@ def simulated_and_planned(
         accumulation=passes,
         dequantized=dequantized,
         quantized=quantization == "nf4",
+        one_call=True,
         mask_bytes=2,  # of a CPU, on which the simulation runs
     )
     assert shape.parameters == found.base_parameters
