@@ -44,6 +44,10 @@ class Model(Section):
     GPUs. blocks: everywhere, but with zero3; on a CPU with padded rows alone. A model whose blocks
     do not compile, or compute something else then, runs as it is, and says so. What an adapter
     drops is compiled in the first step, and drawn otherwise than without."""
+    fp8: bool = False
+    """Whether frozen linears of the blocks multiply in FP8, forward and for the gradients of what
+    they are given, from weights of 4 bits or of bfloat16: products in half the time on cards that
+    have them (L4, H100 and later), and other rounding, 4 % of each. Adapters stay as they are."""
 
 
 class Train(Section):
@@ -212,6 +216,11 @@ class Recipe(Section):
             raise ValueError(
                 f"method.init {init} splits the full weights; "
                 "set quantization: none, or another init"
+            )
+        if self.model.fp8 and getattr(self.method, "fused", "off") != "off":
+            raise ValueError(
+                f"model.fp8 and method.fused {self.method.fused} multiply by the same weight each"  # type: ignore[union-attr]
+                " in its way; keep one of them"
             )
         if init == "loftq" and self.quantization == "none":
             raise ValueError("method.init loftq is for a base in 4 bits; set quantization: nf4")
