@@ -3,7 +3,6 @@
 import gc
 import os
 import signal
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -24,6 +23,10 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Nothing of what is imported and collected first is garbage: half of that time went into looking.
 gc.disable()
+# Where tests run side by side, threads that wait for each other would take most of all cores: those
+# of torch, and those of bitsandbytes, which has a library of its own for them.
+_ONE_THREAD = "OMP_NUM_THREADS" not in os.environ
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,14 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is there by now alone for ever, and collect what tests make.
-
-    Where tests run side by side, threads of torch that wait for each other take most of all cores.
-    """
+    """Leave what is there by now alone for ever, and collect what tests make."""
     gc.freeze()
     gc.enable()
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+    if _ONE_THREAD:
+        del os.environ["OMP_NUM_THREADS"]  # libraries have read it; processes are a test's affair
 
 
 def pytest_sessionfinish() -> None:
