@@ -73,47 +73,37 @@ def rounded(rows: torch.Tensor) -> Rounded:
     return Rounded((rows * factor).to(FP8), factor.float().reciprocal())
 
 
-def _weight(
-    stored: torch.Tensor, absmax: torch.Tensor | None, block_size: int
-) -> list[torch.Tensor]:
-    """Return a weight [out, in] as `Rounded`, from bfloat16 or, with its scales, from 4 bits."""
+def _weight(stored: torch.Tensor, absmax: torch.Tensor | None, block_size: int) -> Rounded:
+    """Return a weight [out, in] in 8 bits, from bfloat16 or, with its scales, from 4 bits."""
     if absmax is None:
-        return list(rounded(stored))
+        return rounded(stored)
     # The largest of a block is its scale: nothing is read but scales, and nothing is divided twice.
     scales = absmax.view(torch.float32)
     of_row = scales.amax(dim=1, keepdim=True).clamp(min=_SMALLEST) / _LARGEST
     values = dequantize(
         stored, (scales / of_row).view(torch.uint8), block_size=block_size, dtype=torch.bfloat16
     )
-    return [values.to(FP8), of_row]
+    return Rounded(values.to(FP8), of_row)
 
 
-def _columns(
-    stored: torch.Tensor, absmax: torch.Tensor | None, block_size: int
-) -> list[torch.Tensor]:
-    """Return the same with values [in, out], as which cards multiply them in backward."""
-    values, of_row = _weight(stored, absmax, block_size)
-    return [values.t().contiguous(), of_row]
+def _product(
+    x: torch.Tensor, stored: torch.Tensor, absmax: torch.Tensor | None, block_size: int
+) -> torch.Tensor:
+    """Return x [..., in] @ W.T."""
+    weight, tokens = _weight(stored, absmax, block_size), rounded(x.flatten(0, -2))
+    y = _multiply(tokens, weight.values, weight.scale.t(), x.dtype)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
-# What a compiler sees of them: two operators, for one that saw a weight made twice would keep the
-# first for backward. The rest is its own to join with what stands beside it.
-_operator = torch.library.custom_op("peft_dist::fp8_weight", _weight, mutates_args=())
-_operator_of_columns = torch.library.custom_op("peft_dist::fp8_columns", _columns, mutates_args=())
-
-
-@_operator.register_fake
-def _(stored: torch.Tensor, absmax: torch.Tensor | None, block_size: int) -> list[torch.Tensor]:
-    rows, columns = stored.shape[0], stored.shape[1] * (1 if absmax is None else 2)
-    values = stored.new_empty(rows, columns, dtype=FP8)
-    return [values, stored.new_empty(rows, 1, dtype=torch.float32)]
-
-
-@_operator_of_columns.register_fake
-def _(stored: torch.Tensor, absmax: torch.Tensor | None, block_size: int) -> list[torch.Tensor]:
-    rows, columns = stored.shape[0], stored.shape[1] * (1 if absmax is None else 2)
-    values = stored.new_empty(columns, rows, dtype=FP8)
-    return [values, stored.new_empty(rows, 1, dtype=torch.float32)]
+def _product_backward(
+    grad: torch.Tensor, stored: torch.Tensor, absmax: torch.Tensor | None, block_size: int
+) -> torch.Tensor:
+    """Return grad [..., out] @ W."""
+    weight = _weight(stored, absmax, block_size)
+    tokens = rounded(grad.flatten(0, -2) * weight.scale.t().to(grad.dtype))
+    columns = weight.values.t().contiguous()  # cards multiply by what lies so alone
+    y = _multiply(tokens, columns, weight.scale.new_ones(1, len(columns)), grad.dtype)
+    return y.view(*grad.shape[:-1], y.shape[-1])
 
 
 def _multiply(
@@ -139,25 +129,52 @@ class _Fp8Matmul(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(stored, absmax)
         ctx.block_size = block_size
-        make = _operator if torch.compiler.is_compiling() else _weight
-        values, of_row = make(stored, absmax, block_size)
-        y = _multiply(rounded(x.flatten(0, -2)), values, of_row.t(), x.dtype)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return _product(x, stored, absmax, block_size)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         stored, absmax = ctx.saved_tensors
-        make = _operator_of_columns if torch.compiler.is_compiling() else _columns
-        columns, of_row = make(stored, absmax, ctx.block_size)
-        tokens = rounded(grad.flatten(0, -2) * of_row.t().to(grad.dtype))
-        y = _multiply(tokens, columns, of_row.new_ones(1, len(columns)), grad.dtype)
-        return y.view(*grad.shape[:-1], y.shape[-1]), None, None, None
+        return _product_backward(grad, stored, absmax, ctx.block_size), None, None, None
+
+
+# The same for a compiler, as operators of torch; see `nf4`.
+_operator = torch.library.custom_op("peft_dist::fp8_product", _product, mutates_args=())
+_operator_backward = torch.library.custom_op(
+    "peft_dist::fp8_product_backward", _product_backward, mutates_args=()
+)
+
+
+@_operator.register_fake
+def _(x: torch.Tensor, stored: torch.Tensor, *_rest: Any) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], stored.shape[0])
+
+
+@_operator_backward.register_fake
+def _(
+    grad: torch.Tensor, stored: torch.Tensor, absmax: torch.Tensor | None, _block_size: int
+) -> torch.Tensor:
+    per_element = 1 if absmax is None else 2
+    return grad.new_empty(*grad.shape[:-1], stored.shape[1] * per_element)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, stored, absmax, ctx.block_size = inputs
+    ctx.save_for_backward(stored, absmax)
+
+
+def _gradient_of_x(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    stored, absmax = ctx.saved_tensors
+    return _operator_backward(grad, stored, absmax, ctx.block_size), None, None, None
+
+
+_operator.register_autograd(_gradient_of_x, setup_context=_save)
 
 
 def _times(
     x: torch.Tensor, stored: torch.Tensor, absmax: torch.Tensor | None, block_size: int
 ) -> torch.Tensor:
-    y: torch.Tensor = _Fp8Matmul.apply(x, stored, absmax, block_size)  # type: ignore[no-untyped-call]
+    multiply = _operator if torch.compiler.is_compiling() else _Fp8Matmul.apply
+    y: torch.Tensor = multiply(x, stored, absmax, block_size)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -245,13 +262,14 @@ def find_problem(rows: int, columns: int, block_size: int, device: torch.device)
     else:
         stored, scales = (normal(rows, columns) * (normal(rows, 1).abs() + 0.1)).to(dtype), None
         plain = stored
-    x, above = normal(17, columns).to(dtype).requires_grad_(), normal(17, rows).to(dtype)
-    y = _times(x, stored, scales, block_size)
-    (grad,) = torch.autograd.grad(y, x, above)
-    pairs = {"product": (y, x @ plain.t()), "gradient": (grad, above @ plain)}
+    x, grad = normal(17, columns).to(dtype), normal(17, rows).to(dtype)
+    pairs = {
+        "product": (_product(x, stored, scales, block_size), x @ plain.t()),
+        "gradient": (_product_backward(grad, stored, scales, block_size), grad @ plain),
+    }
     for what, (ours, theirs) in pairs.items():
-        theirs = theirs.detach().float()
-        off = float((ours.detach().float() - theirs).norm() / theirs.norm().clamp(min=1e-30))
+        theirs = theirs.float()
+        off = float((ours.float() - theirs).norm() / theirs.norm().clamp(min=1e-30))
         if not off <= ROUNDING:
             return f"{rows} x {columns}: the {what} in FP8 differs by {off:.2g} of its norm"
     return ""
