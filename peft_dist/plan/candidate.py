@@ -70,5 +70,6 @@ def may_keep_dequantized(recipe: Recipe, strategy: str) -> bool:
         recipe.parallel.dequantized_blocks == "auto"
         and recipe.quantization == "nf4"
         and getattr(recipe.method, "fused", "off") == "off"
+        and not recipe.model.fp8
         and strategy != "zero3"
     )

@@ -25,7 +25,8 @@ PREFIX = "method.kind=prefix"
 ALWAYS = re.findall(
     r"\S+",
     """
-model.name model.task model.dropout model.dtype model.attention model.compile quantization
+model.name model.task model.dropout model.dtype model.attention model.compile model.fp8
+quantization
 method.lora.kind method.lora.rank method.lora.alpha method.lora.dropout method.lora.targets
 method.lora.target_parameters
 method.lora.init method.lora.learning_rate_ratio method.lora.rslora method.lora.dora
