@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "train": {"activation_checkpointing": True},
     },
 }
-KERNELS = {"plain": 266 * LAYERS + 200, "compiled": 130 * LAYERS + 200}
+KERNELS = {"plain": 215 * LAYERS + 200, "compiled": 75 * LAYERS + 200}
 """Budgets of a step, what is beside the layers included."""
 
 
