@@ -39,7 +39,7 @@ from peft_dist.methods.trained_parts import left_frozen
 from peft_dist.model import architectures, attention, compiled, precision
 from peft_dist.model.device_settings import set_up_device
 from peft_dist.model.fitting_rows import refuse_rows_that_do_not_fit
-from peft_dist.model.fp8 import linears_for_fp8, multiply_in_fp8, refuse_fp8
+from peft_dist.model.fp8 import linears_in_fp8, multiply_in_fp8
 from peft_dist.model.loss import CausalLM, Decoder, RewardModel, SequenceClassifier
 from peft_dist.model.nf4 import weights_per_element
 from peft_dist.model.plan import plan_base
@@ -230,8 +230,7 @@ def set_up_model(
         began_in: The dtype in which the run began, where it goes on.
 
     Raises:
-        PeftDistError: For a model, launcher or option that cannot work; before weights are read
-            wherever that can be known.
+        PeftDistError: For what cannot work; before weights are read, wherever that can be known.
     """
     started = time.monotonic()
     launched = resolve(recipe.parallel, world, os.environ)
@@ -241,8 +240,6 @@ def set_up_model(
     if world.is_main:
         level = logging.WARNING if why.startswith(":") else logging.INFO
         log.log(level, "computing in %s%s", precision.name_of(dtype), why)
-    if recipe.model.fp8:
-        refuse_fp8(world.device, dtype)
     config = architectures.read_config(source.files.folder, task=recipe.model.task)
     if recipe.model.dropout == "off":
         architectures.turn_dropout_off(config)
@@ -277,7 +274,7 @@ def set_up_model(
     if launched.strategy in ("fsdp", "hsdp"):
         architectures.require_own_weights(blocks, config.model_type)
     position_table = architectures.position_table(skeleton)
-    in_fp8 = linears_for_fp8(blocks.values()) if recipe.model.fp8 else []
+    in_fp8 = linears_in_fp8(recipe, blocks.values(), world.device, dtype)
     peft = method.attach(
         skeleton,
         task=recipe.head,
@@ -349,6 +346,5 @@ def set_up_model(
         run = ProofRun(model, peft, blocks, world, dtype, *passes, method.virtual_tokens, code)
         facts = [launched.strategy, recipe.quantization, fused, setup.released_fingerprint]
         setup.packing = prover(run, ways, facts, source.cache_dir).packing
-    if recipe.model.fp8:  # only now: what was compared with transformers' is the model itself
-        multiply_in_fp8(in_fp8, world.device)
+    multiply_in_fp8(in_fp8, world.device)  # once the model itself was compared with transformers'
     return setup

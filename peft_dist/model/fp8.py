@@ -16,6 +16,7 @@ from torch.nn.functional import ScalingType, scaled_mm
 
 from peft_dist.common.errors import RecipeError
 from peft_dist.common.screen import stage
+from peft_dist.config import Recipe
 from peft_dist.distributed.collectives import gather_objects
 from peft_dist.model.nf4 import FrozenLinear4bit, Product, dequantize
 
@@ -203,6 +204,23 @@ _IN_8_BITS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+def linears_in_fp8(
+    recipe: Recipe, blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype
+) -> list[nn.Module]:
+    """Return the linears of bare blocks that are to multiply in FP8: none, unless it is wanted.
+
+    Raises:
+        RecipeError: Where it is not to be had, or fits no linear of the model.
+    """
+    if not recipe.model.fp8:
+        return []
+    refuse_fp8(device, dtype)
+    found = linears_for_fp8(blocks)
+    if not found:
+        raise RecipeError("no linear of the model fits it", where="model.fp8", remedy="remove it")
+    return found
+
+
 def linears_for_fp8(blocks: Iterable[nn.Module]) -> list[nn.Module]:
     """Return the linears of bare blocks that FP8 is for.
 
@@ -215,11 +233,11 @@ def multiply_in_fp8(linears: Iterable[nn.Module], device: torch.device) -> None:
     """Let linears, all but those that are trained, multiply in FP8 from now on. Collective.
 
     Raises:
-        RecipeError: Where there is none, or a product of one of their shapes is wrong here.
+        RecipeError: Where a product of one of their shapes is wrong here.
     """
     found = [one for one in linears if not any(p.requires_grad for p in one.parameters())]
     if not found:
-        raise RecipeError("no linear of the model fits it", where="model.fp8", remedy="remove it")
+        return
     with stage("comparing products in FP8 with others", log) as told:
         shapes = sorted({_shape(module) for module in found})
         problem = next(filter(None, (find_problem(*shape, device) for shape in shapes)), "")

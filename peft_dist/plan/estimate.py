@@ -7,22 +7,21 @@ from peft_dist.config.batch_shape import longest_rows_of_step
 from peft_dist.metrics.mfu import FLOPS_PER_TOKEN_AND_PARAMETER
 from peft_dist.plan.adapter import AdapterShape
 from peft_dist.plan.candidate import Candidate
-from peft_dist.plan.gathers import Gathers, gather_times, gathered_bytes
+from peft_dist.plan.gathers import GatherTimes, gather_times, gathered_bytes
 from peft_dist.plan.hardware import GIB, Hardware
 from peft_dist.plan.memory import (
-    FLOAT,
     REUSE_ELEMENTS,
     Bytes,
-    Setting,
     base_bytes,
     dequantized_bytes,
     gathered_block_bytes,
     kept_by_block,
     peak_bytes,
-    scored_bytes,
 )
 from peft_dist.plan.ring import Ring
+from peft_dist.plan.setting import FLOAT, Setting
 from peft_dist.plan.shapes import ModelShape
+from peft_dist.plan.vocabulary_bytes import scored_bytes
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Estimate:
     host_limit_bytes: int | None
     accumulation: int
     seconds: Seconds
-    gathers: Gathers | None
+    gathers: GatherTimes | None
     """None where nothing is gathered."""
     sent_inside_bytes: int
     """That a GPU receives in a step from others of its node."""
@@ -228,7 +227,7 @@ def _seconds(
     setting: Setting,
     candidate: Candidate,
     hardware: Hardware,
-) -> tuple[Seconds, Gathers | None]:
+) -> tuple[Seconds, GatherTimes | None]:
     assumed, gpu, accumulation = hardware.assumed, hardware.gpu, setting.accumulation
     peak = gpu.flops / (1 if setting.compute_bytes == 2 else 2)
     memory = gpu.memory_gb_s * 1e9 * assumed.memory_efficiency

@@ -10,20 +10,15 @@ from dataclasses import dataclass, replace
 from peft_dist.plan.adapter import AdapterShape
 from peft_dist.plan.candidate import Candidate
 from peft_dist.plan.hardware import Hardware
-from peft_dist.plan.memory import (
-    Setting,
-    blocks_ahead,
-    exchanged_bytes,
-    gathered_block_bytes,
-    outer_bytes,
-    scored_bytes,
-)
+from peft_dist.plan.memory import blocks_ahead, gathered_block_bytes
 from peft_dist.plan.ring import Ring
+from peft_dist.plan.setting import Setting
 from peft_dist.plan.shapes import ModelShape
+from peft_dist.plan.vocabulary_bytes import exchanged_bytes, outer_bytes, scored_bytes
 
 
 @dataclass(frozen=True)
-class Gathers:
+class GatherTimes:
     """Seconds of one micro-batch; under `reshard: step` of all micro-batches of a step."""
 
     block: float
@@ -55,7 +50,7 @@ def gather_times(
     *,
     forward_s: float,
     backward_s: float,
-) -> Gathers:
+) -> GatherTimes:
     """Return how long the gathers of a pass take.
 
     Args:
@@ -83,7 +78,7 @@ def gather_times(
         waits += (shape.layers - kept) * max(0.0, block_s - backward_s)
     waits += max(0.0, head_s - ahead * forward_s * (block_s <= forward_s))
     waits += ring.seconds(words - head, hardware)
-    return Gathers(block_s, forward_s, backward_s if again else 0.0, head_s, ahead, waits)
+    return GatherTimes(block_s, forward_s, backward_s if again else 0.0, head_s, ahead, waits)
 
 
 def gathered_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> int:

@@ -14,7 +14,8 @@ from peft_dist.config.batch_shape import longest_rows_of_step, micro_batch_rows
 from peft_dist.config.parallel import Reshard
 from peft_dist.plan.candidate import candidate_for, may_keep_dequantized
 from peft_dist.plan.hardware import GIB
-from peft_dist.plan.memory import Setting, peak_bytes
+from peft_dist.plan.memory import peak_bytes
+from peft_dist.plan.setting import Setting
 from peft_dist.plan.subject import read_config, subject_of
 
 USABLE = 0.9

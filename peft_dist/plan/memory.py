@@ -4,59 +4,25 @@ The formulas follow what the code keeps alive; a test holds them against the sim
 runs that code. Counted is a micro-batch of the longest rows.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
-from peft_dist.config.parallel import Reshard
 from peft_dist.plan.adapter import AdapterShape
+from peft_dist.plan.setting import FLOAT, Setting
 from peft_dist.plan.shapes import Linear, ModelShape
+from peft_dist.plan.vocabulary_bytes import (
+    Words,
+    outer_bytes,
+    scored_bytes,
+    scored_positions,
+    share_bytes,
+    word_bytes,
+    words_of,
+)
 
 LOGIT_BYTES_PER_CHUNK = 256 << 20
 """As in `model.loss`, which cannot be imported without torch; a test compares them."""
 REUSE_ELEMENTS = 50_000_000
 """As in `sharding.deepspeed_zero`; a test compares them too."""
-ALIGNED_COLUMNS, ID_BYTES = 8, 4
-"""As in `sharding.lookup`, likewise."""
-NUMBERS = 3
-"""As in `model.sliced_cross_entropy`, likewise."""
-FLOAT = 4
-"""Bytes of what is trained, and of copies that norms and losses compute on."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a run is placed and what it keeps, as far as memory goes."""
-
-    sharded: bool
-    """Whether the base is; then gathered blocks come and go."""
-    shards: int
-    """Processes that hold one copy of the base."""
-    micro_batch: int
-    """Rows."""
-    length: int
-    """Tokens of a row."""
-    recompute: bool
-    offload: bool = False
-    quantized: bool = True
-    compute_bytes: int = 2
-    """Of a value as it is computed: 2 for bfloat16, 4 for float32."""
-    stored_bytes: int = 2
-    """Of a value of embedding and head, as stored in the model's files."""
-    mask_bytes: int = 1
-    """Of a value's place in the mask of a dropout; a CPU keeps a factor in its stead."""
-    moments_shared_by: int = 1
-    """Processes among which AdamW's moments are divided (DeepSpeed)."""
-    reshard: Reshard = "forward"
-    """When gathered blocks are freed."""
-    holds_vocabulary: bool = False
-    """Whether embedding and head stay gathered through a pass (DeepSpeed), not only while used."""
-    accumulation: int = 1
-    """Micro-batches of a step."""
-    dequantized: int = 0
-    """Blocks whose weights of 4 bits stay dequantized."""
-    one_call: bool = False
-    """Whether attention of all rows is one call, which makes scores tile by tile."""
-    reuse_elements: int = 0
-    """A gathered block stays until its next use where so many elements or fewer come between."""
 
 
 @dataclass(frozen=True)
@@ -90,74 +56,11 @@ def base_bytes(shape: ModelShape, setting: Setting) -> int:
     return outer_bytes(shape, setting, shards) + shape.layers * block_bytes(shape, setting, shards)
 
 
-def outer_bytes(shape: ModelShape, setting: Setting, shards: int = 1) -> int:
-    """Return the bytes of embedding, head and last norm, of one of so many shards."""
-    matrices, elements = shape.vocabulary_matrices, 0
-    if shards > 1 and by_columns(shape, setting):
-        matrices, elements = matrices - 1, shape.vocabulary * (shape.hidden // shards)
-    elements += -(-shape.vocabulary // shards) * matrices * shape.hidden
-    return elements * _word_bytes(setting) + _share(shape.outer_parameters, shards, setting)
-
-
-def _word_bytes(setting: Setting) -> int:
-    """Return the bytes of a value of embedding and head."""
-    return min(setting.compute_bytes, setting.stored_bytes)
-
-
-def by_columns(shape: ModelShape, setting: Setting) -> bool:
-    """Whether the embedding is sharded by columns, so that rows of it can be exchanged."""
-    return (
-        setting.sharded
-        and setting.shards > 1
-        and not (shape.tied or setting.offload or setting.holds_vocabulary)
-        and shape.hidden % (setting.shards * ALIGNED_COLUMNS) == 0
-    )
-
-
-def exchanged_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> int | None:
-    """Return what exchanging rows of the embedding carries in a micro-batch; None: it is gathered.
-
-    It is where that is fewer bytes.
-    """
-    if not by_columns(shape, setting):
-        return None
-    width = _word_bytes(setting)
-    positions = setting.micro_batch * (setting.length + adapter.virtual_tokens)
-    found = positions * (setting.shards * ID_BYTES + shape.hidden * width)
-    passes = setting.accumulation if setting.reshard == "step" else 1
-    return found if passes * found < shape.vocabulary * shape.hidden * width else None
-
-
-def scored_bytes(shape: ModelShape, setting: Setting) -> int | None:
-    """Return what scoring positions in slices of the head carries in a micro-batch.
-
-    None where the head is gathered instead, since that is fewer bytes or it has no slices.
-    """
-    shards, alone = setting.shards, not (shape.tied or setting.offload or setting.holds_vocabulary)
-    if not (setting.sharded and shards > 1 and alone):
-        return None
-    if (shards - 1) * -(-shape.vocabulary // shards) >= shape.vocabulary:
-        return None
-    each = 2 * shape.hidden * setting.compute_bytes + ID_BYTES + shards * NUMBERS * FLOAT
-    carried = scored_positions(setting) * each
-    fewer = setting.accumulation * carried < shape.vocabulary * shape.hidden * _word_bytes(setting)
-    return carried if fewer else None
-
-
-def scored_positions(setting: Setting) -> int:
-    """Return the labelled positions of all that hold one copy of the base, in a micro-batch."""
-    return setting.shards * setting.micro_batch * (setting.length - 1)
-
-
 def block_bytes(shape: ModelShape, setting: Setting, shards: int = 1) -> int:
     """Return the bytes of one block of the base, of one of so many shards."""
     linears = sum(_linear_bytes(linear, setting, shards) for linear in shape.linears)
     vectors = shape.vector_parameters + shape.block_biases
-    return linears + _share(vectors, shards, setting)
-
-
-def _share(parameters: int, shards: int, setting: Setting) -> int:
-    return -(-parameters // shards) * setting.compute_bytes
+    return linears + share_bytes(vectors, shards, setting)
 
 
 def dequantized_bytes(shape: ModelShape, setting: Setting) -> int:
@@ -185,7 +88,7 @@ def blocks_ahead(shape: ModelShape, setting: Setting) -> int:
     """
     if setting.holds_vocabulary:
         return 0
-    head = 0 if shape.tied else shape.vocabulary * shape.hidden * _word_bytes(setting)
+    head = 0 if shape.tied else shape.vocabulary * shape.hidden * word_bytes(setting)
     return max(1, min(-(-head // block_bytes(shape, setting)), shape.layers - 1))
 
 
@@ -262,64 +165,6 @@ def _stays(shape: ModelShape, setting: Setting) -> int:
     return size * min(shape.layers - 1, setting.reuse_elements // (2 * elements))
 
 
-@dataclass(frozen=True)
-class _Words:
-    """Bytes of embedding, head and all else outside the blocks that are whole, by moment."""
-
-    at_embedding: int
-    """While the embedding is gathered: twice, as it is received and as it is used. Or rows of it,
-    three times: as they were found, received and put in order."""
-    at_first_block: int
-    when_head_is_asked_for: int
-    at_head: int
-    """While the head is gathered."""
-    at_loss: int
-    in_backward: int
-
-
-def _words(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> _Words:
-    words = _gathered_words(shape, adapter, setting)
-    if scored_bytes(shape, setting) is None:
-        return words
-    rest = _share(shape.outer_parameters, 1, setting)
-    if setting.reshard == "step" and exchanged_bytes(shape, adapter, setting) is None:
-        rest += shape.vocabulary * shape.hidden * _word_bytes(setting)  # of the embedding
-    hidden = scored_positions(setting) * shape.hidden * setting.compute_bytes
-    # Hidden states of all, and their gradients: as they are made, and as they are received.
-    return replace(
-        words,
-        when_head_is_asked_for=rest,
-        at_head=rest + 3 * hidden,
-        at_loss=rest + 2 * hidden,
-        in_backward=rest,
-    )
-
-
-def _gathered_words(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> _Words:
-    every = outer_bytes(shape, setting)
-    rest = _share(shape.outer_parameters, 1, setting)
-    matrix = (every - rest) // shape.vocabulary_matrices
-    exchanged = exchanged_bytes(shape, adapter, setting)
-    if exchanged is not None:
-        kept = matrix if setting.reshard == "step" else 0
-        return _Words(
-            rest + 3 * exchanged,
-            rest,
-            rest + matrix,
-            rest + 2 * matrix,
-            rest + matrix,
-            rest + kept,
-        )
-    if setting.holds_vocabulary:
-        return _Words(every, every, every, every, every, every)
-    if setting.reshard == "step":  # nothing is freed before the step ends
-        more = 0 if shape.tied else matrix
-        return _Words(rest + 2 * matrix, rest + matrix, every, every + more, every, every)
-    if shape.tied:
-        return _Words(rest + 2 * matrix, every, every, every, every, rest)
-    return _Words(rest + 2 * matrix, rest, rest + matrix, rest + 2 * matrix, rest + matrix, rest)
-
-
 def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> Bytes:
     """Return the bytes of the fullest moment of a step.
 
@@ -366,7 +211,7 @@ def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> By
     ahead = blocks_ahead(shape, setting)
     unfilled = (shape.layers - ahead) * (one_block if not setting.recompute else wide * e)
     stays = _stays(shape, setting) if gathers else 0
-    words = _words(shape, adapter, setting) if gathers else _Words(*[0] * 6)
+    words = words_of(shape, adapter, setting) if gathers else Words(*[0] * 6)
     again = buffer if setting.reshard == "forward" else 0  # of what backward gathers
     moments = [
         (inputs, 0, 0, words.at_embedding),

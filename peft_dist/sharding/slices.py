@@ -10,7 +10,12 @@ from torch.distributed.tensor import DTensor
 from peft_dist.data.pack import Everyone
 from peft_dist.distributed.collectives import Shard
 from peft_dist.model.cross_entropy import After
-from peft_dist.model.sliced_cross_entropy import Slices, scored_bytes, sliced_cross_entropy
+from peft_dist.model.sliced_cross_entropy import (
+    LEAST_SPARED_BYTES,
+    Slices,
+    scored_bytes,
+    sliced_cross_entropy,
+)
 from peft_dist.model.token_rows import OutputMatrix
 from peft_dist.sharding.compute_timer import ComputeTimer
 
@@ -30,14 +35,14 @@ class SlicedHead:
         self._slices = Slices(head.weight.shape[0], shard, timer.gathering)
 
     def most_targets(self, hidden_bytes: int, *, learns: bool) -> int:
-        """Return for how many labelled positions of a process slices carry fewer bytes at most.
+        """Return for how many labelled positions of a process slices pay, at most.
 
         Args:
             hidden_bytes: Of the hidden states of a position, as they would travel.
             learns: Whether gradients travel back.
         """
         each = scored_bytes(1, hidden_bytes, self._slices.shard.count, learns=learns)
-        return (self._head.weight.nbytes - 1) // each
+        return max(0, self._head.weight.nbytes - 1 - LEAST_SPARED_BYTES) // each
 
     def pays(self, everyone: Everyone, hidden_bytes: int) -> bool:
         """Whether scoring in slices carries fewer bytes than the matrix has; the same everywhere.

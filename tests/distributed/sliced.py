@@ -59,6 +59,7 @@ def in_slices(wanted: bool) -> Iterator[list[list[int]]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slices, "scored_bytes", lambda *_, **__: 1 if wanted else 1 << 60)
+        patch.setattr(slices, "LEAST_SPARED_BYTES", 0)
         patch.setattr(slices, "sliced_cross_entropy", counted)
         # Several chunks of 32 targets.
         patch.setattr(sliced_cross_entropy, "LOGIT_BYTES_PER_CHUNK", 32 * 4 * VOCABULARY // 3)

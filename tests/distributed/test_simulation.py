@@ -53,7 +53,7 @@ FOUR: dict[str, dict[str, Any]] = {
     "hsdp": {"parallel": {"strategy": "hsdp", "shard_size": 2}},
 }
 SIZES = {
-    "hidden_size": 128, "intermediate_size": 256, "vocab_size": 1024, "num_attention_heads": 4,
+    "hidden_size": 128, "intermediate_size": 256, "vocab_size": 40_960, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_hidden_layers": 2,
 }  # fmt: skip
 EXPERTS = {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2}

@@ -18,8 +18,9 @@ from peft_dist.evaluation.scoring import score_rows
 from peft_dist.model.attention import VARLEN_ATTENTION
 from peft_dist.model_setup import ModelSetup
 from peft_dist.plan.adapter import adapter_shape
-from peft_dist.plan.memory import Setting, peak_bytes
+from peft_dist.plan.memory import peak_bytes
 from peft_dist.plan.read_shape import read_shape
+from peft_dist.plan.setting import Setting
 from tests.configs import CONFIGS
 from tests.fakecuda.device import Counted, counting, pinned_bytes
 from tests.fakecuda.rank import RANKS, Rank, live, of_shape, prepare, steps

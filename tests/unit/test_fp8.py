@@ -149,8 +149,9 @@ def test_what_has_no_fp8_is_refused(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     with pytest.raises(RecipeError, match="NVIDIA A100 has no such products"):
         fp8.refuse_fp8(torch.device("cuda", 0), torch.bfloat16)
-    with pytest.raises(RecipeError, match="no linear of the model fits it"):
-        fp8.multiply_in_fp8(fp8.linears_for_fp8([nn.Linear(30, 20)]), CPU)
     values = {"model": {"name": "m", "fp8": True}, "data": {"train": "r"}, "quantization": "nf4"}
+    recipe = Recipe.model_validate(values)
+    with pytest.raises(RecipeError, match="no linear of the model fits it"):
+        fp8.linears_in_fp8(recipe, [nn.Linear(30, 20)], CPU, torch.bfloat16)
     with pytest.raises(ValueError, match="keep one of them"):
         Recipe.model_validate({**values, "method": {"kind": "lora", "fused": "auto"}})

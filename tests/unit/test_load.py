@@ -163,7 +163,7 @@ def test_an_error_names_the_field_the_value_and_the_remedy(
         ),
         (
             ["parallel.dequantized_blocks=1", "method.fused=auto"],
-            "parallel.dequantized_blocks 1 dequantizes once, method.fused in each pass",
+            "parallel.dequantized_blocks 1 and method.fused auto exclude each other",
         ),
     ],
 )

@@ -13,11 +13,12 @@ from peft_dist.config.recipe import Recipe
 from peft_dist.distributed.world import World
 from peft_dist.model import cross_entropy, sliced_cross_entropy
 from peft_dist.model.tiny_config import tiny_config
-from peft_dist.plan import memory
+from peft_dist.plan import memory, vocabulary_bytes
 from peft_dist.plan.adapter import adapter_shape
 from peft_dist.plan.gathers import gathered_bytes
-from peft_dist.plan.memory import Setting, peak_bytes
+from peft_dist.plan.memory import peak_bytes
 from peft_dist.plan.read_shape import read_shape
+from peft_dist.plan.setting import Setting
 from peft_dist.sharding import deepspeed_zero, lookup
 from peft_dist.simulation.run import Simulated, simulate
 from tests.configs import model_folder
@@ -187,7 +188,8 @@ def test_every_parameter_of_a_decoder_is_counted(kind: str, tied: bool) -> None:
 def test_the_formulas_know_the_numbers_of_the_code() -> None:
     assert memory.LOGIT_BYTES_PER_CHUNK == cross_entropy.LOGIT_BYTES_PER_CHUNK
     assert memory.REUSE_ELEMENTS == deepspeed_zero._REUSE_ELEMENTS
-    assert memory.ALIGNED_COLUMNS == lookup.ALIGNED_COLUMNS
-    assert lookup.ID_DTYPE.itemsize == memory.ID_BYTES
-    assert sliced_cross_entropy.ID_DTYPE.itemsize == memory.ID_BYTES
-    assert memory.NUMBERS == sliced_cross_entropy.NUMBERS
+    assert vocabulary_bytes.ALIGNED_COLUMNS == lookup.ALIGNED_COLUMNS
+    assert lookup.ID_DTYPE.itemsize == vocabulary_bytes.ID_BYTES
+    assert sliced_cross_entropy.ID_DTYPE.itemsize == vocabulary_bytes.ID_BYTES
+    assert vocabulary_bytes.NUMBERS == sliced_cross_entropy.NUMBERS
+    assert vocabulary_bytes.LEAST_SPARED_BYTES == sliced_cross_entropy.LEAST_SPARED_BYTES
