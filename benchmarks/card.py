@@ -33,7 +33,7 @@ from peft_dist import __version__
 from peft_dist.distributed import process_group
 from peft_dist.distributed.world import World, read_world
 from peft_dist.methods.fused import Shape, find_problem
-from peft_dist.model import varlen
+from peft_dist.model import attention, capped, fp8, varlen
 from peft_dist.model.cross_entropy import cross_entropy
 from peft_dist.model.nf4 import dequantize, quantize_rows
 from peft_dist.model.token_rows import OutputMatrix
@@ -44,6 +44,8 @@ SECONDS = 540.0
 TOKENS = 8192
 """Of a micro-batch: rows of every length are as many as these hold."""
 LENGTHS = (2048, 512, 8192)
+ATTENTION = (("causal", None, None), ("window", 64, None), ("capped", None, 30.0))
+"""Names, windows and caps of scores."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -105,8 +107,10 @@ def values(device: torch.device) -> dict[str, Any]:
     found["cross_entropy_difference"] = cross_entropy_difference(device)
     found["fused_lora_problem"] = find_problem(Shape(1024, 4096, 64, 16), device, torch.bfloat16)
     if varlen.has_kernel(device, torch.bfloat16):
-        for name, window in (("causal", None), ("window", 64)):
-            found[f"attention_{name}_difference"] = attention_difference(device, window)
+        for name, window, softcap in ATTENTION:
+            found[f"attention_{name}_difference"] = attention_difference(device, window, softcap)
+    if torch.cuda.get_device_capability(device) >= fp8.LEAST_CAPABILITY:
+        found["fp8_problem"] = fp8.find_problem(1024, 4096, 64, device)
     return found
 
 
@@ -130,7 +134,9 @@ def cross_entropy_difference(device: torch.device) -> float:
     return worst
 
 
-def attention_difference(device: torch.device, window: int | None) -> float:
+def attention_difference(
+    device: torch.device, window: int | None, softcap: float | None = None
+) -> float:
     """Return how far outputs and gradients of one call are from the CPU's in float32, relative."""
     lengths, heads, groups, size = (300, 7, 129), 8, 2, 128
     total, source = sum(lengths), torch.Generator().manual_seed(1)
@@ -138,18 +144,29 @@ def attention_difference(device: torch.device, window: int | None) -> float:
     parts = [torch.randn(shape, generator=source).to(torch.bfloat16) for shape in shapes]
     ours = [part.to(device).requires_grad_() for part in parts]
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    one_call = varlen.attend_rows(
-        *ours,
-        row_bounds=ends.to(device),
-        longest=max(lengths),
-        past=None,
-        scaling=None,
-        sliding_window=window,
-    )
+    if softcap is None:
+        one_call = varlen.attend_rows(
+            *ours,
+            row_bounds=ends.to(device),
+            longest=max(lengths),
+            past=None,
+            scaling=None,
+            sliding_window=window,
+        )
+    else:
+        places = torch.cat([torch.arange(length) for length in lengths]).to(device)
+        blocks = capped.row_blocks(places, window=window, learned=0, softcap=softcap)
+        in_blocks = capped.attend_rows(*ours, blocks=blocks, past=None, scaling=None)
+        if in_blocks is None:
+            return float("nan")  # it does not compile; a warning says why
+        one_call = in_blocks
     one_call.float().square().sum().backward()
     theirs = [part.float().requires_grad_() for part in parts]
     rows = []
     for q, k, v in zip(*(part.split(lengths, dim=2) for part in theirs), strict=True):
+        if softcap is not None:
+            rows.append(attention.capped_attention(q, k, v, window, 0.0, None, softcap))
+            continue
         place = torch.arange(q.shape[2])
         distance = place[:, None] - place[None, :]
         mask = (distance >= 0) & (distance < (window or total))
@@ -199,6 +216,8 @@ def cases(options: argparse.Namespace) -> Iterator[list[str]]:
                 yield [*words, "--shortest", str(length // 10)]
                 if quantization == "nf4":
                     yield [*words, "--fused"]
+                    if torch.cuda.get_device_capability() >= fp8.LEAST_CAPABILITY:
+                        yield [*words, "--fp8"]
                 if quantization == "nf4" and not recomputed:
                     few = [*words, "--length", str(min(lengths)), "--rows", "1"]
                     yield few
@@ -282,10 +301,12 @@ def faults(report: dict[str, Any]) -> list[str]:
     """Return what is wrong on this card."""
     checked = report["values"]
     limits = {"nf4_dequantized_difference": 1e-6, "cross_entropy_difference": 0.02}
-    limits |= dict.fromkeys(("attention_causal_difference", "attention_window_difference"), 0.02)
+    limits |= {f"attention_{name}_difference": 0.02 for name, _, _ in ATTENTION}
     wrong = [name for name, limit in limits.items() if not checked.get(name, 0.0) <= limit]
     if checked["fused_lora_problem"]:
         wrong.append(f"method.fused: {checked['fused_lora_problem']}")
+    if checked.get("fp8_problem"):
+        wrong.append(f"model.fp8: {checked['fp8_problem']}")
     if not report["determinism"]["deterministic"]:
         wrong.append("two deterministic trainings differ")
     if report["tests"].get("exit_code") not in (0, None):

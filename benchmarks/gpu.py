@@ -116,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--strategy", choices=("ddp", "fsdp"), default="fsdp")
     made.add_argument("--rank", type=int, default=16, help="LoRA rank; alpha is twice that")
     made.add_argument("--fused", action="store_true", help="method.fused: auto")
+    made.add_argument("--fp8", action="store_true", help="model.fp8: true")
     made.add_argument(
         "--dequantized", type=int, default=0, metavar="N", help="parallel.dequantized_blocks"
     )
@@ -175,7 +176,7 @@ def make_trainer(args: argparse.Namespace, world: World, folder: Path) -> Traine
     config.save_pretrained(folder)
     recipe = Recipe.model_validate(
         {
-            "model": {"name": str(folder), "attention": args.attention},
+            "model": {"name": str(folder), "attention": args.attention, "fp8": args.fp8},
             "quantization": args.quantization,
             "method": {
                 "kind": "lora",

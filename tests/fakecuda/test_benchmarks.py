@@ -25,7 +25,7 @@ def test_a_card_is_measured_as_the_product_trains(
     report = json.loads((tmp_path / "card.json").read_text(encoding="utf-8"))
     assert report["facts"]["device"] == world.device_name
     assert report["left_out"] == []
-    assert len(report["speed"]) == len({row["case"] for row in report["speed"]}) == 32
+    assert len(report["speed"]) == len({row["case"] for row in report["speed"]}) == 36
     assert {row["attention"] for row in report["speed"]} == {VARLEN_ATTENTION}
     assert all(row["tokens_per_s_per_gpu"] > 0 for row in report["speed"])
     assert {"attention_window_difference", "cross_entropy_difference"} <= report["values"].keys()
@@ -38,4 +38,4 @@ def test_without_time_every_case_is_left_out_by_name(
     monkeypatch.setattr(card, "repeats", lambda *_: {"deterministic": True})
     assert card.main(["--dry", "--seconds", "0", "--json", str(tmp_path / "card.json")]) == 0
     report = json.loads((tmp_path / "card.json").read_text(encoding="utf-8"))
-    assert (len(report["speed"]), len(report["left_out"])) == (0, 32)
+    assert (len(report["speed"]), len(report["left_out"])) == (0, 36)

@@ -111,7 +111,7 @@ def test_nodes_that_are_fine_are_fine() -> None:
         ({"python": "3.12.0"}, "Python 3.12.0, node1 has 3.11.2"),
         ({"clock_offset_s": 90.0}, "its clock is 90.0 s ahead, 60 s allowed"),
         ({"clock_offset_s": -90.0}, "its clock is 90.0 s behind, 60 s allowed"),
-        (NO_ROOM, SPACE),
+        pytest.param(NO_ROOM, SPACE, id="no room"),  # workers would disagree about how much is free
         (UNWRITTEN, "cannot write to /nowhere/run: No such file or directory"),
     ],
 )  # fmt: skip
