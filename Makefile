@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CUDA_VENV ?= .venv-cuda
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
-JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 2 : 9)))
 RECIPE := configs/recipes/quickstart.yaml
 
 BIN := $(VENV)/bin

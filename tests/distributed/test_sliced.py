@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.sliced import CASES, WHOLE
-from tests.processes import ROOT, environment, run, torchrun
+from tests.processes import ROOT, environment, forked_world, run
 from tests.tiny import completion_rows, preference_rows, tiny_model, write_jsonl
 
 pytestmark = pytest.mark.distributed
@@ -23,7 +23,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     write_jsonl(folder / "rows.jsonl", completion_rows(26))
     write_jsonl(folder / "pairs.jsonl", preference_rows(14, "pair"))
     done = run(
-        [*torchrun(PROCESSES), str(ROOT / "tests" / "distributed" / "sliced.py"), str(folder)],
+        [*forked_world(PROCESSES), str(ROOT / "tests" / "distributed" / "sliced.py"), str(folder)],
         environment=environment(folder / "cache"),
         cwd=folder,
         timeout_s=400,

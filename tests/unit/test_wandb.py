@@ -67,6 +67,7 @@ def here(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the end of training wait as long as a loaded machine takes to send the rows."""
+    monkeypatch.setattr(tracker, "LEAVE_AFTER_S", 90.0)
     monkeypatch.setattr(tracker, "WAIT_S", 100.0)
 
 
@@ -378,7 +379,7 @@ def test_a_server_that_comes_back_gets_the_run_while_it_trains(
     training = Training(run, with_wandb=False)
     training.train(20)
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(run.path)], env=here, stdin=subprocess.PIPE
+        [sys.executable, "-c", code, "9.5", str(run.path)], env=here, stdin=subprocess.PIPE
     )
     wait_for(lambda: list(run.path.glob("wandb/offline-run-*/run-*.wandb")))
     stub.listen_again()

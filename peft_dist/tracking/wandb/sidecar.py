@@ -25,8 +25,8 @@ from peft_dist.tracking.wandb.wandb_run import NotAllowed, Unreachable, WandbRun
 
 log = logging.getLogger(__name__)
 
-LEAVE_AFTER_S = 9.5
-"""Seconds after the end of training at which this process is gone, whatever W&B does."""
+BESIDE_UPLOADS_S = 2.5
+"""Of the time that it has after the end of training, what is not for uploads."""
 LOOK_EVERY_S = 1.0
 """Seconds between two reads of the ledger."""
 TRY_AGAIN_S = 120.0
@@ -40,7 +40,13 @@ EXIT_SENT, EXIT_OFFLINE, EXIT_INCOMPLETE = 0, 4, 5
 
 
 def main(argv: list[str]) -> int:
-    """Follow a run until its attempt is over; return whether its rows were sent."""
+    """Follow a run until its attempt is over; return whether its rows were sent.
+
+    Args:
+        argv: The seconds after the end of training at which this process is gone, whatever W&B
+            does, and the run directory.
+    """
+    leave_after_s, folder = float(argv[0]), argv[1]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # training ends in its own time, and so do we
     with suppress(OSError):
@@ -51,29 +57,30 @@ def main(argv: list[str]) -> int:
     os.environ.update(environment)
     logs.begin(on_screen=False)
     over = threading.Event()
-    threading.Thread(target=_wait_for_end, args=(over,), daemon=True).start()
+    threading.Thread(target=_wait_for_end, args=(over, leave_after_s), daemon=True).start()
     try:
-        return Sidecar(RunDir.open(argv[0]), over).follow()
+        return Sidecar(RunDir.open(folder), over, leave_after_s).follow()
     except Exception as error:  # of whatever kind: it ends this process and nothing else
         log.warning("W&B gets no more rows: %s", error)
         return EXIT_INCOMPLETE
 
 
-def _wait_for_end(over: threading.Event) -> None:
+def _wait_for_end(over: threading.Event, leave_after_s: float) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
     over.set()
-    time.sleep(LEAVE_AFTER_S)
-    log.warning("W&B did not take the last rows within %.0f s", LEAVE_AFTER_S)
+    time.sleep(leave_after_s)
+    log.warning("W&B did not take the last rows within %.0f s", leave_after_s)
     os._exit(EXIT_INCOMPLETE)
 
 
 class Sidecar:
     """Sends the rows of one run while it trains, to the server or into a file."""
 
-    def __init__(self, run: RunDir, over: threading.Event) -> None:
+    def __init__(self, run: RunDir, over: threading.Event, leave_after_s: float) -> None:
         """Prepare; `over` is set once no more records will come."""
         self._run, self._over = run, over
+        self._uploads_s = leave_after_s - BESIDE_UPLOADS_S
         self._settings = recipe_of(run).tracking.wandb
         self._rows = LedgerRows(run.ledger)
         newest = LedgerReader(run.ledger).newest_start()
@@ -110,7 +117,9 @@ class Sidecar:
         written = self._rows.count
         if self._may_go_online:
             try:
-                wandb_run = WandbRun(self._run, self._start, online=True)
+                wandb_run = WandbRun(
+                    self._run, self._start, online=True, finish_timeout_s=self._uploads_s
+                )
                 self._rows = LedgerRows(self._run.ledger)
                 return wandb_run
             except Unreachable as error:

@@ -20,8 +20,10 @@ from peft_dist.tracking.wandb.sidecar import EXIT_OFFLINE, EXIT_SENT
 
 log = logging.getLogger(__name__)
 
+LEAVE_AFTER_S = 9.5
+"""Seconds after the end of training at which the process that sends is gone, whatever W&B does."""
 WAIT_S = 20.0
-"""Seconds that the end of training waits for the last rows to be sent."""
+"""Seconds that the end of training waits for it."""
 KILLED_S = 1.0
 """How long a killed process may take to go."""
 
@@ -67,6 +69,7 @@ class WandbTracker:
             "-P",
             "-m",
             "peft_dist.tracking.wandb.sidecar",
+            str(LEAVE_AFTER_S),
             str(self._run.path),
         ]
         try:
