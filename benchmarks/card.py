@@ -165,7 +165,7 @@ def attention_difference(
     rows = []
     for q, k, v in zip(*(part.split(lengths, dim=2) for part in theirs), strict=True):
         if softcap is not None:
-            rows.append(attention.capped_attention(q, k, v, window, 0.0, None, softcap))
+            rows.append(attention.capped_attention(q, k, v, window or total, 0.0, None, softcap))
             continue
         place = torch.arange(q.shape[2])
         distance = place[:, None] - place[None, :]

@@ -100,7 +100,8 @@ def test_it_compiles_for_every_card(tmp_path: Path, card: str) -> None:
     """Also for heads of 256: torch refuses what needs more shared memory than a card has."""
     import triton
 
-    done = run(COMPILED, FAKE_CUDA_CARD=card, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    folders = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), str(tmp_path))
+    done = run(COMPILED, FAKE_CUDA_CARD=card, **folders)
     assert done.returncode == 0, done.stderr
     tool, found = triton.knobs.nvidia.cuobjdump.path, []
     for cubin in tmp_path.rglob("triton_tem*.cubin"):
