@@ -216,24 +216,18 @@ def _compiled() -> Callable[..., torch.Tensor | None]:
     run = torch.compile(_attend, fullgraph=True, dynamic=True)
     failed = False
 
-    def attend(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        blocks: RowBlocks,
-        past: torch.Tensor | None,
-        scaling: float | None,
-    ) -> torch.Tensor | None:
+    def attend(*inputs: Any) -> torch.Tensor | None:
         nonlocal failed
         if failed:
             return None
-        for part in (query, key, value):  # what does not vary; T may happen to be as much
+        *parts, _blocks, past, _scaling = inputs
+        for part in parts:  # what does not vary; T may happen to be as much
             mark_static(part, 1)
             mark_static(part, 3)
         if past is not None:
             mark_static(past)
         try:
-            return run(query, key, value, blocks, past, scaling)
+            return run(*inputs)
         except errors as error:
             failed = True
             cause = getattr(error, "inner_exception", error)

@@ -2,8 +2,7 @@
 
 Tokens and rows of a weight have a scale each, and sums are made in float32. In the backward pass
 the scales of rows are multiplied into the gradient before that is rounded, so that a weight has the
-same 8 bits in either pass. What a product of random numbers is off by, 4 % of its norm, differs
-from token to token and from step to step only where its inputs do: weights are rounded once.
+same 8 bits in either pass. A product of random numbers is off by 4 % of its norm.
 """
 
 import logging
@@ -121,16 +120,10 @@ class _Fp8Matmul(torch.autograd.Function):
     """x @ W.T, with a gradient for x alone; W is saved as it is stored."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        stored: torch.Tensor,
-        absmax: torch.Tensor | None,
-        block_size: int,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(stored, absmax)
-        ctx.block_size = block_size
-        return _product(x, stored, absmax, block_size)
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        y = _product(*inputs)
+        _save(ctx, inputs, y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -164,8 +157,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _gradient_of_x(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-    stored, absmax = ctx.saved_tensors
-    return _operator_backward(grad, stored, absmax, ctx.block_size), None, None, None
+    return _operator_backward(grad, *ctx.saved_tensors, ctx.block_size), None, None, None
 
 
 _operator.register_autograd(_gradient_of_x, setup_context=_save)

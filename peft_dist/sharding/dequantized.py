@@ -18,7 +18,7 @@ from peft_dist.sharding.engine import Engine
 log = logging.getLogger(__name__)
 
 
-class HeldOut(nn.Module):
+class UngatheredWeights(nn.Module):
     """The 4-bit parameters of a block, for `fully_shard`: sharded like others, never gathered."""
 
     def __init__(self, block: nn.Module) -> None:

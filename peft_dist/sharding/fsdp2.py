@@ -21,7 +21,7 @@ from peft_dist.distributed.collectives import Shard
 from peft_dist.distributed.world import World
 from peft_dist.model import fill_base
 from peft_dist.sharding.compute_timer import ComputeTimer
-from peft_dist.sharding.dequantized import HeldOut
+from peft_dist.sharding.dequantized import UngatheredWeights
 from peft_dist.sharding.engine import Engine
 from peft_dist.sharding.vocabulary import VocabularyUnit, vocabulary_units
 
@@ -73,7 +73,7 @@ class FSDP2Engine(Engine):
         policy = CPUOffloadPolicy(pin_memory=on_gpu) if self.offload else OffloadPolicy()
         shard = partial(fully_shard, mesh=self.mesh, ignored_params=trained, offload_policy=policy)
         sizes = [_bytes(set(block.parameters()) - trained) for block in blocks]
-        kept = [HeldOut(block) for block in blocks[: self.dequantized_blocks]]
+        kept = [UngatheredWeights(block) for block in blocks[: self.dequantized_blocks]]
         apart = set[nn.Parameter]()
         for one in kept:
             shard(one, ignored_params=trained | one.others())
