@@ -5,6 +5,7 @@ The process around it stands in `entrypoints/train.py`, what follows and guards 
 """
 
 import logging
+import os
 from collections.abc import Collection
 from dataclasses import replace
 from datetime import date
@@ -27,12 +28,13 @@ from peft_dist.common.screen import stage, wait
 from peft_dist.common.sizes import megabytes
 from peft_dist.config import Recipe
 from peft_dist.config.method import hub_adapter
+from peft_dist.config.parallel import least_kept
 from peft_dist.config.run_date import with_date
 from peft_dist.data.mixture import source_shares
 from peft_dist.data.stream import StreamedRows, TrainingRows
 from peft_dist.data.token_cache import TokenizedRows, tokenize_rows
 from peft_dist.distributed import process_group, rendezvous
-from peft_dist.distributed.collectives import broadcast_object
+from peft_dist.distributed.collectives import broadcast_object, gather_objects
 from peft_dist.distributed.world import World
 from peft_dist.evaluation.scoring import EvalSet, make_eval_set
 from peft_dist.micro_batch import CudaMemory, fit_micro_batch
@@ -44,8 +46,10 @@ from peft_dist.model.weights import model_folder
 from peft_dist.model_setup import ModelSetup, set_up_model
 from peft_dist.objective.passes import Scores
 from peft_dist.objective.reference import reference_scores
+from peft_dist.plan.host_memory import free_memory_bytes, keep_on_host
 from peft_dist.run.prediction import measures_rows, note_measured_rows
 from peft_dist.run.saving import being_saved
+from peft_dist.sharding.launcher_env import resolve
 from peft_dist.tracking.attempt import TrainingAttempt
 from peft_dist.trainer import Trainer
 from peft_dist.worker.process import WorkerContext
@@ -111,6 +115,7 @@ def fine_tune(
         process_group.start(world, meeting)
         attempt.share_run()
         refuse_different_inputs(inputs)
+    recipe = _with_what_the_host_keeps(recipe, world, rows, held)
 
     setup = set_up_model(
         recipe, world, base, label_names=rows.label_names, rows=rows, began_in=began_in
@@ -184,6 +189,35 @@ def _reference(
     )
     attempt.phase("setup", 0)
     return scores
+
+
+def _with_what_the_host_keeps(
+    recipe: Recipe, world: World, rows: TrainingRows, held: TokenizedRows | None
+) -> Recipe:
+    """Return the recipe with what stays gathered and dequantized without GPUs. Collective.
+
+    What every process has memory for; on GPUs the plan has chosen that.
+    """
+    if world.device.type != "cpu":
+        return recipe
+    longest = recipe.data.max_length
+    if isinstance(rows, TokenizedRows):
+        longest = max(int(np.diff(some.offsets).max()) for some in (rows, held) if some is not None)
+    own = keep_on_host(
+        recipe,
+        resolve(recipe.parallel, world, os.environ).strategy,
+        processes=world.size,
+        here=world.local_size,
+        longest_row=longest,
+        free_bytes=free_memory_bytes(),
+    )
+    found = gather_objects([own.reshard, own.dequantized_blocks])
+    all_own = [
+        own.model_copy(update={"reshard": reshard, "dequantized_blocks": blocks})
+        for reshard, blocks in found
+    ]
+    own = own.model_copy(update=least_kept(all_own))
+    return recipe.model_copy(update={"parallel": own})
 
 
 def _described(rows: TrainingRows, eval_set: EvalSet | None) -> list[str]:

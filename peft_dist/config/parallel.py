@@ -1,6 +1,7 @@
 """The recipe's section about processes: who holds what, and for how long."""
 
-from typing import Annotated, Literal, Self, TypeAlias
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -32,15 +33,15 @@ class Parallel(Section):
     forward: after each use; backward gathers them again. backward: once backward is through with
     them, half of the gathers for memory of the whole base. step: at the end of the step, one gather
     for all of its passes. All give the same losses, to the bit. auto: what `peft-dist plan`
-    finds memory for and a step at least 2 % faster by, on a CPU what the host has memory for; where
-    nobody has asked it, forward."""
+    finds memory for and a step at least 2 % faster by; where nobody has asked it, forward. On a
+    CPU what the host has memory for, with rows as long as the longest."""
 
     dequantized_blocks: NonNegativeInt | Literal["auto"] = "auto"
     """Transformer blocks, the first ones, whose 4-bit weights stay dequantized on every process, in
     the compute dtype: no pass dequantizes or gathers them. All give the same losses, to the bit.
     More than there are: all; not with zero3. auto: as many as `peft-dist plan` finds memory left
-    for, where a step is at least 2 % faster by them, on a CPU what the host has memory for; where
-    nobody has asked it, 0. 0: off."""
+    for, where a step is at least 2 % faster by them; where nobody has asked it, 0. On a CPU as many
+    as the host has memory for, with rows as long as the longest. 0: off."""
 
     @model_validator(mode="after")
     def _kept_weights_are_no_pieces(self) -> Self:
@@ -78,3 +79,18 @@ class Parallel(Section):
                 f"shard_size {self.shard_size} does not divide processes {self.processes}"
             )
         return self
+
+
+def least_kept(chosen: Sequence[Parallel]) -> dict[str, Any]:
+    """Return the settings by which the least stays gathered and dequantized, where some differ.
+
+    Args:
+        chosen: What runs, or processes, would do by themselves; what they leave open is the least.
+    """
+    least: dict[str, Any] = {}
+    if len(reshards := {one.reshard for one in chosen}) > 1:
+        first = next(one for one in ("auto", *get_args(Reshard)) if one in reshards)
+        least["reshard"] = "forward" if first == "auto" else first
+    if len(blocks := {one.dequantized_blocks for one in chosen}) > 1:
+        least["dequantized_blocks"] = min(0 if one == "auto" else one for one in blocks)
+    return least

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from peft_dist.common.errors import PeftDistError
 from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import longest_rows_of_step, micro_batch_rows
-from peft_dist.config.parallel import Reshard
+from peft_dist.config.parallel import Parallel, Reshard
 from peft_dist.plan.candidate import candidate_for, may_keep_dequantized
 from peft_dist.plan.hardware import GIB
 from peft_dist.plan.memory import peak_bytes
@@ -26,38 +26,55 @@ PROCESS_BYTES = GIB
 """Of Python, torch and tables of rows."""
 
 
-def keep_on_host(recipe: Recipe, free_bytes: int | None) -> Recipe:
-    """Return a recipe with what memory is there for, where it leaves that open.
+def keep_on_host(
+    recipe: Recipe,
+    strategy: str,
+    *,
+    processes: int,
+    here: int,
+    longest_row: int,
+    free_bytes: int | None,
+) -> Parallel:
+    """Return how to run a recipe, with what memory is there for where it leaves that open.
 
     First the fewest gathers; then as many dequantized blocks as there is room for.
 
     Args:
         recipe: Settled in all else.
-        free_bytes: Of the machine. None: not known.
+        strategy: `ddp`, `fsdp`, `hsdp`, `zero2` or `zero3`.
+        processes: Of the run.
+        here: Of these, on this machine.
+        longest_row: Most tokens of a row.
+        free_bytes: Of this machine. None: not known.
     """
     own = recipe.parallel
-    processes = own.processes or 1
-    strategy = "fsdp" if own.strategy == "auto" else own.strategy
     gathers = own.reshard == "auto" and strategy in ("fsdp", "hsdp") and processes > 1
     dequantizes = may_keep_dequantized(recipe, strategy)
     if free_bytes is None or not (gathers or dequantizes):
-        return recipe
+        return own
+    shortened = recipe.data.model_copy(update={"max_length": longest_row})
+    recipe = recipe.model_copy(update={"data": shortened})
     try:
         config = read_config(recipe.model.name, recipe.model.revision, network=False)
         subject = subject_of(recipe, config)
     except PeftDistError:  # no formulas for this model or method
-        return recipe
+        return own
     rows = min(micro_batch_rows(recipe), -(-longest_rows_of_step(recipe) // processes))
     recompute = recipe.train.activation_checkpointing is True
     one = candidate_for(
-        recipe, strategy, nodes=1, processes=processes, rows=rows, recompute=recompute
+        recipe,
+        strategy,
+        nodes=max(1, processes // here),
+        processes=processes,
+        rows=rows,
+        recompute=recompute,
     )
     width = 2 if recipe.model.dtype in ("bfloat16", "float16") else 4
     setting = Setting(
         sharded=one.shard_size > 1,
         shards=one.shard_size,
         micro_batch=rows * recipe.rows_per_example,
-        length=recipe.data.max_length,
+        length=longest_row,
         recompute=recompute,
         quantized=recipe.quantization == "nf4",
         compute_bytes=width,
@@ -69,7 +86,7 @@ def keep_on_host(recipe: Recipe, free_bytes: int | None) -> Recipe:
 
     def has_no_room(other: Setting) -> bool:
         tensors = peak_bytes(subject.shape, subject.adapter, other).allocated
-        return processes * (HEAP_FACTOR * tensors + PROCESS_BYTES) > USABLE * free_bytes
+        return here * (HEAP_FACTOR * tensors + PROCESS_BYTES) > USABLE * free_bytes
 
     kept: dict[str, Any] = {}
     if gathers:
@@ -79,7 +96,7 @@ def keep_on_host(recipe: Recipe, free_bytes: int | None) -> Recipe:
     if dequantizes:
         more = [replace(setting, dequantized=count + 1) for count in range(subject.shape.layers)]
         kept["dequantized_blocks"] = bisect_left(more, True, key=has_no_room)
-    return recipe.model_copy(update={"parallel": own.model_copy(update=kept)})
+    return own.model_copy(update=kept)
 
 
 def free_memory_bytes(

@@ -7,17 +7,15 @@ import math
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
 
 from peft_dist.common.errors import LaunchError, PeftDistError
 from peft_dist.config import Recipe
 from peft_dist.config.batch_shape import micro_batch_rows
 from peft_dist.config.cluster import Cluster
-from peft_dist.config.parallel import Reshard
+from peft_dist.config.parallel import Reshard, least_kept
 from peft_dist.launch.placement import this_machine
 from peft_dist.plan.estimate import Estimate
 from peft_dist.plan.hardware import GIB, Hardware, find_gpu, hardware_of, recognise_gpu
-from peft_dist.plan.host_memory import free_memory_bytes, keep_on_host
 from peft_dist.plan.plan import MOST_NODES, choose, remedy_for
 from peft_dist.plan.subject import read_config, subject_of
 from peft_dist.run.prediction import MEASURES_ROWS, Prediction
@@ -187,11 +185,7 @@ def cluster_hardware(cluster: Cluster) -> Hardware | None:
 
 def settle_here(recipe: Recipe) -> Settled:
     """Return a recipe settled for this machine."""
-    gpus = this_machine().gpus
-    settled = settle(recipe, own_hardware(gpus), 1)
-    if gpus:
-        return settled
-    return replace(settled, recipe=keep_on_host(settled.recipe, free_memory_bytes()))
+    return settle(recipe, own_hardware(this_machine().gpus), 1)
 
 
 def own_hardware(gpus: int) -> Hardware | None:
@@ -239,11 +233,7 @@ def settle_alike(recipes: Sequence[Recipe], hardware: Hardware | None, nodes: in
     """
     found = _under_one_strategy(recipes, hardware, nodes)
     chosen = [one.recipe.parallel for one in found]
-    least: dict[str, Any] = {}
-    if len(reshards := {one.reshard for one in chosen}) > 1:
-        least["reshard"] = next(one for one in get_args(Reshard) if one in reshards)
-    if len(blocks := {one.dequantized_blocks for one in chosen}) > 1:
-        least["dequantized_blocks"] = min(0 if one == "auto" else one for one in blocks)
+    least = least_kept(chosen)
     if not least:
         return found
     pinned = [

@@ -169,18 +169,37 @@ def test_on_a_cpu_as_much_is_kept_as_the_host_has_memory_for(
     model_folder(tmp_path / "model", "llama-3.1-8b")
     free = None if free_gib is None else free_gib * 2**30
 
-    def kept(*words: str, free: int | None = free) -> tuple[str, int | str]:
-        found = keep_on_host(load_recipe(recipe_file, [*words]), free).parallel
+    def kept(
+        *words: str,
+        free: int | None = free,
+        strategy: str = "fsdp",
+        processes: int = 2,
+        here: int = 2,
+        longest_row: int = 1024,
+    ) -> tuple[str, int | str]:
+        found = keep_on_host(
+            load_recipe(recipe_file, [*words]),
+            strategy,
+            processes=processes,
+            here=here,
+            longest_row=longest_row,
+            free_bytes=free,
+        )
         return found.reshard, found.dequantized_blocks
 
-    assert kept("parallel.processes=2") == (reshard, blocks)
-    for alone in ("parallel.processes=1", "parallel={processes: 2, strategy: ddp}"):
-        assert kept(alone) == ("auto", blocks)
-        assert kept(alone, "quantization=none") == ("auto", "auto")
-    settled = "parallel={processes: 2, strategy: fsdp, reshard: backward, dequantized_blocks: 3}"
-    assert kept(settled) == ("backward", 3)
-    some = [kept("parallel.processes=2", free=gib * 2**30)[1] for gib in range(100, 400, 20)]
-    assert some == sorted(some) and len({*some} - {0, 32}) > 2
+    assert kept() == (reshard, blocks)
+    for alone in ({"processes": 1, "here": 1}, {"strategy": "ddp"}):
+        assert kept(**alone) == ("auto", blocks)
+        assert kept("quantization=none", **alone) == ("auto", "auto")
+    assert kept("parallel={reshard: backward, dequantized_blocks: 3}") == ("backward", 3)
+    free_bytes = [gib * 2**30 for gib in range(100, 400, 20)] if reshard == "step" else []
+    some = [kept("parallel.reshard=forward", free=free)[1] for free in free_bytes]
+    assert some == sorted(some) and (not some or len({*some} - {0, 32}) > 2)
+    # Shorter rows, and shards on other machines, leave room for more.
+    for way in ({"longest_row": 16}, {"processes": 4}):
+        more = [kept("parallel.reshard=forward", free=free, **way)[1] for free in free_bytes]
+        assert all(a >= b for a, b in zip(more, some, strict=True))
+        assert more != some or not some
 
 
 def test_free_memory_is_what_the_container_leaves(tmp_path: Path) -> None:
