@@ -59,7 +59,7 @@ examples: $(VENV)/.installed-all ## write slurm/examples/ anew: what would be su
 	$(BIN)/python -m peft_dist.slurm.examples slurm/examples
 
 faults: $(VENV)/.installed-all ## the tests of faults with many more cases; more than an hour
-	PEFT_DIST_FAULTS=long $(BIN)/python -m pytest --timeout 3600 tests/faults tests/distributed \
+	PEFT_DIST_FAULTS=long $(PYTEST) --timeout 3600 tests/faults tests/distributed \
 		tests/unit/test_script_fuzz.py tests/unit/test_compiled.py tests/unit/test_checkpointer.py \
 		tests/unit/test_wandb.py tests/unit/test_plan.py \
 		tests/unit/test_plan_formulas.py tests/unit/test_proof.py tests/equivalence tests/unit/test_report_in_a_browser.py \
