@@ -10,6 +10,7 @@ from tests.equivalence.cases import (
     FSDP,
     FSDP4,
     HSDP,
+    RESHARDED,
     SINGLE,
     STEPS,
     ZERO2,
@@ -59,8 +60,9 @@ def test_every_engine_has_the_losses_of_one_process(outcome: Outcomes, name: str
         assert shared["last"][0] == pytest.approx(alone["last"][0], abs=tolerance), engine
 
 
-@pytest.mark.parametrize("engine", [FSDP, HSDP])
-@pytest.mark.parametrize("reshard", ["backward", "step"])
+@pytest.mark.parametrize(
+    ("reshard", "engine"), [(when, engine) for when in RESHARDED for engine in RESHARDED[when]]
+)
 def test_blocks_that_stay_gathered_change_no_bit(
     outcome: Outcomes, reshard: str, engine: str
 ) -> None:
@@ -70,18 +72,21 @@ def test_blocks_that_stay_gathered_change_no_bit(
     assert kept["base_bytes_by_rank"] == anew["base_bytes_by_rank"]
 
 
-@pytest.mark.parametrize("engine", [SINGLE, DDP, ZERO2, FSDP, HSDP])
+@pytest.mark.parametrize("engine", CASES["accumulated-dequantized"].engines)
 def test_weights_that_stay_dequantized_change_no_bit(outcome: Outcomes, engine: str) -> None:
-    anew, names = outcome("accumulated", engine), ["accumulated-dequantized"]
-    names += ["accumulated-step-dequantized"] if engine in (FSDP, HSDP) else []
+    anew, kept = outcome("accumulated", engine), "accumulated-step-dequantized"
+    names = ["accumulated-dequantized"]
+    names += [kept] if engine in (FSDP, HSDP) and engine in CASES[kept].engines else []
     for name in names:
         for key in ("losses", "norms", "update", "first", "last", "probe_logits"):
             assert outcome(name, engine)[key] == anew[key], (name, key)
         assert outcome(name, engine)["base_bytes_by_rank"] == anew["base_bytes_by_rank"]
 
 
-@pytest.mark.parametrize("engine", [FSDP, DDP, HSDP])
-@pytest.mark.parametrize("name", ["llama-nf4", "llama-none"])
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [(name, engine) for name in ("llama-nf4", "llama-none") for engine in CASES[name].engines[1:]],
+)
 def test_twenty_steps_are_the_same_and_learn(outcome: Outcomes, name: str, engine: str) -> None:
     shared = outcome(name, engine)
     assert len(shared["losses"]) == 20
@@ -227,7 +232,7 @@ def test_the_dropout_of_the_base_is_repeated_by_the_next_run(outcome: Outcomes) 
     assert outcome("own-dropout-off", SINGLE)["losses"] == outcome("gpt2-none", SINGLE)["losses"]
 
 
-@pytest.mark.parametrize("engine", [SINGLE, FSDP, DDP, HSDP])
+@pytest.mark.parametrize("engine", CASES["damaged"].engines)
 def test_every_process_agrees_that_the_packed_base_is_damaged(
     outcome: Outcomes, engine: str
 ) -> None:

@@ -1,9 +1,13 @@
 """What the tests of faults share: the nursery, one project, and runs without any fault."""
 
+import hashlib
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.faults.client import Nursery
 from tests.faults.harness import Harness
@@ -21,9 +25,31 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that has a folder made once, by the first worker that asks for it.
+
+    Of its name and of what makes it, given the folder.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, mark = base / name, base / f"{name}.made"
+        with FileLock(base / f"{name}.lock"):
+            if not mark.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+                folder.mkdir()
+                make(folder)
+                mark.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def project(of_all_workers: Callable[..., Path]) -> Project:
     """Return model, rows and recipe; to be read only."""
-    return make_project(tmp_path_factory.mktemp("project"))
+    return Project(of_all_workers("project", make_project))
 
 
 @pytest.fixture
@@ -36,22 +62,22 @@ def harness(nursery: Nursery, tmp_path: Path) -> Iterator[Harness]:
 
 @pytest.fixture(scope="session")
 def undisturbed(
-    nursery: Nursery, project: Project, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Undisturbed]:
+    nursery: Nursery, project: Project, of_all_workers: Callable[..., Path]
+) -> Undisturbed:
     """Return a function from world size, strategy and overrides to the run they give; kept."""
-    harness = Harness(nursery, tmp_path_factory.mktemp("undisturbed"))
-    made: dict[tuple[int, str, tuple[str, ...]], Path] = {}
 
     def run(world_size: int, strategy: str, *overrides: str) -> Path:
-        key = (world_size, strategy, overrides)
-        if key not in made:
-            folder = harness.run_dir(f"run-{len(made)}")
-            group = harness.start(
-                project, folder, world_size=world_size, strategy=strategy, overrides=overrides
-            )
-            assert set(group.wait()) == {0}, group.told()
-            made[key] = folder
-        return made[key]
+        def make(folder: Path) -> None:
+            harness = Harness(nursery, folder)
+            how = {"world_size": world_size, "strategy": strategy, "overrides": overrides}
+            group = harness.start(project, harness.run_dir(), **how)
+            try:
+                assert set(group.wait()) == {0}, group.told()
+            finally:
+                harness.close()
 
-    yield run
-    harness.close()
+        key = "\n".join([f"{world_size} {strategy}", *sorted(overrides)])
+        name = hashlib.sha256(key.encode()).hexdigest()[:12]
+        return of_all_workers(f"undisturbed-{name}", make) / "run"
+
+    return run
