@@ -114,4 +114,9 @@ class ForwardBackward:
         world = self.setup.world
         key = f"{self._seed} {step} {index * world.size + world.rank}"
         digest = hashlib.sha256(key.encode("ascii")).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        seed = int.from_bytes(digest[:8], "big") >> 1
+        # Not by `torch.manual_seed`: for kinds of device that nobody uses it formats the stack,
+        # each time, and asks the file system for every source file on it.
+        torch.default_generator.manual_seed(seed)
+        if self._device.type == "cuda":
+            torch.cuda.manual_seed(seed)

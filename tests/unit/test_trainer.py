@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,22 @@ def test_short_trainings_have_positive_rates(steps: int, warmup: float) -> None:
     for schedule in ("cosine", "linear", "constant"):
         found = rates(steps, schedule=schedule, warmup_fraction=warmup)
         assert all(0 < rate <= 1 for rate in found)
+
+
+def test_no_step_asks_the_file_system_for_source_files(
+    tmp_path: Path, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As whatever formats a stack does; they may lie on a file system that many nodes share."""
+    dropping = trainer(tmp_path, alone, train={"steps": 3}, method={"dropout": 0.1})
+    asked, stat = list[Any](), os.stat
+
+    def asking(path: Any, **how: Any) -> os.stat_result:
+        asked.append(path)
+        return stat(path, **how)
+
+    monkeypatch.setattr(os, "stat", asking)
+    dropping.run()
+    assert not [path for path in asked if str(path).endswith(".py")]
 
 
 def test_matrices_decay_and_vectors_do_not(tmp_path: Path, alone: World) -> None:
