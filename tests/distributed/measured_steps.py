@@ -57,4 +57,5 @@ def least(recipe: Recipe, world: World) -> Simulated:
     return min(found, key=lambda one: one.peak_bytes)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -60,4 +60,5 @@ def main() -> None:
     process_group.stop()
 
 
-main()
+if __name__ == "__main__":
+    main()

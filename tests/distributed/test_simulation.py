@@ -16,7 +16,7 @@ from peft_dist.plan.subject import subject_of
 from peft_dist.simulation.run import Simulated, simulate
 from tests.configs import model_folder
 from tests.faults.long import only_long
-from tests.processes import ROOT, environment, run, torchrun
+from tests.processes import ROOT, environment, forked_world, run
 
 LORA = {"kind": "lora", "rank": 8}
 CASES: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ def measured(
     """Return what rank 0 of real processes says of recipes."""
     (folder / "recipes.json").write_text(json.dumps(recipes))
     done = run(
-        [*torchrun(processes), str(ROOT / "tests" / "distributed" / script),
+        [*forked_world(processes), str(ROOT / "tests" / "distributed" / script),
          str(folder / "recipes.json"), str(folder / "out.json")],
         environment=environment(folder / "cache", MALLOC_MMAP_THRESHOLD_="65536"),
         cwd=folder,
