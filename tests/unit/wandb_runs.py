@@ -16,6 +16,7 @@ from peft_dist.config import Recipe
 from peft_dist.ledger.events import EndEvent, LedgerEvent, StartEvent, StepEvent
 from peft_dist.ledger.writer import LedgerWriter, Tracker
 from peft_dist.run.directory import RunDir
+from peft_dist.tracking.wandb import tracker
 from peft_dist.tracking.wandb.rows import LedgerRows
 from peft_dist.tracking.wandb.tracker import WandbTracker
 from tests.processes import ROOT, environment
@@ -79,8 +80,8 @@ class Training:
 
     def write(self, event: LedgerEvent) -> None:
         """Pass an event on, as the trainer does."""
-        for tracker in self.trackers:
-            tracker.write(event)
+        for each in self.trackers:
+            each.write(event)
 
     def train(self, steps: int, pause_s: float = 0.0) -> None:
         """Do some steps."""
@@ -95,8 +96,8 @@ class Training:
         """End as `fine_tune` does; return how long that took."""
         begun = time.monotonic()
         self.write(EndEvent(step=self.step, outcome=outcome))
-        for tracker in reversed(self.trackers):
-            tracker.close()
+        for each in reversed(self.trackers):
+            each.close()
         return time.monotonic() - begun
 
 
@@ -162,8 +163,15 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
     return run.rows
 
 
+PATIENCE = {"LEAVE_AFTER_S": 90.0, "WAIT_S": 100.0}
+"""Settings of the tracker by which the end of training waits until all rows are sent, also on a
+machine that does much else."""
+
+
 def main(argv: Sequence[str]) -> None:
     """Train so many steps; on a line from outside some more; and end."""
+    for name, seconds in PATIENCE.items():
+        setattr(tracker, name, seconds)
     run, steps, more = RunDir.open(argv[0]), int(argv[1]), int(argv[2])
     training = Training(run)
     training.train(steps)
