@@ -53,6 +53,8 @@ class Wandb(Section):
     """Group of runs. Default: the array that the run belongs to, if it does."""
     tags: tuple[Text, ...] = ()
     """Words to find the run by."""
+    wait_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    """Seconds that the end of training waits for W&B to take the last rows."""
 
 
 class Profile(Section):

@@ -139,7 +139,7 @@ def measure(
         steps: How many; DeepSpeed fetches ahead from the second one on.
     """
     recipe, meter = _settled(recipe, world), Meter()
-    one_call = nullcontext() if recipe.model.dtype == "float32" else _no_scores()
+    one_call = nullcontext() if recipe.model.dtype == "float32" else _attention_of_gpus()
     with ExitStack() as stack, _one_thread(), _even_experts(), one_call:
         engines = _engines(stack, meter, mode)
         setup = set_up_model(
@@ -201,8 +201,8 @@ def _even_experts() -> Iterator[None]:
 
 
 @contextmanager
-def _no_scores() -> Iterator[None]:
-    """Let attention that caps its scores keep what it keeps on GPUs, in 16 bits: no scores."""
+def _attention_of_gpus() -> Iterator[None]:
+    """Let attention keep what it keeps on GPUs, in 16 bits: no scores where it caps them."""
 
     def uncapped(
         query: torch.Tensor,
@@ -217,12 +217,12 @@ def _no_scores() -> Iterator[None]:
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
         )
 
-    before = attention.capped_attention
-    attention.capped_attention = uncapped
+    before = attention.capped_attention, attention.FLOAT32_TOKENS
+    attention.capped_attention, attention.FLOAT32_TOKENS = uncapped, 0
     try:
         yield
     finally:
-        attention.capped_attention = before
+        attention.capped_attention, attention.FLOAT32_TOKENS = before
 
 
 def _settled(recipe: Recipe, world: World) -> Recipe:

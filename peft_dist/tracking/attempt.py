@@ -336,7 +336,8 @@ def _require_trackers(recipe: Recipe) -> None:
 def _trackers(ledger: LedgerWriter, run: RunDir, trainer: Trainer) -> list[Tracker]:
     """Return what gets each event of a run, in this order; closed in the other."""
     trackers: list[Tracker] = [ledger]
-    if trainer.recipe.tracking.wandb.mode != "disabled":
-        trackers.append(WandbTracker(run))
+    wandb = trainer.recipe.tracking.wandb
+    if wandb.mode != "disabled":
+        trackers.append(WandbTracker(run, wait_s=wandb.wait_s))
     terminal = Terminal(trainer.plan.total_steps, first_step=trainer.progress.step)
     return [*trackers, terminal]

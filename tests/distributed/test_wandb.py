@@ -26,7 +26,7 @@ method: {kind: lora, rank: 4, alpha: 8}
 data: {train: rows.jsonl, eval: held.jsonl}
 train: {steps: 40, global_batch_size: 4, micro_batch_size: 2}
 checkpoint: {every_steps: 10}
-tracking: {wandb: {mode: auto, project: a-project, tags: [tiny]}}
+tracking: {wandb: {mode: auto, project: a-project, tags: [tiny], wait_s: 90}}
 """
 
 
@@ -82,7 +82,7 @@ def test_a_training_on_two_processes_arrives_row_for_row(project: Path, stub: St
 @only_long
 def test_an_interrupted_and_a_killed_start_go_on_in_the_same_run(project: Path, stub: Stub) -> None:
     path = project / "runs" / "again"
-    longer = ("--run-dir", str(path), "train.steps=200", "checkpoint.every_steps=5")
+    longer = ("--run-dir", str(path), "train.steps=1000", "checkpoint.every_steps=5")
     process = start(project, stub, *longer)
     wait_for(lambda: steps_done(path) >= 10 and stub.runs and stub.run().inits == 1, timeout_s=90)
     process.send_signal(signal.SIGTERM)
@@ -115,7 +115,7 @@ def test_a_server_that_fails_changes_neither_the_exit_code_nor_the_adapter(
     project: Path, stub: Stub, fault: str
 ) -> None:
     stub.fault = fault
-    process = start(project, stub, "--run-dir", f"runs/{fault}")
+    process = start(project, stub, "--run-dir", f"runs/{fault}", "tracking.wandb.wait_s=10")
     out, errors = process.communicate(timeout=120)
     ended = time.time()
     assert process.returncode == 0, errors

@@ -60,8 +60,8 @@ parallel.dequantized_blocks
 checkpoint.every_steps checkpoint.every_seconds
 checkpoint.keep_last checkpoint.keep_best checkpoint.background checkpoint.max_failed_saves
 watchdog.min_s watchdog.setup_s watchdog.save_s tracking.wandb.mode tracking.wandb.project
-tracking.wandb.entity tracking.wandb.group tracking.wandb.tags tracking.system_every_s
-profile.steps
+tracking.wandb.entity tracking.wandb.group tracking.wandb.tags tracking.wandb.wait_s
+tracking.system_every_s profile.steps
 """,
 )
 

@@ -16,11 +16,9 @@ import pytest
 from peft_dist.ledger.events import SkippedEvent
 from peft_dist.ledger.gap import read_gap
 from peft_dist.run.directory import RunDir
-from peft_dist.tracking.wandb import tracker
 from peft_dist.tracking.wandb.identity import identity, wandb_environment
 from tests.faults.long import cases, only_long
 from tests.unit.wandb_runs import (
-    PATIENCE,
     VERSIONS,
     Training,
     command_lines,
@@ -63,20 +61,6 @@ def here(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
     for name, text in variables.items():
         monkeypatch.setenv(name, text)
     return variables
-
-
-@pytest.fixture
-def limited() -> None:
-    """Ask for the product's own limit of how long the end of training waits for W&B."""
-
-
-@pytest.fixture(autouse=True)
-def patient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the end of training wait as long as a loaded machine takes to send the rows."""
-    if "limited" in request.fixturenames:
-        return
-    for name, seconds in PATIENCE.items():
-        monkeypatch.setattr(tracker, name, seconds)
 
 
 def spoil(stub: Stub, fault: str) -> None:
@@ -130,7 +114,6 @@ def test_the_configuration_is_recipe_placement_and_versions(
     assert axes["*"]["5"] == 1  # every figure is drawn over the first
 
 
-@pytest.mark.usefixtures("limited")
 @pytest.mark.parametrize(
     "fault",
     [
@@ -142,7 +125,7 @@ def test_a_server_that_fails_at_the_start_costs_training_nothing(
     stub: Stub, here: dict[str, str], tmp_path: Path, fault: str
 ) -> None:
     spoil(stub, fault)
-    run = make_run(tmp_path / "run")
+    run = make_run(tmp_path / "run", wait_s=10.0)
     training = Training(run)
     training.train(300, pause_s=0.01)
     assert training.end() < END_LIMIT_S
@@ -152,7 +135,6 @@ def test_a_server_that_fails_at_the_start_costs_training_nothing(
     assert_sync_completes(stub, here, run)
 
 
-@pytest.mark.usefixtures("limited")
 @pytest.mark.parametrize(
     "fault",
     [fault if fault == "refuse" else pytest.param(fault, marks=only_long) for fault in FAULTS],
@@ -160,7 +142,7 @@ def test_a_server_that_fails_at_the_start_costs_training_nothing(
 def test_a_server_that_dies_in_the_middle_costs_training_nothing(
     stub: Stub, here: dict[str, str], tmp_path: Path, fault: str
 ) -> None:
-    run = make_run(tmp_path / "run")
+    run = make_run(tmp_path / "run", wait_s=10.0)
     training = Training(run)
     training.train(50)
     wait_for(lambda: stub.runs and stub.run().lines)

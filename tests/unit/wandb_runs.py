@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_dist.config import Recipe
+from peft_dist.config import Recipe, load_recipe
 from peft_dist.ledger.events import EndEvent, LedgerEvent, StartEvent, StepEvent
 from peft_dist.ledger.writer import LedgerWriter, Tracker
 from peft_dist.run.directory import RunDir
-from peft_dist.tracking.wandb import tracker
 from peft_dist.tracking.wandb.rows import LedgerRows
 from peft_dist.tracking.wandb.tracker import WandbTracker
 from tests.processes import ROOT, environment
@@ -27,7 +26,8 @@ VERSIONS = {"torch": "2.13.0", "peft-dist": "0.1.0"}
 
 def make_run(path: Path, **wandb: Any) -> RunDir:
     """Make a run that is to be logged as these settings of `tracking.wandb` say."""
-    settings = {"mode": "auto", "project": "a-project", **wandb}
+    # A machine that does much else takes its time to send all rows.
+    settings = {"mode": "auto", "project": "a-project", "wait_s": 90.0, **wandb}
     raw = {
         "model": {"name": "m"}, "data": {"train": "d"}, "tracking": {"wandb": settings},
     }  # fmt: skip
@@ -70,7 +70,8 @@ class Training:
         self, run: RunDir, *, attempt: int = 1, step: int = 0, with_wandb: bool = True
     ) -> None:
         """Begin after so many steps."""
-        self.wandb = WandbTracker(run)
+        recipe = load_recipe(run.recipe, [], check_paths=False)
+        self.wandb = WandbTracker(run, wait_s=recipe.tracking.wandb.wait_s)
         self.trackers: list[Tracker] = [LedgerWriter(run.ledger, attempt=attempt)]
         self.trackers += [self.wandb] if with_wandb else []
         self.write_s: list[float] = []
@@ -163,15 +164,8 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
     return run.rows
 
 
-PATIENCE = {"LEAVE_AFTER_S": 90.0, "WAIT_S": 100.0}
-"""Settings of the tracker by which the end of training waits until all rows are sent, also on a
-machine that does much else."""
-
-
 def main(argv: Sequence[str]) -> None:
     """Train so many steps; on a line from outside some more; and end."""
-    for name, seconds in PATIENCE.items():
-        setattr(tracker, name, seconds)
     run, steps, more = RunDir.open(argv[0]), int(argv[1]), int(argv[2])
     training = Training(run)
     training.train(steps)

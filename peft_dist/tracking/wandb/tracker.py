@@ -20,10 +20,8 @@ from peft_dist.tracking.wandb.sidecar import EXIT_OFFLINE, EXIT_SENT
 
 log = logging.getLogger(__name__)
 
-LEAVE_AFTER_S = 9.5
-"""Seconds after the end of training at which the process that sends is gone, whatever W&B does."""
-WAIT_S = 20.0
-"""Seconds that the end of training waits for it."""
+LATE_S = 10.0
+"""Seconds by which the process that sends may be gone later than it should, on a busy machine."""
 KILLED_S = 1.0
 """How long a killed process may take to go."""
 
@@ -31,9 +29,15 @@ KILLED_S = 1.0
 class WandbTracker:
     """A tracker that leaves the events to a process of its own."""
 
-    def __init__(self, run: RunDir) -> None:
-        """Prepare; the process is started with the first event, which the ledger then has."""
-        self._run = run
+    def __init__(self, run: RunDir, *, wait_s: float) -> None:
+        """Prepare; the process is started with the first event, which the ledger then has.
+
+        Args:
+            run: Whose ledger is sent.
+            wait_s: Seconds after the end of training at which that process is gone, whatever W&B
+                does.
+        """
+        self._run, self._wait_s = run, wait_s
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = False
 
@@ -44,7 +48,7 @@ class WandbTracker:
             self._begin()
 
     def close(self) -> None:
-        """End the input of the process, and wait for it at most `WAIT_S` seconds."""
+        """End the input of the process, and wait for it at most `wait_s` and `LATE_S`."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -52,7 +56,7 @@ class WandbTracker:
         with suppress(OSError):
             process.stdin.close()
         try:
-            code = process.wait(timeout=WAIT_S)
+            code = process.wait(timeout=self._wait_s + LATE_S)
         except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -69,7 +73,7 @@ class WandbTracker:
             "-P",
             "-m",
             "peft_dist.tracking.wandb.sidecar",
-            str(LEAVE_AFTER_S),
+            str(self._wait_s),
             str(self._run.path),
         ]
         try:
