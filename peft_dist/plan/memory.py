@@ -168,9 +168,9 @@ def _stays(shape: ModelShape, setting: Setting) -> int:
 def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> Bytes:
     """Return the bytes of the fullest moment of a step.
 
-    There are seven that can be it: the gathers of embedding, first block and head, the block before
-    which the head is asked for, the loss, the start of backward in the last norm, and backward
-    through the feed-forward of a block.
+    There are eight that can be it: the gathers of embedding, first block and head, the experts of
+    the first block, the block before which the head is asked for, the loss, the start of backward
+    in the last norm, and backward through the feed-forward of a block.
     """
     e = setting.compute_bytes
     rows, length = setting.micro_batch, setting.length + adapter.virtual_tokens
@@ -204,6 +204,11 @@ def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> By
     backward = wide * e + product + max(product, weight)
     norm = 5 * wide * FLOAT
 
+    # What experts are given, what they give and that weighed, while gathers ahead are there; where
+    # nothing is computed again, the loss comes with more.
+    given = tokens * shape.hidden * shape.experts_per_token * e
+    experts = 3 * (given + wide * e) if shape.experts and setting.recompute else 0
+
     gathers = setting.sharded and setting.shards > 1
     # The buffer that a gather is received in lives until the next one.
     all_kept = kept_blocks == shape.layers
@@ -216,6 +221,7 @@ def peak_bytes(shape: ModelShape, adapter: AdapterShape, setting: Setting) -> By
     moments = [
         (inputs, 0, 0, words.at_embedding),
         (inputs + wide * e, 0, (2 + ahead) * buffer, words.at_first_block),
+        (inputs + experts, 0, (2 + ahead) * buffer, words.at_first_block),
         (inputs + unfilled, 0, (1 + ahead) * buffer + stays, words.when_head_is_asked_for),
         (at_loss + last - predicted * shape.hidden * e, 0, buffer + stays, words.at_head),
         (at_loss + last, logits, buffer + stays, words.at_loss),
