@@ -11,6 +11,7 @@ from peft_dist.cli.main import main
 from peft_dist.common.errors import RecipeError
 from peft_dist.config import load_recipe
 from peft_dist.config.batch_shape import require_settled
+from peft_dist.config.parallel import Parallel, least_kept
 from peft_dist.launch.placement import Machine
 from peft_dist.ledger.read_event import from_fields
 from peft_dist.plan.hardware import find_gpu, hardware_of, recognise_gpu
@@ -200,6 +201,16 @@ def test_on_a_cpu_as_much_is_kept_as_the_host_has_memory_for(
         more = [kept("parallel.reshard=forward", free=free, **way)[1] for free in free_bytes]
         assert all(a >= b for a, b in zip(more, some, strict=True))
         assert more != some or not some
+
+
+def test_of_processes_that_differ_all_keep_the_least() -> None:
+    ways = [
+        Parallel(reshard=reshard, dequantized_blocks=blocks)
+        for reshard, blocks in (("step", 7), ("backward", 3), ("auto", "auto"))
+    ]
+    assert least_kept(ways[:2]) == {"reshard": "backward", "dequantized_blocks": 3}
+    assert least_kept(ways) == {"reshard": "forward", "dequantized_blocks": 0}
+    assert least_kept(ways[:1] * 2) == {}
 
 
 def test_free_memory_is_what_the_container_leaves(tmp_path: Path) -> None:
